@@ -1,0 +1,82 @@
+# Every job of this repository, one word each. `make` alone lists them.
+#
+# Variables: PYTHON       the Python that makes .venv (3.11 or newer)
+#            TORCH_INDEX  where to take PyTorch from, for example https://download.pytorch.org/whl/cpu
+#            NOTEBOOKS    what `make execute` runs (default: all chapters)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+NOTEBOOKS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# One thread each: the models are small, and two processes side by side beat one with two threads.
+# Nothing here needs a model hub.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
+
+# Two processes where make can keep their outputs apart (GNU make 4 and later).
+SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=target)
+NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
+
+.PHONY: help book test chapters chapters-tiny chapters-smoke reproduce lab execute parity clean
+
+help:  ## list these commands
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+book: $(READY)  ## build the site into _build/html
+	@$(BIN)/jupyter-book build --all -W -n --keep-going --quiet .
+
+test: $(READY)  ## check the code, run the tests, and run every chapter twice
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory chapters
+
+chapters: $(READY)  ## run every chapter twice: from the records, and with every run trained
+	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) chapters-tiny chapters-smoke
+
+# Strict on the cells tagged nbval-check-output, which state facts.
+chapters-tiny: $(READY)
+	@echo "Chapters at tiny, from the records:"
+	@OPDLAB_SCALE=tiny $(NBVAL) --nbval-sanitize-with nbval_sanitize.cfg
+
+# Every run is trained for real, so only errors count.
+chapters-smoke: $(READY)
+	@echo "Chapters at smoke, every run trained:"
+	@rm -rf runs/smoke
+	@OPDLAB_SCALE=smoke $(NBVAL) --nbval-sanitize-with nbval_smoke.cfg
+
+reproduce: $(READY)  ## retrain every recorded run from nothing and compare it with its record
+	@$(BIN)/opdlab reproduce --scale tiny
+
+lab: $(VENV)/.lab  ## open the chapters in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=. book
+
+execute: $(READY)  ## run the chapters and store their outputs: what the site shows
+	@$(BIN)/python scripts/execute_book.py $(NOTEBOOKS)
+
+parity: $(VENV)/.parity  ## install TRL, which the losses are compared with
+
+clean:  ## remove what was built; .venv and runs stay
+	@rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opdlab needs Python 3.11 or newer; say which with PYTHON=...")'
+	@echo "Setting up $(VENV): about two minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@# torch first and alone, so that its index serves nothing else.
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep -E '^torch==' requirements.txt)"
+	@$(PIP) --requirement requirements.txt
+	@$(PIP) --no-deps --editable .
+	@touch $@
+
+# Extras must not move what requirements.txt pins.
+$(VENV)/.lab $(VENV)/.parity: $(VENV)/.%: $(READY)
+	@$(PIP) --constraint requirements.txt --editable '.[$*]'
+	@touch $@

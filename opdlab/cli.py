@@ -1,0 +1,131 @@
+"""The command line: ``opdlab scales | models | train | record | reproduce``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from opdlab.errors import OpdlabError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="opdlab", description="The parameter-space geometry of OPD, SFT and RLVR.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, what: str, *, scale: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, description=what)
+        if scale:
+            added.add_argument("--scale", help="the scale (default: OPDLAB_SCALE, or tiny)")
+            added.add_argument("--home", type=Path, help="folder of models, records and runs (default: the repository)")
+        return added
+
+    command("scales", "list the scales and the arms", scale=False)
+    command("models", "make the base, teacher and anchor that are missing, from nothing")
+    train = command("train", "train one arm; a stopped run goes on by the same command")
+    train.add_argument("--arm", required=True, help="sft, opd, opd_full, rlvr or sft_matched")
+    train.add_argument("--seed", type=int, default=0, help="default: 0")
+    for name, what in (
+        ("record", "train and measure what is not recorded yet, and write it to data/records"),
+        ("reproduce", "retrain recorded runs from nothing, models included, and compare them with the record"),
+    ):
+        added = command(name, what)
+        added.add_argument("--arm", action="append", help="only this arm (may be repeated)")
+        added.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated)")
+        added.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side")
+    return parser
+
+
+def _scales() -> None:
+    from opdlab.arms import ARMS
+    from opdlab.scales import RESERVED, SCALES
+
+    for scale in SCALES.values():
+        print(f"{scale.name:8} {scale.summary}")
+    print(f"{', '.join(RESERVED)}: reserved for real models\n")
+    for arm in ARMS.values():
+        start = arm.start or "random weights"
+        print(f"{arm.name:12} {arm.label}: from {start}, on sequences of the {arm.sequences}, by {arm.signal}")
+
+
+def _train(options: argparse.Namespace, scale, home) -> None:
+    from opdlab.runs import Run
+    from opdlab.training import train
+
+    run = Run.of(scale, options.arm, options.seed, home)
+    print(f"run folder: {run.folder}")
+    if run.finished:
+        print("finished before; delete the folder to train it again")
+    try:
+        train(options.arm, options.seed, scale, home=home, progress=True)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint")
+        raise
+    for line in run.lines("evaluations"):
+        print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
+
+
+def _record(options: argparse.Namespace, scale, home) -> None:
+    from opdlab.arms import RECORDED
+    from opdlab.reproduction import build, plan
+
+    jobs = plan(scale, home, tuple(options.arm or RECORDED), tuple(options.seed or scale.seeds))
+    build(jobs, scale, home, processes=options.processes)
+    print(f"the records are in {home.records(scale)}")
+
+
+def _reproduce(options: argparse.Namespace, scale, home) -> None:
+    from opdlab.arms import RECORDED
+    from opdlab.reproduction import build, compare, plan
+    from opdlab.runs import Home
+
+    arms, seeds = tuple(options.arm or RECORDED), tuple(options.seed or scale.seeds)
+    repeated = Home(home.runs(scale).parent / "reproduce")
+    print(f"retraining in {repeated.root}")
+    build(plan(scale, repeated, arms, seeds), scale, repeated, processes=options.processes)
+    table = compare(scale, home, repeated, arms, seeds)
+    print(table.drop(columns="same machine").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(table["verdict"].value_counts().to_string())
+    if not table["same machine"].all():
+        print("the record was made on another processor or with other versions: figures are held against its spread")
+    outside = table[table["verdict"] == "outside"]
+    if len(outside):
+        raise OpdlabError(f"{len(outside)} of {len(table)} figures lie outside the spread of the recorded seeds")
+
+
+def _models(options: argparse.Namespace, scale, home) -> None:
+    from opdlab.reproduction import build, model_jobs
+
+    jobs = [job for job in model_jobs() if not (home.models(scale) / job.makes).is_dir()]
+    if jobs:
+        build(jobs, scale, home, record=False)
+    print(f"the models are in {home.models(scale)}; delete a folder to make it again")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        if options.command == "scales":
+            _scales()
+            return 0
+        # Imported here so that 'opdlab --help' answers at once.
+        from opdlab.runs import Home, default_home
+        from opdlab.scales import get_scale
+
+        scale, home = get_scale(options.scale), Home(options.home.resolve()) if options.home else default_home()
+        {"models": _models, "train": _train, "record": _record, "reproduce": _reproduce}[options.command](
+            options, scale, home
+        )
+    except OpdlabError as problem:
+        print(f"opdlab: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

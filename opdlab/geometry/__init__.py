@@ -1,0 +1,83 @@
+"""The geometry of an update: what changed between two sets of weights, as functions on tensors.
+
+Nothing here knows how the weights were trained. Read in this order, one idea a module:
+
+1. :mod:`~opdlab.geometry.sparsity`: which weights visibly moved.
+2. :mod:`~opdlab.geometry.spectrum`: how far, in how many directions, and what became of the singular values.
+3. :mod:`~opdlab.geometry.subspaces`: which directions; how far they turned, how early they are settled.
+4. :mod:`~opdlab.geometry.masks`: which coordinates, against the principal and the small weights.
+5. :mod:`~opdlab.geometry.nulls`: what each of these shows when there is nothing to see.
+6. :mod:`~opdlab.geometry.matrices` and :mod:`~opdlab.geometry.measure`: all of it, for the matrices of a model, in a
+   table.
+
+Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
+left is the output side and right the input side. Arithmetic is in float64 on the CPU. What is undefined is NaN, never
+0; what is wrong is an :class:`opdlab.errors.OpdlabError`.
+"""
+
+from opdlab.geometry.masks import feasible_range, largest_entries, low_magnitude_mask, overlap, principal_mask
+from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
+from opdlab.geometry.measure import GeometrySettings, measure_pair, measure_trajectory, overall_sparsity
+from opdlab.geometry.nulls import norm_matched, permute, permuted_update, random_walk, random_walk_sim
+from opdlab.geometry.sparsity import bf16_equal, bf16_sparsity, density, update_mask
+from opdlab.geometry.spectrum import (
+    Svd,
+    frobenius,
+    gaussian_stable_rank,
+    relative_norm,
+    singular_values,
+    spectral_drift,
+    stable_rank,
+    svd,
+)
+from opdlab.geometry.subspaces import (
+    Rotation,
+    Similarity,
+    principal_angles,
+    rotation,
+    sim_k,
+    similarity_to_end,
+    top_left,
+    top_right,
+)
+
+__all__ = [
+    "Description",
+    "GeometrySettings",
+    "Rotation",
+    "Similarity",
+    "Svd",
+    "bf16_equal",
+    "bf16_sparsity",
+    "decompose",
+    "density",
+    "describe",
+    "feasible_range",
+    "frobenius",
+    "gaussian_stable_rank",
+    "largest_entries",
+    "low_magnitude_mask",
+    "measure_pair",
+    "measure_trajectory",
+    "norm_matched",
+    "overall_sparsity",
+    "overlap",
+    "permute",
+    "permuted_update",
+    "principal_angles",
+    "principal_mask",
+    "random_walk",
+    "random_walk_sim",
+    "relative_norm",
+    "rotation",
+    "sim_k",
+    "similarity_to_end",
+    "singular_values",
+    "spectral_drift",
+    "stable_rank",
+    "svd",
+    "top_left",
+    "top_right",
+    "update_mask",
+    "weight_matrices",
+]

@@ -1,0 +1,77 @@
+"""What every geometry function asks of its tensors, with errors that name the argument."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+
+# Bases from a float64 SVD are orthonormal to about 1e-14, those from a float32 one only to about 1e-6.
+ORTHONORMAL_TOLERANCE = 1e-10
+
+
+def finite(w: Tensor, name: str) -> Tensor:
+    """Return ``w`` as a float64 tensor on the CPU, or raise if an entry is NaN or infinite."""
+    # The paper's choice too: an SVD on a GPU gives unstable angles between nearly equal matrices.
+    w = w.detach().to("cpu", torch.float64)
+    broken = int((~w.isfinite()).sum())
+    if broken:
+        raise OpdlabError(f"{name} has {broken} entries that are NaN or infinite; expected finite weights")
+    return w
+
+
+def matrix(w: Tensor, name: str) -> Tensor:
+    """Return ``w`` as a finite float64 matrix with at least one row and one column."""
+    if w.ndim != 2 or 0 in w.shape:
+        raise OpdlabError(f"{name} has shape {tuple(w.shape)}; expected a matrix, (rows, columns), that is not empty")
+    return finite(w, name)
+
+
+def same_shape(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
+    """Raise unless the two tensors have one shape (nothing here is meant to broadcast)."""
+    if a.shape != b.shape:
+        raise OpdlabError(f"{name_b} has shape {tuple(b.shape)}; expected that of {name_a}, {tuple(a.shape)}")
+
+
+def pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the arguments ``w0`` and ``w1`` as finite float64 tensors of one shape."""
+    same_shape(w0, "w0", w1, "w1")
+    return finite(w0, "w0"), finite(w1, "w1")
+
+
+def whole(value: int, name: str, low: int, high: int | None = None) -> int:
+    """Return ``value``, or raise unless it is a whole number in ``low..high``: a rank is never silently clipped."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low or (high is not None and value > high):
+        limits = f"from {low} to {high}" if high is not None else f"of {low} or more"
+        raise OpdlabError(f"{name} is {value!r}; expected a whole number {limits}")
+    return value
+
+
+def share(value: float, name: str) -> float:
+    """Return ``value``, or raise unless it is a share, from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise OpdlabError(f"{name} is {value!r}; expected a share from 0 to 1")
+    return value
+
+
+def mask(m: Tensor, name: str) -> Tensor:
+    """Return ``m`` on the CPU, or raise unless it holds booleans."""
+    if m.dtype != torch.bool:
+        raise OpdlabError(f"{name} holds {m.dtype}; expected a mask of torch.bool")
+    return m.cpu()
+
+
+def basis(v: Tensor, name: str) -> Tensor | None:
+    """Return ``v`` (n, K) as a float64 orthonormal basis; None if a NaN in it says that it is undefined."""
+    if v.ndim != 2 or v.shape[0] < v.shape[1] or v.shape[1] == 0:
+        raise OpdlabError(f"{name} has shape {tuple(v.shape)}; expected (n, K), one column per direction, 1 <= K <= n")
+    if v.isnan().any():
+        return None
+    v = finite(v, name)
+    gap = float((v.T @ v - torch.eye(v.shape[1], dtype=v.dtype)).abs().max())
+    if gap > ORTHONORMAL_TOLERANCE:
+        raise OpdlabError(f"{name} is {gap:.1e} away from orthonormal columns; expected a basis from a float64 SVD")
+    return v

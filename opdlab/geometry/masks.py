@@ -1,0 +1,142 @@
+"""Coordinates: does the visible update fall on principal weights, or on small ones?
+
+A mask M* marks a share alpha of the weights of one matrix by a property of w0 alone; its overlap with the visible
+update M is the share of M inside M*. A random update has overlap alpha. So has, within narrow limits, any update that
+moves nearly everything: :func:`feasible_range`.
+"""
+
+from __future__ import annotations
+
+from math import nan
+
+import torch
+from torch import Tensor
+
+from opdlab.geometry import _checks
+from opdlab.geometry.spectrum import Svd, svd
+
+
+def largest_entries(values: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` entries of largest magnitude; of equal ones, those that come first in row-major order.
+
+    Args:
+        values: a tensor of any shape, for example an update before rounding.
+        count: how many, from 0 to the number of entries.
+
+    Returns:
+        A mask of that shape with exactly ``count`` True entries.
+
+    Raises:
+        OpdlabError: if count is out of range or an entry is not finite.
+
+    >>> largest_entries(torch.tensor([1.0, -3.0, 2.0, 2.0]), 2)
+    tensor([False,  True,  True, False])
+    """
+    return _smallest(-_checks.finite(values, "values").abs(), _checks.whole(count, "count", 0, values.numel()))
+
+
+def principal_mask(w0: Tensor | Svd, r: int, alpha: float) -> Tensor:
+    """Mark the principal weights, M_princ: the largest entries of the rank-r reconstruction of w0.
+
+    Args:
+        w0: (m, n) matrix before the update, or its Svd.
+        r: rank of the reconstruction, at most min(m, n); the paper's appendix has 64.
+        alpha: share of the entries to mark, from 0 to 1; round(alpha m n) of them are.
+
+    Returns:
+        A mask (m, n). Ties in magnitude go to the entry that comes first in row-major order.
+
+    Raises:
+        OpdlabError: if r or alpha is out of range, or as for :func:`opdlab.geometry.svd`.
+
+    Source: 2606.07082, Appendix C.3, where alpha is 0.5; only 0.3, as in the text, can have made its Figure 3 (see
+    :func:`feasible_range`). The mask is that of LIFT, 2506.00772, by way of 2511.08567.
+
+    >>> principal_mask(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1, 0.25)
+    tensor([[False, False],
+            [False,  True]])
+    """
+    u, s, vh = svd(w0, "w0")
+    r = _checks.whole(r, "r", 1, len(s))
+    reconstruction = (u[:, :r] * s[:r]) @ vh[:r]
+    return largest_entries(reconstruction, round(_checks.share(alpha, "alpha") * reconstruction.numel()))
+
+
+def low_magnitude_mask(w0: Tensor, alpha: float) -> Tensor:
+    """Mark the small weights, M_low: the entries of w0 nearest to zero.
+
+    Args:
+        w0: weights before the update, any shape n.
+        alpha: share of the entries to mark, from 0 to 1; round(alpha n) of them are.
+
+    Returns:
+        A mask of that shape. Ties in magnitude go to the entry that comes first in row-major order.
+
+    Raises:
+        OpdlabError: if alpha is out of range or an entry is not finite.
+
+    Source: 2606.07082, Appendix C.3; 2511.08567.
+
+    >>> low_magnitude_mask(torch.tensor([-0.1, 3.0, 0.1, -2.0]), 0.25)
+    tensor([ True, False, False, False])
+    """
+    return _smallest(_checks.finite(w0, "w0").abs(), round(_checks.share(alpha, "alpha") * w0.numel()))
+
+
+def overlap(mask_star: Tensor, update: Tensor) -> float:
+    """Return |M* ∩ M| / |M|, the share of the update M that falls inside M*; NaN if M is empty.
+
+    Args:
+        mask_star: M*, a mask of any shape.
+        update: M, a mask of the same shape.
+
+    Raises:
+        OpdlabError: if the shapes differ or an argument does not hold booleans.
+
+    Source: 2606.07082, Appendix C.3 and Figure 3.
+
+    >>> overlap(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, True]))
+    0.3333333333333333
+    """
+    _checks.same_shape(mask_star, "mask_star", update, "update")
+    mask_star, update = _checks.mask(mask_star, "mask_star"), _checks.mask(update, "update")
+    moved = int(update.sum())
+    return int((mask_star & update).sum()) / moved if moved else nan
+
+
+def feasible_range(alpha: float, density: float) -> tuple[float, float]:
+    """Return the smallest and largest overlap that an update of this density can have with a mask of this share.
+
+    The limits are (alpha + density - 1) / density and alpha / density, inside [0, 1]: a dense update must cover
+    nearly all of M*, and cannot lie in it alone. Both are NaN for an empty update.
+
+    Args:
+        alpha: share of the entries in M*, from 0 to 1.
+        density: share of the entries in M, from 0 to 1.
+
+    Raises:
+        OpdlabError: if an argument is out of range.
+
+    Source: counting. The paper's SFT overlap of 0.3188 at density 0.9273 needs alpha = 0.3; with 0.5 it is impossible:
+
+    >>> [f"{limit:.4f}" for limit in feasible_range(0.3, 0.9273)]
+    ['0.2451', '0.3235']
+    >>> [f"{limit:.4f}" for limit in feasible_range(0.5, 0.9273)]
+    ['0.4608', '0.5392']
+    """
+    alpha, density = _checks.share(alpha, "alpha"), _checks.share(density, "density")
+    if density == 0:
+        return nan, nan
+    return max(0.0, (alpha + density - 1) / density), min(1.0, alpha / density)
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` smallest values, of equal ones the first: a selection, several times faster than a sort."""
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    if count == 0:
+        return mask
+    threshold = values.flatten().kthvalue(count).values
+    mask |= values < threshold
+    ties = (values == threshold).flatten().nonzero().squeeze(1)
+    mask.view(-1)[ties[: count - int(mask.sum())]] = True
+    return mask

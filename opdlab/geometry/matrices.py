@@ -1,0 +1,110 @@
+"""Which tensors of a model are measured, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import _checks
+from opdlab.geometry.spectrum import Svd, svd
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+class Description(NamedTuple):
+    """Where a weight matrix sits."""
+
+    layer: int
+    module: str  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj in the Llama and Qwen families
+    block: str  # attention or mlp
+
+
+def describe(name: str) -> Description:
+    """Read layer, module and block from the name of a weight matrix.
+
+    Raises:
+        OpdlabError: if the name is not that of an attention or MLP matrix of a layer, or of one in which several are
+            fused: the paper splits those first.
+
+    >>> describe("model.layers.2.self_attn.q_proj.weight")
+    Description(layer=2, module='q_proj', block='attention')
+    """
+    found = _LAYER.search(name)
+    *parents, module = name.removesuffix(".weight").split(".")
+    block = "attention" if any("attn" in p or "attention" in p for p in parents) else "mlp" if "mlp" in parents else ""
+    if not found or not block:
+        raise OpdlabError(f"the weight {name!r} is not in the attention or MLP of a layer; expected ...layers.0.mlp...")
+    if "qkv" in module or "gate_up" in module:
+        raise OpdlabError(f"the weight {name!r} holds several matrices side by side; split it before measuring")
+    return Description(int(found[1]), module, block)
+
+
+def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Choose the weights that the diagnostics are about: the matrices of the layers, in the order given.
+
+    Embeddings, the output head, norms and biases are left out: the first two are not in a layer, the others are not
+    matrices.
+
+    Args:
+        state_dict: names and tensors of a model.
+
+    Raises:
+        OpdlabError: if no weight is left.
+
+    Source: 2606.07082, Appendix C.3 ("standard weight matrices across layers").
+
+    >>> import torch
+    >>> names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
+    >>> list(weight_matrices({name: torch.zeros(2, 2) for name in names}))
+    ['model.layers.0.mlp.up_proj.weight']
+    """
+    matrices = {name: w for name, w in state_dict.items() if w.ndim == 2 and _LAYER.search(name)}
+    if not matrices:
+        raise OpdlabError(f"state_dict has no matrix named ...layers.<i>... among its {len(state_dict)} weights")
+    return matrices
+
+
+def decompose(w0s: Mapping[str, Tensor]) -> dict[str, Svd]:
+    """Decompose every matrix of an origin, once for all the updates that start from it.
+
+    Args:
+        w0s: a state dict; :func:`weight_matrices` chooses from it.
+
+    Raises:
+        OpdlabError: if no matrix is left or an entry is not finite.
+
+    >>> import torch
+    >>> decompose({"layers.0.mlp.up_proj.weight": torch.eye(2)})["layers.0.mlp.up_proj.weight"].rank
+    2
+    """
+    return {name: svd(w0, name) for name, w0 in weight_matrices(w0s).items()}
+
+
+def float64_matrices(
+    weights: Mapping[str, Tensor], name: str, like: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return :func:`weight_matrices` in float64, finite, and with the names and shapes of ``like`` where it is given.
+
+    Args:
+        weights: a state dict.
+        name: what to call it in an error.
+        like: matrices to agree with.
+
+    Raises:
+        OpdlabError: naming the first matrix that is wrong.
+
+    >>> import torch
+    >>> float64_matrices({"layers.0.mlp.up_proj.weight": torch.eye(2)}, "w0s")["layers.0.mlp.up_proj.weight"].dtype
+    torch.float64
+    """
+    chosen = weight_matrices(weights)
+    if like is not None:
+        for missing in sorted(chosen.keys() ^ like.keys()):
+            raise OpdlabError(f"{name} and w0s do not both have the matrix {missing!r}; expected the same in both")
+        for matrix, w0 in like.items():
+            _checks.same_shape(w0, f"{matrix} in w0s", chosen[matrix], f"{matrix} in {name}")
+    return {matrix: _checks.matrix(w, f"{matrix} in {name}") for matrix, w in chosen.items()}

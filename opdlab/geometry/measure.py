@@ -1,0 +1,248 @@
+"""Tables: every diagnostic of every matrix, for one update and for the course of a training.
+
+One row is one matrix (at one snapshot). To summarise as the paper does, take the unweighted mean over matrices of any
+column but sparsity, whose overall value weighs each matrix by its number of parameters: :func:`overall_sparsity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from zlib import crc32
+
+import torch
+from pandas import DataFrame, concat
+from torch import Generator, Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import _checks
+from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, principal_mask
+from opdlab.geometry.matrices import describe, float64_matrices
+from opdlab.geometry.nulls import permute, random_walk
+from opdlab.geometry.sparsity import bf16_sparsity, density, update_mask
+from opdlab.geometry.spectrum import (
+    Svd,
+    frobenius,
+    gaussian_stable_rank,
+    relative_norm,
+    spectral_drift,
+    stable_rank,
+    svd,
+)
+from opdlab.geometry.subspaces import rotation, similarity_to_end
+
+
+@dataclass(frozen=True)
+class GeometrySettings:
+    """The resolution of the measurements; none may exceed the smaller side of a measured matrix."""
+
+    # Singular vectors in the principal angles. The paper's 512 is an eighth of its matrices' 4096.
+    k: int
+    # Dimensions of the subspaces in Sim_K; the paper has 16.
+    sim_ks: tuple[int, ...]
+    # Rank of the reconstruction behind the principal mask; 64 in the paper.
+    mask_rank: int
+    # Shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5.
+    alphas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what no matrix could be measured with."""
+        _checks.whole(self.k, "k", 1)
+        _checks.whole(self.mask_rank, "mask_rank", 1)
+        for i, k in enumerate(self.sim_ks):
+            _checks.whole(k, f"sim_ks[{i}]", 1)
+        for i, alpha in enumerate(self.alphas):
+            _checks.share(alpha, f"alphas[{i}]")
+
+
+def measure_pair(
+    w0s: Mapping[str, Tensor],
+    w1s: Mapping[str, Tensor],
+    settings: GeometrySettings,
+    seed: int = 0,
+    base_svds: Mapping[str, Svd] | None = None,
+) -> DataFrame:
+    """Measure one update: every static diagnostic, with its nulls, one row per matrix.
+
+    Columns: matrix, layer, module, block, rows, cols, parameters; sparsity, density; angle_left_mean, _median, _max and
+    angle_right_mean, _median, _max (degrees, of ``settings.k`` angles); nss; frobenius, relative_norm; stable_rank,
+    stable_rank_null (of the permuted, unrounded update), stable_rank_gaussian. For each alpha, written in percent, and
+    for principal and low: principal_overlap_a30 (of the visible update), principal_overlap_a30_null (of the permuted
+    update, rounded to bfloat16 anew) and principal_overlap_a30_top (of as many entries where the unrounded update is
+    largest). What is undefined is NaN.
+
+    Args:
+        w0s: state dict before; :func:`~opdlab.geometry.weight_matrices` chooses from it.
+        w1s: state dict after, with the same matrices.
+        settings: the resolution.
+        seed: of the permutations. A null is one draw, the same whatever else is measured.
+        base_svds: :func:`~opdlab.geometry.decompose` of ``w0s``, if it is at hand.
+
+    Raises:
+        OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is smaller than a setting
+            allows, or if ``base_svds`` belongs to other weights.
+
+    Source: 2606.07082, Appendices C.3 and E; the nulls are additions.
+
+    >>> w0s = {"layers.0.mlp.up_proj.weight": torch.eye(4)}
+    >>> w1s = {"layers.0.mlp.up_proj.weight": 1.5 * torch.eye(4)}
+    >>> table = measure_pair(w0s, w1s, GeometrySettings(k=4, sim_ks=(2,), mask_rank=2, alphas=(0.25,)))
+    >>> table[["layer", "module", "sparsity", "nss", "stable_rank"]]
+       layer   module  sparsity  nss  stable_rank
+    0      0  up_proj      0.75  0.5          4.0
+    """
+    w0s = float64_matrices(w0s, "w0s")
+    w1s = float64_matrices(w1s, "w1s", like=w0s)
+    rows = []
+    for name, w0 in w0s.items():
+        _check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank)
+        svd0 = svd(w0) if base_svds is None else _base_svd(name, w0, base_svds)
+        rows.append(_identity(name, w0) | _pair_row(w0, w1s[name], svd0, settings, _generator(seed, name)))
+    return DataFrame(rows)
+
+
+def measure_trajectory(
+    w0s: Mapping[str, Tensor],
+    snapshots: Sequence[tuple[int, Mapping[str, Tensor]]],
+    settings: GeometrySettings,
+    seed: int = 0,
+) -> DataFrame:
+    """Measure the course of a training: the cumulative update at every snapshot, one row per step and matrix.
+
+    Columns: step, matrix, layer, module, block, rows, cols, parameters; frobenius, relative_norm, interval_norm (the
+    Frobenius norm of the update since the snapshot before); sparsity; stable_rank, stable_rank_null (of the permuted
+    update). For each K of ``settings.sim_ks`` and for right and left: sim_right_K16, the similarity to the last
+    snapshot, and sim_right_K16_null, that of a random walk with the same interval norms; sim_random_K16 is K / cols,
+    the value of two unrelated subspaces on the right side (on the left it is K / rows). What is undefined is NaN.
+
+    Args:
+        w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
+        snapshots: (step, state dict) in ascending order of steps; the last is t_end.
+        settings: the resolution.
+        seed: of the permutations and walks. A null is one draw, the same whatever else is measured.
+
+    Raises:
+        OpdlabError: if there is no snapshot or the steps do not ascend; otherwise as for :func:`measure_pair`.
+
+    Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
+
+    >>> name = "layers.0.mlp.up_proj.weight"
+    >>> path = [(step, {name: step * torch.diag(torch.tensor([3.0, 2.0, 1.0]))}) for step in (1, 2)]
+    >>> settings = GeometrySettings(k=1, sim_ks=(1,), mask_rank=1, alphas=())
+    >>> measure_trajectory({name: torch.zeros(3, 3)}, path, settings)[["step", "stable_rank", "sim_right_K1"]].round(4)
+       step  stable_rank  sim_right_K1
+    0     1       1.5556           1.0
+    1     2       1.5556           1.0
+    """
+    steps = [step for step, _ in snapshots]
+    if not steps or steps != sorted(set(steps)):
+        raise OpdlabError(f"snapshots has the steps {steps}; expected one or more, ascending, none twice")
+    w0s = float64_matrices(w0s, "w0s")
+    w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
+    parts = []
+    for name, w0 in w0s.items():
+        _check_size(name, w0, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
+        columns = _course(w0, [w_t[name] for w_t in w_ts], settings, _generator(seed, name))
+        parts.append(DataFrame({"step": steps} | _identity(name, w0) | columns))
+    # The sort is stable: within a step, matrices stay in the order of the model.
+    return concat(parts).sort_values("step", kind="stable", ignore_index=True)
+
+
+def overall_sparsity(table: DataFrame) -> float:
+    """Return the sparsity of all measured weights together: the mean over matrices, weighted by their parameters.
+
+    Args:
+        table: of :func:`measure_pair`, or the rows of one step of :func:`measure_trajectory`.
+
+    Raises:
+        OpdlabError: if a matrix occurs twice: then the rows are of several updates.
+
+    Source: 2606.07082, Appendix C.3 and Table 1. All other columns are averaged without weights.
+
+    >>> overall_sparsity(DataFrame({"matrix": ["a", "b"], "sparsity": [1.0, 0.5], "parameters": [100, 300]}))
+    0.625
+    """
+    if table["matrix"].duplicated().any():
+        raise OpdlabError(
+            "table has a matrix in several rows; expected the rows of one update, for example of one step"
+        )
+    return float((table["sparsity"] * table["parameters"]).sum() / table["parameters"].sum())
+
+
+def _identity(name: str, w0: Tensor) -> dict:
+    rows, cols = w0.shape
+    return {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
+
+
+def _pair_row(w0: Tensor, w1: Tensor, svd0: Svd, settings: GeometrySettings, generator: Generator) -> dict:
+    delta = w1 - w0
+    shuffled = permute(delta, generator)
+    svd1 = svd(w1)
+    visible = update_mask(w0, w1)
+    row = {"sparsity": bf16_sparsity(w0, w1), "density": density(visible)}
+    for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
+        row[f"angle_{side}_mean"] = float(angles.mean())
+        row[f"angle_{side}_median"] = float(angles.quantile(0.5))
+        row[f"angle_{side}_max"] = float(angles.max())
+    row |= {
+        "nss": spectral_drift(svd0, svd1),
+        "frobenius": frobenius(delta),
+        "relative_norm": relative_norm(w0, w1),
+        "stable_rank": stable_rank(delta),
+        "stable_rank_null": stable_rank(shuffled),
+        "stable_rank_gaussian": gaussian_stable_rank(*w0.shape),
+    }
+    updates = {
+        "": visible,
+        "_null": update_mask(w0, w0 + shuffled),
+        "_top": largest_entries(delta, int(visible.sum())),
+    }
+    for alpha in settings.alphas:
+        stars = {"principal": principal_mask(svd0, settings.mask_rank, alpha), "low": low_magnitude_mask(w0, alpha)}
+        for star, mask_star in stars.items():
+            for suffix, update in updates.items():
+                row[f"{star}_overlap_a{100 * alpha:g}{suffix}"] = overlap(mask_star, update)
+    return row
+
+
+def _course(w0: Tensor, w_ts: list[Tensor], settings: GeometrySettings, generator: Generator) -> dict[str, list[float]]:
+    deltas = [w_t - w0 for w_t in w_ts]
+    interval_norms = [frobenius(after - before) for before, after in pairwise([w0, *w_ts])]
+    svds = [svd(delta) for delta in deltas]
+    walk_svds = [svd(delta) for delta in random_walk(interval_norms, w0.shape, generator)]
+    columns = {
+        "frobenius": [frobenius(delta) for delta in deltas],
+        "relative_norm": [relative_norm(w0, w_t) for w_t in w_ts],
+        "interval_norm": interval_norms,
+        "sparsity": [bf16_sparsity(w0, w_t) for w_t in w_ts],
+        "stable_rank": [stable_rank(delta) for delta in svds],
+        "stable_rank_null": [stable_rank(permute(delta, generator)) for delta in deltas],
+    }
+    for k in settings.sim_ks:
+        seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
+        for side in ("right", "left"):
+            columns[f"sim_{side}_K{k}"] = getattr(seen, side)
+            columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
+        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * len(w_ts)
+    return columns
+
+
+def _check_size(name: str, w0: Tensor, **settings: int) -> None:
+    largest = min(w0.shape)
+    for setting, value in settings.items():
+        if value > largest:
+            raise OpdlabError(f"{setting} is {value}; expected {largest} at most, as {name} is {tuple(w0.shape)}")
+
+
+def _base_svd(name: str, w0: Tensor, base_svds: Mapping[str, Svd]) -> Svd:
+    found = base_svds.get(name)
+    # The norms tell an Svd of other weights apart at no cost; equal weights agree to rounding.
+    if found is None or abs(frobenius(found.s) - frobenius(w0)) > 1e-9 * frobenius(w0):
+        raise OpdlabError(f"base_svds does not hold the Svd of {name} in w0s; expected decompose(w0s)")
+    return found
+
+
+def _generator(seed: int, name: str) -> Generator:
+    # From the name, not from the position: the null of a matrix does not depend on which others are measured.
+    return torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))

@@ -1,0 +1,138 @@
+"""Nulls: what a diagnostic shows when there is nothing to see.
+
+Each keeps one trivial property of an update and destroys its geometry: a permutation keeps the sizes of the entries, a
+random walk the sizes of the steps, a rescaling makes two updates equally large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import _checks
+from opdlab.geometry.subspaces import Similarity, similarity_to_end
+
+
+def permute(delta: Tensor, generator: Generator) -> Tensor:
+    """Return the entries of an update in random places, in float64: the same multiset, no geometry.
+
+    Args:
+        delta: a tensor of any shape.
+        generator: a CPU generator.
+
+    Raises:
+        OpdlabError: if an entry is not finite.
+
+    >>> permute(torch.arange(4.0), torch.Generator().manual_seed(0)).sort().values
+    tensor([0., 1., 2., 3.], dtype=torch.float64)
+    """
+    delta = _checks.finite(delta, "delta")
+    return delta.flatten()[torch.randperm(delta.numel(), generator=generator)].reshape(delta.shape)
+
+
+def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
+    """Return w0 plus the permuted update w1 - w0, in float64: the null for mask overlaps.
+
+    Small weights have small bfloat16 steps, so an update shows on them more often without any geometry. Rounding this
+    tensor to bfloat16 and taking the overlaps again, as ``overlap(m, update_mask(w0, permuted))``, says how often.
+
+    Args:
+        w0: weights before, any shape.
+        w1: weights after, the same shape; unrounded, as a trainer keeps them.
+        generator: a CPU generator.
+
+    Raises:
+        OpdlabError: if the shapes differ or an entry is not finite.
+
+    Source: a control that the paper does not have.
+
+    >>> w0, w1 = torch.zeros(4), torch.arange(4.0)
+    >>> permuted_update(w0, w1, torch.Generator().manual_seed(0)).sort().values
+    tensor([0., 1., 2., 3.], dtype=torch.float64)
+    """
+    w0, w1 = _checks.pair(w0, w1)
+    return w0 + permute(w1 - w0, generator)
+
+
+def random_walk(norms: Sequence[float], shape: tuple[int, int], generator: Generator) -> Tensor:
+    """Return the cumulative updates of a walk whose steps are independent, Gaussian and of given sizes.
+
+    Args:
+        norms: T Frobenius norms, of the updates between consecutive snapshots (the first counts from w0).
+        shape: (m, n) of the matrix.
+        generator: a CPU generator.
+
+    Returns:
+        (T, m, n) in float64: the update from w0 to each snapshot.
+
+    Raises:
+        OpdlabError: if there is no norm, one is negative or not finite, or a dimension is below 1.
+
+    Source: a control that the paper does not have.
+
+    >>> walk = random_walk([3.0, 4.0], (8, 8), torch.Generator().manual_seed(0))
+    >>> torch.linalg.matrix_norm(walk.diff(dim=0, prepend=torch.zeros(1, 8, 8)))
+    tensor([3.0000, 4.0000], dtype=torch.float64)
+    """
+    sizes = _checks.finite(torch.as_tensor(norms, dtype=torch.float64), "norms")
+    if sizes.ndim != 1 or len(sizes) == 0 or (sizes < 0).any():
+        raise OpdlabError(f"norms is {sizes.tolist()}; expected a list of one norm or more, none below 0")
+    m, n = (_checks.whole(side, f"shape[{i}]", 1) for i, side in enumerate(shape))
+    steps = torch.randn(len(sizes), m, n, dtype=torch.float64, generator=generator)
+    return (steps * (sizes / torch.linalg.matrix_norm(steps))[:, None, None]).cumsum(dim=0)
+
+
+def random_walk_sim(norms: Sequence[float], shape: tuple[int, int], k: int, generator: Generator) -> Similarity:
+    """Return Sim_K(t, t_end) of a random walk: what a shared history gives without any preferred direction.
+
+    Args:
+        norms: T Frobenius norms, of the updates between consecutive snapshots (the first counts from w0).
+        shape: (m, n) of the matrix.
+        k: dimension of the subspaces, at most min(m, n).
+        generator: a CPU generator.
+
+    Returns:
+        T similarities a side; the last is 1. NaN as long as the walk has not left w0.
+
+    Raises:
+        OpdlabError: if k is out of range, or as for :func:`random_walk`.
+
+    Source: a control that the paper does not have, for its Figure 5.
+
+    >>> walk = random_walk_sim([1.0, 1.0, 0.0], (64, 64), 2, torch.Generator().manual_seed(0))
+    >>> [round(sim, 2) for sim in walk.right]  # the last step is nothing
+    [0.26, 1.0, 1.0]
+    """
+    return similarity_to_end(list(random_walk(norms, shape, generator)), k)
+
+
+def norm_matched(w0: Tensor, w1: Tensor, norm: float) -> Tensor:
+    """Return w0 + c (w1 - w0) in float64, with c >= 0 such that the update has Frobenius norm ``norm``.
+
+    Angles and spectral drift grow with the size of an update; this puts two updates on one scale before comparing.
+
+    Args:
+        w0: weights before, any shape.
+        w1: weights after, the same shape.
+        norm: the size wanted, in the units of the weights, 0 or more.
+
+    Raises:
+        OpdlabError: if w1 equals w0 (no direction to scale), norm is negative or not finite, the shapes differ, or an
+            entry is not finite.
+
+    Source: a control that the paper does not have, for its Figure 2.
+
+    >>> norm_matched(torch.zeros(2), torch.tensor([3.0, 4.0]), 10.0)
+    tensor([6., 8.], dtype=torch.float64)
+    """
+    w0, w1 = _checks.pair(w0, w1)
+    if not 0 <= norm < float("inf"):
+        raise OpdlabError(f"norm is {norm!r}; expected a finite number of 0 or more")
+    delta = w1 - w0
+    size = float(torch.linalg.vector_norm(delta))
+    if size == 0:
+        raise OpdlabError("w1 equals w0; expected an update, for a zero one has no direction to scale")
+    return w0 + delta * (norm / size)

@@ -1,0 +1,79 @@
+"""Which weights moved at all, seen in bfloat16.
+
+A model is stored and served in bfloat16, with 8 significant bits. An update that does not carry a weight over to the
+next bfloat16 number leaves no trace in the file: it is invisible. Sparsity is the share of such weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opdlab.geometry import _checks
+
+
+def bf16_equal(w0: Tensor, w1: Tensor) -> Tensor:
+    """Mark the weights that are the same number after rounding to bfloat16.
+
+    The paper's rule is |w1 - w0| <= eta max(|w0|, |w1|) on the rounded values, with eta = 1e-3. For normal, nonzero
+    numbers and any eta < 2^-9 that is the same as equality, because two neighbouring bfloat16 numbers are further
+    apart. Zero needs no case of its own: +0 equals -0, and a move from zero to anything else is a change.
+
+    Args:
+        w0: weights before, any shape.
+        w1: weights after, the same shape.
+
+    Returns:
+        A mask of that shape; True where the weight did not visibly change.
+
+    Raises:
+        OpdlabError: if the shapes differ or an entry is not finite.
+
+    Source: 2606.07082, Appendix C.3 (the rule); 2511.08567, Proposition E.3 (the equivalence).
+
+    >>> bf16_equal(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.003, 1.005, -0.0]))  # 1 and 1 + 2^-7 are neighbours
+    tensor([ True, False,  True])
+    """
+    w0, w1 = _checks.pair(w0, w1)
+    # By way of float32, which is what a trainer keeps; the cast rounds to nearest, ties to even.
+    return w0.float().to(torch.bfloat16) == w1.float().to(torch.bfloat16)
+
+
+def update_mask(w0: Tensor, w1: Tensor) -> Tensor:
+    """Mark the visible update, M: the weights that differ after rounding to bfloat16.
+
+    Args and errors are those of :func:`bf16_equal`.
+
+    Source: 2606.07082, Appendix C.3.
+
+    >>> update_mask(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.003, 1.005, 1e-30]))
+    tensor([False,  True,  True])
+    """
+    return ~bf16_equal(w0, w1)
+
+
+def bf16_sparsity(w0: Tensor, w1: Tensor) -> float:
+    """Return the share of weights that did not visibly change, from 0 to 1; NaN for an empty tensor.
+
+    Args and errors are those of :func:`bf16_equal`.
+
+    Source: 2606.07082, Appendix C.3 and Table 1.
+
+    >>> bf16_sparsity(torch.ones(2, 2), torch.tensor([[1.0, 1.001], [1.002, 2.0]]))
+    0.75
+    """
+    return float(bf16_equal(w0, w1).double().mean())
+
+
+def density(mask: Tensor) -> float:
+    """Return the share of True entries of a mask, from 0 to 1; NaN for an empty mask.
+
+    Raises:
+        OpdlabError: if ``mask`` does not hold booleans.
+
+    Source: 2606.07082, Figure 3 (update density, 1 - sparsity of one matrix).
+
+    >>> density(torch.tensor([[True, False], [False, False]]))
+    0.25
+    """
+    return float(_checks.mask(mask, "mask").double().mean())

@@ -1,0 +1,196 @@
+"""Directions: the leading singular subspaces of weights and updates, and how two of them compare.
+
+A subspace is an orthonormal basis (n, K), one direction per column. Directions that a matrix does not have (it is zero,
+or its rank is below K) are columns of NaN rather than arbitrary vectors of its null space, and whatever is computed
+from them is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import nan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import _checks
+from opdlab.geometry.spectrum import Svd, svd
+
+
+class Rotation(NamedTuple):
+    """Principal angles in degrees, ascending, between the leading singular subspaces before and after."""
+
+    left: Tensor  # (k,), the output side
+    right: Tensor  # (k,), the input side
+
+
+class Similarity(NamedTuple):
+    """Sim_K(t, t_end) of every snapshot t, in order."""
+
+    left: list[float]
+    right: list[float]
+
+
+def top_right(delta: Tensor | Svd, k: int) -> Tensor:
+    """Return the top-k right singular vectors as columns, (n, k) in float64: the paper's V_k.
+
+    Args:
+        delta: (m, n) matrix, or its Svd.
+        k: how many, at most min(m, n). Columns past the numerical rank (:attr:`Svd.rank`) are NaN.
+
+    Raises:
+        OpdlabError: if k is out of range, or as for :func:`svd`.
+
+    Source: 2606.07082, Appendix E (k = 16, of the update).
+
+    >>> top_right(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), 1).abs().T
+    tensor([[0., 1.]], dtype=torch.float64)
+    >>> top_right(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), 2)[:, 1]
+    tensor([nan, nan], dtype=torch.float64)
+    """
+    decomposed = svd(delta, "delta")
+    return _leading(decomposed.vh.T, decomposed, k)
+
+
+def top_left(delta: Tensor | Svd, k: int) -> Tensor:
+    """Return the top-k left singular vectors as columns, (m, k) in float64: the paper's U_k.
+
+    Args and errors are those of :func:`top_right`.
+
+    >>> top_left(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), 1).abs().T
+    tensor([[1., 0.]], dtype=torch.float64)
+    """
+    decomposed = svd(delta, "delta")
+    return _leading(decomposed.u, decomposed, k)
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """Return the principal angles between two subspaces, (K,) in degrees from 0 to 90, ascending.
+
+    cos(theta_i) is the i-th singular value of a^T b (descending). The arccosine loses half of the digits near 1: in
+    float64 it cannot see angles under about 1e-6 degrees. So angles up to 45 degrees come from their sines, the
+    singular values of (I - a a^T) b, and the others from their cosines. Either is good to about 1e-13 degrees.
+
+    Args:
+        a: (n, K) orthonormal basis.
+        b: (n, K) orthonormal basis.
+
+    Returns:
+        The angles; all NaN if a basis contains NaN.
+
+    Raises:
+        OpdlabError: if the shapes differ or the columns are not orthonormal to 1e-10.
+
+    Source: 2606.07082, Appendix C.3; Björck and Golub (1973); Knyazev and Argentati (2002), whose Algorithm 3.1
+    ``scipy.linalg.subspace_angles`` follows. Here the choice of form is made for each angle by its own cosine.
+
+    >>> line = torch.tensor([[1.0], [0.0]])
+    >>> principal_angles(line, torch.tensor([[0.5], [0.75**0.5]], dtype=torch.float64))
+    tensor([60.0000], dtype=torch.float64)
+    """
+    _checks.same_shape(a, "a", b, "b")
+    width = a.shape[-1]
+    a, b = _checks.basis(a, "a"), _checks.basis(b, "b")
+    if a is None or b is None:
+        return torch.full((width,), nan, dtype=torch.float64)
+    overlap = a.T @ b  # (K, K)
+    cosines = torch.linalg.svdvals(overlap)  # descending: angles ascend
+    sines = torch.linalg.svdvals(b - a @ overlap).flip(0)  # (n, K), ascending after the flip
+    angles = torch.where(cosines.square() >= 0.5, sines.clamp(max=1).asin(), cosines.clamp(max=1).acos())
+    return angles.rad2deg()
+
+
+def rotation(w0: Tensor | Svd, w1: Tensor | Svd, k: int) -> Rotation:
+    """Return the angles by which an update turned the top-k singular subspaces of a weight matrix.
+
+    The largest angle is governed by the gap between the k-th and the next singular value of w0 (Wedin's bound:
+    ||delta||_op over the gap), so look at the mean and the median as well.
+
+    Args:
+        w0: (m, n) matrix before, or its Svd.
+        w1: (m, n) matrix after, or its Svd.
+        k: dimension of the subspaces, at most min(m, n). The paper's 512 is an eighth of its 4096.
+
+    Returns:
+        Left and right angles, (k,) each, in degrees, ascending; NaN if a matrix has a rank below k.
+
+    Raises:
+        OpdlabError: if k is out of range, the shapes differ, or as for :func:`svd`.
+
+    Source: 2606.07082, Appendix C.3 and Figure 2; 2511.08567.
+
+    >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+    >>> w0 = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> rotation(w0, turn @ w0, 1)  # outputs turned by a right angle, inputs left alone
+    Rotation(left=tensor([90.], dtype=torch.float64), right=tensor([0.], dtype=torch.float64))
+    """
+    svd0, svd1 = svd(w0, "w0"), svd(w1, "w1")
+    return Rotation(
+        left=principal_angles(top_left(svd0, k), top_left(svd1, k)),
+        right=principal_angles(top_right(svd0, k), top_right(svd1, k)),
+    )
+
+
+def sim_k(v_a: Tensor, v_b: Tensor) -> float:
+    """Return ||v_a^T v_b||_F^2 / K, from 0 (orthogonal) to 1 (the same subspace): the mean cos^2 of the angles.
+
+    Two random subspaces of dimension K in R^n have K / n on average.
+
+    Args:
+        v_a: (n, K) orthonormal basis.
+        v_b: (n, K) orthonormal basis.
+
+    Returns:
+        The similarity; NaN if a basis contains NaN, that is if an update has fewer than K directions.
+
+    Raises:
+        OpdlabError: if the shapes differ or the columns are not orthonormal to 1e-10.
+
+    Source: 2606.07082, Appendix E and Figure 5 (right side, K = 16).
+
+    >>> sim_k(torch.eye(3)[:, :2], torch.eye(3)[:, 1:])  # one shared direction of two
+    0.5
+    """
+    _checks.same_shape(v_a, "v_a", v_b, "v_b")
+    v_a, v_b = _checks.basis(v_a, "v_a"), _checks.basis(v_b, "v_b")
+    if v_a is None or v_b is None:
+        return nan
+    # Equal subspaces can come out as 1 + 1e-15.
+    return min(1.0, float((v_a.T @ v_b).square().sum()) / v_a.shape[1])
+
+
+def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
+    """Return Sim_K(t, t_end) of cumulative updates w_t - w0 to the last of them, on both sides.
+
+    Successive updates share their history, so the similarity climbs to 1 for any process; compare with
+    :func:`opdlab.geometry.random_walk_sim`.
+
+    Args:
+        deltas: T updates (m, n) in order, or their Svds.
+        k: dimension of the subspaces, at most min(m, n).
+
+    Returns:
+        T similarities a side; NaN where this update or the last has a rank below k.
+
+    Raises:
+        OpdlabError: if there is no update, k is out of range, or as for :func:`svd`.
+
+    Source: 2606.07082, Appendix E and Figure 5.
+
+    >>> similarity_to_end([torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([1.0, 2.0]))], 1)
+    Similarity(left=[0.0, 1.0], right=[0.0, 1.0])
+    """
+    if not deltas:
+        raise OpdlabError("deltas is empty; expected one update or more")
+    svds = [svd(delta, f"deltas[{t}]") for t, delta in enumerate(deltas)]
+    left, right = ([side(delta, k) for delta in svds] for side in (top_left, top_right))
+    return Similarity(left=[sim_k(u, left[-1]) for u in left], right=[sim_k(v, right[-1]) for v in right])
+
+
+def _leading(vectors: Tensor, decomposed: Svd, k: int) -> Tensor:
+    """Take the first k columns; those that belong to a vanishing singular value are undefined."""
+    columns = vectors[:, : _checks.whole(k, "k", 1, len(decomposed.s))].clone()
+    columns[:, decomposed.rank :] = nan
+    return columns

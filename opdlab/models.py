@@ -1,0 +1,138 @@
+"""Models and tokenizers as ordinary Hugging Face folders.
+
+Everything is opened by ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``, so a model of
+the lab and Qwen3-8B take the same path. Weights are float32 (the bf16 cast is something that diagnostics look at, not
+something that training does), only safetensors are read, and no code from a model folder is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opdlab.errors import OpdlabError
+from opdlab.tasks import ALPHABET, EOS, PAD
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the lab's tokenizer: one token per character of :data:`opdlab.tasks.ALPHABET`, padded on the left.
+
+    >>> tokenizer = character_tokenizer()
+    >>> tokenizer("17+5").input_ids, tokenizer.decode([1, 7, 10, 5])
+    ([1, 7, 10, 5], '17+5')
+    """
+    tokenizer = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=PAD, padding_side="left"
+    )
+
+
+def new_model(shape: dict, seed: int) -> Qwen3ForCausalLM:
+    """Build a randomly initialised Qwen3 model for the character tokenizer.
+
+    Args:
+        shape: the fields of ``Qwen3Config`` that give its size.
+        seed: of the initial weights; the global random state is left as it was.
+    """
+    config = Qwen3Config(
+        vocab_size=len(ALPHABET),
+        eos_token_id=ALPHABET.index(EOS),
+        pad_token_id=ALPHABET.index(PAD),
+        bos_token_id=None,
+        tie_word_embeddings=True,
+        **shape,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config).float()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a model folder.
+
+    Raises:
+        OpdlabError: if there is no such folder, or it holds no safetensors (pickled weights are refused).
+    """
+    if not folder.is_dir():
+        raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise OpdlabError(f"{folder / pickles[0]} is a pickle, which can run code: convert it to safetensors first")
+        raise OpdlabError(f"model folder {folder} has no weights: it needs a model.safetensors")
+    return files
+
+
+def load_model(folder: Path | str, device: str = "cpu") -> PreTrainedModel:
+    """Open the causal language model in ``folder`` in float32, in evaluation mode.
+
+    Raises:
+        OpdlabError: if the folder or its weights are missing, pickled or damaged.
+    """
+    weight_files(Path(folder))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as problem:
+        raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """Open the tokenizer in ``folder``, padding on the left.
+
+    Raises:
+        OpdlabError: if it cannot be opened, or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    except Exception as problem:
+        raise OpdlabError(f"the tokenizer in {folder} cannot be opened ({problem}); restore or remake it") from problem
+    if tokenizer.eos_token_id is None:
+        raise OpdlabError(f"the tokenizer in {folder} has no end-of-sequence token, so a rollout could never end")
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder: config, safetensors and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def check_same_vocabulary(student: Path, teacher: Path) -> None:
+    """Check that a token means the same to student and teacher, which every distillation loss takes for granted.
+
+    Raises:
+        OpdlabError: if the two vocabularies differ, naming the folders.
+    """
+    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (student, teacher))
+    if ours != theirs:
+        raise OpdlabError(
+            f"student {student} and teacher {teacher} have different vocabularies ({len(ours)} and {len(theirs)} "
+            f"tokens, {len(ours.items() & theirs.items())} in common): choose a teacher of the same family"
+        )
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the weights in ``folder``: the identity of a start point."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,168 @@
+"""Figures: functions from a table to a figure, in one visual language.
+
+Each arm has one colour (Okabe and Ito's, told apart by colour-blind readers) and one marker (told apart in grey). A thin
+line or a small dot is a seed, a thick line the mean over seeds, a band its 95 % interval, and grey dashes are the null.
+Nothing is computed here but means and intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from opdlab.arms import ARMS
+from opdlab.stats import mean_interval
+
+COLOURS = {"sft": "#0072B2", "opd": "#D55E00", "opd_full": "#CC79A7", "rlvr": "#009E73", "sft_matched": "#56B4E9"}
+MARKERS = {"sft": "s", "opd": "o", "opd_full": "D", "rlvr": "^", "sft_matched": "v"}
+NULL = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
+
+
+def use_style() -> None:
+    """Set the look of all figures; in a notebook also their format: PNG at double density, without metadata."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "savefig.facecolor": "white",
+            "font.family": "DejaVu Sans",
+        },
+    )
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    # Without the Software field the same figure gives the same bytes under every version.
+    set_matplotlib_formats("retina", metadata={"Software": None}, bbox_inches="tight")
+
+
+def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9) -> tuple[Figure, list[Axes]]:
+    """Return a figure with ``count`` panels in rows of at most ``columns``."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.remove()
+    return figure, flat[:count]
+
+
+def per_seed(table: pd.DataFrame, values: Sequence[str], by: Sequence[str] = ()) -> pd.DataFrame:
+    """Average ``values`` over matrices (unweighted, the paper's rule), leaving one row per arm, seed and ``by``."""
+    return table.groupby(["arm", "seed", *by], sort=False, as_index=False)[list(values)].mean()
+
+
+def draw_curves(
+    axis: Axes, table: pd.DataFrame, x: str, y: str, *, null: str | None = None, labels: bool = True, smooth: int = 1
+) -> None:
+    """Draw ``y`` against ``x`` for each arm: seeds, mean and interval, and the mean of the column ``null``.
+
+    Args:
+        axis: where to draw.
+        table: one row per arm, seed and x.
+        x: column of the horizontal axis.
+        y: column of the vertical axis.
+        null: column with the null of each row, drawn in grey for each arm.
+        labels: write each arm's name at the end of its curve.
+        smooth: width of a running mean over rows, for noisy histories.
+    """
+    ends = []
+    for arm, rows in table.groupby("arm", sort=False):
+        wide = rows.pivot_table(index=x, columns="seed", values=y)
+        if smooth > 1:
+            wide = wide.rolling(smooth, min_periods=1).mean()
+        axis.plot(wide.index, wide, color=COLOURS[arm], linewidth=0.7, alpha=0.5)
+        intervals = [mean_interval(row.dropna()) for row in wide.to_numpy()] if smooth == 1 else None
+        mean = wide.mean(axis=1)
+        axis.plot(wide.index, mean, color=COLOURS[arm], linewidth=2, marker=MARKERS[arm] if smooth == 1 else None, ms=4)
+        if intervals is not None and wide.shape[1] > 1:
+            axis.fill_between(
+                wide.index, [i.low for i in intervals], [i.high for i in intervals], color=COLOURS[arm], alpha=0.12, lw=0
+            )
+        if null:
+            axis.plot(rows.groupby(x)[null].mean(), **NULL, zorder=0)
+        ends.append((float(mean.iloc[-1]), float(wide.index[-1]), arm))
+    seeds = table.groupby(["arm", x])[y].mean()
+    low, high = float(seeds.min()), float(seeds.max())
+    margin = 0.12 * (high - low or 1.0)
+    axis.set_ylim(low - margin, high + margin)
+    if labels:
+        label_ends(axis, ends)
+
+
+def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str]], gap: float = 0.075) -> None:
+    """Write arms' names at the right of their curves, pushed apart where they would overlap.
+
+    Args:
+        axis: where to write.
+        ends: height in data units, x of the end and arm of each curve.
+        gap: smallest distance between two names, as a share of the axis.
+    """
+    low, high = axis.get_ylim()
+    places: list[float] = []
+    for y, x, arm in sorted(ends):
+        place = (y - low) / (high - low)
+        if places:
+            place = max(place, places[-1] + gap)
+        places.append(place)
+        axis.annotate(
+            ARMS[arm].label,
+            (1.02, place),
+            xycoords="axes fraction",
+            color=COLOURS[arm],
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = None, log: bool = False) -> None:
+    """Draw one dot per seed and the mean of ``y`` for each arm, with the null as grey dashes beside it."""
+    arms = list(dict.fromkeys(table["arm"]))
+    for i, arm in enumerate(arms):
+        rows = table[table["arm"] == arm]
+        axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=COLOURS[arm], linewidth=2)
+        spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else [0.0]
+        axis.plot(i + np.asarray(spread), rows[y], MARKERS[arm], color=COLOURS[arm], ms=5, alpha=0.8)
+        if null:
+            axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
+    axis.set_xticks(range(len(arms)), [ARMS[arm].label.replace(" ", "\n", 1) for arm in arms], fontsize=8)
+    axis.set_xlim(-0.6, len(arms) - 0.4)
+    if log:
+        axis.set_yscale("log")
+
+
+def draw_paths(axis: Axes, table: pd.DataFrame, x: str, y: str, *, log: bool = True) -> None:
+    """Draw where each run went in the plane of ``x`` and ``y``: one line per seed, from early to late."""
+    for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
+        axis.plot(rows[x], rows[y], color=COLOURS[arm], marker=MARKERS[arm], ms=3.5, linewidth=0.9, alpha=0.8)
+    if log:
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+
+
+def arm_legend(axis: Axes, arms: Sequence[str], *, null: str | None = None, **options: object) -> None:
+    """Add a legend with the arms, and the null under the name ``null``."""
+    handles = [
+        plt.Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], linewidth=2, ms=5, label=ARMS[arm].label)
+        for arm in arms
+    ]
+    if null:
+        handles.append(plt.Line2D([], [], label=null, **NULL))
+    axis.legend(handles=handles, **options)

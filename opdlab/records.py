@@ -1,0 +1,188 @@
+"""Records: the small tables of finished runs that chapters read instead of training again.
+
+A record is a folder of CSV files with its configuration and provenance (``record.json``). It counts only if its
+configuration is exactly the one asked for; otherwise the run is trained on the spot, and its tables are kept beside
+its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from opdlab.arms import ARMS, RECORDED
+from opdlab.errors import OpdlabError
+from opdlab.geometry import measure_pair, measure_trajectory
+from opdlab.runs import Home, Run, config_key, default_home, load_tensors, resolve, write_json, write_whole
+from opdlab.scales import Scale, get_scale
+from opdlab.training import train
+
+TABLES = ("history", "evaluations", "matrices", "trajectory")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The tables of several runs, one below the other, each with the columns ``arm``, ``label`` and ``seed``.
+
+    Attributes:
+        history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds).
+        evaluations: one row per evaluation (greedy and sampled accuracy, entropy, KL to the teacher).
+        matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_pair`).
+        trajectory: one row per snapshot and matrix (:func:`opdlab.geometry.measure_trajectory`).
+        sources: one row per run: where its tables come from, key, versions, seconds.
+    """
+
+    history: pd.DataFrame
+    evaluations: pd.DataFrame
+    matrices: pd.DataFrame
+    trajectory: pd.DataFrame
+    sources: pd.DataFrame
+
+
+def record_key(config: dict, scale: Scale) -> str:
+    """Return the hash of what decides a record: the run's configuration and the resolution of the measurements."""
+    return config_key({"run": config, "geometry": json.loads(json.dumps(asdict(scale.geometry)))})
+
+
+def measure_run(run: Run, scale: Scale) -> Path:
+    """Measure a finished run, write its tables into its folder, and return their folder."""
+    folder = run.folder / "tables"
+    origin = run.snapshot(0)
+    snapshots = [(step, run.snapshot(step)) for step in run.config["snapshots"][1:]]
+    seed = run.config["seed"]
+    tables = {
+        "history": pd.DataFrame(run.lines("history")),
+        "evaluations": pd.DataFrame(run.lines("evaluations")),
+        "matrices": measure_pair(origin, snapshots[-1][1], scale.geometry, seed=seed),
+        "trajectory": measure_trajectory(origin, snapshots, scale.geometry, seed=seed),
+    }
+    for name, table in tables.items():
+        write_whole(
+            folder / f"{name}.csv",
+            lambda temporary, table=table: table.to_csv(
+                temporary, index=False, float_format="%.7g", lineterminator="\n"
+            ),
+        )
+    last = run.snapshot_path(run.config["recipe"]["steps"])
+    # Written last: a folder without it is not a record.
+    write_json(
+        folder / "record.json",
+        {
+            "key": record_key(run.config, scale),
+            "weights": tensors_digest(last),
+            "seconds": round(float(tables["history"]["seconds"].sum()), 1),
+            "provenance": json.loads((run.folder / "provenance.json").read_text()),
+            "config": run.config,
+            "geometry": asdict(scale.geometry),
+        },
+    )
+    return folder
+
+
+def tensors_digest(path: Path) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the tensors in a snapshot: equal if they agree bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_tensors(path)[0].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_record(folder: Path) -> tuple[dict, dict[str, pd.DataFrame]]:
+    """Read ``record.json`` and the tables of one record.
+
+    Raises:
+        OpdlabError: if a file is missing or damaged, naming it.
+    """
+    path = folder / "record.json"
+    try:
+        description = json.loads(path.read_text())
+        tables = {}
+        for name in TABLES:
+            path = folder / f"{name}.csv"
+            tables[name] = pd.read_csv(path)
+        return description, tables
+    except (OSError, ValueError) as problem:
+        raise OpdlabError(
+            f"the record file {path} is missing or damaged ({problem}): restore it, or delete its folder"
+        ) from problem
+
+
+def is_recorded(folder: Path, key: str) -> bool:
+    """Tell whether ``folder`` holds the record with this key.
+
+    Raises:
+        OpdlabError: if its record.json is damaged.
+    """
+    path = folder / "record.json"
+    if not path.exists():
+        return False
+    try:
+        return json.loads(path.read_text())["key"] == key
+    except (ValueError, KeyError) as problem:
+        raise OpdlabError(f"the record file {path} is damaged: restore it, or delete its folder") from problem
+
+
+def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
+    """Return the folder with the tables of a run: its record, else its own folder, else train and measure it now."""
+    config = resolve(scale, arm, seed, home)
+    key = record_key(config, scale)
+    recorded = home.records(scale) / f"{arm}-seed{seed}"
+    run = Run.of(scale, arm, seed, home)
+    for folder in (recorded, run.folder / "tables"):
+        if is_recorded(folder, key):
+            return folder
+    if progress and recorded.exists():
+        print(f"{arm} seed {seed}: the record was made with another configuration; training it now")
+    return measure_run(train(arm, seed, scale, home=home, progress=progress), scale)
+
+
+def write_record(arm: str, seed: int, scale: Scale, home: Home) -> Path:
+    """Copy the tables of a finished run to the records, and return their folder there."""
+    source, target = find_tables(arm, seed, scale, home), home.records(scale) / f"{arm}-seed{seed}"
+    if source != target:
+        for name in (*(f"{table}.csv" for table in TABLES), "record.json"):
+            write_whole(target / name, lambda temporary, name=name: shutil.copyfile(source / name, temporary))
+    return target
+
+
+def load_records(
+    arms: tuple[str, ...] = RECORDED,
+    scale: Scale | None = None,
+    *,
+    seeds: tuple[int, ...] | None = None,
+    home: Home | None = None,
+    progress: bool = True,
+) -> Records:
+    """Return the tables of ``arms`` at a scale, over its seeds, training whatever is not recorded.
+
+    Args:
+        arms: names in :data:`opdlab.arms.ARMS`.
+        scale: by default that of ``OPDLAB_SCALE``.
+        seeds: by default those of the scale.
+        home: by default the repository.
+        progress: show bars for what has to be trained.
+    """
+    scale, home = scale or get_scale(), home or default_home()
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in (*TABLES, "sources")}
+    wanted = [(arm, seed) for arm in arms for seed in (scale.seeds if seeds is None else seeds)]
+    for arm, seed in wanted:
+        folder = find_tables(arm, seed, scale, home, progress)
+        description, tables = read_record(folder)
+        who = {"arm": arm, "label": ARMS[arm].label, "seed": seed}
+        source = who | {"recorded": folder.is_relative_to(home.records(scale)), "key": description["key"]}
+        tables["sources"] = pd.DataFrame(
+            [source | {"seconds": description["seconds"], "weights": description["weights"]} | description["provenance"]]
+        )
+        for name, table in tables.items():
+            parts[name].append(table.assign(**{k: v for k, v in who.items() if k not in table}))
+    joined = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    steps = {arm: recipe.steps for arm, recipe in scale.recipes.items()}
+    for name in TABLES:
+        if "step" in joined[name]:
+            joined[name]["progress"] = joined[name]["step"] / joined[name]["arm"].map(steps)
+    return Records(**joined)

@@ -1,0 +1,210 @@
+"""Runs on disk: where things lie, what identifies a run, and how its files are written so that nothing is lost.
+
+A run is a folder::
+
+    runs/tiny/opd-seed0-1f2e3d4c/
+        config.json             everything that decides the result; the folder's last word is its hash
+        provenance.json         versions, device and threads that it ran on
+        history.jsonl           one line per training step
+        evaluations.jsonl       one line per evaluation
+        snapshots/step-000040.safetensors
+        checkpoint.safetensors  weights and optimizer moments, to resume from
+
+Every file is written under another name first and then moved into place, so a killed run leaves whole files only.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opdlab.arms import get_arm
+from opdlab.errors import OpdlabError
+from opdlab.models import weights_digest
+from opdlab.scales import Scale
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder under which models, records and runs lie."""
+
+    root: Path
+
+    def models(self, scale: Scale) -> Path:
+        """The folder with the base, anchor and teacher of ``scale``."""
+        return self.root / "data" / "models" / scale.models
+
+    def records(self, scale: Scale) -> Path:
+        """The folder with the recorded tables of ``scale``."""
+        return self.root / "data" / "records" / scale.name
+
+    def runs(self, scale: Scale) -> Path:
+        """The folder with the runs of ``scale``; it is not part of the repository."""
+        return self.root / "runs" / scale.name
+
+
+def default_home() -> Home:
+    """Return the folder in ``OPDLAB_HOME``, or the repository that this package was installed from."""
+    return Home(Path(os.environ.get("OPDLAB_HOME") or Path(__file__).resolve().parent.parent))
+
+
+def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
+    """Return everything that decides the result of a run, as JSON values.
+
+    Raises:
+        OpdlabError: if the arm is unknown, or a model that it needs is missing (no teacher for OPD, say).
+    """
+    arm, recipe = get_arm(arm_name), scale.recipes[arm_name]
+    folder = home.models(scale)
+    if arm.has_teacher and not (folder / "teacher").is_dir():
+        raise OpdlabError(
+            f"arm {arm.name!r} needs a teacher, and there is none in {folder / 'teacher'}: run 'opdlab models' first"
+        )
+    config = {
+        "scale": scale.name,
+        "arm": asdict(arm),
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "task": {"base": "short_tasks", "teacher": "teacher_mixture"}.get(arm.name, scale.task),
+        "start": weights_digest(folder / arm.start) if arm.start else scale.shapes[arm.name],
+        "teacher": weights_digest(folder / "teacher") if arm.has_teacher else None,
+        "max_new_tokens": scale.max_new_tokens,
+        "temperature": scale.temperature,
+        "micro_batch": scale.micro_batch,
+        "threads": scale.threads,
+        "evaluation_prompts": scale.evaluation_prompts,
+        "evaluations": [0, *scale.steps_at(arm_name, scale.evaluations)],
+        # The lab's own pretraining is not measured: only its last weights are kept.
+        "snapshots": [0, *scale.steps_at(arm_name, scale.snapshots)] if arm.start else [recipe.steps],
+    }
+    return json.loads(json.dumps(config))
+
+
+def config_key(config: dict) -> str:
+    """Return the first 8 hex digits of the SHA-256 of ``config``."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def provenance() -> dict:
+    """Return what floating point depends on beside the configuration: versions, processor and device."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "device": "cpu",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` write a file under a temporary name, then move it to ``path``.
+
+    Raises:
+        OpdlabError: if the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as problem:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+        if full:
+            raise OpdlabError(f"the disk is full: {path} was not written; make room and run it again") from problem
+        raise OpdlabError(f"{path} cannot be written ({problem}); choose a folder that can be") from problem
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as indented JSON."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write tensors and text fields as one safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: the tensors and the text fields.
+
+    Raises:
+        OpdlabError: if it is missing, truncated or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise OpdlabError(
+            f"{path} is missing, truncated or not a safetensors file: delete its run folder and train again"
+        ) from problem
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, folder: Path, config: dict):
+        """Open the run of ``config`` in ``folder``, which need not exist yet."""
+        self.folder, self.config = folder, config
+
+    @classmethod
+    def of(cls, scale: Scale, arm: str, seed: int, home: Home) -> Run:
+        """Return the run of an arm and a seed at a scale."""
+        config = resolve(scale, arm, seed, home)
+        return cls(home.runs(scale) / f"{arm}-seed{seed}-{config_key(config)}", config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step's weights are there."""
+        return self.snapshot_path(self.config["recipe"]["steps"]).exists()
+
+    def snapshot_path(self, step: int) -> Path:
+        """Return the file with the weights after ``step`` updates."""
+        return self.folder / "snapshots" / f"step-{step:06d}.safetensors"
+
+    def snapshot(self, step: int) -> dict[str, Tensor]:
+        """Return the weights after ``step`` updates."""
+        return load_tensors(self.snapshot_path(step))[0]
+
+    def append(self, name: str, line: dict) -> None:
+        """Add one line to ``history`` or ``evaluations``."""
+        try:
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as problem:
+            raise OpdlabError(
+                f"{self.folder / name}.jsonl cannot be written ({problem.strerror}); make room and run it again"
+            ) from problem
+
+    def lines(self, name: str) -> list[dict]:
+        """Return the lines of ``history`` or ``evaluations``."""
+        path = self.folder / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that were written after the checkpoint of ``step``, which a resumed run writes again."""
+        for name in ("history", "evaluations"):
+            path = self.folder / f"{name}.jsonl"
+            if path.exists():
+                # A kill may have cut the last line, so keep whole lines only.
+                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+                write_whole(path, lambda temporary, kept=kept: temporary.write_text("".join(kept)))

@@ -1,0 +1,52 @@
+"""Intervals: how sure a number is, over prompts and over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """An estimate with the two ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def proportion_interval(share: float, count: int, confidence: float = 0.95) -> Interval:
+    """Return Wilson's interval of a share of ``count`` independent trials: the accuracy of one model on its prompts.
+
+    >>> proportion_interval(0.5, 1024)
+    Interval(mean=0.5, low=0.4694..., high=0.5305...)
+    """
+    ends = stats.binomtest(round(share * count), count).proportion_ci(confidence, method="wilson")
+    return Interval(share, float(ends.low), float(ends.high))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return Student's interval of the mean of a few values, one per seed; without spread if there is only one.
+
+    >>> mean_interval([1.0, 2.0, 3.0])
+    Interval(mean=2.0, low=-0.484..., high=4.484...)
+    """
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    half = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(mean, mean - float(half), mean + float(half))
+
+
+def prediction_interval(values: Sequence[float], confidence: float = 0.99) -> Interval:
+    """Return the interval in which one more value is expected, given a few: the spread that a replication must hit.
+
+    >>> prediction_interval([1.0, 2.0, 3.0], 0.95)
+    Interval(mean=2.0, low=-2.968..., high=6.968...)
+    """
+    mean, low, high = mean_interval(values, confidence)
+    factor = np.sqrt(len(values) + 1)
+    return Interval(mean, mean - float((mean - low) * factor), mean + float((high - mean) * factor))

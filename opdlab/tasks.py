@@ -1,0 +1,179 @@
+"""Tasks with a verifiable answer: where prompts come from, how a solution is written, what earns a reward.
+
+A task is three functions on strings. ``prompt`` draws one question, ``demonstration`` writes a correct
+solution with its intermediate steps, and ``reward`` looks at the final answer only, as RLVR does.
+A completion ends with the end-of-sequence character ``$``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from opdlab.errors import OpdlabError
+
+EOS = "$"
+PAD = "_"
+ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
+
+# One prompt in eight is kept for evaluation, by a hash of its text: the two sets cannot overlap, whatever the seed.
+EVALUATION_SHARE = 8
+
+
+def is_evaluation(prompt: str) -> bool:
+    """Tell whether ``prompt`` belongs to the evaluation set; the rest is for training.
+
+    >>> [is_evaluation(f"Q1+{n}=?A:") for n in (1, 2, 3)]
+    [False, False, False]
+    """
+    return hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % EVALUATION_SHARE == 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task; :data:`RUNNING_SUM` is the one of the lab."""
+
+    name: str
+    prompt: Callable[[np.random.Generator], str]
+    demonstration: Callable[[str], str]
+    reward: Callable[[str, str], float]
+
+    def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
+        """Draw ``count`` prompts of the training set, or ``count`` different ones of the evaluation set.
+
+        Raises:
+            OpdlabError: if the evaluation set is too small for ``count`` different prompts.
+        """
+        drawn: list[str] = []
+        seen: set[str] = set()
+        for _ in range(1000 * count):
+            prompt = self.prompt(rng)
+            if is_evaluation(prompt) != evaluation or (evaluation and prompt in seen):
+                continue
+            drawn.append(prompt)
+            seen.add(prompt)
+            if len(drawn) == count:
+                return drawn
+        raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
+
+
+def final_answer(completion: str) -> str | None:
+    """Return the text between the last ``#`` and the end-of-sequence character, or None if either is missing.
+
+    >>> final_answer("17+5=22;22+38=60#60$")
+    '60'
+    >>> final_answer("17+5=22;22+38=60#60") is None
+    True
+    """
+    if not completion.endswith(EOS) or "#" not in completion:
+        return None
+    return completion[:-1].rsplit("#", 1)[1]
+
+
+# --- the task of the lab: a sum of two to four numbers, with running sums -------------------------------------
+
+
+def running_sum_prompt(rng: np.random.Generator) -> str:
+    """Draw a sum of two to four numbers between 1 and 50, for example ``Q17+5+38=?A:``."""
+    terms = rng.integers(1, 51, size=rng.integers(2, 5))
+    return "Q" + "+".join(map(str, terms)) + "=?A:"
+
+
+def _terms(prompt: str) -> list[int]:
+    return [int(term) for term in prompt[1:].split("=")[0].split("+")]
+
+
+def running_sum_demonstration(prompt: str) -> str:
+    """Write the solution with its running sums.
+
+    >>> running_sum_demonstration("Q17+5+38=?A:")
+    '17+5=22;22+38=60#60$'
+    """
+    total, *rest = _terms(prompt)
+    steps = []
+    for term in rest:
+        steps.append(f"{total}+{term}={total + term}")
+        total += term
+    return ";".join(steps) + f"#{total}" + EOS
+
+
+def running_sum_reward(prompt: str, completion: str) -> float:
+    """Return 1.0 if the final answer is right and 0.0 otherwise; the steps before it are not looked at.
+
+    >>> running_sum_reward("Q17+5+38=?A:", "17+5=22;22+38=60#60$")
+    1.0
+    >>> running_sum_reward("Q17+5+38=?A:", "#61$")
+    0.0
+    """
+    return float(final_answer(completion) == str(sum(_terms(prompt))))
+
+
+# --- "pretraining": short tasks that teach digits, order and addition, but never the format above --------------
+
+
+def _numbers(rng: np.random.Generator, high: int) -> list[int]:
+    return rng.integers(1, high + 1, size=rng.integers(2, 5)).tolist()
+
+
+def _join(numbers: list[int], sign: str) -> str:
+    return sign.join(map(str, numbers))
+
+
+_SHORT_PROMPTS = {
+    "S": lambda rng: f"{rng.integers(1, 151)}+{rng.integers(1, 51)}",
+    "D": lambda rng: _join(sorted(rng.integers(1, 201, size=2).tolist(), reverse=True), "-"),
+    "R": lambda rng: _join(rng.integers(0, 10, size=rng.integers(2, 7)).tolist(), ""),
+    "M": lambda rng: _join(_numbers(rng, 200), ","),
+    "O": lambda rng: _join(_numbers(rng, 200), ","),
+    "T": lambda rng: _join(_numbers(rng, 50), "+"),
+}
+
+
+def short_task_prompt(rng: np.random.Generator) -> str:
+    """Draw a prompt of one of six short tasks: Sum, Difference, Reverse, Maximum, Order, Total."""
+    letter = "SDRMOT"[rng.integers(6)]
+    return f"{letter}{_SHORT_PROMPTS[letter](rng)}:"
+
+
+def short_task_demonstration(prompt: str) -> str:
+    """Write the answer to a short task.
+
+    >>> short_task_demonstration("O17,5,38:"), short_task_demonstration("R8362:")
+    ('5,17,38$', '2638$')
+    """
+    letter, body = prompt[0], prompt[1:-1]
+    if letter == "R":
+        return body[::-1] + EOS
+    numbers = [int(number) for number in re.split("[-+,]", body)]
+    if letter == "O":
+        return _join(sorted(numbers), ",") + EOS
+    answer = {"S": sum, "T": sum, "M": max, "D": lambda pair: pair[0] - pair[1]}[letter](numbers)
+    return f"{answer}{EOS}"
+
+
+def short_task_reward(prompt: str, completion: str) -> float:
+    """Return 1.0 if the whole completion is right and 0.0 otherwise."""
+    return float(completion == short_task_demonstration(prompt))
+
+
+RUNNING_SUM = Task("running_sum", running_sum_prompt, running_sum_demonstration, running_sum_reward)
+SHORT_TASKS = Task("short_tasks", short_task_prompt, short_task_demonstration, short_task_reward)
+
+
+def _task_of(prompt: str) -> Task:
+    return RUNNING_SUM if prompt.startswith("Q") else SHORT_TASKS
+
+
+# What the teacher is pretrained on: the lab's task four times out of five, the short tasks otherwise.
+TEACHER_MIXTURE = Task(
+    "teacher_mixture",
+    lambda rng: (RUNNING_SUM if rng.random() < 0.8 else SHORT_TASKS).prompt(rng),
+    lambda prompt: _task_of(prompt).demonstration(prompt),
+    lambda prompt, completion: _task_of(prompt).reward(prompt, completion),
+)
+
+TASKS = {task.name: task for task in (RUNNING_SUM, SHORT_TASKS, TEACHER_MIXTURE)}

@@ -1,0 +1,150 @@
+"""Execute the chapters and store their outputs in them: the site shows them as they are stored.
+
+Every code cell runs, top to bottom, in a fresh kernel. What is written depends on the sources and the results only (no
+times, machine paths or random ids), so executing twice gives the same bytes. A notebook that fails stays as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from tqdm import tqdm
+
+BOOK = Path(__file__).resolve().parent.parent / "book"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
+}
+# The keys of a cell that the site, the tests and the readers' notebooks use.
+CELL_METADATA = ("mystnb", "tags")
+# One state of a bar of tqdm; or the empty line at its end.
+BAR = re.compile(r"\s*|.*(\d+%\|.*\||\d+\w* \[\d\d:\d\d).*")
+
+
+class ChapterError(Exception):
+    """A chapter could not be executed, said in one sentence."""
+
+
+def name_cells(notebook: nbformat.NotebookNode) -> None:
+    """Give each cell an id made of its source, so that inserting a cell leaves the ids of the others alone."""
+    seen: dict[str, int] = {}
+    for cell in notebook.cells:
+        name = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:8]
+        seen[name] = seen.get(name, 0) + 1
+        cell.id = name if seen[name] == 1 else f"{name}-{seen[name]}"
+
+
+def normalise(notebook: nbformat.NotebookNode) -> None:
+    """Drop what depends on the machine, the clock or the editor, and the progress bars."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in CELL_METADATA})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
+    name_cells(notebook)
+
+
+def _is_bar(output: nbformat.NotebookNode) -> bool:
+    if output.output_type != "stream" or output.name != "stderr":
+        return False
+    return all(BAR.fullmatch(line) for line in re.split(r"[\r\n]", output.text))
+
+
+def execute(path: Path, bar: tqdm) -> bool:
+    """Execute one notebook in place, in its own folder, and tell whether its file changed.
+
+    Raises:
+        ChapterError: if a cell fails, takes too long, or leaves a warning behind.
+    """
+    before = path.read_bytes()
+    notebook = nbformat.reads(before.decode(), as_version=4)
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    # Cells are counted as the reader sees them: In [1], In [2], ...
+    number = {id(cell): i for i, cell in enumerate(code_cells, start=1)}
+    running = 0
+
+    def on_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        nonlocal running
+        running = number.get(id(cell), running)
+
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_start=on_start,
+        on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(),
+    )
+    try:
+        client.execute()
+    except CellExecutionError as problem:
+        raise ChapterError(f"{path.name}, code cell {running}: {problem.ename}: {problem.evalue}") from problem
+    except CellTimeoutError as problem:
+        raise ChapterError(f"{path.name}, code cell {running}: took more than {client.timeout} s") from problem
+    except DeadKernelError as problem:
+        raise ChapterError(
+            f"{path.name}, code cell {running}: the kernel died, perhaps for lack of memory"
+        ) from problem
+    normalise(notebook)
+    for cell in code_cells:
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                text = output.text.strip().splitlines()[0]
+                raise ChapterError(f"{path.name}, code cell {number[id(cell)]}: wrote to stderr: {text}")
+    after = (nbformat.writes(notebook) + "\n").encode()
+    if after == before:
+        return False
+    # Whole or not at all, should the machine stop now.
+    temporary = path.with_suffix(".ipynb.part")
+    temporary.write_bytes(after)
+    temporary.replace(path)
+    return True
+
+
+def main() -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook in book/")
+    parser.add_argument("--scale", default="tiny", help="the scale of the runs in the chapters (default: tiny)")
+    options = parser.parse_args()
+    paths = [path.resolve() for path in options.notebooks] or sorted(BOOK.glob("*.ipynb"))
+    for path in paths:
+        if not path.is_file():
+            print(f"there is no notebook {path}", file=sys.stderr)
+            return 2
+    os.environ |= {
+        "OPDLAB_SCALE": options.scale,
+        # One thread: sums keep their order, so numbers keep their last digits.
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    cells = sum(
+        cell.cell_type == "code" for path in paths for cell in nbformat.read(path, as_version=4).cells if cell.source
+    )
+    with tqdm(total=cells, unit="cell") as bar:
+        for path in paths:
+            bar.set_description(path.name)
+            try:
+                changed = execute(path, bar)
+            except ChapterError as problem:
+                bar.close()
+                print(f"{problem}; the file is as it was", file=sys.stderr)
+                return 1
+            bar.write(f"{path.name}: {'written' if changed else 'unchanged'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""What the tests share: a lab of its own at the smoke scale, built from nothing in seconds."""
+
+import os
+from dataclasses import replace
+
+# One thread, as in the recorded runs: the tests compare bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+
+from opdlab.runs import Home
+from opdlab.scales import SMOKE
+from opdlab.training import install_model, train
+
+
+@pytest.fixture(scope="session")
+def scale():
+    """The smoke scale with fewer evaluation prompts: untrained models never stop early."""
+    return replace(SMOKE, evaluation_prompts=8)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory, scale):
+    """A home whose base, teacher and anchor were trained for a dozen steps."""
+    home = Home(tmp_path_factory.mktemp("home"))
+    for arm, name in (("base", "base"), ("teacher", "teacher"), ("sft", "anchor")):
+        install_model(train(arm, 0, scale, home=home), home, scale, name)
+    return home

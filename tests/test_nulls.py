@@ -1,0 +1,338 @@
+"""The nulls keep what they should and destroy the rest; the tables are made of the functions tested elsewhere."""
+
+from dataclasses import replace
+from itertools import pairwise
+from math import isnan
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from opdlab import geometry as g
+from opdlab.errors import OpdlabError
+
+torch.set_num_threads(1)
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+SETTINGS = g.GeometrySettings(k=3, sim_ks=(2, 4), mask_rank=3, alphas=(0.3, 0.5))
+MODULES = {"self_attn.q_proj": (8, 8), "self_attn.o_proj": (8, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12)}
+
+seeds = st.integers(0, 2**31 - 1)
+small_shapes = st.tuples(st.integers(2, 9), st.integers(2, 9))
+norms_of_walks = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=5)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def model(seed: int = 0, size: float = 1.0, layers: int = 2) -> dict[str, torch.Tensor]:
+    """A state dict like that of Qwen3, float32, with what the measurements must leave out."""
+    draw = generator(seed)
+    shapes = {f"model.layers.{i}.{m}.weight": shape for i in range(layers) for m, shape in MODULES.items()}
+    shapes |= {"model.embed_tokens.weight": (20, 8), "lm_head.weight": (20, 8), "model.norm.weight": (8,)}
+    shapes |= {"model.layers.0.self_attn.q_norm.weight": (4,), "model.layers.0.self_attn.q_proj.bias": (8,)}
+    return {name: size * torch.randn(*shape, generator=draw) for name, shape in shapes.items()}
+
+
+def moved(w0s: dict, seed: int, size: float) -> dict:
+    noise = model(seed, size, layers=sum(name.endswith("up_proj.weight") for name in w0s))
+    return {name: w0 + noise[name] for name, w0 in w0s.items()}
+
+
+# --- nulls ------------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(small_shapes, seeds, seeds)
+def test_a_permuted_update_keeps_its_entries(shape, seed: int, seed_order: int):
+    # Whole numbers: float64 adds and subtracts them exactly.
+    w0, delta = (torch.randint(-1000, 1000, shape, generator=generator(seed + i)).double() for i in (0, 1))
+    permuted = g.permute(delta, generator(seed_order))
+    assert torch.equal(permuted.flatten().sort().values, delta.flatten().sort().values)
+    assert g.frobenius(permuted) == pytest.approx(g.frobenius(delta))
+    assert torch.equal(g.permuted_update(w0, w0 + delta, generator(seed_order)), w0 + permuted)
+    assert torch.equal(permuted, g.permute(delta, generator(seed_order)))
+
+
+def test_permuting_destroys_the_geometry():
+    w0 = torch.randn(60, 60, generator=generator())
+    w1 = w0 + torch.outer(*torch.randn(2, 60, generator=generator(1)))
+    permuted = g.permuted_update(w0, w1, generator())
+    assert g.stable_rank(w1 - w0) < 1.001
+    assert g.stable_rank(permuted - w0) > 5
+    low = g.low_magnitude_mask(w0, 0.3)
+    only_low = torch.where(low, w0 + 0.01, w0)
+    assert g.overlap(low, g.update_mask(w0, only_low)) == 1
+    # What is left of the overlap is that a step of 0.01 shows on small weights more often.
+    assert 0.3 < g.overlap(low, g.update_mask(w0, g.permuted_update(w0, only_low, generator()))) < 0.6
+
+
+@PROPERTY
+@given(norms_of_walks, small_shapes, seeds)
+def test_random_walk_has_the_given_steps(norms: list[float], shape, seed: int):
+    walk = g.random_walk(norms, shape, generator(seed))
+    steps = walk.diff(dim=0, prepend=torch.zeros(1, *shape))
+    assert walk.shape == (len(norms), *shape)
+    # The difference of two sums loses what the larger of them rounds off.
+    assert torch.linalg.matrix_norm(steps).tolist() == pytest.approx(norms, abs=1e-12 * max(norms) * len(norms))
+
+
+@PROPERTY
+@given(norms_of_walks, small_shapes, seeds, st.integers(1, 2), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_random_walk_sim(norms: list[float], shape, seed: int, k: int, scale: float):
+    left, right = g.random_walk_sim(norms, shape, k, generator(seed))
+    assert len(left) == len(right) == len(norms)
+    assert all(0 <= sim <= 1 for sim in left + right)
+    assert [left[-1], right[-1]] == pytest.approx([1, 1])
+    assert (left, right) == g.random_walk_sim(norms, shape, k, generator(seed))
+    scaled = g.random_walk_sim([scale * norm for norm in norms], shape, k, generator(seed))
+    # Only ratios of the norms count; nearly equal singular values amplify the rounding.
+    assert scaled.left == pytest.approx(left, abs=1e-4) and scaled.right == pytest.approx(right, abs=1e-4)
+
+
+def test_random_walk_sim_depends_on_shared_history_alone():
+    early = g.random_walk_sim([1.0, 0.1], (40, 40), 4, generator()).right[0]
+    late = g.random_walk_sim([0.1, 1.0], (40, 40), 4, generator()).right[0]
+    assert early > 0.7 and late < 0.4
+    still = g.random_walk_sim([0.0, 1.0], (40, 40), 4, generator())
+    assert isnan(still.left[0]) and isnan(still.right[0]) and still.right[1] == pytest.approx(1)
+    assert g.random_walk_sim([1.0, 1.0], (40, 40), 4, generator(1)) != g.random_walk_sim(
+        [1.0, 1.0], (40, 40), 4, generator(2)
+    )
+
+
+@PROPERTY
+@given(small_shapes, seeds, st.floats(0, 1e3))
+def test_norm_matched(shape, seed: int, norm: float):
+    w0, delta = torch.randn(2, *shape, dtype=torch.float64, generator=generator(seed))
+    matched = g.norm_matched(w0, w0 + delta, norm) - w0
+    assert g.frobenius(matched) == pytest.approx(norm, rel=1e-9, abs=1e-12)
+    assert torch.allclose(matched * g.frobenius(delta), norm * delta, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: g.random_walk([], (3, 3), generator()), r"norms is \[\]"),
+        (lambda: g.random_walk([1.0, -1.0], (3, 3), generator()), "none below 0"),
+        (lambda: g.random_walk([float("nan")], (3, 3), generator()), "norms has 1 entries that are NaN"),
+        (lambda: g.random_walk([1.0], (3, 0), generator()), r"shape\[1\] is 0"),
+        (lambda: g.random_walk_sim([1.0], (3, 3), 4, generator()), "k is 4; expected a whole number from 1 to 3"),
+        (lambda: g.norm_matched(torch.ones(2), torch.ones(2), 1.0), "w1 equals w0"),
+        (lambda: g.norm_matched(torch.ones(2), torch.zeros(2), -1.0), "norm is -1.0"),
+        (lambda: g.permute(torch.tensor([float("inf")]), generator()), "delta has 1"),
+        (lambda: g.permuted_update(torch.ones(2), torch.ones(3), generator()), "w1 has shape"),
+    ],
+)
+def test_errors_name_the_argument(call, message: str):
+    with pytest.raises(OpdlabError, match=message):
+        call()
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(st.integers(0, 200), st.sampled_from(["", "model.", "model.language_model."]), st.sampled_from(sorted(MODULES)))
+def test_describe(layer: int, prefix: str, module: str):
+    described = g.describe(f"{prefix}layers.{layer}.{module}.weight")
+    block = "attention" if module.startswith("self_attn") else "mlp"
+    assert described == (layer, module.split(".")[1], block)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.embed_tokens.weight", "not in the attention or MLP"),
+        ("model.layers.3.adapter.weight", "not in the attention or MLP"),
+        ("model.layers.3.self_attn.qkv_proj.weight", "several matrices side by side"),
+        ("model.layers.3.mlp.gate_up_proj.weight", "several matrices side by side"),
+    ],
+)
+def test_describe_refuses(name: str, message: str):
+    with pytest.raises(OpdlabError, match=message):
+        g.describe(name)
+
+
+@PROPERTY
+@given(st.integers(1, 3), seeds)
+def test_weight_matrices_and_their_decompositions(layers: int, seed: int):
+    weights = model(seed, layers=layers)
+    chosen = g.weight_matrices(weights)
+    assert list(chosen) == [f"model.layers.{i}.{m}.weight" for i in range(layers) for m in MODULES]
+    assert g.weight_matrices(chosen).keys() == chosen.keys()
+    svds = g.decompose(weights)
+    assert svds.keys() == chosen.keys()
+    assert all(torch.equal(svds[name].s, g.svd(w).s) for name, w in chosen.items())
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_pair():
+    table = g.measure_pair(model(), moved(model(), 1, 0.01), SETTINGS)
+    identity = ["matrix", "layer", "module", "block", "rows", "cols", "parameters", "sparsity", "density"]
+    angles = [f"angle_{side}_{value}" for side in ("left", "right") for value in ("mean", "median", "max")]
+    sizes = ["nss", "frobenius", "relative_norm", "stable_rank", "stable_rank_null", "stable_rank_gaussian"]
+    overlaps = [f"{m}_overlap_a{a}{s}" for a in (30, 50) for m in ("principal", "low") for s in ("", "_null", "_top")]
+    assert list(table) == identity + angles + sizes + overlaps
+    assert len(table) == 8 and not table.isna().any(axis=None)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(seeds, st.integers(-3, 0), st.sampled_from([0.125, 4.0]))
+def test_pair_rows_are_the_functions(seed: int, power: int, scale: float):
+    w0s = model(seed)
+    w1s = moved(w0s, seed + 1, 10.0**power)
+    table = g.measure_pair(w0s, w1s, SETTINGS, seed=seed)
+    name = "model.layers.1.mlp.up_proj.weight"
+    w0, w1 = w0s[name].double(), w1s[name].double()
+    row = table.set_index("matrix").loc[name]
+    visible = g.update_mask(w0, w1)
+    assert row.sparsity == g.bf16_sparsity(w0, w1) and row.density == g.density(visible)
+    assert row.nss == pytest.approx(g.spectral_drift(w0, w1)) and row.nss <= row.relative_norm
+    assert row.angle_left_max == pytest.approx(float(g.rotation(w0, w1, 3).left[-1]))
+    assert row.angle_right_median == pytest.approx(float(g.rotation(w0, w1, 3).right[1]))
+    assert row.low_overlap_a30 == pytest.approx(g.overlap(g.low_magnitude_mask(w0, 0.3), visible), nan_ok=True)
+    for column in (c for c in table if "overlap_a50" in c and "_null" not in c):
+        assume(visible.any())
+        low, high = g.feasible_range(0.5, row.density)
+        assert low - 1e-12 <= row[column] <= high + 1e-12
+    # A matrix has the same row whatever else is measured, from scratch or from a decomposition.
+    alone = g.measure_pair({name: w0s[name]}, {name: w1s[name]}, SETTINGS, seed, g.decompose(w0s))
+    pd.testing.assert_series_equal(alone.set_index("matrix").loc[name], row)
+    # A power of two changes the norm alone.
+    scaled = g.measure_pair(*({n: scale * w for n, w in ws.items()} for ws in (w0s, w1s)), SETTINGS, seed)
+    scaled["frobenius"] /= scale
+    pd.testing.assert_frame_equal(scaled, table)
+
+
+def test_a_pair_without_update():
+    table = g.measure_pair(model(), model(), SETTINGS)
+    assert (table.sparsity == 1).all() and (table.density == 0).all() and (table.nss == 0).all()
+    assert (table.angle_left_max < 1e-12).all() and (table.angle_right_max < 1e-12).all()
+    undefined = [c for c in table if "overlap" in c] + ["stable_rank", "stable_rank_null"]
+    assert table[undefined].isna().all(axis=None)
+
+
+def test_columns_of_a_trajectory():
+    w0s = model()
+    table = g.measure_trajectory(w0s, [(step, moved(w0s, step, 0.01)) for step in (1, 5, 9)], SETTINGS)
+    identity = ["step", "matrix", "layer", "module", "block", "rows", "cols", "parameters"]
+    course = ["frobenius", "relative_norm", "interval_norm", "sparsity", "stable_rank", "stable_rank_null"]
+    sims = [
+        column
+        for k in (2, 4)
+        for column in (
+            *(f"sim_{side}_K{k}{suffix}" for side in ("right", "left") for suffix in ("", "_null")),
+            f"sim_random_K{k}",
+        )
+    ]
+    assert list(table) == identity + course + sims
+    assert table.step.tolist() == 8 * [1] + 8 * [5] + 8 * [9]
+    assert table.matrix.tolist() == 3 * list(g.weight_matrices(w0s))
+    assert not table.isna().any(axis=None)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(seeds, st.integers(1, 4))
+def test_trajectory_rows_are_the_functions(seed: int, count: int):
+    w0s = model(seed)
+    path = [w0s]
+    for i in range(count):
+        path.append(moved(path[-1], seed + i + 1, 0.01))
+    snapshots = [(10 * i, weights) for i, weights in enumerate(path) if i]
+    table = g.measure_trajectory(w0s, snapshots, SETTINGS, seed)
+    last = table[table.step == 10 * count].reset_index(drop=True)
+    pair = g.measure_pair(w0s, path[-1], SETTINGS)
+    for column in ("matrix", "frobenius", "relative_norm", "sparsity", "stable_rank"):
+        pd.testing.assert_series_equal(last[column], pair[column])
+    sims = table[[c for c in table if c.startswith("sim_")]]
+    assert ((sims >= 0) & (sims <= 1)).all(axis=None)
+    for column in (c for c in sims if "random" not in c):
+        assert last[column].tolist() == pytest.approx(8 * [1.0])
+    name = "model.layers.0.mlp.down_proj.weight"
+    rows = table[table.matrix == name]
+    deltas = [weights[name].double() - w0s[name].double() for weights in path[1:]]
+    assert rows.sim_left_K2.tolist() == pytest.approx(g.similarity_to_end(deltas, 2).left)
+    assert rows.sim_right_K4.tolist() == pytest.approx(g.similarity_to_end(deltas, 4).right)
+    steps = [g.frobenius(b[name].double() - a[name].double()) for a, b in pairwise(path)]
+    assert rows.interval_norm.tolist() == pytest.approx(steps)
+    assert (rows.sim_random_K4 == 4 / 12).all()
+    alone = g.measure_trajectory({name: w0s[name]}, [(t, {name: w[name]}) for t, w in snapshots], SETTINGS, seed)
+    pd.testing.assert_frame_equal(alone, rows.reset_index(drop=True))
+    if count > 1:
+        other = g.measure_trajectory(w0s, snapshots, SETTINGS, seed + 1)
+        assert not other.sim_right_K2_null.equals(table.sim_right_K2_null)
+        assert other.sim_right_K2.equals(table.sim_right_K2)
+
+
+def test_a_trajectory_that_starts_at_the_origin():
+    w0s = model()
+    table = g.measure_trajectory(w0s, [(0, w0s), (1, moved(w0s, 1, 0.01))], SETTINGS)
+    first, last = table[table.step == 0], table[table.step == 1]
+    undefined = [c for c in table if c.startswith(("sim_right", "sim_left", "stable_rank"))]
+    assert first[undefined].isna().all(axis=None) and not last[undefined].isna().any(axis=None)
+    assert (first.frobenius == 0).all() and (first.sparsity == 1).all()
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 10**6)), min_size=1, max_size=6))
+def test_overall_sparsity(rows: list[tuple[float, int]]):
+    table = pd.DataFrame(rows, columns=["sparsity", "parameters"]).assign(matrix=range(len(rows)))
+    unchanged = sum(sparsity * parameters for sparsity, parameters in rows)
+    assert g.overall_sparsity(table) == pytest.approx(unchanged / sum(parameters for _, parameters in rows))
+    assert table.sparsity.min() - 1e-12 <= g.overall_sparsity(table) <= table.sparsity.max() + 1e-12
+    assert g.overall_sparsity(table[::-1]) == pytest.approx(g.overall_sparsity(table))
+
+
+def test_overall_sparsity_is_that_of_all_weights_together():
+    w0s = model()
+    w1s = moved(w0s, 1, 0.003)
+    together = [torch.cat([w.flatten() for w in g.weight_matrices(ws).values()]) for ws in (w0s, w1s)]
+    assert g.overall_sparsity(g.measure_pair(w0s, w1s, SETTINGS)) == pytest.approx(g.bf16_sparsity(*together))
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({NAME: torch.full((12, 8), float("nan"))}, f"{NAME} in w1s has 96 entries that are NaN"),
+        ({NAME: torch.ones(8, 12)}, f"{NAME} in w1s has shape"),
+        ({"model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}, "do not both have the matrix 'model.layers.9"),
+    ],
+)
+def test_tables_name_the_matrix(change: dict, message: str):
+    with pytest.raises(OpdlabError, match=message):
+        g.measure_pair(model(), model(1) | change, SETTINGS)
+    with pytest.raises(OpdlabError, match=message.replace("w1s", "the snapshot of step 7")):
+        g.measure_trajectory(model(), [(7, model(1) | change)], SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: g.measure_pair(w, w, replace(SETTINGS, k=9)), r"k is 9; expected 8 at most, as model.layers.0"),
+        (lambda w: g.measure_pair(w, w, replace(SETTINGS, mask_rank=9)), "mask_rank is 9"),
+        (
+            lambda w: g.measure_trajectory(w, [(1, w)], replace(SETTINGS, sim_ks=(2, 9))),
+            r"sim_ks\[1\] is 9; expected 8",
+        ),
+        (lambda w: g.measure_pair(w, w, SETTINGS, base_svds=g.decompose(model(5))), "does not hold the Svd of model"),
+        (lambda w: g.measure_pair(w, w, SETTINGS, base_svds={}), "does not hold the Svd of model"),
+        (lambda w: g.measure_trajectory(w, [], SETTINGS), r"snapshots has the steps \[\]"),
+        (lambda w: g.measure_trajectory(w, [(2, w), (1, w)], SETTINGS), r"steps \[2, 1\]; expected one or more"),
+        (lambda w: g.weight_matrices({"lm_head.weight": torch.ones(2, 2)}), "no matrix named"),
+        (lambda w: g.overall_sparsity(pd.concat(2 * [g.measure_pair(w, w, SETTINGS)])), "a matrix in several rows"),
+        (lambda w: replace(SETTINGS, k=0), "k is 0; expected a whole number of 1 or more"),
+        (lambda w: replace(SETTINGS, alphas=(0.3, 30)), r"alphas\[1\] is 30; expected a share"),
+        (lambda w: replace(SETTINGS, sim_ks=(0,)), r"sim_ks\[0\] is 0"),
+    ],
+)
+def test_tables_refuse(call, message: str):
+    with pytest.raises(OpdlabError, match=message):
+        call(model())

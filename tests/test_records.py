@@ -1,0 +1,113 @@
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from opdlab import reproduction
+from opdlab.cli import main
+from opdlab.records import TABLES, load_records, read_record, write_record
+from opdlab.reproduction import build, compare, end_figures, model_jobs, plan
+from opdlab.runs import Home, config_key, resolve
+from opdlab.scales import SCALES, TINY
+
+
+@pytest.fixture(scope="module")
+def records(scale, home):
+    return load_records(("sft", "opd"), scale, seeds=(0, 1), home=home, progress=False)
+
+
+def test_records_hold_every_table(records, scale):
+    assert set(records.sources["arm"]) == {"sft", "opd"}
+    for name in TABLES:
+        table = getattr(records, name)
+        assert len(table.groupby(["arm", "seed"])) == 4
+    assert len(records.matrices) == 4 * 3 * 7, "three layers of seven matrices"
+    last = records.trajectory[records.trajectory["progress"] == 1.0]
+    ks = scale.geometry.sim_ks
+    assert last[[f"sim_right_K{k}" for k in ks]].to_numpy() == pytest.approx(1.0)
+    assert records.trajectory["frobenius"].gt(0).all()
+    assert records.matrices["sparsity"].between(0, 1).all()
+
+
+def test_a_record_reads_back_what_was_measured(scale, home):
+    folder = write_record("opd", 0, scale, home)
+    description, tables = read_record(folder)
+    assert folder == home.records(scale) / "opd-seed0"
+    assert description["config"]["arm"]["name"] == "opd"
+    assert {"torch", "transformers", "device", "processor"} <= set(description["provenance"])
+    assert load_records(("opd",), scale, seeds=(0,), home=home).sources["recorded"].all()
+    assert list(tables["history"]["step"]) == list(range(1, 13))
+    shutil.rmtree(folder)
+
+
+def test_the_configuration_decides_the_key(scale, home):
+    config = resolve(scale, "opd", 0, home)
+    assert config_key(config) == config_key(json.loads(json.dumps(config)))
+    assert config_key(config) != config_key(resolve(scale, "opd", 1, home))
+    assert config_key(config) != config_key(resolve(scale, "opd_full", 0, home))
+
+
+def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
+    empty = plan(TINY, Home(tmp_path), ("sft", "opd"), (0, 1))
+    assert [(job.arm, job.seed, job.makes) for job in empty] == [
+        ("base", 0, "base"),
+        ("teacher", 0, "teacher"),
+        ("sft", 0, "anchor"),
+        ("opd", 0, ""),
+        ("sft", 1, ""),
+        ("opd", 1, ""),
+    ]
+    assert [job.arm for job in plan(TINY, Home(tmp_path), ("sft",), (0,))] == ["base", "sft"]
+    assert [job.arm for job in plan(scale, home, ("opd",), (0,))] == ["opd"]
+
+
+def test_a_second_home_built_from_nothing_agrees_bit_for_bit(tmp_path, monkeypatch):
+    """What 'opdlab reproduce' does, at a scale of seconds: two homes from nothing, two processes, one comparison."""
+    from dataclasses import replace
+
+    few = replace(SCALES["smoke"], evaluation_prompts=8, seeds=(0, 1))
+    # Worker processes look the scale up by name, so it keeps the name and the tests keep to what smoke does there.
+    smoke, homes = SCALES["smoke"], [Home(tmp_path / name) for name in ("first", "second")]
+    for home in homes:
+        build(plan(smoke, home, ("sft", "opd"), (0, 1)), smoke, home)
+    table = compare(replace(smoke, seeds=few.seeds), homes[0], homes[1], ("sft", "opd"), (0, 1))
+    assert set(table["verdict"]) == {"bit for bit"}
+    assert len(table) == 4 * len(reproduction.FIGURES)
+
+    # A record that says otherwise is caught: other weights, and a figure far outside the recorded spread.
+    folder = homes[1].records(smoke) / "opd-seed0"
+    description = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(description | {"weights": "other"}))
+    matrices = pd.read_csv(folder / "matrices.csv")
+    matrices.assign(nss=matrices["nss"] * 1000).to_csv(folder / "matrices.csv", index=False)
+    table = compare(replace(smoke, seeds=few.seeds), homes[0], homes[1], ("sft", "opd"), (0, 1))
+    other = table[table["run"] == "opd seed 0"].set_index("figure")["verdict"]
+    assert other["NSS"] == "outside"
+    assert set(other.drop("NSS")) <= {"within the spread", "outside"}
+
+
+def test_end_figures_are_means_over_matrices(records, scale, home):
+    _, tables = read_record(reproduction.find_tables("sft", 0, scale, home))
+    figures = end_figures(tables)
+    assert figures["NSS"] == pytest.approx(tables["matrices"]["nss"].mean())
+    assert figures["sampled accuracy"] == tables["evaluations"]["sampled"].iloc[-1]
+    assert set(figures) == set(reproduction.FIGURES)
+
+
+def test_every_model_has_a_job():
+    assert {job.makes for job in model_jobs()} == {"base", "teacher", "anchor"}
+
+
+def test_the_command_line(tmp_path, capsys):
+    home = ["--home", str(tmp_path), "--scale", "smoke"]
+    assert main(["scales"]) == 0
+    assert "tiny" in capsys.readouterr().out
+    assert main(["models", *home]) == 0
+    assert main(["train", "--arm", "opd", *home]) == 0
+    out = capsys.readouterr().out
+    assert "run folder: " in out and "sampled" in out
+    assert main(["train", "--arm", "opd", *home]) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert main(["record", "--arm", "opd", "--seed", "0", *home]) == 0
+    assert (tmp_path / "data" / "records" / "smoke" / "opd-seed0" / "record.json").exists()
