@@ -55,9 +55,10 @@ reproduce: $(READY)  ## retrain every recorded run from nothing and compare it w
 	@$(BIN)/opdlab reproduce --scale tiny
 
 lab: $(VENV)/.lab  ## open the chapters in JupyterLab
-	@$(BIN)/jupyter lab --notebook-dir=. book
+	@$(BIN)/jupyter lab book
 
 execute: $(READY)  ## run the chapters and store their outputs: what the site shows
+	@$(BIN)/ruff format --quiet book
 	@$(BIN)/python scripts/execute_book.py $(NOTEBOOKS)
 
 parity: $(VENV)/.parity  ## install TRL, which the losses are compared with

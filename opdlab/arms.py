@@ -24,6 +24,7 @@ class Arm:
         start: the model folder it starts from, or "" for random weights.
         sequences: who writes the completions: the "task" (worked solutions), the "student" or the "teacher".
         signal: the per-token loss, a key of :data:`SIGNALS`.
+        task: where the prompts come from, if not from the scale's task.
     """
 
     name: str
@@ -31,10 +32,11 @@ class Arm:
     start: str
     sequences: str
     signal: str
+    task: str = ""
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher is there: all arms that start from the anchor are measured against it."""
+        """Whether a teacher is there, as all arms that start from the anchor are measured against it."""
         return self.start == "anchor"
 
     @property
@@ -47,8 +49,8 @@ ARMS = {
     arm.name: arm
     for arm in (
         # The two models that the lab makes for itself.
-        Arm("base", "pretraining", start="", sequences="task", signal="cross_entropy"),
-        Arm("teacher", "teacher", start="", sequences="task", signal="cross_entropy"),
+        Arm("base", "pretraining", start="", sequences="task", signal="cross_entropy", task="short_tasks"),
+        Arm("teacher", "teacher", start="", sequences="task", signal="cross_entropy", task="teacher_mixture"),
         # The paper's protocol: SFT makes the anchor, OPD and RLVR start from it.
         Arm("sft", "SFT", start="base", sequences="task", signal="cross_entropy"),
         Arm("opd", "OPD", start="anchor", sequences="student", signal="opd_sampled"),

@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         added = command(name, what)
         added.add_argument("--arm", action="append", help="only this arm (may be repeated)")
         added.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated)")
-        added.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side")
+        added.add_argument(
+            "--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side"
+        )
     return parser
 
 

@@ -1,7 +1,8 @@
 """Figures: functions from a table to a figure, in one visual language.
 
-Each arm has one colour (Okabe and Ito's, told apart by colour-blind readers) and one marker (told apart in grey). A thin
-line or a small dot is a seed, a thick line the mean over seeds, a band its 95 % interval, and grey dashes are the null.
+Each arm has one colour (Okabe and Ito's, told apart by colour-blind readers) and one marker (told apart in grey). A
+thin line or a small dot is a seed, a thick line the mean over seeds, a band its 95 % interval, and grey dashes are the
+null.
 Nothing is computed here but means and intervals.
 """
 
@@ -88,16 +89,15 @@ def draw_curves(
         if smooth > 1:
             wide = wide.rolling(smooth, min_periods=1).mean()
         axis.plot(wide.index, wide, color=COLOURS[arm], linewidth=0.7, alpha=0.5)
-        intervals = [mean_interval(row.dropna()) for row in wide.to_numpy()] if smooth == 1 else None
+        intervals = [mean_interval(row) for row in wide.to_numpy()] if smooth == 1 else None
         mean = wide.mean(axis=1)
         axis.plot(wide.index, mean, color=COLOURS[arm], linewidth=2, marker=MARKERS[arm] if smooth == 1 else None, ms=4)
         if intervals is not None and wide.shape[1] > 1:
-            axis.fill_between(
-                wide.index, [i.low for i in intervals], [i.high for i in intervals], color=COLOURS[arm], alpha=0.12, lw=0
-            )
+            low, high = [i.low for i in intervals], [i.high for i in intervals]
+            axis.fill_between(wide.index, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
         if null:
             axis.plot(rows.groupby(x)[null].mean(), **NULL, zorder=0)
-        ends.append((float(mean.iloc[-1]), float(wide.index[-1]), arm))
+        ends.append((float(mean.iloc[-1]), arm))
     seeds = table.groupby(["arm", x])[y].mean()
     low, high = float(seeds.min()), float(seeds.max())
     margin = 0.12 * (high - low or 1.0)
@@ -106,17 +106,17 @@ def draw_curves(
         label_ends(axis, ends)
 
 
-def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str]], gap: float = 0.075) -> None:
+def label_ends(axis: Axes, ends: Sequence[tuple[float, str]], gap: float = 0.075) -> None:
     """Write arms' names at the right of their curves, pushed apart where they would overlap.
 
     Args:
         axis: where to write.
-        ends: height in data units, x of the end and arm of each curve.
+        ends: height of the end in data units, and arm, of each curve.
         gap: smallest distance between two names, as a share of the axis.
     """
     low, high = axis.get_ylim()
     places: list[float] = []
-    for y, x, arm in sorted(ends):
+    for y, arm in sorted(ends):
         place = (y - low) / (high - low)
         if places:
             place = max(place, places[-1] + gap)

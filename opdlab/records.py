@@ -175,9 +175,8 @@ def load_records(
         description, tables = read_record(folder)
         who = {"arm": arm, "label": ARMS[arm].label, "seed": seed}
         source = who | {"recorded": folder.is_relative_to(home.records(scale)), "key": description["key"]}
-        tables["sources"] = pd.DataFrame(
-            [source | {"seconds": description["seconds"], "weights": description["weights"]} | description["provenance"]]
-        )
+        source |= {"seconds": description["seconds"], "weights": description["weights"]}
+        tables["sources"] = pd.DataFrame([source | description["provenance"]])
         for name, table in tables.items():
             parts[name].append(table.assign(**{k: v for k, v in who.items() if k not in table}))
     joined = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}

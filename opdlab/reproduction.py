@@ -16,7 +16,7 @@ from tqdm import tqdm
 from opdlab.arms import ARMS, RECORDED, get_arm
 from opdlab.errors import OpdlabError
 from opdlab.records import find_tables, read_record, write_record
-from opdlab.runs import Home, Run
+from opdlab.runs import Home
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
 from opdlab.training import install_model, train
@@ -144,7 +144,9 @@ def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     }
 
 
-def compare(scale: Scale, recorded: Home, repeated: Home, arms: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
+def compare(
+    scale: Scale, recorded: Home, repeated: Home, arms: tuple[str, ...], seeds: tuple[int, ...]
+) -> pd.DataFrame:
     """Compare repeated runs with the record, one row per run and figure.
 
     A run agrees ``bit for bit`` if its last weights are the recorded ones. Elsewhere (another processor or version)

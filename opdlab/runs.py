@@ -79,7 +79,7 @@ def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
         "arm": asdict(arm),
         "recipe": asdict(recipe),
         "seed": seed,
-        "task": {"base": "short_tasks", "teacher": "teacher_mixture"}.get(arm.name, scale.task),
+        "task": arm.task or scale.task,
         "start": weights_digest(folder / arm.start) if arm.start else scale.shapes[arm.name],
         "teacher": weights_digest(folder / "teacher") if arm.has_teacher else None,
         "max_new_tokens": scale.max_new_tokens,
@@ -99,6 +99,16 @@ def config_key(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def _processor() -> str:
+    """Return the processor's name as Linux tells it, with family and model; elsewhere what Python knows."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        fields = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines())
+        return f"{fields['model name'].strip()} (family{fields['cpu family']}, model{fields['model']})"
+    except (OSError, ValueError, KeyError):
+        return platform.processor() or platform.machine()
+
+
 def provenance() -> dict:
     """Return what floating point depends on beside the configuration: versions, processor and device."""
     return {
@@ -107,7 +117,7 @@ def provenance() -> dict:
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
         "device": "cpu",
-        "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "machine": f"{platform.system()} {platform.machine()}",
     }
 

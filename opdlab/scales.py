@@ -26,7 +26,7 @@ class Recipe:
     schedule: str = "constant"
     warmup: int = 10
     betas: tuple[float, float] = (0.9, 0.98)
-    # The paper's 0.1 moves weights by 1e-7 a step at its learning rate; at ours it would move them by more than OPD does.
+    # The paper's 0.1 shrinks weights by 1e-7 a step at its learning rate; at ours it would rival the update itself.
     weight_decay: float = 0.0
     clip: float = 1.0
 
@@ -58,7 +58,7 @@ class Scale:
     max_new_tokens: int = 48
     temperature: float = 1.0
     # Sequences in one forward pass: rows of like length go together, and the loss does not depend on the split.
-    micro_batch: int = 32
+    micro_batch: int = 64
     evaluation_prompts: int = 1024
     # Shares of the training steps at which weights are kept (dense early) and accuracy is measured.
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

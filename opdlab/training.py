@@ -73,7 +73,8 @@ def make_batch(rollouts: Rollouts, pad: int, device: torch.device, advantages: T
 
     Right padding needs no attention mask: under causal attention no real token ever sees the padding behind it.
     """
-    rows = [(prompt + completion, len(prompt)) for prompt, completion in zip(rollouts.prompts, rollouts.completions)]
+    pairs = zip(rollouts.prompts, rollouts.completions, strict=True)
+    rows = [(prompt + completion, len(prompt)) for prompt, completion in pairs]
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)

@@ -31,7 +31,7 @@ def test_unknown_scale(capsys):
 
 
 def test_reserved_scale():
-    with pytest.raises(OpdlabError, match="'full' is reserved for real models"):
+    with pytest.raises(OpdlabError, match=r"'full' is reserved for real models"):
         get_scale("full")
 
 
@@ -49,19 +49,19 @@ def test_unknown_arm(command, capsys):
 
 
 def test_no_models(scale, tmp_path):
-    with pytest.raises(OpdlabError, match="there is no model folder .*base; run 'opdlab models'"):
+    with pytest.raises(OpdlabError, match=r"there is no model folder .*base; run 'opdlab models'"):
         train("sft", 0, scale, home=Home(tmp_path))
 
 
 def test_no_teacher_for_opd(scale, own):
     shutil.rmtree(own.models(scale) / "teacher")
-    with pytest.raises(OpdlabError, match="arm 'opd' needs a teacher, and there is none in .*teacher: run"):
+    with pytest.raises(OpdlabError, match=r"arm 'opd' needs a teacher, and there is none in .*teacher: run"):
         train("opd", 0, scale, home=own)
 
 
 def test_a_model_folder_without_weights(scale, own):
     (own.models(scale) / "anchor" / "model.safetensors").unlink()
-    with pytest.raises(OpdlabError, match="anchor has no weights: it needs a model.safetensors"):
+    with pytest.raises(OpdlabError, match=r"anchor has no weights: it needs a model.safetensors"):
         train("opd", 0, scale, home=own)
 
 
@@ -76,7 +76,7 @@ def test_pickled_weights_are_refused(scale, own):
 def test_truncated_weights(scale, own):
     path = own.models(scale) / "anchor" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(OpdlabError, match="the model in .*anchor cannot be opened"):
+    with pytest.raises(OpdlabError, match=r"the model in .*anchor cannot be opened"):
         load_model(path.parent)
 
 
@@ -86,7 +86,7 @@ def test_code_in_a_model_folder_is_not_run(scale, own):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text("raise SystemExit('this code was run')")
-    with pytest.raises(OpdlabError, match="cannot be opened"):
+    with pytest.raises(OpdlabError, match=r"cannot be opened"):
         load_model(folder)
 
 
@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OpdlabError, match="the disk is full: .*checkpoint.safetensors was not written; make room"):
+    with pytest.raises(OpdlabError, match=r"the disk is full: .*checkpoint.safetensors was not written; make room"):
         write_whole(path, write)
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_while_training(scale, own, monkeypatch):
         save_file(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(runs, "save_file", save)
-    with pytest.raises(OpdlabError, match="the disk is full"):
+    with pytest.raises(OpdlabError, match=r"the disk is full"):
         train("opd", 1, scale, home=own)
     monkeypatch.undo()
     run = Run.of(scale, "opd", 1, own)
@@ -166,5 +166,5 @@ def test_a_disk_that_fills_up_while_training(scale, own, monkeypatch):
 
 def test_a_home_that_cannot_be_written(scale, own):
     (own.root / "runs").write_text("a file where a folder has to be")
-    with pytest.raises(OpdlabError, match="cannot be written"):
+    with pytest.raises(OpdlabError, match=r"cannot be written"):
         train("opd", 0, scale, home=own)

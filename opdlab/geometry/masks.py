@@ -2,7 +2,7 @@
 
 A mask M* marks a share alpha of the weights of one matrix by a property of w0 alone; its overlap with the visible
 update M is the share of M inside M*. A random update has overlap alpha. So has, within narrow limits, any update that
-moves nearly everything: :func:`feasible_range`.
+moves nearly everything: :func:`~opdlab.geometry.feasible_range`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def low_magnitude_mask(w0: Tensor, alpha: float) -> Tensor:
 
 
 def overlap(mask_star: Tensor, update: Tensor) -> float:
-    """Return |M* ∩ M| / |M|, the share of the update M that falls inside M*; NaN if M is empty.
+    """Return ``|M* ∩ M| / |M|``, the share of the update M that falls inside M*; NaN if M is empty.
 
     Args:
         mask_star: M*, a mask of any shape.

@@ -1,7 +1,8 @@
 """Tables: every diagnostic of every matrix, for one update and for the course of a training.
 
 One row is one matrix (at one snapshot). To summarise as the paper does, take the unweighted mean over matrices of any
-column but sparsity, whose overall value weighs each matrix by its number of parameters: :func:`overall_sparsity`.
+column but sparsity, whose overall value weighs each matrix by its number of parameters:
+:func:`~opdlab.geometry.overall_sparsity`.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def measure_trajectory(
         seed: of the permutations and walks. A null is one draw, the same whatever else is measured.
 
     Raises:
-        OpdlabError: if there is no snapshot or the steps do not ascend; otherwise as for :func:`measure_pair`.
+        OpdlabError: if there is no snapshot or the steps do not ascend; otherwise as for
+            :func:`~opdlab.geometry.measure_pair`.
 
     Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
 

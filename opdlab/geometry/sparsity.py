@@ -15,7 +15,7 @@ from opdlab.geometry import _checks
 def bf16_equal(w0: Tensor, w1: Tensor) -> Tensor:
     """Mark the weights that are the same number after rounding to bfloat16.
 
-    The paper's rule is |w1 - w0| <= eta max(|w0|, |w1|) on the rounded values, with eta = 1e-3. For normal, nonzero
+    The paper's rule is ``|w1 - w0| <= eta max(|w0|, |w1|)`` on the rounded values, with eta = 1e-3. For normal, nonzero
     numbers and any eta < 2^-9 that is the same as equality, because two neighbouring bfloat16 numbers are further
     apart. Zero needs no case of its own: +0 equals -0, and a move from zero to anything else is a change.
 
