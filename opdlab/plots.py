@@ -64,11 +64,6 @@ def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9
     return figure, flat[:count]
 
 
-def per_seed(table: pd.DataFrame, values: Sequence[str], by: Sequence[str] = ()) -> pd.DataFrame:
-    """Average ``values`` over matrices (unweighted, the paper's rule), leaving one row per arm, seed and ``by``."""
-    return table.groupby(["arm", "seed", *by], sort=False, as_index=False)[list(values)].mean()
-
-
 def draw_curves(
     axis: Axes, table: pd.DataFrame, x: str, y: str, *, null: str | None = None, labels: bool = True, smooth: int = 1
 ) -> None:
@@ -148,13 +143,18 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
         axis.set_yscale("log")
 
 
-def draw_paths(axis: Axes, table: pd.DataFrame, x: str, y: str, *, log: bool = True) -> None:
-    """Draw where each run went in the plane of ``x`` and ``y``: one line per seed, from early to late."""
+def draw_points(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """Draw one point per row in the plane of ``x`` and ``y``, both logarithmic."""
+    for arm, rows in table.groupby("arm", sort=False):
+        axis.scatter(rows[x], rows[y], s=14, color=COLOURS[arm], marker=MARKERS[arm], alpha=0.6, linewidths=0)
+    axis.set(xscale="log", yscale="log")
+
+
+def draw_paths(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+    """Draw where each run went in the plane of ``x`` (logarithmic) and ``y``: a line per seed, from early to late."""
     for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
         axis.plot(rows[x], rows[y], color=COLOURS[arm], marker=MARKERS[arm], ms=3.5, linewidth=0.9, alpha=0.8)
-    if log:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+    axis.set_xscale("log")
 
 
 def arm_legend(axis: Axes, arms: Sequence[str], *, null: str | None = None, **options: object) -> None:

@@ -20,7 +20,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair, measure_trajectory
 from opdlab.runs import Home, Run, config_key, default_home, load_tensors, resolve, write_json, write_whole
 from opdlab.scales import Scale, get_scale
-from opdlab.training import train
+from opdlab.training import cpu_threads, train
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
 
@@ -55,12 +55,13 @@ def measure_run(run: Run, scale: Scale) -> Path:
     origin = run.snapshot(0)
     snapshots = [(step, run.snapshot(step)) for step in run.config["snapshots"][1:]]
     seed = run.config["seed"]
-    tables = {
-        "history": pd.DataFrame(run.lines("history")),
-        "evaluations": pd.DataFrame(run.lines("evaluations")),
-        "matrices": measure_pair(origin, snapshots[-1][1], scale.geometry, seed=seed),
-        "trajectory": measure_trajectory(origin, snapshots, scale.geometry, seed=seed),
-    }
+    with cpu_threads(scale.threads):
+        tables = {
+            "history": pd.DataFrame(run.lines("history")),
+            "evaluations": pd.DataFrame(run.lines("evaluations")),
+            "matrices": measure_pair(origin, snapshots[-1][1], scale.geometry, seed=seed),
+            "trajectory": measure_trajectory(origin, snapshots, scale.geometry, seed=seed),
+        }
     for name, table in tables.items():
         write_whole(
             folder / f"{name}.csv",
@@ -185,3 +186,20 @@ def load_records(
         if "step" in joined[name]:
             joined[name]["progress"] = joined[name]["step"] / joined[name]["arm"].map(steps)
     return Records(**joined)
+
+
+def per_run(table: pd.DataFrame) -> pd.DataFrame:
+    """Average over matrices, leaving one row per run of ``matrices``, or per run and snapshot of ``trajectory``.
+
+    The mean is unweighted, the paper's rule for all diagnostics but one: sparsity weighs a matrix by its parameters
+    (2606.07082, Appendix C.3). ``matrices`` counts what was averaged.
+    """
+    keys = [key for key in ("arm", "label", "seed", "step", "progress") if key in table]
+    numbers = table.select_dtypes("number").columns.difference([*keys, "layer", "rows", "cols"], sort=False)
+    groups = table.groupby(keys, sort=False)
+    means = groups[list(numbers)].mean()
+    weighted = [column for column in numbers if column.startswith("sparsity")]
+    for column in weighted:
+        means[column] = (table[column] * table["parameters"]).groupby([table[key] for key in keys], sort=False).sum()
+        means[column] /= groups["parameters"].sum()
+    return means.assign(matrices=groups.size()).reset_index()

@@ -173,11 +173,13 @@ def test_weight_matrices_and_their_decompositions(layers: int, seed: int):
 
 def test_columns_of_a_pair():
     table = g.measure_pair(model(), moved(model(), 1, 0.01), SETTINGS)
-    identity = ["matrix", "layer", "module", "block", "rows", "cols", "parameters", "sparsity", "density"]
+    identity = ["matrix", "layer", "module", "block", "rows", "cols", "parameters", "density"]
     angles = [f"angle_{side}_{value}" for side in ("left", "right") for value in ("mean", "median", "max")]
-    sizes = ["nss", "frobenius", "relative_norm", "stable_rank", "stable_rank_null", "stable_rank_gaussian"]
+    sized = ["sparsity", "nss", *angles]
+    matched = [f"{column}_matched" for column in sized]
+    sizes = ["frobenius", "relative_norm", "stable_rank", "stable_rank_null", "stable_rank_gaussian"]
     overlaps = [f"{m}_overlap_a{a}{s}" for a in (30, 50) for m in ("principal", "low") for s in ("", "_null", "_top")]
-    assert list(table) == identity + angles + sizes + overlaps
+    assert list(table) == identity + sized + matched + sizes + overlaps
     assert len(table) == 8 and not table.isna().any(axis=None)
 
 
@@ -200,6 +202,9 @@ def test_pair_rows_are_the_functions(seed: int, power: int, scale: float):
         assume(visible.any())
         low, high = g.feasible_range(0.5, row.density)
         assert low - 1e-12 <= row[column] <= high + 1e-12
+    equal_size = g.norm_matched(w0, w1, SETTINGS.matched_norm * g.frobenius(w0))
+    assert row.nss_matched == pytest.approx(g.spectral_drift(w0, equal_size))
+    assert row.sparsity_matched == g.bf16_sparsity(w0, equal_size)
     # A matrix has the same row whatever else is measured, from scratch or from a decomposition.
     alone = g.measure_pair({name: w0s[name]}, {name: w1s[name]}, SETTINGS, seed, g.decompose(w0s))
     pd.testing.assert_series_equal(alone.set_index("matrix").loc[name], row)
@@ -213,7 +218,7 @@ def test_a_pair_without_update():
     table = g.measure_pair(model(), model(), SETTINGS)
     assert (table.sparsity == 1).all() and (table.density == 0).all() and (table.nss == 0).all()
     assert (table.angle_left_max < 1e-12).all() and (table.angle_right_max < 1e-12).all()
-    undefined = [c for c in table if "overlap" in c] + ["stable_rank", "stable_rank_null"]
+    undefined = [c for c in table if "overlap" in c] + ["stable_rank", "stable_rank_null", "nss_matched"]
     assert table[undefined].isna().all(axis=None)
 
 

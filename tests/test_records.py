@@ -6,7 +6,8 @@ import pytest
 
 from opdlab import reproduction
 from opdlab.cli import main
-from opdlab.records import TABLES, load_records, read_record, write_record
+from opdlab.geometry import overall_sparsity
+from opdlab.records import TABLES, load_records, per_run, read_record, write_record
 from opdlab.reproduction import build, compare, end_figures, model_jobs, plan
 from opdlab.runs import Home, config_key, resolve
 from opdlab.scales import SCALES, TINY
@@ -28,6 +29,17 @@ def test_records_hold_every_table(records, scale):
     assert last[[f"sim_right_K{k}" for k in ks]].to_numpy() == pytest.approx(1.0)
     assert records.trajectory["frobenius"].gt(0).all()
     assert records.matrices["sparsity"].between(0, 1).all()
+
+
+def test_per_run_averages_over_matrices_and_weighs_sparsity(records):
+    runs = per_run(records.matrices).set_index(["arm", "seed"])
+    for (arm, seed), part in records.matrices.groupby(["arm", "seed"]):
+        row = runs.loc[(arm, seed)]
+        assert row["nss"] == pytest.approx(part["nss"].mean())
+        assert row["sparsity"] == pytest.approx(overall_sparsity(part))
+        assert row["matrices"] == 21
+    steps = per_run(records.trajectory)
+    assert len(steps) == len(records.trajectory) / 21
 
 
 def test_a_record_reads_back_what_was_measured(scale, home):

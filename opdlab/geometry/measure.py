@@ -20,7 +20,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, principal_mask
 from opdlab.geometry.matrices import describe, float64_matrices
-from opdlab.geometry.nulls import permute, random_walk
+from opdlab.geometry.nulls import norm_matched, permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity, density, update_mask
 from opdlab.geometry.spectrum import (
     Svd,
@@ -46,6 +46,8 @@ class GeometrySettings:
     mask_rank: int
     # Shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5.
     alphas: tuple[float, ...]
+    # Relative norm to which updates are scaled before they are compared at equal size.
+    matched_norm: float = 0.01
 
     def __post_init__(self) -> None:
         """Refuse what no matrix could be measured with."""
@@ -55,6 +57,7 @@ class GeometrySettings:
             _checks.whole(k, f"sim_ks[{i}]", 1)
         for i, alpha in enumerate(self.alphas):
             _checks.share(alpha, f"alphas[{i}]")
+        _checks.share(self.matched_norm, "matched_norm")
 
 
 def measure_pair(
@@ -71,7 +74,8 @@ def measure_pair(
     stable_rank_null (of the permuted, unrounded update), stable_rank_gaussian. For each alpha, written in percent, and
     for principal and low: principal_overlap_a30 (of the visible update), principal_overlap_a30_null (of the permuted
     update, rounded to bfloat16 anew) and principal_overlap_a30_top (of as many entries where the unrounded update is
-    largest). What is undefined is NaN.
+    largest). Sparsity, nss and the angles come a second time as sparsity_matched and so on, for the norm-matched update
+    with relative norm ``settings.matched_norm``. What is undefined is NaN.
 
     Args:
         w0s: state dict before; :func:`~opdlab.geometry.weight_matrices` chooses from it.
@@ -180,15 +184,13 @@ def _identity(name: str, w0: Tensor) -> dict:
 def _pair_row(w0: Tensor, w1: Tensor, svd0: Svd, settings: GeometrySettings, generator: Generator) -> dict:
     delta = w1 - w0
     shuffled = permute(delta, generator)
-    svd1 = svd(w1)
     visible = update_mask(w0, w1)
-    row = {"sparsity": bf16_sparsity(w0, w1), "density": density(visible)}
-    for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
-        row[f"angle_{side}_mean"] = float(angles.mean())
-        row[f"angle_{side}_median"] = float(angles.quantile(0.5))
-        row[f"angle_{side}_max"] = float(angles.max())
+    sized = _size_row(w0, w1, svd0, settings)
+    matched = dict.fromkeys(sized, float("nan"))
+    if delta.any():
+        matched = _size_row(w0, norm_matched(w0, w1, settings.matched_norm * frobenius(w0)), svd0, settings)
+    row = {"density": density(visible)} | sized | {f"{column}_matched": value for column, value in matched.items()}
     row |= {
-        "nss": spectral_drift(svd0, svd1),
         "frobenius": frobenius(delta),
         "relative_norm": relative_norm(w0, w1),
         "stable_rank": stable_rank(delta),
@@ -205,6 +207,17 @@ def _pair_row(w0: Tensor, w1: Tensor, svd0: Svd, settings: GeometrySettings, gen
         for star, mask_star in stars.items():
             for suffix, update in updates.items():
                 row[f"{star}_overlap_a{100 * alpha:g}{suffix}"] = overlap(mask_star, update)
+    return row
+
+
+def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, settings: GeometrySettings) -> dict:
+    """Return the diagnostics that grow with the size of the update."""
+    svd1 = svd(w1)
+    row = {"sparsity": bf16_sparsity(w0, w1), "nss": spectral_drift(svd0, svd1)}
+    for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
+        row[f"angle_{side}_mean"] = float(angles.mean())
+        row[f"angle_{side}_median"] = float(angles.quantile(0.5))
+        row[f"angle_{side}_max"] = float(angles.max())
     return row
 
 
