@@ -1,75 +1,72 @@
 """Tokens per second of one OPD step, split into its parts, beside TRL's DistillationTrainer doing the same work.
 
     python benchmarks/opd_step.py                        # three cases, a few minutes on one core
-    python benchmarks/opd_step.py --cases tiny-64 --steps 20 --out result.json
+    python benchmarks/opd_step.py --cases tiny-own --steps 20 --out result.json
 
-What is the same on both sides, what is timed and how tokens are counted: benchmarks/README.md.
+What is the same on both sides, what is timed and how tokens are counted: see the README beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import tempfile
 import time
-from collections import Counter, defaultdict
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-# As many OpenMP threads as asked for, and no hub: both are read when torch and transformers are imported.
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--cases", nargs="+", help="of tiny-64, tiny-128, wide-64, wide-128 (default: the first three)")
-parser.add_argument("--steps", type=int, default=10, help="timed steps on each side of each case (default: 10)")
-parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides (default: 1)")
-parser.add_argument("--clock", choices=("cpu", "wall"), help="default: cpu on one thread, else wall")
-parser.add_argument("--out", type=Path, help="also write everything that was measured to this JSON file")
-if __name__ == "__main__":
-    options = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS=str(options.threads), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+# Read when torch and transformers are imported: one thread unless --threads says more, and no model hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.utils import logging
 
 from opdlab.arms import ARMS
-from opdlab.models import character_tokenizer, load_model, load_tokenizer, new_model, save_model
-from opdlab.runs import default_home
+from opdlab.errors import OpdlabError
+from opdlab.models import load_model, load_tokenizer, new_model, save_model
+from opdlab.runs import default_home, write_json
 from opdlab.scales import TINY, Recipe, Scale
 from opdlab.tasks import TASKS
-from opdlab.training import Learner, random_numbers
+from opdlab.training import Batch, Learner, random_numbers
 
 PARTS = ("rollout", "teacher", "student", "optimizer", "rest")
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
-# Steps of each side before the clock counts.
+# Steps of either side before its clock counts.
 WARM_UP = 2
-# AdamW does all its work, but the students stay as they are: completions are as long in the last step as in the first.
+# AdamW does all its work, but the student stays as it is: its completions are as long at the end as at the start.
 LEARNING_RATE = 1e-9
-INSTALL_TRL = "TRL is not installed, so there is nothing to compare with: pip install -e .[parity] (Python >= 3.11)"
 
-_WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
-_WIDE |= {"head_dim": 64, "max_position_embeddings": 128}
-# No models of this size come with the lab. A student that writes sums of the usual length is trained in a minute; what
-# the teacher says does not matter to the clock, so its weights are random.
+_WIDE = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+_WIDE |= {"intermediate_size": 1536, "max_position_embeddings": 128}
+# The lab has no models of this size. The student is trained for half a minute, until its completions are as long as
+# real ones. What the teacher says takes the same time whatever it is, so its weights are random.
 WIDE = replace(
     TINY,
     name="wide",
     models="wide",
     shapes={"base": _WIDE | {"num_hidden_layers": 2}, "teacher": _WIDE | {"num_hidden_layers": 3}},
+    # Activations of 64 such rows do not fit the cache, and glibc maps them anew each time; TRL gets the same 16 rows.
+    micro_batch=16,
     recipes=TINY.recipes | {"base": Recipe(60, 16, 1, 1e-3, "cosine", 5, (0.9, 0.95))},
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """Models of a scale, and a batch of ``prompts`` x ``samples`` sequences."""
+    """The models of a scale, and a batch of ``prompts`` x ``samples`` sequences."""
 
     scale: Scale
     prompts: int
@@ -80,84 +77,373 @@ class Case:
         recipe = self.scale.recipes["opd_full"]
         return replace(recipe, prompts=self.prompts, samples=self.samples, learning_rate=LEARNING_RATE)
 
-    def draw(self, step: int) -> list[str]:
-        """Return the prompts of a step, those that Learner draws."""
-        return TASKS[self.scale.task].prompts(self.prompts, random_numbers(0, "prompts", step))
 
-
+# Called after the models and the batch; "own" is the batch that the scale's recipe has.
+OWN = TINY.recipes["opd_full"]
 CASES = {
-    f"{scale.name}-{prompts * 4}": Case(scale, prompts, 4)
-    for scale, prompts in ((TINY, 16), (TINY, 32), (WIDE, 16), (WIDE, 32))
+    f"{scale.name}-{name}": Case(scale, prompts, samples)
+    for scale in (TINY, WIDE)
+    for name, prompts, samples in (("16x4", 16, 4), ("own", OWN.prompts, OWN.samples))
 }
+DEFAULT_CASES = ("tiny-16x4", "tiny-own", "wide-16x4")
+
+# --- the clocks -------------------------------------------------------------------------------------------------------
 
 
 class Stopwatch:
-    """Adds up the seconds of a step by part, on both clocks. A part within a part counts for the outer one."""
+    """Adds up the seconds of each step by part. A part within a part counts for the outer one."""
 
     def __init__(self) -> None:
-        self.steps: list[dict] = []
-        self.note: dict = {}
+        self.steps: dict[str, list[dict]] = defaultdict(list)
+        self.step: dict = {}
         self._depth = 0
-
-    @staticmethod
-    def _now() -> dict[str, float]:
-        return {name: read() for name, read in CLOCKS.items()}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        began = {clock: read() for clock, read in CLOCKS.items()}
         self._depth += 1
-        began = self._now()
         try:
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
-                for clock, now in self._now().items():
-                    self._seconds[clock][name] += now - began[clock]
+                for clock, read in CLOCKS.items():
+                    self.step[clock, name] = self.step.get((clock, name), 0.0) + read() - began[clock]
 
     def begin(self) -> None:
-        """Begin a step."""
-        self._seconds, self.note, self._began = defaultdict(Counter), {}, self._now()
+        self.step = {("began", clock): read() for clock, read in CLOCKS.items()}
 
-    def end(self) -> None:
-        """End a step; what no part has counted is the rest."""
-        for clock, now in self._now().items():
-            whole = now - self._began[clock]
-            self._seconds[clock]["rest"] = whole - sum(self._seconds[clock].values())
-            self._seconds[clock]["step"] = whole
-        self.steps.append({clock: dict(parts) for clock, parts in self._seconds.items()} | self.note)
+    def note(self, **counts: float) -> None:
+        """Add to the counts of the step."""
+        for name, count in counts.items():
+            self.step[name] = self.step.get(name, 0) + count
+
+    def end(self, side: str) -> None:
+        for clock, read in CLOCKS.items():
+            whole = read() - self.step.pop(("began", clock))
+            counted = sum(self.step.setdefault((clock, part), 0.0) for part in PARTS)
+            self.step |= {(clock, "step"): whole, (clock, "rest"): whole - counted}
+        self.steps[side].append(self.step)
 
     def wrap(self, owner: object, name: str, part: str, note: Callable[[object], dict] | None = None) -> None:
-        """Let ``owner.name`` count as ``part`` from now on, and keep what ``note`` says about its result."""
+        """Count the calls of ``owner.name`` as ``part`` from now on, and what ``note`` finds in the results."""
         function = getattr(owner, name)
 
         @wraps(function)
         def timed(*args, **kwargs):
-            if not hasattr(self, "_seconds"):  # before the first step
-                return function(*args, **kwargs)
             with self.part(part):
                 result = function(*args, **kwargs)
-            self.note |= note(result) if note else {}
+            if note:
+                self.note(**note(result))
             return result
 
         setattr(owner, name, timed)
 
-    def wrap_models(self, student: torch.nn.Module, teacher: torch.nn.Module) -> None:
-        # TRL calls the body without the output head, so it is the body that is timed on both sides.
+    def wrap_models(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Count the bodies, for TRL goes around the models' own ``forward`` and applies their heads in its loss."""
         self.wrap(student.base_model, "forward", "student")
         self.wrap(teacher.base_model, "forward", "teacher")
 
 
-@contextmanager
-def whoever_calls(watch: Stopwatch) -> Iterator[None]:
-    """Time the functions of torch that both sides call."""
-    saved = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
-    watch.wrap(torch.Tensor, "backward", "student")
-    watch.wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
+# --- the two sides ----------------------------------------------------------------------------------------------------
+
+
+def our_side(case: Case, folder: Path, watch: Stopwatch) -> Callable[[int], None]:
+    """Return the function that makes one of our steps."""
+    learner = Learner(case.scale, ARMS["opd_full"], case.recipe, TASKS[case.scale.task], folder, seed=0)
+
+    def note(result: tuple[Batch, float]) -> dict:
+        mask = result[0].mask
+        # The mask is shifted by one: its last True stands at the last but one token of the sequence.
+        lengths = (mask * torch.arange(2, mask.shape[1] + 2)).amax(1)
+        arithmetic = flops(learner.student, learner.teacher, lengths - mask.sum(1), lengths, case.samples)
+        return {"completion": int(mask.sum()), "total": int(lengths.sum())} | arithmetic
+
+    watch.wrap(learner, "batch", "rollout", note)
+    watch.wrap_models(learner.student, learner.teacher)
+    watch.wrap(learner.optimizer, "step", "optimizer")
+
+    def step(number: int) -> None:
+        watch.begin()
+        line = learner.step(number)
+        watch.note(kl=line["loss"])
+        watch.end("opdlab")
+
+    return step
+
+
+def train_with_trl(
+    case: Case, folder: Path, scratch: str, watch: Stopwatch, steps: int, between: Callable[[int], None]
+) -> None:
+    """Let TRL make ``steps`` steps in its own loop, and call ``between`` after each with the step's number."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Trainer(DistillationTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            watch.note(kl=loss.item())
+            return loss
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            watch.wrap(optimizer, "step", "optimizer")
+
+        def on_step_begin(self, *args, **kwargs):
+            watch.begin()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            watch.end("TRL")
+            between(state.global_step - 1)
+
+    def note(batch: dict[str, Tensor]) -> dict:
+        completion, prompt = (int(batch[f"{name}_mask"].sum()) for name in ("completion", "prompt"))
+        return {"completion": completion, "total": completion + prompt}
+
+    recipe, task = case.recipe, TASKS[case.scale.task]
+    micro_batch = min(case.scale.micro_batch, recipe.sequences)
+    prompts = [task.prompts(recipe.prompts, random_numbers(0, "prompts", step)) for step in range(steps)]
+    student, teacher = load_model(folder / "anchor"), load_model(folder / "teacher")
+    trainer = Trainer(
+        model=student,
+        teacher_model=teacher,
+        processing_class=load_tokenizer(folder / "anchor"),
+        train_dataset=Dataset.from_dict(
+            {"prompt": [prompt for batch in prompts for prompt in batch for _ in range(recipe.samples)]}
+        ),
+        args=DistillationConfig(
+            # The same work.
+            max_steps=steps,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=recipe.sequences // micro_batch,
+            shuffle_dataset=False,
+            max_completion_length=case.scale.max_new_tokens,
+            temperature=case.scale.temperature,
+            beta=1.0,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="constant",
+            adam_beta1=recipe.betas[0],
+            adam_beta2=recipe.betas[1],
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.clip,
+            use_cpu=True,
+            bf16=False,
+            # Nothing beside it.
+            gradient_checkpointing=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            output_dir=scratch,
+        ),
+        callbacks=[Clock()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    watch.wrap(trainer, "_prepare_inputs", "rollout", note)
+    watch.wrap_models(student, teacher)
+    trainer.train()
+
+
+def measure(case: Case, folder: Path, steps: int, bar: tqdm) -> Stopwatch:
+    """Let the sides take turns, ``steps`` each after the warm-up."""
+    watch = Stopwatch()
+    ours = our_side(case, folder, watch)
+
+    def turn(number: int) -> None:
+        ours(number)
+        bar.update()
+
+    # What both sides call in torch.
+    shared = [(torch.Tensor, "backward", "student"), (torch.nn.utils, "clip_grad_norm_", "optimizer")]
+    originals = [getattr(owner, name) for owner, name, _ in shared]
+    for owner, name, part in shared:
+        watch.wrap(owner, name, part)
     try:
-        yield
+        if find_spec("trl"):
+            with tempfile.TemporaryDirectory() as scratch:
+                train_with_trl(case, folder, scratch, watch, WARM_UP + steps, turn)
+        else:
+            for number in range(WARM_UP + steps):
+                turn(number)
     finally:
-        torch.Tensor.backward, torch.nn.utils.clip_grad_norm_ = saved
+        for (owner, name, _), original in zip(shared, originals, strict=True):
+            setattr(owner, name, original)
+    return watch
 
 
-assert torch.nn.utils.clip_grad_norm_ is clip_grad.clip_grad_norm_
+# --- what the arithmetic alone would take -----------------------------------------------------------------------------
+
+
+def forward_flops(model: PreTrainedModel, lengths: Tensor) -> float:
+    """Return the floating-point operations of one forward pass over sequences of these lengths, without padding."""
+    config = model.config
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    # Two a weight; and scores and values, each two an entry, for half of all pairs of positions.
+    return float(2 * weights * lengths.sum() + 2 * attention * lengths.square().sum())
+
+
+def flops(student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, lengths: Tensor, samples: int) -> dict:
+    """Return the operations of each part of a step: each token once, and a prompt once for all its samples."""
+    inputs = lengths - 1  # nothing is predicted from the last token
+    forward, shared = forward_flops(student, inputs), forward_flops(student, prompts) * (1 - 1 / samples)
+    return {
+        "rollout flops": forward - shared,
+        "teacher flops": forward_flops(teacher, inputs),
+        "student flops": 3 * forward,
+    }
+
+
+def matmul_rate(shape: dict, clock: str) -> float:
+    """Return the best FLOP/s of this machine on products of the size of a feed-forward layer."""
+    rows, width, inner = 1024, shape["hidden_size"], shape["intermediate_size"]
+    left, right = torch.randn(rows, width), torch.randn(width, inner)
+    out, best = torch.empty(rows, inner), float("inf")
+    for _ in range(50):
+        began = CLOCKS[clock]()
+        for _ in range(4):
+            torch.mm(left, right, out=out)
+        best = min(best, CLOCKS[clock]() - began)
+    return 4 * 2 * rows * width * inner / best
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def make_wide_models(folder: Path, bar: tqdm) -> None:
+    """Write the wide student and teacher to ``folder``."""
+    arm = ARMS["base"]
+    learner = Learner(WIDE, arm, WIDE.recipes["base"], TASKS[WIDE.task], folder, seed=0)
+    for step in range(learner.recipe.steps):
+        learner.step(step)
+        bar.update()
+    save_model(learner.student, learner.tokenizer, folder / "anchor")
+    save_model(new_model(WIDE.shapes["teacher"], seed=1), learner.tokenizer, folder / "teacher")
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def summary(steps: list[dict], clock: str) -> dict:
+    """Return seconds by part, tokens and tokens per second of some steps."""
+    seconds = {part: quartiles([step[clock, part] for step in steps]) for part in (*PARTS, "step")}
+    counts = {name: float(np.mean([step[name] for step in steps])) for name in ("completion", "total", "kl")}
+    rates = {
+        f"{name} per second": quartiles([step[name] / step[clock, "step"] for step in steps])
+        for name in ("completion", "total")
+    }
+    return {"seconds": seconds} | counts | rates
+
+
+def named(step: dict) -> dict:
+    """Return ``step`` with keys that JSON knows."""
+    return {" ".join(key) if isinstance(key, tuple) else key: value for key, value in step.items()}
+
+
+def rows(name: str, case: dict) -> Iterator[str]:
+    """Write the lines of a case in the table."""
+    for side, result in case["sides"].items():
+        seconds = result["seconds"]
+        parts = " | ".join(f"{1000 * seconds[part]['median']:.0f}" for part in PARTS)
+        step, rate = seconds["step"], result["completion per second"]["median"]
+        other = case["sides"].get("TRL", result)["completion per second"]["median"]
+        times = f"{rate / other:.2f}" if "TRL" in case["sides"] else ""
+        yield (
+            f"| {name} | {side} | {parts} | {1000 * step['median']:.0f} ({1000 * step['low']:.0f}-"
+            f"{1000 * step['high']:.0f}) | {result['completion']:.0f} + {result['total'] - result['completion']:.0f} | "
+            f"{rate:.0f} | {result['total per second']['median']:.0f} | {times} | {result['kl']:.3f} |"
+        )
+    bound = case["bound"]
+    parts = " | ".join(f"{1000 * bound[part]:.0f}" if part in bound else "" for part in PARTS)
+    yield (
+        f"| {name} | arithmetic, {case['GFLOP']:.1f} GFLOP at {case['GFLOP/s']:.0f}/s | {parts} | "
+        f"{1000 * sum(bound.values()):.0f} | | | | | |"
+    )
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=DEFAULT_CASES, metavar="CASE", help=" ".join(CASES)
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of either side in each case (default: 10)")
+    parser.add_argument("--micro-batch", type=int, help="rows in a forward pass of both sides (default: the scale's)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--clock", choices=CLOCKS, help="for the table (default: cpu on one thread, otherwise wall)")
+    parser.add_argument("--out", type=Path, help="write all that was measured to this JSON file too")
+    options = parser.parse_args()
+    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # TRL's own, about transformers 6
+
+    packages = ["opdlab", "torch", "transformers", "numpy"] + (["trl"] if find_spec("trl") else [])
+    report = {
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "threads": options.threads,
+        "clock": clock,
+        "load before": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "cases": {},
+    }
+    wide = any(CASES[name].scale is WIDE for name in options.cases)
+    total = len(options.cases) * (WARM_UP + options.steps) + wide * WIDE.recipes["base"].steps
+    with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, unit="step") as bar:
+        for name in options.cases:
+            case = CASES[name]
+            folder = default_home().models(case.scale)
+            if case.scale is WIDE:
+                folder = Path(scratch)
+                if not (folder / "teacher").exists():
+                    bar.set_description("training the wide student")
+                    make_wide_models(folder, bar)
+            if options.micro_batch:
+                case = replace(case, scale=replace(case.scale, micro_batch=options.micro_batch))
+            bar.set_description(name)
+            rate = matmul_rate(case.scale.shapes["base"], clock)
+            steps = measure(case, folder, options.steps, bar).steps
+            steps = {side: steps[side][WARM_UP:] for side in sorted(steps, reverse=True)}
+            operations = {
+                part: float(np.median([step[f"{part} flops"] for step in steps["opdlab"]])) for part in PARTS[:3]
+            }
+            report["cases"][name] = {
+                "prompts": case.prompts,
+                "samples": case.samples,
+                "micro_batch": case.scale.micro_batch,
+                "GFLOP": sum(operations.values()) / 1e9,
+                "GFLOP/s": rate / 1e9,
+                "bound": {part: count / rate for part, count in operations.items()},
+                "sides": {side: summary(taken, clock) for side, taken in steps.items()},
+                "steps": {side: [named(step) for step in taken] for side, taken in steps.items()},
+            }
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    print(f"{report['processor']}, {options.threads} thread(s), {versions}\n")
+    print(f"Milliseconds of {clock} time a step, medians of {options.steps} steps.\n")
+    head = ["case", "side", *PARTS, "step (quartiles)", "tokens: completion + prompt"]
+    head += ["completion tokens/s", "all tokens/s", "x TRL", "KL, nats/token"]
+    print("| " + " | ".join(head) + " |\n| --- | --- |" + " --: |" * (len(head) - 2))
+    for name, case in report["cases"].items():
+        print(*rows(name, case), sep="\n")
+    if "trl" not in report["versions"]:
+        print("\nTRL is not installed, so there is nothing to compare with: pip install -e .[parity]")
+    if options.out:
+        write_json(options.out, report)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OpdlabError as problem:
+        raise SystemExit(f"error: {problem}") from None

@@ -5,4 +5,9 @@ Read it in this order: :mod:`opdlab.tasks`, :mod:`opdlab.objectives`, :mod:`opdl
 measured; :mod:`opdlab.runs`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are kept and repeated.
 """
 
+import warnings
+
+# transformers imports tqdm.auto, which warns in every notebook kernel without ipywidgets; our bars are plain text.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 __version__ = "0.1.0"

@@ -59,11 +59,7 @@ def _train(options: argparse.Namespace, scale, home) -> None:
     print(f"run folder: {run.folder}")
     if run.finished:
         print("finished before; delete the folder to train it again")
-    try:
-        train(options.arm, options.seed, scale, home=home, progress=True)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint")
-        raise
+    train(options.arm, options.seed, scale, home=home, progress=True)
     for line in run.lines("evaluations"):
         print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
 
@@ -125,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"opdlab: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("\nopdlab: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -7,6 +7,7 @@ times, machine paths or random ids), so executing twice gives the same bytes. A 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import os
 import re
@@ -112,6 +113,15 @@ def execute(path: Path, bar: tqdm) -> bool:
     return True
 
 
+def export_hero() -> None:
+    """Write the first figure of the landing page to the file that the README shows."""
+    notebook = nbformat.read(BOOK / "index.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "data" in output]
+    figure = next(output.data["image/png"] for output in outputs if "image/png" in output.data)
+    (BOOK / "images").mkdir(exist_ok=True)
+    (BOOK / "images" / "hero.png").write_bytes(base64.b64decode(figure))
+
+
 def main() -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -143,6 +153,8 @@ def main() -> int:
                 print(f"{problem}; the file is as it was", file=sys.stderr)
                 return 1
             bar.write(f"{path.name}: {'written' if changed else 'unchanged'}")
+            if path == BOOK / "index.ipynb":
+                export_hero()
     return 0
 
 

@@ -1,0 +1,75 @@
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from opdlab import plots
+from opdlab.arms import RECORDED
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def table():
+    rows = [
+        {"arm": arm, "seed": seed, "step": step, "value": i + 0.1 * seed + step, "null": -step}
+        for i, arm in enumerate(("sft", "opd"))
+        for seed in (0, 1, 2)
+        for step in (1, 2, 3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_every_recorded_arm_has_a_colour_and_a_marker_of_its_own():
+    assert set(plots.COLOURS) == set(plots.MARKERS) == set(RECORDED)
+    assert len(set(plots.COLOURS.values())) == len(set(plots.MARKERS.values())) == len(RECORDED)
+
+
+def test_curves_draw_seeds_means_and_nulls(table):
+    _, (axis,) = plots.panels(1)
+    plots.draw_curves(axis, table, "step", "value", null="null")
+    # Per arm: three seeds, their mean, the null.
+    assert len(axis.lines) == 10 and len(axis.collections) == 2
+    mean = axis.lines[3]
+    np.testing.assert_allclose(mean.get_ydata(), [1.1, 2.1, 3.1])
+    np.testing.assert_allclose(axis.lines[4].get_ydata(), [-1, -2, -3])
+    assert [text.get_text() for text in axis.texts] == ["SFT", "OPD"]
+
+
+def test_labels_never_overlap(table):
+    _, (axis,) = plots.panels(1)
+    axis.set_ylim(0, 1)
+    plots.label_ends(axis, [(0.5, "sft"), (0.5, "opd"), (0.51, "rlvr")])
+    heights = [text.xy[1] for text in axis.texts]
+    assert min(np.diff(heights)) >= 0.074
+
+
+def test_dots_draw_each_seed(table):
+    _, (axis,) = plots.panels(1)
+    plots.draw_dots(axis, table[table["step"] == 3], "value", null="null")
+    dots = [line for line in axis.lines if line.get_marker() in plots.MARKERS.values()]
+    assert [len(line.get_ydata()) for line in dots] == [3, 3]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["SFT", "OPD"]
+
+
+def test_points_and_paths_hold_every_row(table):
+    _, (left, right) = plots.panels(2)
+    plots.draw_points(left, table, "step", "value")
+    plots.draw_paths(right, table, "step", "value")
+    assert sum(len(points.get_offsets()) for points in left.collections) == len(table)
+    assert len(right.lines) == 6
+    plots.arm_legend(right, ["sft", "opd"], null="random walk")
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["SFT", "OPD", "random walk"]
+
+
+def test_panels_has_no_empty_panel():
+    figure, axes = plots.panels(4)
+    assert len(axes) == len(figure.axes) == 4
