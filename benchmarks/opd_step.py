@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from opdlab.arms import ARMS
 from opdlab.errors import OpdlabError
-from opdlab.models import load_model, load_tokenizer, new_model, save_model
+from opdlab.models import load_model, load_tokenizer, new_model, save_model, weight_files
 from opdlab.runs import default_home, write_json
 from opdlab.scales import TINY, Recipe, Scale
 from opdlab.tasks import TASKS
@@ -409,6 +409,7 @@ def main() -> None:
                 if not (folder / "teacher").exists():
                     bar.set_description("training the wide student")
                     make_wide_models(folder, bar)
+            weight_files(folder / "anchor")  # says what to do if there is none
             if options.micro_batch:
                 case = replace(case, scale=replace(case.scale, micro_batch=options.micro_batch))
             bar.set_description(name)

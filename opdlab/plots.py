@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from opdlab.arms import ARMS
 from opdlab.stats import mean_interval
@@ -93,9 +95,9 @@ def draw_curves(
         if null:
             axis.plot(rows.groupby(x)[null].mean(), **NULL, zorder=0)
         ends.append((float(mean.iloc[-1]), arm))
-    seeds = table.groupby(["arm", x])[y].mean()
-    low, high = float(seeds.min()), float(seeds.max())
-    margin = 0.12 * (high - low or 1.0)
+    # Room for every seed; a band or a null may leave the panel.
+    low, high = float(table[y].min()), float(table[y].max())
+    margin = 0.06 * (high - low or 1.0)
     axis.set_ylim(low - margin, high + margin)
     if labels:
         label_ends(axis, ends)
@@ -140,21 +142,30 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
     axis.set_xticks(range(len(arms)), [ARMS[arm].label.replace(" ", "\n", 1) for arm in arms], fontsize=8)
     axis.set_xlim(-0.6, len(arms) - 0.4)
     if log:
-        axis.set_yscale("log")
+        set_log(axis.yaxis)
+
+
+def set_log(axis: Axis) -> None:
+    """Make one axis of a panel logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
 
 
 def draw_points(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """Draw one point per row in the plane of ``x`` and ``y``, both logarithmic."""
     for arm, rows in table.groupby("arm", sort=False):
         axis.scatter(rows[x], rows[y], s=14, color=COLOURS[arm], marker=MARKERS[arm], alpha=0.6, linewidths=0)
-    axis.set(xscale="log", yscale="log")
+    set_log(axis.xaxis)
+    set_log(axis.yaxis)
 
 
 def draw_paths(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """Draw where each run went in the plane of ``x`` (logarithmic) and ``y``: a line per seed, from early to late."""
     for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
         axis.plot(rows[x], rows[y], color=COLOURS[arm], marker=MARKERS[arm], ms=3.5, linewidth=0.9, alpha=0.8)
-    axis.set_xscale("log")
+    set_log(axis.xaxis)
 
 
 def arm_legend(axis: Axes, arms: Sequence[str], *, null: str | None = None, **options: object) -> None:

@@ -41,7 +41,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], r
     return encoded
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,7 +89,10 @@ def sample(
     ).logits[:, -1]  # (B, V)
     # The prompt is read once, however many samples are drawn from it.
     cache.batch_repeat_interleave(samples)
-    logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    logits = logits.repeat_interleave(samples, 0)
+    # The mask of all steps to come, in the shape that attention wants (rows, 1, 1, width + max_new_tokens).
+    mask = torch.cat([mask.bool(), mask.new_ones(len(mask), max_new_tokens).bool()], 1)
+    mask = mask.repeat_interleave(samples, 0)[:, None, None]
     position = positions[:, -1:].repeat_interleave(samples, 0)
     alive = torch.arange(rows, device=device)  # the rows of `out` that the batch still holds
 
@@ -103,10 +106,12 @@ def sample(
         if not going.all():
             alive, tokens, mask, position = alive[going], tokens[going], mask[going], position[going]
             cache.batch_select_indices(going.nonzero().squeeze(1))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
         logits = model(
-            input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
+            input_ids=tokens[:, None],
+            attention_mask=mask[..., : width + t + 1],
+            position_ids=position,
+            past_key_values=cache,
         ).logits[:, -1]
 
     completions = [row[:n] for row, n in zip(out.tolist(), length.tolist(), strict=True)]

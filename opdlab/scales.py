@@ -21,7 +21,7 @@ class Recipe:
     steps: int
     prompts: int = 32
     samples: int = 4
-    learning_rate: float = 2e-4
+    learning_rate: float = 1.5e-4
     # The paper trains OPD and RLVR at a constant rate; its SFT decays along a cosine to a tenth of the peak.
     schedule: str = "constant"
     warmup: int = 10
@@ -96,7 +96,7 @@ TINY = Scale(
         "base": Recipe(2500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
         "teacher": Recipe(1500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
         # About ten times the rate of the other arms, as in the paper, and stopped while there is room to improve.
-        "sft": Recipe(400, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95)),
+        "sft": Recipe(300, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95)),
         "opd": _FROM_ANCHOR,
         "opd_full": _FROM_ANCHOR,
         "rlvr": _FROM_ANCHOR,
