@@ -78,14 +78,14 @@ def _start_worker(counter) -> None:
     _counter = counter
 
 
-def _count() -> None:
+def _count(steps: int) -> None:
     with _counter.get_lock():
-        _counter.value += 1
+        _counter.value += steps
 
 
 def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
     scale = SCALES[scale_name]
-    run = train(job.arm, job.seed, scale, home=home, on_step=_count)
+    run = train(job.arm, job.seed, scale, home=home, on_steps=_count)
     if job.makes:
         install_model(run, home, scale, job.makes)
     if record and job.arm in RECORDED:
@@ -123,7 +123,6 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
         tqdm(total=total, unit="step", desc=f"{len(jobs)} runs at {scale.name}") as bar,
         _workers(processes, counter) as pool,
     ):
-        finished_steps = 0
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= made][: processes - len(running)]:
                 waiting.remove(job)
@@ -141,10 +140,8 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
                         "command goes on from its last checkpoint"
                     ) from problem
                 made.add(job.makes)
-                finished_steps += scale.recipes[job.arm].steps
             bar.set_postfix_str(", ".join(f"{job.arm} {job.seed}" for job in running.values()))
-            # Steps of runs that were resumed or found finished count too.
-            bar.n = min(total, max(finished_steps, counter.value))
+            bar.n = counter.value
             bar.refresh()
 
 

@@ -263,7 +263,7 @@ def train(
     *,
     home: Home | None = None,
     progress: bool = False,
-    on_step: Callable[[], None] | None = None,
+    on_steps: Callable[[int], None] = lambda steps: None,
 ) -> Run:
     """Train one arm, or go on where an earlier call was stopped, and return its run.
 
@@ -273,7 +273,7 @@ def train(
         scale: the scale; by default that of ``OPDLAB_SCALE``.
         home: where models and runs lie; by default the repository.
         progress: show a bar with step, loss, accuracy and time left.
-        on_step: called after each step.
+        on_steps: called with the number of steps done since the call before; first with those of an earlier call.
 
     Raises:
         OpdlabError: on bad input or a loss that is not finite; what was computed is kept.
@@ -282,6 +282,7 @@ def train(
     scale, home = scale or get_scale(), home or default_home()
     run = Run.of(scale, arm, seed, home)
     if run.finished:
+        on_steps(run.config["recipe"]["steps"])
         return run
     config, checkpoint = run.config, run.folder / "checkpoint.safetensors"
     with cpu_threads(scale.threads):
@@ -295,6 +296,7 @@ def train(
             write_json(run.folder / "config.json", config)
             write_json(run.folder / "provenance.json", provenance())
         run.forget_after(done)
+        on_steps(done)
         steps = config["recipe"]["steps"]
         bar = tqdm(total=steps, initial=done, desc=f"{arm} seed {seed}", disable=not progress, unit="step")
         accuracy = None
@@ -328,8 +330,7 @@ def train(
                 accuracy = line["accuracy"] if line["accuracy"] is not None else accuracy
                 bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy="?" if accuracy is None else f"{accuracy:.0%}")
                 bar.update()
-                if on_step:
-                    on_step()
+                on_steps(1)
         finally:
             bar.close()
         checkpoint.unlink(missing_ok=True)

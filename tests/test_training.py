@@ -63,14 +63,14 @@ def test_a_killed_run_resumes_bit_for_bit(arm, scale, home, tmp_path, monkeypatc
     for after in (3, 4):
         count = 0
 
-        def kill(after=after):
+        def kill(steps, after=after):
             nonlocal count
-            count += 1
+            count += steps > 0
             if count == after:
                 raise Killed
 
         with pytest.raises(Killed):
-            train(arm, 0, scale, home=killed, on_step=kill)
+            train(arm, 0, scale, home=killed, on_steps=kill)
     run = train(arm, 0, scale, home=killed)
     assert last_weights(run) == last_weights(whole)
     clean = [{k: v for k, v in line.items() if k != "seconds"} for line in run.lines("history")]
