@@ -37,10 +37,11 @@ from transformers.utils import logging
 from opdlab.arms import ARMS
 from opdlab.errors import OpdlabError
 from opdlab.models import load_model, load_tokenizer, new_model, save_model, weight_files
+from opdlab.rollouts import Rollouts
 from opdlab.runs import default_home, write_json
 from opdlab.scales import TINY, Recipe, Scale
 from opdlab.tasks import TASKS
-from opdlab.training import Batch, Learner, random_numbers
+from opdlab.training import Learner, random_numbers
 
 PARTS = ("rollout", "teacher", "student", "optimizer", "rest")
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -152,12 +153,13 @@ def our_side(case: Case, folder: Path, watch: Stopwatch) -> Callable[[int], None
     """Return the function that makes one of our steps."""
     learner = Learner(case.scale, ARMS["opd_full"], case.recipe, TASKS[case.scale.task], folder, seed=0)
 
-    def note(result: tuple[Batch, float]) -> dict:
-        mask = result[0].mask
-        # The mask is shifted by one: its last True stands at the last but one token of the sequence.
-        lengths = (mask * torch.arange(2, mask.shape[1] + 2)).amax(1)
-        arithmetic = flops(learner.student, learner.teacher, lengths - mask.sum(1), lengths, case.samples)
-        return {"completion": int(mask.sum()), "total": int(lengths.sum())} | arithmetic
+    def note(result: tuple[Rollouts, Tensor]) -> dict:
+        rollouts, _ = result
+        prompts = torch.tensor([len(ids) for ids in rollouts.prompts])
+        completions = torch.tensor([len(ids) for ids in rollouts.completions]).reshape(len(prompts), -1)
+        total = rollouts.tokens + int(prompts.sum()) * rollouts.samples
+        arithmetic = flops(learner.student, learner.teacher, prompts, completions)
+        return {"completion": rollouts.tokens, "total": total} | arithmetic
 
     watch.wrap(learner, "batch", "rollout", note)
     watch.wrap_models(learner.student, learner.teacher)
@@ -274,22 +276,26 @@ def measure(case: Case, folder: Path, steps: int, bar: tqdm) -> Stopwatch:
 # --- what the arithmetic alone would take -----------------------------------------------------------------------------
 
 
-def forward_flops(model: PreTrainedModel, lengths: Tensor) -> float:
-    """Return the floating-point operations of one forward pass over sequences of these lengths, without padding."""
+def forward_flops(model: PreTrainedModel, prompts: Tensor, completions: Tensor) -> float:
+    """Return the operations of a forward pass over prompts (R,) and their completions (R, S) of these lengths.
+
+    Each token once, and a prompt once for all its completions.
+    """
     config = model.config
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    # Two a weight; and scores and values, each two an entry, for half of all pairs of positions.
-    return float(2 * weights * lengths.sum() + 2 * attention * lengths.square().sum())
+    tokens = prompts.sum() + completions.sum()
+    pairs = prompts.square().sum() / 2 + (prompts[:, None] * completions + completions.square() / 2).sum()
+    # Two a weight and token; and scores and values, each two an entry, for each pair of positions.
+    return float(2 * weights * tokens + 4 * attention * pairs)
 
 
-def flops(student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, lengths: Tensor, samples: int) -> dict:
-    """Return the operations of each part of a step: each token once, and a prompt once for all its samples."""
-    inputs = lengths - 1  # nothing is predicted from the last token
-    forward, shared = forward_flops(student, inputs), forward_flops(student, prompts) * (1 - 1 / samples)
+def flops(student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, completions: Tensor) -> dict:
+    """Return the operations of each part of a step; nothing is predicted from the last token of a completion."""
+    forward = forward_flops(student, prompts, completions - 1)
     return {
-        "rollout flops": forward - shared,
-        "teacher flops": forward_flops(teacher, inputs),
+        "rollout flops": forward,
+        "teacher flops": forward_flops(teacher, prompts, completions - 1),
         "student flops": 3 * forward,
     }
 

@@ -99,8 +99,10 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """Open the tokenizer in ``folder``, padding on the left.
 
     Raises:
-        OpdlabError: if it cannot be opened, or has no end-of-sequence token.
+        OpdlabError: if it is missing or cannot be opened, or has no end-of-sequence token.
     """
+    if not any(Path(folder).glob("tokenizer*")):
+        raise OpdlabError(f"the model folder {folder} has no tokenizer: it needs tokenizer.json and its configuration")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as problem:

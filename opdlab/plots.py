@@ -169,11 +169,14 @@ def draw_paths(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
 
 
 def arm_legend(axis: Axes, arms: Sequence[str], *, null: str | None = None, **options: object) -> None:
-    """Add a legend with the arms, and the null under the name ``null``."""
+    """Add a legend with the arms, and the null under the name ``null``; an empty panel is given up to it."""
     handles = [
         plt.Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], linewidth=2, ms=5, label=ARMS[arm].label)
         for arm in arms
     ]
     if null:
         handles.append(plt.Line2D([], [], label=null, **NULL))
+    if not axis.has_data():
+        axis.set_axis_off()
+        options = {"loc": "center left", "fontsize": 11} | options
     axis.legend(handles=handles, **options)

@@ -19,10 +19,20 @@ from opdlab.errors import OpdlabError
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Prompts and completions of one batch, as token ids without padding, ``samples`` consecutive rows per prompt."""
+    """Prompts and completions of one batch, as token ids without padding; ``samples`` in a row belong to one prompt."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
+
+    @property
+    def samples(self) -> int:
+        """The number of completions of each prompt."""
+        return len(self.completions) // len(self.prompts)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in all completions."""
+        return sum(map(len, self.completions))
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], room: int) -> list[list[int]]:
@@ -115,7 +125,7 @@ def sample(
         ).logits[:, -1]
 
     completions = [row[:n] for row, n in zip(out.tolist(), length.tolist(), strict=True)]
-    return Rollouts([ids for ids in encoded for _ in range(samples)], completions)
+    return Rollouts(encoded, completions)
 
 
 def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:

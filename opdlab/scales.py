@@ -57,8 +57,8 @@ class Scale:
     seeds: tuple[int, ...] = (0, 1, 2)
     max_new_tokens: int = 48
     temperature: float = 1.0
-    # Sequences in one forward pass: rows of like length go together, and the loss does not depend on the split.
-    micro_batch: int = 64
+    # Sequences in one forward pass: like lengths go together, and the loss does not depend on the split.
+    micro_batch: int = 32
     evaluation_prompts: int = 1024
     # Shares of the training steps at which weights are kept (dense early) and accuracy is measured.
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -81,7 +81,7 @@ _LAYER = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4
 _ATTENTION_AND_MLP = _LAYER | {"intermediate_size": 384, "max_position_embeddings": 128}
 
 # One learning rate for all arms that start from the anchor, or their updates could not be compared.
-_FROM_ANCHOR = Recipe(steps=400)
+_FROM_ANCHOR = Recipe(steps=640)
 
 TINY = Scale(
     name="tiny",
@@ -96,7 +96,7 @@ TINY = Scale(
         "base": Recipe(2500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
         "teacher": Recipe(1500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
         # About ten times the rate of the other arms, as in the paper, and stopped while there is room to improve.
-        "sft": Recipe(300, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95)),
+        "sft": Recipe(340, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95)),
         "opd": _FROM_ANCHOR,
         "opd_full": _FROM_ANCHOR,
         "rlvr": _FROM_ANCHOR,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import objectives
 from opdlab.arms import ARMS, SIGNALS, Arm
+from opdlab.batches import micro_batches
 from opdlab.errors import OpdlabError
 from opdlab.models import character_tokenizer, check_same_vocabulary, load_model, load_tokenizer, new_model, save_model
 from opdlab.rollouts import Rollouts, encode_prompts, sample
@@ -44,51 +44,10 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B sequences, padded on the right to T + 1 tokens.
-
-    Attributes:
-        ids: (B, T + 1) prompt and completion.
-        mask: (B, T) True where the next token belongs to the completion.
-        advantages: (B,) of RLVR, or None.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    advantages: Tensor | None = None
-
-    def micro_batches(self, rows: int) -> Iterator[Batch]:
-        """Split into at most ``rows`` sequences each, like lengths together, without the padding they do not need."""
-        lengths = self.mask.long().mul(torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)).amax(1)
-        order = lengths.argsort(descending=True, stable=True)
-        for chosen in order.split(rows):
-            width = int(lengths[chosen].max())
-            advantages = None if self.advantages is None else self.advantages[chosen]
-            yield Batch(self.ids[chosen, : width + 1], self.mask[chosen, :width], advantages)
-
-
-def make_batch(rollouts: Rollouts, pad: int, device: torch.device, advantages: Tensor | None = None) -> Batch:
-    """Join prompts and completions into one right-padded batch.
-
-    Right padding needs no attention mask: under causal attention no real token ever sees the padding behind it.
-    """
-    pairs = zip(rollouts.prompts, rollouts.completions, strict=True)
-    rows = [(prompt + completion, len(prompt)) for prompt, completion in pairs]
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for i, (row, prompt_length) in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, prompt_length - 1 : len(row) - 1] = True
-    return Batch(ids.to(device), mask.to(device), None if advantages is None else advantages.to(device))
-
-
 def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts) -> Tensor:
-    """Return the reward of each completion (B,), given one prompt for every ``B / len(prompts)`` of them."""
-    samples = len(rollouts.completions) // len(prompts)
+    """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from."""
     texts = tokenizer.batch_decode(rollouts.completions)
-    return torch.tensor([task.reward(prompts[i // samples], text) for i, text in enumerate(texts)])
+    return torch.tensor([task.reward(prompts[i // rollouts.samples], text) for i, text in enumerate(texts)])
 
 
 class Learner:
@@ -111,16 +70,14 @@ class Learner:
             self.student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
 
-    def batch(self, step: int) -> tuple[Batch, float | None]:
-        """Return the batch of a step, and the accuracy of the student's rollouts if it wrote the sequences."""
+    def batch(self, step: int) -> tuple[Rollouts, Tensor | None]:
+        """Return the sequences of a step, and their rewards (B,) if the student wrote them."""
         recipe = self.recipe
         prompts = self.task.prompts(recipe.prompts, random_numbers(self.seed, "prompts", step))
-        pad, device = self.tokenizer.pad_token_id, self.student.device
         if self.arm.sequences == "task":
             room = self.student.config.max_position_embeddings - self.scale.max_new_tokens
-            encoded = encode_prompts(self.tokenizer, prompts, room)
             solutions = self.tokenizer([self.task.demonstration(prompt) for prompt in prompts]).input_ids
-            return make_batch(Rollouts(encoded, solutions), pad, device), None
+            return Rollouts(encode_prompts(self.tokenizer, prompts, room), solutions), None
         rollouts = sample(
             self.student if self.arm.sequences == "student" else self.teacher,
             self.tokenizer,
@@ -131,10 +88,8 @@ class Learner:
             generator=torch_generator(random_numbers(self.seed, "rollouts", step)),
         )
         if self.arm.sequences == "teacher":
-            return make_batch(rollouts, pad, device), None
-        rewards = score(self.tokenizer, self.task, prompts, rollouts)
-        advantages = objectives.grpo_advantages(rewards, recipe.samples) if self.arm.signal == "grpo" else None
-        return make_batch(rollouts, pad, device, advantages), float(rewards.mean())
+            return rollouts, None
+        return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
 
     def step(self, step: int) -> dict:
         """Make update number ``step`` (counted from 0) and return what the history keeps of it.
@@ -143,24 +98,23 @@ class Learner:
             OpdlabError: if the loss is not finite; the weights are then as before the step.
         """
         began = time.perf_counter()
-        batch, accuracy = self.batch(step)
-        tokens = int(batch.mask.sum())
+        rollouts, rewards = self.batch(step)
+        advantages = objectives.grpo_advantages(rewards, rollouts.samples) if self.arm.signal == "grpo" else None
         signal, listens = SIGNALS[self.arm.signal], self.arm.listens_to_teacher
         loss = entropy = kl = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        for part in batch.micro_batches(self.scale.micro_batch):
-            inputs, targets = part.ids[:, :-1], part.ids[:, 1:]
-            logits = self.student(input_ids=inputs, use_cache=False).logits
+        for part in micro_batches(rollouts, self.scale.micro_batch, self.student.device, advantages):
+            logits = part.logits(self.student)
             with torch.no_grad():
-                teacher = self.teacher(input_ids=inputs, use_cache=False).logits if listens else None
-            per_token = signal(logits, targets, teacher, part.advantages)
-            part_loss = objectives.token_mean(per_token, part.mask, normalizer=tokens)
+                teacher = part.logits(self.teacher) if listens else None
+            per_token = signal(logits, part.tokens, teacher, part.advantages)
+            part_loss = objectives.token_mean(per_token, part.mask, normalizer=rollouts.tokens)
             part_loss.backward()
             with torch.no_grad():
                 loss += part_loss.item()
-                entropy += objectives.entropy(logits)[part.mask].sum().item() / tokens
+                entropy += objectives.entropy(logits)[part.mask].sum().item() / rollouts.tokens
                 if teacher is not None:
-                    kl += objectives.reverse_kl(logits, teacher)[part.mask].sum().item() / tokens
+                    kl += objectives.reverse_kl(logits, teacher)[part.mask].sum().item() / rollouts.tokens
         if not np.isfinite(loss):
             raise OpdlabError(
                 f"the loss of arm {self.arm.name!r} is {loss} at step {step + 1}: lower its learning rate "
@@ -168,7 +122,7 @@ class Learner:
             )
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
         # A batch whose rewards are all alike says nothing: skip the update, or Adam's momentum would make one.
-        skipped = batch.advantages is not None and not bool(batch.advantages.any())
+        skipped = advantages is not None and not bool(advantages.any())
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate_at(step)
@@ -176,13 +130,13 @@ class Learner:
         return {
             "step": step + 1,
             "loss": loss,
-            "accuracy": accuracy,
+            "accuracy": None if rewards is None else float(rewards.mean()),
             "entropy": entropy,
             "kl_teacher": kl if listens else None,
             "grad_norm": float(norm),
             "update_norm": self.update_norm(),
             "skipped": skipped,
-            "tokens": tokens,
+            "tokens": rollouts.tokens,
             "seconds": round(time.perf_counter() - began, 4),
         }
 
@@ -212,16 +166,13 @@ class Learner:
     @torch.no_grad()
     def distance_to_teacher(self, rollouts: Rollouts) -> dict:
         """Measure the student's entropy and KL(student || teacher) on its own rollouts, in nats per token."""
-        batch = make_batch(rollouts, self.tokenizer.pad_token_id, self.student.device)
         entropy = kl = 0.0
-        for part in batch.micro_batches(self.scale.micro_batch):
-            logits = self.student(input_ids=part.ids[:, :-1], use_cache=False).logits
-            entropy += float(objectives.entropy(logits)[part.mask].sum())
+        for part in micro_batches(rollouts, self.scale.micro_batch, self.student.device):
+            logits = part.logits(self.student)
+            entropy += float(objectives.entropy(logits)[part.mask].sum()) / rollouts.tokens
             if self.teacher is not None:
-                teacher = self.teacher(input_ids=part.ids[:, :-1], use_cache=False).logits
-                kl += float(objectives.reverse_kl(logits, teacher)[part.mask].sum())
-        tokens = int(batch.mask.sum())
-        return {"entropy": entropy / tokens, "kl_teacher": kl / tokens if self.teacher is not None else None}
+                kl += float(objectives.reverse_kl(logits, part.logits(self.teacher))[part.mask].sum()) / rollouts.tokens
+        return {"entropy": entropy, "kl_teacher": kl if self.teacher is not None else None}
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer moments, by name."""
@@ -292,10 +243,11 @@ def train(
             tensors, metadata = load_tensors(checkpoint)
             learner.restore(tensors)
             done = int(metadata["step"])
+            run.forget_after(done)
         else:
             write_json(run.folder / "config.json", config)
             write_json(run.folder / "provenance.json", provenance())
-        run.forget_after(done)
+            run.forget_after(-1)  # of a run killed before its first checkpoint nothing counts, not even step 0
         on_steps(done)
         steps = config["recipe"]["steps"]
         bar = tqdm(total=steps, initial=done, desc=f"{arm} seed {seed}", disable=not progress, unit="step")

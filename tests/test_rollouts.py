@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from opdlab.batches import micro_batches
 from opdlab.errors import OpdlabError
 from opdlab.models import load_model, load_tokenizer
 from opdlab.rollouts import sample
 from opdlab.tasks import RUNNING_SUM
-from opdlab.training import make_batch
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,8 @@ def test_completions_end_at_the_first_eos(lab):
     rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=4, generator=generator())
     for row in rollouts.completions:
         assert tokenizer.eos_token_id not in row[:-1]
-    assert rollouts.prompts[0] == rollouts.prompts[3] == tokenizer(prompts[0]).input_ids
+    assert rollouts.prompts == tokenizer(prompts).input_ids
+    assert rollouts.samples == 4 and rollouts.tokens == sum(map(len, rollouts.completions))
 
 
 def test_a_prompt_longer_than_the_context(lab):
@@ -71,16 +72,37 @@ def test_a_prompt_longer_than_the_context(lab):
         sample(model, tokenizer, ["Q" + "1+" * 100 + "1=?A:"[1:]], max_new_tokens=24)
 
 
-def test_micro_batches_hold_each_sequence_once(lab):
+@pytest.mark.parametrize("sequences", [1, 7, 100])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_packed_logits_are_those_of_each_sequence_alone(sequences, samples, lab):
+    model, tokenizer, prompts = lab
+    rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=samples, generator=generator())
+    count = len(rollouts.completions)
+    seen = []
+    for part in micro_batches(rollouts, sequences, model.device, torch.arange(float(count))):
+        assert len(part.ids) == min(max(1, sequences // samples), len(part.ids))
+        assert part.mask[:, -1].any(), "padding that no completion needs"
+        with torch.no_grad():
+            logits = part.logits(model)
+        assert logits.isfinite().all()
+        for i, number in enumerate(part.advantages.long().tolist()):
+            prompt, completion = rollouts.prompts[number // samples], rollouts.completions[number]
+            assert part.tokens[i, part.mask[i]].tolist() == completion
+            with torch.no_grad():
+                alone = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            torch.testing.assert_close(logits[i, part.mask[i]], alone, rtol=1e-4, atol=1e-5)
+            seen.append(number)
+    assert sorted(seen) == list(range(count))
+
+
+def test_padding_has_no_gradient(lab):
     model, tokenizer, prompts = lab
     rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=2, generator=generator())
-    advantages = torch.arange(24.0)
-    batch = make_batch(rollouts, tokenizer.pad_token_id, torch.device("cpu"), advantages)
-    parts = list(batch.micro_batches(7))
-    assert [len(part.ids) for part in parts] == [7, 7, 7, 3]
-    assert sum(int(part.mask.sum()) for part in parts) == sum(map(len, rollouts.completions)) == int(batch.mask.sum())
-    for part in parts:
-        assert part.mask[:, -1].any(), "padding that no row needs"
-        for ids, mask, row in zip(part.ids, part.mask, part.advantages.long(), strict=True):
-            assert ids[1:][mask].tolist() == rollouts.completions[row]
-            assert ids[: len(rollouts.prompts[row])].tolist() == rollouts.prompts[row]
+    gradients = []
+    for sequences in (2, 24):
+        model.zero_grad()
+        for part in micro_batches(rollouts, sequences, model.device):
+            part.logits(model).logsumexp(-1)[part.mask].sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)

@@ -54,9 +54,10 @@ class Killed(Exception):
     """Stands for a kill: nothing in opdlab catches it."""
 
 
-@pytest.mark.parametrize("arm", ["opd", "sft_matched"])
-def test_a_killed_run_resumes_bit_for_bit(arm, scale, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+@pytest.mark.parametrize(("arm", "seconds"), [("opd", 0.0), ("sft_matched", 0.0), ("opd", 1e9)])
+def test_a_killed_run_resumes_bit_for_bit(arm, seconds, scale, home, tmp_path, monkeypatch):
+    """With a checkpoint after every step, and with none at all: then it starts anew."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
     whole = train(arm, 0, scale, home=home)
     killed = copy_of(home, tmp_path / "killed")
 
@@ -110,8 +111,8 @@ def test_a_process_killed_at_any_moment_resumes_bit_for_bit(home, tmp_path):
 
 def test_seeds_are_paired_across_arms(scale, home):
     on_policy, off_policy = learner(scale, "opd", home), learner(scale, "rlvr", home)
-    ids = [arm.batch(3)[0].ids for arm in (on_policy, off_policy)]
-    assert torch.equal(*ids), "same seed and start: the same prompts and the same rollouts"
+    batches = [arm.batch(3)[0] for arm in (on_policy, off_policy)]
+    assert batches[0] == batches[1], "same seed and start: the same prompts and the same rollouts"
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -120,10 +121,10 @@ def test_the_gradient_does_not_depend_on_the_split(name, scale, home):
     gradients = []
     for rows in (1, 5, 64):
         subject = learner(replace(scale, micro_batch=rows), arm, home)
-        batch, _ = subject.batch(0)
-        if batch.advantages is not None:
-            advantages = torch.linspace(-1, 1, len(batch.ids))
-            subject.batch = lambda step, batch=batch, a=advantages: (type(batch)(batch.ids, batch.mask, a), 0.5)
+        rollouts, rewards = subject.batch(0)
+        if rewards is not None:
+            rewards = torch.arange(float(len(rewards))) % 3
+            subject.batch = lambda step, rollouts=rollouts, rewards=rewards: (rollouts, rewards)
         subject.recipe = replace(subject.recipe, clip=1e9)
         subject.step(0)
         gradients.append(torch.cat([weight.grad.flatten() for weight in subject.student.parameters()]))
@@ -134,8 +135,8 @@ def test_the_gradient_does_not_depend_on_the_split(name, scale, home):
 def test_rlvr_skips_a_batch_without_reward_variance(scale, home):
     subject = learner(scale, "rlvr", home)
     before = subject.state()["weight.model.norm.weight"].clone()
-    batch, _ = subject.batch(0)
-    subject.batch = lambda step: (type(batch)(batch.ids, batch.mask, torch.zeros(len(batch.ids))), 1.0)
+    rollouts, rewards = subject.batch(0)
+    subject.batch = lambda step: (rollouts, torch.ones_like(rewards))
     assert subject.step(0)["skipped"]
     assert torch.equal(before, subject.state()["weight.model.norm.weight"])
 
