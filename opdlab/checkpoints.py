@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -110,7 +109,9 @@ def _shards(folder: Path) -> list[Path]:
         } or set(files)
     missing = sorted(file.name for file in wanted if not file.is_file())
     if missing:
-        raise OpdlabError(f"{folder} lacks {len(missing)} of {len(wanted)} shards: fetch {', '.join(missing[:4])} again")
+        raise OpdlabError(
+            f"{folder} lacks {len(missing)} of {len(wanted)} shards: fetch {', '.join(missing[:4])} again"
+        )
     return sorted(wanted)
 
 

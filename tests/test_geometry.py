@@ -3,7 +3,7 @@
 Tolerances: 1e-12 where an answer is exact up to rounding; the others are said where they are used.
 """
 
-from math import isnan, nan, sqrt
+from math import inf, isnan, nan, sqrt
 
 import numpy as np
 import pytest
@@ -209,6 +209,71 @@ def eta_rule(w0: torch.Tensor, w1: torch.Tensor, eta: float = 1e-3) -> torch.Ten
     return (w1 - w0).abs() <= eta * torch.maximum(w0.abs(), w1.abs())
 
 
+@pytest.mark.parametrize("shape", [(96, 256), (256, 96), (128, 128)])
+@pytest.mark.parametrize("tail", [0.0, 2.0, 4.5, 8.0])
+def test_the_gram_matrix_loses_nothing(shape: tuple[int, int], tail: float):
+    """A spectrum over ``tail`` decades: beyond five of them the full SVD takes over by itself."""
+    r, k = min(shape), 16
+    s = torch.logspace(0, -tail, r, dtype=torch.float64) * (2 - torch.arange(r) / r)
+    u, v = orthogonal(shape[0])[:, :r], orthogonal(shape[1], seed=1)[:, :r]
+    w = (u * s) @ v.T
+    fast, full = g.svd(w, k=k), g.svd(w)
+    assert fast.u.shape == (shape[0], k) and fast.vh.shape == (k, shape[1])
+    for values in (fast.s, g.singular_values(w)):
+        assert (values - full.s).abs().max() < 1e-11 * s[0]
+    assert g.principal_angles(fast.u, full.u[:, :k]).max() < 1e-9
+    assert g.principal_angles(fast.vh.T, full.vh[:k].T).max() < 1e-9
+    assert torch.allclose((fast.u * fast.s[:k]) @ fast.vh, (full.u[:, :k] * full.s[:k]) @ full.vh[:k], atol=1e-11)
+
+
+def test_spectral_summaries_agree_with_numpy():
+    delta = gaussian(40, 30)
+    s = np.linalg.svd(delta.numpy(), compute_uv=False)
+    for squared in (False, True):
+        p = s ** (1 + squared) / (s ** (1 + squared)).sum()
+        assert g.effective_rank(delta, squared) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=EXACT)
+    assert g.top_energy(delta, 7) == pytest.approx((s[:7] ** 2).sum() / (s**2).sum(), rel=EXACT)
+    assert g.hill(delta, 10) == pytest.approx(9 / np.log(s[:9] / s[9]).sum(), rel=1e-11)
+
+
+def test_summaries_of_updates_with_few_directions():
+    nothing, line = torch.zeros(6, 5), torch.outer(gaussian(6), gaussian(5, seed=1))
+    for summary in (g.effective_rank, lambda d: g.top_energy(d, 2), lambda d: g.hill(d, 2)):
+        assert isnan(summary(nothing))
+    assert g.effective_rank(line) == pytest.approx(1) and g.effective_rank(line, squared=True) == pytest.approx(1)
+    assert g.top_energy(line, 1) == pytest.approx(1)
+    assert isnan(g.hill(line, 2)) and isnan(g.hill(g.svd(line), 2))
+    assert g.hill(torch.eye(5), 3) == inf
+
+
+def test_subspace_energy_agrees_with_projectors():
+    w0, delta, k = gaussian(20, 12), gaussian(20, 12, seed=1), 3
+    u, _, vh = np.linalg.svd(w0.numpy())
+    left, right = u[:, :k] @ u[:, :k].T, vh[:k].T @ vh[:k]
+    d = delta.numpy()
+    expected = [np.linalg.norm(x) ** 2 / np.linalg.norm(d) ** 2 for x in (left @ d, d @ right, left @ d @ right)]
+    assert g.subspace_energy(delta, w0, k) == pytest.approx(expected, rel=1e-10)
+    assert g.subspace_energy(delta, g.svd(w0), k) == pytest.approx(expected, rel=1e-10)
+    assert g.subspace_energy(w0, w0, 12) == pytest.approx((1, 1, 1))
+    assert all(map(isnan, g.subspace_energy(0 * delta, w0, k)))
+    assert all(map(isnan, g.subspace_energy(delta, torch.outer(w0[:, 0], w0[0]), k)))
+
+
+def test_tolerance_rules():
+    w0 = gaussian(50, 40).bfloat16()
+    w1 = (w0.float() * (1 + 0.01 * gaussian(50, 40, seed=1))).bfloat16()
+    assert g.relative_sparsity(w0, w1) == g.bf16_sparsity(w0, w1), "on rounded weights the two rules are one"
+    assert g.relative_sparsity(w0, w1, 0.0) == g.absolute_sparsity(w0, w1, 0.0) == g.bf16_sparsity(w0, w1)
+    assert g.absolute_sparsity(w0, w1, 1e9) == g.relative_sparsity(w0, w1, 2.0) == 1
+    small = torch.full((10,), 1e-6)
+    assert g.absolute_sparsity(small, 2 * small) == 1 and g.relative_sparsity(small, 2 * small) == 0
+
+
+def test_enrichment():
+    assert g.enrichment(0.45, 0.3) == pytest.approx(1.5)
+    assert isnan(g.enrichment(0.5, 0.0)) and isnan(g.enrichment(nan, 0.3))
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +305,13 @@ def eta_rule(w0: torch.Tensor, w1: torch.Tensor, eta: float = 1e-3) -> torch.Ten
         (lambda w: g.density(w), "mask holds"),
         (lambda w: g.feasible_range(0.3, 1.2), "density is 1.2"),
         (lambda w: g.gaussian_stable_rank(0, 3), "m is 0"),
+        (lambda w: g.svd(w, k=6), "k is 6"),
+        (lambda w: g.top_energy(w, 0), "k is 0"),
+        (lambda w: g.hill(w, 1), "k is 1; expected a whole number from 2 to 5"),
+        (lambda w: g.absolute_sparsity(w, w, -1), "atol is -1"),
+        (lambda w: g.relative_sparsity(w, w, nan), "eta is nan"),
+        (lambda w: g.enrichment(0.3, 2), "alpha is 2"),
+        (lambda w: g.subspace_energy(w.T, w, 2), r"delta has shape \(5, 6\); expected that of w0, \(6, 5\)"),
     ],
 )
 def test_errors_name_the_argument(call, message: str):
@@ -306,6 +378,45 @@ def test_stable_rank(delta, seed: int, scale: float):
     q = orthogonal(delta.shape[1], seed)
     for same in (scale * delta, delta @ q, delta.T, g.svd(delta)):
         assert g.stable_rank(same) == pytest.approx(rank, rel=1e-9)
+
+
+@PROPERTY
+@given(weights(k=2), seeds, scales, st.booleans())
+def test_counts_of_directions(delta, seed: int, scale: float, squared: bool):
+    q, k = orthogonal(delta.shape[1], seed), min(delta.shape) - 1
+    rank = g.effective_rank(delta, squared)
+    assert 1 - EXACT <= rank <= min(delta.shape) + EXACT
+    assert g.effective_rank(delta) >= g.effective_rank(delta, squared=True) - EXACT  # squares are less even
+    energy, tail = g.top_energy(delta, k), g.hill(delta, k)
+    assert 0 < energy <= 1 + EXACT and tail > 0
+    assert energy >= k / min(delta.shape) - EXACT
+    for same in (scale * delta, delta @ q, delta.T, g.svd(delta)):
+        assert g.effective_rank(same, squared) == pytest.approx(rank, rel=1e-9)
+        assert g.top_energy(same, k) == pytest.approx(energy, rel=1e-9)
+        assert g.hill(same, k) == pytest.approx(tail, rel=1e-6)
+
+
+@PROPERTY
+@given(updates(), seeds, scales)
+def test_subspace_energy(update, seed: int, scale: float):
+    w0, w1 = update
+    k, q = min(w0.shape) - 1, orthogonal(w0.shape[0], seed)
+    left, right, both = g.subspace_energy(w1 - w0, w0, k)
+    assert 0 <= both <= min(left, right) + EXACT and max(left, right) <= 1 + EXACT
+    assert g.subspace_energy(scale * q @ (w1 - w0), q @ w0, k) == pytest.approx((left, right, both), abs=1e-6)
+    swapped = g.subspace_energy((w1 - w0).T, w0.T, k)
+    assert swapped == pytest.approx((right, left, both), abs=1e-6)
+
+
+@PROPERTY
+@given(updates(), scales, st.floats(0, 0.1))
+def test_tolerances(update, scale: float, tolerance: float):
+    w0, w1 = update
+    relative, absolute = g.relative_sparsity(w0, w1, tolerance), g.absolute_sparsity(w0, w1, tolerance)
+    assert 0 <= relative <= g.relative_sparsity(w0, w1, 2 * tolerance) <= 1
+    assert 0 <= absolute <= g.absolute_sparsity(w0, w1, 2 * tolerance) <= 1
+    assert g.relative_sparsity(scale * w1, scale * w0, tolerance) == relative
+    assert g.absolute_sparsity(scale * w1, scale * w0, scale * tolerance) == absolute
 
 
 @PROPERTY

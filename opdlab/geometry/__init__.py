@@ -15,46 +15,70 @@ left is the output side and right the input side. Arithmetic is in float64 on th
 0; what is wrong is an :class:`opdlab.errors.OpdlabError`.
 """
 
-from opdlab.geometry.masks import feasible_range, largest_entries, low_magnitude_mask, overlap, principal_mask
+from opdlab.geometry.masks import (
+    enrichment,
+    feasible_range,
+    largest_entries,
+    low_magnitude_mask,
+    overlap,
+    principal_mask,
+)
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
 from opdlab.geometry.measure import GeometrySettings, measure_pair, measure_trajectory, overall_sparsity
 from opdlab.geometry.nulls import norm_matched, permute, permuted_update, random_walk, random_walk_sim
-from opdlab.geometry.sparsity import bf16_equal, bf16_sparsity, density, update_mask
+from opdlab.geometry.sparsity import (
+    absolute_sparsity,
+    bf16_equal,
+    bf16_sparsity,
+    density,
+    relative_sparsity,
+    update_mask,
+)
 from opdlab.geometry.spectrum import (
     Svd,
+    effective_rank,
     frobenius,
     gaussian_stable_rank,
+    hill,
     relative_norm,
     singular_values,
     spectral_drift,
     stable_rank,
     svd,
+    top_energy,
 )
 from opdlab.geometry.subspaces import (
+    Energy,
     Rotation,
     Similarity,
     principal_angles,
     rotation,
     sim_k,
     similarity_to_end,
+    subspace_energy,
     top_left,
     top_right,
 )
 
 __all__ = [
     "Description",
+    "Energy",
     "GeometrySettings",
     "Rotation",
     "Similarity",
     "Svd",
+    "absolute_sparsity",
     "bf16_equal",
     "bf16_sparsity",
     "decompose",
     "density",
     "describe",
+    "effective_rank",
+    "enrichment",
     "feasible_range",
     "frobenius",
     "gaussian_stable_rank",
+    "hill",
     "largest_entries",
     "low_magnitude_mask",
     "measure_pair",
@@ -69,13 +93,16 @@ __all__ = [
     "random_walk",
     "random_walk_sim",
     "relative_norm",
+    "relative_sparsity",
     "rotation",
     "sim_k",
     "similarity_to_end",
     "singular_values",
     "spectral_drift",
     "stable_rank",
+    "subspace_energy",
     "svd",
+    "top_energy",
     "top_left",
     "top_right",
     "update_mask",

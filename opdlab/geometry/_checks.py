@@ -57,6 +57,13 @@ def share(value: float, name: str) -> float:
     return value
 
 
+def at_least_zero(value: float, name: str) -> float:
+    """Return ``value``, or raise unless it is a finite number of 0 or more."""
+    if not 0 <= value < float("inf"):
+        raise OpdlabError(f"{name} is {value!r}; expected a finite number of 0 or more")
+    return value
+
+
 def mask(m: Tensor, name: str) -> Tensor:
     """Return ``m`` on the CPU, or raise unless it holds booleans."""
     if m.dtype != torch.bool:

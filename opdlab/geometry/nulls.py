@@ -129,8 +129,7 @@ def norm_matched(w0: Tensor, w1: Tensor, norm: float) -> Tensor:
     tensor([6., 8.], dtype=torch.float64)
     """
     w0, w1 = _checks.pair(w0, w1)
-    if not 0 <= norm < float("inf"):
-        raise OpdlabError(f"norm is {norm!r}; expected a finite number of 0 or more")
+    _checks.at_least_zero(norm, "norm")
     delta = w1 - w0
     size = float(torch.linalg.vector_norm(delta))
     if size == 0:

@@ -65,6 +65,53 @@ def bf16_sparsity(w0: Tensor, w1: Tensor) -> float:
     return float(bf16_equal(w0, w1).double().mean())
 
 
+def absolute_sparsity(w0: Tensor, w1: Tensor, atol: float = 1e-5) -> float:
+    """Return the share of weights with |w1 - w0| <= atol, in the units of the weights; NaN for an empty tensor.
+
+    A rule of other tools. It ignores the size of a weight, so it counts as unchanged what bfloat16 would show on a
+    small weight, and as changed what bfloat16 cannot show on a large one.
+
+    Args:
+        w0: weights before, any shape.
+        w1: weights after, the same shape.
+        atol: the tolerance, 0 or more.
+
+    Raises:
+        OpdlabError: if atol is negative, the shapes differ or an entry is not finite.
+
+    Source: the default of public analyses of RL updates (2505.11711).
+
+    >>> absolute_sparsity(torch.tensor([1.0, 1e-3]), torch.tensor([1.01, 1.001e-3]))
+    0.5
+    """
+    w0, w1 = _checks.pair(w0, w1)
+    return float(((w1 - w0).abs() <= _checks.at_least_zero(atol, "atol")).double().mean())
+
+
+def relative_sparsity(w0: Tensor, w1: Tensor, eta: float = 1e-3) -> float:
+    """Return the share of weights with |w1 - w0| <= eta max(|w0|, |w1|); NaN for an empty tensor.
+
+    The paper's rule without its cast: on rounded weights it is :func:`bf16_sparsity` for any eta below 2^-9, on
+    unrounded ones it is smoother, and does not depend on where the bfloat16 numbers happen to lie.
+
+    Args:
+        w0: weights before, any shape.
+        w1: weights after, the same shape.
+        eta: the tolerance, without unit, 0 or more.
+
+    Raises:
+        OpdlabError: if eta is negative, the shapes differ or an entry is not finite.
+
+    Source: 2606.07082, Appendix C.3 (the rule); 2511.08567.
+
+    >>> relative_sparsity(torch.tensor([1.0, 1e-3]), torch.tensor([1.01, 1.0001e-3]))
+    0.5
+    """
+    w0, w1 = _checks.pair(w0, w1)
+    bound = _checks.at_least_zero(eta, "eta") * torch.maximum(w0.abs(), w1.abs())
+    return float(((w1 - w0).abs() <= bound).double().mean())
+
+
 def density(mask: Tensor) -> float:
     """Return the share of True entries of a mask, from 0 to 1; NaN for an empty mask.
 
