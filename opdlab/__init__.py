@@ -1,8 +1,9 @@
 """opdlab: the parameter-space geometry of on-policy distillation, next to SFT and RLVR.
 
-Read it in this order: :mod:`opdlab.tasks`, :mod:`opdlab.objectives`, :mod:`opdlab.rollouts`, :mod:`opdlab.arms`,
-:mod:`opdlab.scales`, :mod:`opdlab.training` for how models are trained; :mod:`opdlab.geometry` for how an update is
-measured; :mod:`opdlab.runs`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are kept and repeated.
+Read it in this order: :mod:`opdlab.tasks`, :mod:`opdlab.objectives`, :mod:`opdlab.rollouts`, :mod:`opdlab.batches`,
+:mod:`opdlab.arms`, :mod:`opdlab.scales`, :mod:`opdlab.training` for how models are trained; :mod:`opdlab.geometry` for
+how an update is measured; :mod:`opdlab.runs`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are
+kept and repeated.
 """
 
 import warnings

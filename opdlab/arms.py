@@ -1,6 +1,6 @@
 """The arms: what each way of training starts from, which sequences it sees, and which signal it takes from them.
 
-An arm is data too. All of them run through one loop (:mod:`opdlab.training`) and differ in four entries only.
+An arm is data too. All of them run through one loop (:mod:`opdlab.training`) and differ in the entries below only.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Split prompts and completions into micro-batches of about ``sequences`` completions, like lengths together.
 
-    The completions of one prompt stay together. ``advantages`` (B,) are those of all B completions.
+    The completions of one prompt stay together, and prompts come by falling length, within a micro-batch too.
+    ``advantages`` (B,) are those of all B completions.
     """
     samples = rollouts.samples
     groups = [rollouts.completions[i : i + samples] for i in range(0, len(rollouts.completions), samples)]

@@ -168,7 +168,7 @@ def kl_estimators(logratio: Tensor) -> dict[str, Tensor]:
     r = log p_S(a) - log p_T(a) for a drawn from S (J. Schulman, "Approximating KL divergence", 2020). As *values*, k1
     and k3 are unbiased and k3 is never negative. As *losses* they are something else. Back-propagated, in expectation
     over a: k1 gives the gradient 0, k2 that of KL(S || T), and k3 that of KL(T || S). To get the gradient of KL(S || T)
-    out of k1, hold it fixed and use it as a reward: :func:`opd_advantages`.
+    out of k1, hold it fixed and use it as an advantage: :func:`opd_advantages`.
 
     >>> kl_estimators(torch.tensor(0.5).log())  # log 1/2, (log 2)² / 2, and 2 - 1 - log 2
     {'k1': tensor(-0.6931), 'k2': tensor(0.2402), 'k3': tensor(0.3069)}

@@ -1,8 +1,7 @@
 """Figures: functions from a table to a figure, in one visual language.
 
 Each arm has one colour (Okabe and Ito's, told apart by colour-blind readers) and one marker (told apart in grey). A
-thin line or a small dot is a seed, a thick line the mean over seeds, a band its 95 % interval, and grey dashes are the
-null.
+thin line or a small dot is a seed, a thick line the mean over seeds, a band its 95 % interval, and dashes are the null.
 Nothing is computed here but means and intervals.
 """
 
@@ -69,14 +68,14 @@ def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9
 def draw_curves(
     axis: Axes, table: pd.DataFrame, x: str, y: str, *, null: str | None = None, labels: bool = True, smooth: int = 1
 ) -> None:
-    """Draw ``y`` against ``x`` for each arm: seeds, mean and interval, and the mean of the column ``null``.
+    """Draw ``y`` against ``x`` for each arm: seeds, mean and interval, and dashed the mean of the column ``null``.
 
     Args:
         axis: where to draw.
         table: one row per arm, seed and x.
         x: column of the horizontal axis.
         y: column of the vertical axis.
-        null: column with the null of each row, drawn in grey for each arm.
+        null: column with the null of each row.
         labels: write each arm's name at the end of its curve.
         smooth: width of a running mean over rows, for noisy histories.
     """
@@ -93,7 +92,7 @@ def draw_curves(
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             axis.fill_between(wide.index, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
         if null:
-            axis.plot(rows.groupby(x)[null].mean(), **NULL, zorder=0)
+            axis.plot(rows.groupby(x)[null].mean(), **NULL | {"color": COLOURS[arm]}, zorder=0)
         ends.append((float(mean.iloc[-1]), arm))
     # Room for every seed; a band or a null may leave the panel.
     low, high = float(table[y].min()), float(table[y].max())

@@ -43,6 +43,15 @@ class Records:
     trajectory: pd.DataFrame
     sources: pd.DataFrame
 
+    def colophon(self) -> str:
+        """Return one line on how many runs these are, how long they trained, and on what."""
+        minutes = self.sources["seconds"].sum() / 60
+        machines = self.sources[["torch", "transformers", "processor"]].drop_duplicates().itertuples()
+        where = "; ".join(f"torch {row.torch}, transformers {row.transformers}, {row.processor}" for row in machines)
+        return (
+            f"*Runs of this page: {len(self.sources)}, {minutes:.0f} minutes of training in one thread each, {where}.*"
+        )
+
 
 def record_key(config: dict, scale: Scale) -> str:
     """Return the hash of what decides a record: the run's configuration and the resolution of the measurements."""

@@ -67,7 +67,7 @@ class Scale:
     threads: int = 1
     geometry: GeometrySettings = field(
         default_factory=lambda: GeometrySettings(
-            k=16, sim_ks=(4, 8, 16), mask_rank=16, alphas=(0.3, 0.5), matched_norm=0.01
+            k=16, sim_ks=(4, 8, 16), mask_rank=16, alphas=(0.3, 0.5), angle_ks=(4, 8), matched_norm=0.002
         )
     )
 

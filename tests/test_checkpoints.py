@@ -193,9 +193,9 @@ def test_entries_that_are_not_weights(tmp_path):
         {"a": torch.tensor([1.0, float("nan")]), "b": torch.zeros(2, dtype=torch.int8)}, tmp_path / "x.safetensors"
     )
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
-    with pytest.raises(OpdlabError, match="a in .*x.safetensors has entries that are not finite"):
+    with pytest.raises(OpdlabError, match=r"a in .*x.safetensors has entries that are not finite"):
         checkpoint.read("a")
-    with pytest.raises(OpdlabError, match="b in .* is torch.int8: quantised"):
+    with pytest.raises(OpdlabError, match=r"b in .* is torch.int8: quantised"):
         checkpoint.read("b")
 
 

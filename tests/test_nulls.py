@@ -15,7 +15,7 @@ from opdlab.errors import OpdlabError
 
 torch.set_num_threads(1)
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
-SETTINGS = g.GeometrySettings(k=3, sim_ks=(2, 4), mask_rank=3, alphas=(0.3, 0.5))
+SETTINGS = g.GeometrySettings(k=3, sim_ks=(2, 4), mask_rank=3, alphas=(0.3, 0.5), angle_ks=(2,))
 MODULES = {"self_attn.q_proj": (8, 8), "self_attn.o_proj": (8, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12)}
 
 seeds = st.integers(0, 2**31 - 1)
@@ -171,16 +171,29 @@ def test_weight_matrices_and_their_decompositions(layers: int, seed: int):
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+RANKS = ["stable_rank", "effective_rank", "effective_rank_squared", "top_energy", "hill"]
+
+
 def test_columns_of_a_pair():
     table = g.measure_pair(model(), moved(model(), 1, 0.01), SETTINGS)
-    identity = ["matrix", "layer", "module", "block", "rows", "cols", "parameters", "density"]
+    identity = ["matrix", "layer", "module", "block", "rows", "cols", "parameters"]
+    ranks = [*RANKS, *(f"{rank}_null" for rank in RANKS), "stable_rank_gaussian"]
+    energy = [f"energy_{side}{random}" for side in ("left", "right", "both") for random in ("", "_random")]
+    rules = ["sparsity", "sparsity_absolute", "sparsity_relative", "density", "nss"]
     angles = [f"angle_{side}_{value}" for side in ("left", "right") for value in ("mean", "median", "max")]
-    sized = ["sparsity", "nss", *angles]
-    matched = [f"{column}_matched" for column in sized]
-    sizes = ["frobenius", "relative_norm", "stable_rank", "stable_rank_null", "stable_rank_gaussian"]
-    overlaps = [f"{m}_overlap_a{a}{s}" for a in (30, 50) for m in ("principal", "low") for s in ("", "_null", "_top")]
-    assert list(table) == identity + sized + matched + sizes + overlaps
+    angles += [f"angle_{side}_mean_k2" for side in ("left", "right")]
+    masks = [(m, f"a{a}") for a in (30, 50) for m in ("principal", "low", "principal_only")]
+    overlaps = [f"{m}_overlap_{a}{null}" for null in ("", "_null") for m, a in masks]
+    matched = [f"{column}_matched" for column in (*rules, *angles, *overlaps)]
+    ends = [column for m, a in masks for column in (f"{m}_overlap_{a}_top", f"{m}_share_{a}")]
+    sizes = ["frobenius", "relative_norm"]
+    assert list(table) == identity + sizes + ranks + energy + rules + angles + overlaps + matched + ends
     assert len(table) == 8 and not table.isna().any(axis=None)
+    name = "model.layers.1.mlp.up_proj.weight"
+    fast = g.measure_matrix(name, model()[name], moved(model(), 1, 0.01)[name], SETTINGS, nulls=False)
+    row = table.set_index("matrix").loc[name]
+    assert not any("_null" in column or "_matched" in column for column in fast)
+    assert all(row[column] == value for column, value in fast.items())
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -198,27 +211,33 @@ def test_pair_rows_are_the_functions(seed: int, power: int, scale: float):
     assert row.angle_left_max == pytest.approx(float(g.rotation(w0, w1, 3).left[-1]))
     assert row.angle_right_median == pytest.approx(float(g.rotation(w0, w1, 3).right[1]))
     assert row.low_overlap_a30 == pytest.approx(g.overlap(g.low_magnitude_mask(w0, 0.3), visible), nan_ok=True)
-    for column in (c for c in table if "overlap_a50" in c and "_null" not in c):
-        assume(visible.any())
-        low, high = g.feasible_range(0.5, row.density)
-        assert low - 1e-12 <= row[column] <= high + 1e-12
+    assume(visible.any())
+    for suffix in ("", "_matched"):
+        low, high = g.feasible_range(0.5, row[f"density{suffix}"])
+        for mask in ("principal", "low"):
+            assert low - 1e-12 <= row[f"{mask}_overlap_a50{suffix}"] <= high + 1e-12
     equal_size = g.norm_matched(w0, w1, SETTINGS.matched_norm * g.frobenius(w0))
     assert row.nss_matched == pytest.approx(g.spectral_drift(w0, equal_size))
     assert row.sparsity_matched == g.bf16_sparsity(w0, equal_size)
+    low, visible = g.low_magnitude_mask(w0, 0.3), g.update_mask(w0, equal_size)
+    assert row.low_overlap_a30_matched == pytest.approx(g.overlap(low, visible), nan_ok=True)
+    largest = g.largest_entries(w1 - w0, round(0.1 * w0.numel()))
+    assert row.low_overlap_a30_top == g.overlap(low, largest)
     # A matrix has the same row whatever else is measured, from scratch or from a decomposition.
     alone = g.measure_pair({name: w0s[name]}, {name: w1s[name]}, SETTINGS, seed, g.decompose(w0s))
     pd.testing.assert_series_equal(alone.set_index("matrix").loc[name], row)
-    # A power of two changes the norm alone.
+    # A power of two changes the norm alone, and what is held against an absolute tolerance.
     scaled = g.measure_pair(*({n: scale * w for n, w in ws.items()} for ws in (w0s, w1s)), SETTINGS, seed)
     scaled["frobenius"] /= scale
-    pd.testing.assert_frame_equal(scaled, table)
+    free = [column for column in table if "absolute" not in column]
+    pd.testing.assert_frame_equal(scaled[free], table[free])
 
 
 def test_a_pair_without_update():
     table = g.measure_pair(model(), model(), SETTINGS)
     assert (table.sparsity == 1).all() and (table.density == 0).all() and (table.nss == 0).all()
     assert (table.angle_left_max < 1e-12).all() and (table.angle_right_max < 1e-12).all()
-    undefined = [c for c in table if "overlap" in c] + ["stable_rank", "stable_rank_null", "nss_matched"]
+    undefined = [c for c in table if "overlap" in c or c in RANKS] + ["stable_rank_null", "energy_left", "nss_matched"]
     assert table[undefined].isna().all(axis=None)
 
 
@@ -226,19 +245,22 @@ def test_columns_of_a_trajectory():
     w0s = model()
     table = g.measure_trajectory(w0s, [(step, moved(w0s, step, 0.01)) for step in (1, 5, 9)], SETTINGS)
     identity = ["step", "matrix", "layer", "module", "block", "rows", "cols", "parameters"]
-    course = ["frobenius", "relative_norm", "interval_norm", "sparsity", "stable_rank", "stable_rank_null"]
+    course = ["frobenius", "relative_norm", "interval_norm", "sparsity"]
+    course += [column for rank in RANKS for column in (rank, f"{rank}_null")]
     sims = [
         column
         for k in (2, 4)
         for column in (
-            *(f"sim_{side}_K{k}{suffix}" for side in ("right", "left") for suffix in ("", "_null")),
+            *(f"sim_{side}_K{k}{suffix}" for side in ("right", "left") for suffix in ("", "_null", "_rest")),
             f"sim_random_K{k}",
         )
     ]
     assert list(table) == identity + course + sims
     assert table.step.tolist() == 8 * [1] + 8 * [5] + 8 * [9]
     assert table.matrix.tolist() == 3 * list(g.weight_matrices(w0s))
-    assert not table.isna().any(axis=None)
+    rest = [column for column in table if column.endswith("_rest")]
+    assert not table.drop(columns=rest).isna().any(axis=None)
+    assert (table[rest].isna().all(axis=1) == (table.step == 9)).all(), "after the last snapshot nothing is left"
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -252,17 +274,20 @@ def test_trajectory_rows_are_the_functions(seed: int, count: int):
     table = g.measure_trajectory(w0s, snapshots, SETTINGS, seed)
     last = table[table.step == 10 * count].reset_index(drop=True)
     pair = g.measure_pair(w0s, path[-1], SETTINGS)
-    for column in ("matrix", "frobenius", "relative_norm", "sparsity", "stable_rank"):
+    for column in ("matrix", "frobenius", "relative_norm", "sparsity", *RANKS):
         pd.testing.assert_series_equal(last[column], pair[column])
     sims = table[[c for c in table if c.startswith("sim_")]]
-    assert ((sims >= 0) & (sims <= 1)).all(axis=None)
-    for column in (c for c in sims if "random" not in c):
+    assert ((sims >= 0) & (sims <= 1) | sims.isna()).all(axis=None)
+    for column in (c for c in sims if "random" not in c and "rest" not in c):
         assert last[column].tolist() == pytest.approx(8 * [1.0])
     name = "model.layers.0.mlp.down_proj.weight"
     rows = table[table.matrix == name]
     deltas = [weights[name].double() - w0s[name].double() for weights in path[1:]]
     assert rows.sim_left_K2.tolist() == pytest.approx(g.similarity_to_end(deltas, 2).left)
     assert rows.sim_right_K4.tolist() == pytest.approx(g.similarity_to_end(deltas, 4).right)
+    rest = path[-1][name].double() - path[1][name].double()
+    expected = g.sim_k(g.top_left(deltas[0], 2), g.top_left(rest, 2))
+    assert rows.sim_left_K2_rest.iloc[0] == pytest.approx(expected, nan_ok=True)
     steps = [g.frobenius(b[name].double() - a[name].double()) for a, b in pairwise(path)]
     assert rows.interval_norm.tolist() == pytest.approx(steps)
     assert (rows.sim_random_K4 == 4 / 12).all()
@@ -279,7 +304,8 @@ def test_a_trajectory_that_starts_at_the_origin():
     table = g.measure_trajectory(w0s, [(0, w0s), (1, moved(w0s, 1, 0.01))], SETTINGS)
     first, last = table[table.step == 0], table[table.step == 1]
     undefined = [c for c in table if c.startswith(("sim_right", "sim_left", "stable_rank"))]
-    assert first[undefined].isna().all(axis=None) and not last[undefined].isna().any(axis=None)
+    assert first[undefined].isna().all(axis=None)
+    assert not last[[c for c in undefined if "rest" not in c]].isna().any(axis=None)
     assert (first.frobenius == 0).all() and (first.sparsity == 1).all()
 
 

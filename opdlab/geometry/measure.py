@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import nan, prod
 from zlib import crc32
 
 import torch
@@ -21,17 +22,24 @@ from opdlab.geometry import _checks
 from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, principal_mask
 from opdlab.geometry.matrices import describe, float64_matrices
 from opdlab.geometry.nulls import norm_matched, permute, random_walk
-from opdlab.geometry.sparsity import bf16_sparsity, density, update_mask
+from opdlab.geometry.sparsity import absolute_sparsity, bf16_sparsity, density, relative_sparsity, update_mask
 from opdlab.geometry.spectrum import (
     Svd,
+    effective_rank,
     frobenius,
     gaussian_stable_rank,
+    hill,
     relative_norm,
+    singular_values,
     spectral_drift,
     stable_rank,
     svd,
+    top_energy,
 )
-from opdlab.geometry.subspaces import rotation, similarity_to_end
+from opdlab.geometry.subspaces import rotation, sim_k, similarity_to_end, subspace_energy, top_left, top_right
+
+# Share of the entries in the overlaps that look at the largest changes, before any rounding.
+LARGEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,11 @@ class GeometrySettings:
     mask_rank: int
     # Shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5.
     alphas: tuple[float, ...]
-    # Relative norm to which updates are scaled before they are compared at equal size.
-    matched_norm: float = 0.01
+    # Further numbers of singular vectors at which the mean angle is reported.
+    angle_ks: tuple[int, ...] = ()
+    # Relative norm to which updates are scaled before they are compared at equal size. At this one about half of the
+    # weights move visibly, as in the paper's OPD: masks then have room to differ (see feasible_range).
+    matched_norm: float = 0.002
 
     def __post_init__(self) -> None:
         """Refuse what no matrix could be measured with."""
@@ -55,6 +66,8 @@ class GeometrySettings:
         _checks.whole(self.mask_rank, "mask_rank", 1)
         for i, k in enumerate(self.sim_ks):
             _checks.whole(k, f"sim_ks[{i}]", 1)
+        for i, k in enumerate(self.angle_ks):
+            _checks.whole(k, f"angle_ks[{i}]", 1)
         for i, alpha in enumerate(self.alphas):
             _checks.share(alpha, f"alphas[{i}]")
         _checks.share(self.matched_norm, "matched_norm")
@@ -69,13 +82,7 @@ def measure_pair(
 ) -> DataFrame:
     """Measure one update: every static diagnostic, with its nulls, one row per matrix.
 
-    Columns: matrix, layer, module, block, rows, cols, parameters; sparsity, density; angle_left_mean, _median, _max and
-    angle_right_mean, _median, _max (degrees, of ``settings.k`` angles); nss; frobenius, relative_norm; stable_rank,
-    stable_rank_null (of the permuted, unrounded update), stable_rank_gaussian. For each alpha, written in percent, and
-    for principal and low: principal_overlap_a30 (of the visible update), principal_overlap_a30_null (of the permuted
-    update, rounded to bfloat16 anew) and principal_overlap_a30_top (of as many entries where the unrounded update is
-    largest). Sparsity, nss and the angles come a second time as sparsity_matched and so on, for the norm-matched update
-    with relative norm ``settings.matched_norm``. What is undefined is NaN.
+    Columns: matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_matrix`.
 
     Args:
         w0s: state dict before; :func:`~opdlab.geometry.weight_matrices` chooses from it.
@@ -101,10 +108,86 @@ def measure_pair(
     w1s = float64_matrices(w1s, "w1s", like=w0s)
     rows = []
     for name, w0 in w0s.items():
-        _check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank)
-        svd0 = svd(w0) if base_svds is None else _base_svd(name, w0, base_svds)
-        rows.append(_identity(name, w0) | _pair_row(w0, w1s[name], svd0, settings, _generator(seed, name)))
+        svd0 = None if base_svds is None else _base_svd(name, w0, base_svds)
+        rows.append(_identity(name, w0) | measure_matrix(name, w0, w1s[name], settings, seed, svd0))
     return DataFrame(rows)
+
+
+def measure_matrix(
+    name: str,
+    w0: Tensor,
+    w1: Tensor,
+    settings: GeometrySettings,
+    seed: int = 0,
+    svd0: Svd | None = None,
+    nulls: bool = True,
+) -> dict[str, float]:
+    """Measure the update of one matrix; what is undefined is NaN.
+
+    Keys:
+
+    - frobenius, relative_norm;
+    - stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular values),
+      each with _null: of the permuted, unrounded update; and stable_rank_gaussian;
+    - energy_left, energy_right, energy_both: of the update in the top-k subspaces of w0, each with _random: k/m, k/n
+      and their product;
+    - of the update and, as sparsity_matched and so on, of the norm-matched update with relative norm
+      ``settings.matched_norm``: sparsity, sparsity_absolute, sparsity_relative, density; nss; angle_left_mean, _median,
+      _max and angle_right_mean, _median, _max (degrees, of ``settings.k`` angles), and angle_left_mean_k8 for each k of
+      ``settings.angle_ks``; for each alpha, written in percent, and for the masks principal, low and principal_only
+      (principal and not low): principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the
+      permuted update, rounded to bfloat16 anew);
+    - principal_overlap_a30_top, of the :data:`LARGEST` share of entries where the unrounded update is largest, and
+      principal_share_a30, the share of the entries in the mask, which is its random rate.
+
+    Args:
+        name: of the matrix: it seeds the permutation, and stands in errors.
+        w0: (m, n) weights before.
+        w1: (m, n) weights after.
+        settings: the resolution.
+        seed: of the permutation.
+        svd0: the Svd of w0, if it is at hand, with ``max(settings.k, settings.mask_rank)`` vectors at least.
+        nulls: whether to compute what needs a permuted or a norm-matched update, about two thirds of the work.
+
+    Raises:
+        OpdlabError: naming the matrix, if it is not finite or smaller than a setting allows, or the shapes differ.
+    """
+    w0, w1 = _checks.matrix(w0, f"{name} in w0s"), _checks.matrix(w1, f"{name} in w1s")
+    _checks.same_shape(w0, f"{name} in w0s", w1, f"{name} in w1s")
+    ks = {f"angle_ks[{i}]": k for i, k in enumerate(settings.angle_ks)}
+    _check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank, **ks)
+    svd0 = svd0 or svd(w0, k=max(settings.k, settings.mask_rank, *settings.angle_ks))
+    delta = w1 - w0
+    masks = {}
+    for alpha in settings.alphas:
+        principal, low = principal_mask(svd0, settings.mask_rank, alpha), low_magnitude_mask(w0, alpha)
+        stars = {"principal": principal, "low": low, "principal_only": principal & ~low}
+        masks |= {(star, f"a{100 * alpha:g}"): mask for star, mask in stars.items()}
+    row = {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
+    summaries = _summaries(delta, settings.k)
+    random = {"left": settings.k / len(w0), "right": settings.k / w0.shape[1]}
+    energy = subspace_energy(delta, svd0, settings.k)._asdict()
+    sized = _size_row(w0, w1, svd0, masks, settings)
+    if nulls:
+        shuffled = permute(delta, _generator(seed, name))
+        row |= summaries | {f"{key}_null": value for key, value in _summaries(shuffled, settings.k).items()}
+        row["stable_rank_gaussian"] = gaussian_stable_rank(*w0.shape)
+        for side, value in energy.items():
+            row |= {f"energy_{side}": value, f"energy_{side}_random": random.get(side, prod(random.values()))}
+        sized |= _null_row(w0, w0 + shuffled, masks)
+        matched = dict.fromkeys(sized, nan)
+        if delta.any():
+            norm = settings.matched_norm * frobenius(w0)
+            matched = _size_row(w0, norm_matched(w0, w1, norm), svd0, masks, settings)
+            matched |= _null_row(w0, norm_matched(w0, w0 + shuffled, norm), masks)
+        row |= sized | {f"{key}_matched": value for key, value in matched.items()}
+    else:
+        row |= summaries | {f"energy_{side}": value for side, value in energy.items()} | sized
+    largest = largest_entries(delta, round(LARGEST * delta.numel()))
+    for (star, percent), mask in masks.items():
+        row[f"{star}_overlap_{percent}_top"] = overlap(mask, largest) if delta.any() else nan
+        row[f"{star}_share_{percent}"] = density(mask)
+    return row
 
 
 def measure_trajectory(
@@ -116,10 +199,12 @@ def measure_trajectory(
     """Measure the course of a training: the cumulative update at every snapshot, one row per step and matrix.
 
     Columns: step, matrix, layer, module, block, rows, cols, parameters; frobenius, relative_norm, interval_norm (the
-    Frobenius norm of the update since the snapshot before); sparsity; stable_rank, stable_rank_null (of the permuted
-    update). For each K of ``settings.sim_ks`` and for right and left: sim_right_K16, the similarity to the last
-    snapshot, and sim_right_K16_null, that of a random walk with the same interval norms; sim_random_K16 is K / cols,
-    the value of two unrelated subspaces on the right side (on the left it is K / rows). What is undefined is NaN.
+    Frobenius norm of the update since the snapshot before); sparsity; stable_rank, effective_rank,
+    effective_rank_squared, top_energy and hill (both of ``settings.k`` singular values), each with _null (of the
+    permuted update). For each K of ``settings.sim_ks`` and for right and left: sim_right_K16, the similarity to the
+    last snapshot, sim_right_K16_null, that of a random walk with the same interval norms, and sim_right_K16_rest, the
+    similarity of the update so far to the rest of it, from this snapshot to the last; sim_random_K16 is K / cols, the
+    value of two unrelated subspaces on the right side (on the left it is K / rows). What is undefined is NaN.
 
     Args:
         w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
@@ -148,7 +233,7 @@ def measure_trajectory(
     w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
     parts = []
     for name, w0 in w0s.items():
-        _check_size(name, w0, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
+        _check_size(name, w0, k=settings.k, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
         columns = _course(w0, [w_t[name] for w_t in w_ts], settings, _generator(seed, name))
         parts.append(DataFrame({"step": steps} | _identity(name, w0) | columns))
     # The sort is stable: within a step, matrices stay in the order of the model.
@@ -181,64 +266,74 @@ def _identity(name: str, w0: Tensor) -> dict:
     return {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
 
 
-def _pair_row(w0: Tensor, w1: Tensor, svd0: Svd, settings: GeometrySettings, generator: Generator) -> dict:
-    delta = w1 - w0
-    shuffled = permute(delta, generator)
-    visible = update_mask(w0, w1)
-    sized = _size_row(w0, w1, svd0, settings)
-    matched = dict.fromkeys(sized, float("nan"))
-    if delta.any():
-        matched = _size_row(w0, norm_matched(w0, w1, settings.matched_norm * frobenius(w0)), svd0, settings)
-    row = {"density": density(visible)} | sized | {f"{column}_matched": value for column, value in matched.items()}
-    row |= {
-        "frobenius": frobenius(delta),
-        "relative_norm": relative_norm(w0, w1),
+def _summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
+    """Return what the singular values of an update tell."""
+    if not isinstance(delta, Svd):
+        m, n = delta.shape
+        delta = Svd(delta.new_empty(m, 0), singular_values(delta), delta.new_empty(0, n))
+    return {
         "stable_rank": stable_rank(delta),
-        "stable_rank_null": stable_rank(shuffled),
-        "stable_rank_gaussian": gaussian_stable_rank(*w0.shape),
+        "effective_rank": effective_rank(delta),
+        "effective_rank_squared": effective_rank(delta, squared=True),
+        "top_energy": top_energy(delta, k),
+        "hill": hill(delta, k) if k > 1 else nan,
     }
-    updates = {
-        "": visible,
-        "_null": update_mask(w0, w0 + shuffled),
-        "_top": largest_entries(delta, int(visible.sum())),
-    }
-    for alpha in settings.alphas:
-        stars = {"principal": principal_mask(svd0, settings.mask_rank, alpha), "low": low_magnitude_mask(w0, alpha)}
-        for star, mask_star in stars.items():
-            for suffix, update in updates.items():
-                row[f"{star}_overlap_a{100 * alpha:g}{suffix}"] = overlap(mask_star, update)
-    return row
 
 
-def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, settings: GeometrySettings) -> dict:
-    """Return the diagnostics that grow with the size of the update."""
-    svd1 = svd(w1)
-    row = {"sparsity": bf16_sparsity(w0, w1), "nss": spectral_drift(svd0, svd1)}
+def _size_row(
+    w0: Tensor, w1: Tensor, svd0: Svd, masks: dict[tuple[str, str], Tensor], settings: GeometrySettings
+) -> dict[str, float]:
+    """Return the diagnostics that depend on the size of the update."""
+    svd1, visible = svd(w1, k=max(settings.k, *settings.angle_ks)), update_mask(w0, w1)
+    row = {
+        "sparsity": bf16_sparsity(w0, w1),
+        "sparsity_absolute": absolute_sparsity(w0, w1),
+        "sparsity_relative": relative_sparsity(w0, w1),
+        "density": density(visible),
+        "nss": spectral_drift(svd0, svd1),
+    }
     for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
         row[f"angle_{side}_mean"] = float(angles.mean())
         row[f"angle_{side}_median"] = float(angles.quantile(0.5))
         row[f"angle_{side}_max"] = float(angles.max())
-    return row
+    for k in settings.angle_ks:
+        for side, angles in rotation(svd0, svd1, k)._asdict().items():
+            row[f"angle_{side}_mean_k{k}"] = float(angles.mean())
+    return row | {f"{star}_overlap_{percent}": overlap(mask, visible) for (star, percent), mask in masks.items()}
+
+
+def _null_row(w0: Tensor, shuffled: Tensor, masks: dict[tuple[str, str], Tensor]) -> dict[str, float]:
+    """Return the overlaps of w0 plus the permuted update, seen in bfloat16."""
+    null = update_mask(w0, shuffled)
+    return {f"{star}_overlap_{percent}_null": overlap(mask, null) for (star, percent), mask in masks.items()}
 
 
 def _course(w0: Tensor, w_ts: list[Tensor], settings: GeometrySettings, generator: Generator) -> dict[str, list[float]]:
     deltas = [w_t - w0 for w_t in w_ts]
     interval_norms = [frobenius(after - before) for before, after in pairwise([w0, *w_ts])]
-    svds = [svd(delta) for delta in deltas]
-    walk_svds = [svd(delta) for delta in random_walk(interval_norms, w0.shape, generator)]
+    vectors = max(settings.sim_ks, default=1)
+    svds = [svd(delta, k=vectors) for delta in deltas]
+    rests = [svd(w_ts[-1] - w_t, k=vectors) for w_t in w_ts]
+    walk_svds = [svd(delta, k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
     columns = {
         "frobenius": [frobenius(delta) for delta in deltas],
         "relative_norm": [relative_norm(w0, w_t) for w_t in w_ts],
         "interval_norm": interval_norms,
         "sparsity": [bf16_sparsity(w0, w_t) for w_t in w_ts],
-        "stable_rank": [stable_rank(delta) for delta in svds],
-        "stable_rank_null": [stable_rank(permute(delta, generator)) for delta in deltas],
     }
+    seen = [_summaries(delta, settings.k) for delta in svds]
+    nulls = [_summaries(permute(delta, generator), settings.k) for delta in deltas]
+    for key in nulls[0]:
+        columns[key] = [summary[key] for summary in seen]
+        columns[f"{key}_null"] = [summary[key] for summary in nulls]
     for k in settings.sim_ks:
         seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
-        for side in ("right", "left"):
+        for side, top in (("right", top_right), ("left", top_left)):
             columns[f"sim_{side}_K{k}"] = getattr(seen, side)
             columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
+            columns[f"sim_{side}_K{k}_rest"] = [
+                sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
+            ]
         columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * len(w_ts)
     return columns
 
