@@ -35,8 +35,9 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from opdlab.arms import ARMS
+from opdlab.checkpoints import weight_files
 from opdlab.errors import OpdlabError
-from opdlab.models import load_model, load_tokenizer, new_model, save_model, weight_files
+from opdlab.models import load_model, load_tokenizer, new_model, save_model
 from opdlab.rollouts import Rollouts
 from opdlab.runs import default_home, write_json
 from opdlab.scales import TINY, Recipe, Scale

@@ -7,6 +7,7 @@ projections come out split into the matrices that they hold, and tied embeddings
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,11 +18,35 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models import weight_files
 
 # What trainers put in front of the names of a model that they wrap.
 _WRAPPERS = ("base_model.model.", "_orig_mod.", "module.")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a model folder.
+
+    Raises:
+        OpdlabError: if there is no such folder, or it holds no safetensors (pickled weights are refused).
+    """
+    if not folder.is_dir():
+        raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise OpdlabError(f"{folder / pickles[0]} is a pickle, which can run code: convert it to safetensors first")
+        raise OpdlabError(f"model folder {folder} has no weights: it needs a model.safetensors")
+    return files
+
+
+def weights_digest(folder: Path) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the weights in ``folder``: the identity of a start point."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: ``opdlab scales | models | train | record | reproduce``."""
+"""The command line: ``opdlab scales | models | train | record | reproduce | measure``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,33 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side"
         )
+    measure = command("measure", "measure the update from one checkpoint to another", scale=False)
+    measure.add_argument("base", type=Path, help="model folder or .safetensors file before")
+    measure.add_argument("tuned", type=Path, help="model folder, LoRA adapter folder or .safetensors file after")
+    measure.add_argument("--out", type=Path, help="folder for the results (default: geometry-TUNED, here)")
+    measure.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
+    measure.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
+    measure.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
+    measure.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices measured side by side")
     return parser
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from opdlab.instrument import default_cache, measure_checkpoints, overall_means
+
+    out = options.out or Path(f"geometry-{options.tuned.resolve().stem}")
+    table = measure_checkpoints(
+        options.base,
+        options.tuned,
+        out,
+        seed=options.seed,
+        nulls=not options.no_nulls,
+        processes=options.processes,
+        cache=None if options.no_cache else default_cache(),
+        progress=True,
+    )
+    print(overall_means(table).to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
+    print(f"with figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
 
 
 def _scales() -> None:
@@ -106,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if options.command == "scales":
-            _scales()
+        if options.command in ("scales", "measure"):
+            {"scales": lambda _: _scales(), "measure": _measure}[options.command](options)
             return 0
         # Imported here so that 'opdlab --help' answers at once.
         from opdlab.runs import Home, default_home

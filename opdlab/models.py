@@ -7,7 +7,6 @@ something that training does), only safetensors are read, and no code from a mod
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from opdlab.checkpoints import weight_files
 from opdlab.errors import OpdlabError
 from opdlab.tasks import ALPHABET, EOS, PAD
 
@@ -60,23 +60,6 @@ def new_model(shape: dict, seed: int) -> Qwen3ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config).float()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a model folder.
-
-    Raises:
-        OpdlabError: if there is no such folder, or it holds no safetensors (pickled weights are refused).
-    """
-    if not folder.is_dir():
-        raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        if pickles:
-            raise OpdlabError(f"{folder / pickles[0]} is a pickle, which can run code: convert it to safetensors first")
-        raise OpdlabError(f"model folder {folder} has no weights: it needs a model.safetensors")
-    return files
 
 
 def load_model(folder: Path | str, device: str = "cpu") -> PreTrainedModel:
@@ -130,11 +113,3 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
             f"student {student} and teacher {teacher} have different vocabularies ({len(ours)} and {len(theirs)} "
             f"tokens, {len(ours.items() & theirs.items())} in common): choose a teacher of the same family"
         )
-
-
-def weights_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the weights in ``folder``: the identity of a start point."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

@@ -23,18 +23,18 @@ import platform
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opdlab.arms import get_arm
+from opdlab.checkpoints import weights_digest
 from opdlab.errors import OpdlabError
-from opdlab.models import weights_digest
 from opdlab.scales import Scale
 
 
@@ -114,7 +114,7 @@ def provenance() -> dict:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "numpy": numpy.__version__,
         "device": "cpu",
         "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",

@@ -143,10 +143,27 @@ def test_describe(layer: int, prefix: str, module: str):
 
 
 @pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("model.embed_tokens.weight", (-1, "embed_tokens", "embedding")),
+        ("lm_head.weight", (-1, "lm_head", "head")),
+        ("model.norm.weight", (-1, "norm", "norm")),
+        ("model.layers.3.input_layernorm.weight", (3, "input_layernorm", "norm")),
+        ("model.layers.3.self_attn.q_proj.bias", (3, "q_proj", "bias")),
+        ("model.layers.3.self_attn.q_norm.weight", (3, "q_norm", "norm")),
+        ("model.layers.3.mlp.experts.7.up_proj.weight", (3, "up_proj", "mlp")),
+        ("transformer.h.3.attn.q_proj.weight", (3, "q_proj", "attention")),
+        ("transformer.wte.weight", (-1, "wte", "embedding")),
+        ("model.layers.3.adapter.weight", (3, "adapter", "other")),
+    ],
+)
+def test_describe_everything_else(name: str, described: tuple):
+    assert g.describe(name) == described
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.embed_tokens.weight", "not in the attention or MLP"),
-        ("model.layers.3.adapter.weight", "not in the attention or MLP"),
         ("model.layers.3.self_attn.qkv_proj.weight", "several matrices side by side"),
         ("model.layers.3.mlp.gate_up_proj.weight", "several matrices side by side"),
     ],

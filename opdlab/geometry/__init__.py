@@ -24,7 +24,14 @@ from opdlab.geometry.masks import (
     principal_mask,
 )
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
-from opdlab.geometry.measure import GeometrySettings, measure_matrix, measure_pair, measure_trajectory, overall_sparsity
+from opdlab.geometry.measure import (
+    GeometrySettings,
+    measure_matrix,
+    measure_pair,
+    measure_trajectory,
+    measure_vector,
+    overall_sparsity,
+)
 from opdlab.geometry.nulls import norm_matched, permute, permuted_update, random_walk, random_walk_sim
 from opdlab.geometry.sparsity import (
     absolute_sparsity,
@@ -84,6 +91,7 @@ __all__ = [
     "measure_matrix",
     "measure_pair",
     "measure_trajectory",
+    "measure_vector",
     "norm_matched",
     "overall_sparsity",
     "overlap",

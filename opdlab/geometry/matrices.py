@@ -12,35 +12,41 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.spectrum import Svd, svd
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
+# Blocks outside attention and MLP, by what a name contains.
+_OTHERS = {"embed": "embedding", "wte": "embedding", "wpe": "embedding", "norm": "norm", "ln_": "norm", "head": "head"}
 
 
 class Description(NamedTuple):
-    """Where a weight matrix sits."""
+    """Where a weight sits."""
 
-    layer: int
+    layer: int  # -1 outside the layers
     module: str  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj in the Llama and Qwen families
-    block: str  # attention or mlp
+    block: str  # attention or mlp for the matrices of a layer; embedding, head, norm, bias or other for the rest
 
 
 def describe(name: str) -> Description:
-    """Read layer, module and block from the name of a weight matrix.
+    """Read layer, module and block from the name of a weight.
 
     Raises:
-        OpdlabError: if the name is not that of an attention or MLP matrix of a layer, or of one in which several are
-            fused: the paper splits those first.
+        OpdlabError: if several matrices are fused in it: the paper splits those first.
 
     >>> describe("model.layers.2.self_attn.q_proj.weight")
     Description(layer=2, module='q_proj', block='attention')
+    >>> describe("model.embed_tokens.weight")
+    Description(layer=-1, module='embed_tokens', block='embedding')
     """
     found = _LAYER.search(name)
-    *parents, module = name.removesuffix(".weight").split(".")
-    block = "attention" if any("attn" in p or "attention" in p for p in parents) else "mlp" if "mlp" in parents else ""
-    if not found or not block:
-        raise OpdlabError(f"the weight {name!r} is not in the attention or MLP of a layer; expected ...layers.0.mlp...")
+    *parents, module = name.removesuffix(".weight").removesuffix(".bias").split(".")
     if "qkv" in module or "gate_up" in module:
         raise OpdlabError(f"the weight {name!r} holds several matrices side by side; split it before measuring")
-    return Description(int(found[1]), module, block)
+    block = next((block for part, block in _OTHERS.items() if part in module), "other")
+    if name.endswith(".bias"):
+        block = "bias"
+    elif found and block == "other":
+        attention = any("attn" in parent or "attention" in parent for parent in parents)
+        block = "attention" if attention else "mlp" if "mlp" in parents or "experts" in parents else "other"
+    return Description(int(found[1]) if found else -1, module, block)
 
 
 def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

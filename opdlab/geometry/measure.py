@@ -266,6 +266,33 @@ def _identity(name: str, w0: Tensor) -> dict:
     return {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
 
 
+def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
+    """Measure the update of a weight that is no matrix, such as a norm's: what needs no directions.
+
+    Keys: frobenius, relative_norm, sparsity, sparsity_absolute, sparsity_relative, density, as in
+    :func:`measure_matrix`.
+
+    Raises:
+        OpdlabError: if the shapes differ or an entry is not finite.
+
+    >>> measure_vector(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 3.0]))["sparsity"]
+    0.75
+    """
+    return {"frobenius": frobenius(w1.double() - w0.double()), "relative_norm": relative_norm(w0, w1)} | _visible(
+        w0, w1
+    )
+
+
+def _visible(w0: Tensor, w1: Tensor) -> dict[str, float]:
+    """Return how much of an update can be seen, by the three rules."""
+    return {
+        "sparsity": bf16_sparsity(w0, w1),
+        "sparsity_absolute": absolute_sparsity(w0, w1),
+        "sparsity_relative": relative_sparsity(w0, w1),
+        "density": density(update_mask(w0, w1)),
+    }
+
+
 def _summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
     """Return what the singular values of an update tell."""
     if not isinstance(delta, Svd):
@@ -284,14 +311,8 @@ def _size_row(
     w0: Tensor, w1: Tensor, svd0: Svd, masks: dict[tuple[str, str], Tensor], settings: GeometrySettings
 ) -> dict[str, float]:
     """Return the diagnostics that depend on the size of the update."""
-    svd1, visible = svd(w1, k=max(settings.k, *settings.angle_ks)), update_mask(w0, w1)
-    row = {
-        "sparsity": bf16_sparsity(w0, w1),
-        "sparsity_absolute": absolute_sparsity(w0, w1),
-        "sparsity_relative": relative_sparsity(w0, w1),
-        "density": density(visible),
-        "nss": spectral_drift(svd0, svd1),
-    }
+    svd1, visible = svd(w1, k=max((settings.k, *settings.angle_ks))), update_mask(w0, w1)
+    row = _visible(w0, w1) | {"nss": spectral_drift(svd0, svd1)}
     for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
         row[f"angle_{side}_mean"] = float(angles.mean())
         row[f"angle_{side}_median"] = float(angles.quantile(0.5))

@@ -1,0 +1,126 @@
+"""The report of a measurement: one HTML file with the means, the figures and what they show, to be opened anywhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from opdlab.geometry import feasible_range
+from opdlab.plots import NULL, panels, use_style
+from opdlab.runs import write_whole
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
+       background: #fff; }
+table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
+td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child { text-align: left; }
+img { max-width: 100%; }
+figcaption { color: #444; font-size: 14px; }
+"""
+
+
+def write_report(path: Path, table: pd.DataFrame, means: pd.DataFrame, title: str) -> None:
+    """Write the report of a table of :func:`opdlab.instrument.measure_checkpoints`.
+
+    Args:
+        path: the HTML file.
+        table: one row per tensor.
+        means: the overall means, one row per diagnostic.
+        title: what was measured.
+    """
+    use_style()
+    layers = table[table["block"].isin(["attention", "mlp"])]
+    figures = [
+        (_by_layer, "Sparsity, rotation and size of each matrix, by layer; one line per module."),
+        (
+            _ranks,
+            "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null.",
+        ),
+        (
+            _masks,
+            "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
+            "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate.",
+        ),
+    ]
+    parts = [
+        f"<figure><img alt='{html.escape(caption)}' src='{_png(draw, layers)}'>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for draw, caption in figures
+    ]
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of attention and
+MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the same
+computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors.</p>
+{means.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)}
+{"".join(parts)}
+<p>Every number for every tensor is in matrices.csv beside this file.</p>
+</body></html>
+"""
+    write_whole(path, lambda temporary: temporary.write_text(page))
+
+
+def _png(draw: Callable[[pd.DataFrame], Figure], layers: pd.DataFrame) -> str:
+    figure, buffer = draw(layers), io.BytesIO()
+    figure.savefig(buffer, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _by_layer(layers: pd.DataFrame) -> Figure:
+    modules = list(dict.fromkeys(layers["module"]))
+    palette = dict(zip(modules, sns.color_palette("colorblind", len(modules)), strict=True))
+    figure, axes = panels(4, columns=2, width=4.6, height=3)
+    views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
+    for axis, (column, title) in zip(axes, views.items(), strict=False):
+        for module, rows in layers.groupby("module", sort=False):
+            axis.plot(rows["layer"], rows[column], "o-", color=palette[module], ms=3, linewidth=1.2)
+        axis.set(title=title, xlabel="layer")
+    handles = [plt.Line2D([], [], color=colour, marker="o", ms=4, label=name) for name, colour in palette.items()]
+    axes[3].set_axis_off()
+    axes[3].legend(handles=handles, loc="center left")
+    return figure
+
+
+def _dots(axis: Axes, layers: pd.DataFrame, column: str) -> None:
+    modules = list(dict.fromkeys(layers["module"]))
+    for i, module in enumerate(modules):
+        rows = layers[layers["module"] == module]
+        spread = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else [0.0]
+        axis.plot(i + np.asarray(spread), rows[column], "o", ms=2.5, color="#0072B2", alpha=0.6)
+        axis.plot([i - 0.35, i + 0.35], [rows[column].mean()] * 2, color="#0072B2", linewidth=2)
+        if f"{column}_null" in rows:
+            axis.plot([i - 0.4, i + 0.4], [rows[f"{column}_null"].mean()] * 2, **NULL)
+    axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right", fontsize=8)
+
+
+def _ranks(layers: pd.DataFrame) -> Figure:
+    figure, (axis,) = panels(1, width=9.2, height=3)
+    _dots(axis, layers, "stable_rank")
+    axis.set(title="stable rank", yscale="log")
+    return figure
+
+
+def _masks(layers: pd.DataFrame) -> Figure:
+    figure, axes = panels(2, columns=2, width=4.6, height=3)
+    for axis, star in zip(axes, ("principal", "low"), strict=True):
+        _dots(axis, layers, f"{star}_overlap_a30")
+        for i, (_, rows) in enumerate(layers.groupby("module", sort=False)):
+            limits = feasible_range(0.3, float(rows["density"].mean()))
+            axis.fill_between([i - 0.45, i + 0.45], *limits, color="0.92", zorder=0, linewidth=0)
+        axis.axhline(0.3, color="0.6", linestyle=":", linewidth=1)
+        axis.set_title("principal weights" if star == "principal" else "low-magnitude weights")
+    return figure

@@ -1,0 +1,154 @@
+"""Measuring checkpoints on disk: the same numbers as in memory, resumable, cached, and clear about bad input."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from opdlab import geometry as g
+from opdlab import instrument
+from opdlab.cli import main
+from opdlab.errors import OpdlabError
+from opdlab.instrument import measure_checkpoints, settings_for
+from opdlab.models import new_model
+
+SHAPE = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A base folder and a tuned one, stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = new_model(SHAPE, 0)
+    model.bfloat16().save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.002 * torch.randn_like(weight))
+    model.save_pretrained(folder / "tuned", max_shard_size="8KB")
+    return folder / "base", folder / "tuned"
+
+
+@pytest.fixture(scope="module")
+def measured(pair, tmp_path_factory):
+    """The table of the pair, and the folder of its results."""
+    out = tmp_path_factory.mktemp("measured")
+    return measure_checkpoints(*pair, out), out
+
+
+def test_tables_are_those_of_the_functions(pair, measured):
+    table, out = measured[0].set_index("matrix"), measured[1]
+    base, tuned = map(instrument.open_checkpoint, pair)
+    assert list(table.index) == list(base.pieces)
+    name = "model.layers.1.mlp.down_proj.weight"
+    w0, w1 = base.read(name), tuned.read(name)
+    expected = g.measure_matrix(name, w0, w1, settings_for(w0.shape))
+    assert {column: table.loc[name, column] for column in expected} == pytest.approx(expected, nan_ok=True)
+    norm = table.loc["model.norm.weight"]
+    assert norm["block"] == "norm" and pd.isna(norm["stable_rank"]) and norm["rows"] == 16
+    assert table.loc["model.embed_tokens.weight", "block"] == "embedding"
+    written = pd.read_csv(out / "matrices.csv").set_index("matrix")
+    assert written["stable_rank"].tolist() == pytest.approx(table["stable_rank"].tolist(), nan_ok=True)
+    assert not (out / "rows.jsonl").exists()
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 3 and "stable_rank" in report and "http" not in report
+
+
+def test_the_summary_names_its_weighting(measured):
+    table, out = measured
+    summary = json.loads((out / "summary.json").read_text())["groups"]
+    layers = table[table["block"].isin(["attention", "mlp"])]
+    overall = summary["overall"]
+    assert overall["tensors"] == len(layers) == 14
+    share = (layers["sparsity"] * layers["parameters"]).sum() / layers["parameters"].sum()
+    assert overall["sparsity"]["value"] == pytest.approx(share)
+    assert overall["sparsity"]["weighting"] == "per parameter"
+    rank = overall["stable_rank"]
+    assert rank["value"] == pytest.approx(layers["stable_rank"].mean()) and rank["weighting"] == "per matrix"
+    assert rank["ratio"] == pytest.approx(rank["value"] / rank["null"])
+    assert {"attention", "mlp", "embedding", "norm", "attention.q_proj", "mlp.up_proj"} <= summary.keys()
+    assert "null" not in summary["norm"]["sparsity"]
+
+
+def test_without_nulls(pair, tmp_path):
+    table = measure_checkpoints(*pair, tmp_path, nulls=False)
+    assert not [column for column in table if column.endswith(("_null", "_matched"))]
+
+
+def test_stopped_work_goes_on(pair, measured, tmp_path):
+    whole, _ = measured
+    opened = instrument.open_checkpoint(pair[0])
+    job = instrument.Job(*pair, 0, True, None)
+    stopped = tmp_path / "stopped"
+    instrument._resume(stopped, job)
+    rows = [job.measure(name) for name in list(opened.pieces)[:3]]
+    text = "".join(json.dumps(row | {"frobenius": 7.0}) + "\n" for row in rows)
+    (stopped / "rows.jsonl").write_text(text + '{"matrix": "cut o')
+    table = measure_checkpoints(*pair, stopped)
+    assert (table["frobenius"].head(3) == 7).all(), "rows that were there are not measured again"
+    pd.testing.assert_frame_equal(table.tail(-3), whole.tail(-3))
+    # Another seed is another job: nothing is taken over.
+    instrument._resume(stopped, job)
+    (stopped / "rows.jsonl").write_text(text)
+    assert (measure_checkpoints(*pair, stopped, seed=1)["frobenius"].head(3) != 7).all()
+
+
+def test_the_cache_holds_decompositions_by_content(pair, tmp_path):
+    cold = measure_checkpoints(*pair, tmp_path / "a", cache=tmp_path / "cache")
+    files = sorted((tmp_path / "cache").glob("*.safetensors"))
+    assert len(files) == 15
+    warm = measure_checkpoints(*pair, tmp_path / "b", cache=tmp_path / "cache")
+    pd.testing.assert_frame_equal(cold, warm)
+    assert sorted((tmp_path / "cache").glob("*.safetensors")) == files
+
+
+def variant(pair, folder, change):
+    state = {
+        name: instrument.open_checkpoint(pair[0]).read(name) for name in instrument.open_checkpoint(pair[0]).pieces
+    }
+    change(state)
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_what_cannot_be_compared(pair, tmp_path):
+    base = pair[0]
+    same = variant(pair, tmp_path / "same", lambda state: None)
+    fewer = variant(pair, tmp_path / "fewer", lambda state: state.pop("model.norm.weight"))
+    wider = variant(pair, tmp_path / "wider", lambda state: state.update({"model.norm.weight": torch.zeros(9)}))
+    broken = variant(pair, tmp_path / "broken", lambda state: state["model.norm.weight"].fill_(float("nan")))
+    for tuned, message in (
+        (base, "are the same checkpoint"),
+        (same, "hold the same weights"),
+        (fewer, "1 tensors are in one of them only, such as model.norm.weight in .*base"),
+        (wider, r"model.norm.weight is \(16,\) in .*base and \(9,\) in .*wider"),
+        (broken, "model.norm.weight in .*broken has entries that are not finite"),
+    ):
+        with pytest.raises(OpdlabError, match=message):
+            measure_checkpoints(base, tuned, tmp_path / "out")
+    assert not (tmp_path / "out" / "matrices.csv").exists()
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OpdlabError, match="cannot be used"):
+        measure_checkpoints(*pair, blocked)
+
+
+def test_the_command(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPDLAB_CACHE", str(tmp_path / "cache"))
+    assert main(["measure", str(pair[0]), str(pair[1]), "--processes", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "stable_rank" in printed and "at equal norm" in printed and "geometry-tuned/matrices.csv" in printed
+    assert main(["measure", str(pair[0]), "nowhere"]) == 2
+    assert "there is no checkpoint nowhere" in capsys.readouterr().err
