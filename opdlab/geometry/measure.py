@@ -137,7 +137,7 @@ def measure_matrix(
       ``settings.angle_ks``; for each alpha, written in percent, and for the masks principal, low and principal_only
       (principal and not low): principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the
       permuted update, rounded to bfloat16 anew);
-    - principal_overlap_a30_top, of the :data:`LARGEST` share of entries where the unrounded update is largest, and
+    - principal_overlap_a30_top, of the tenth of the entries where the unrounded update is largest, and
       principal_share_a30, the share of the entries in the mask, which is its random rate.
 
     Args:

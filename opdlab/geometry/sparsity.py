@@ -66,7 +66,7 @@ def bf16_sparsity(w0: Tensor, w1: Tensor) -> float:
 
 
 def absolute_sparsity(w0: Tensor, w1: Tensor, atol: float = 1e-5) -> float:
-    """Return the share of weights with |w1 - w0| <= atol, in the units of the weights; NaN for an empty tensor.
+    """Return the share of weights with ``|w1 - w0| <= atol``, in the units of the weights; NaN for an empty tensor.
 
     A rule of other tools. It ignores the size of a weight, so it counts as unchanged what bfloat16 would show on a
     small weight, and as changed what bfloat16 cannot show on a large one.
@@ -89,7 +89,7 @@ def absolute_sparsity(w0: Tensor, w1: Tensor, atol: float = 1e-5) -> float:
 
 
 def relative_sparsity(w0: Tensor, w1: Tensor, eta: float = 1e-3) -> float:
-    """Return the share of weights with |w1 - w0| <= eta max(|w0|, |w1|); NaN for an empty tensor.
+    """Return the share of weights with ``|w1 - w0| <= eta max(|w0|, |w1|)``; NaN for an empty tensor.
 
     The paper's rule without its cast: on rounded weights it is :func:`bf16_sparsity` for any eta below 2^-9, on
     unrounded ones it is smoother, and does not depend on where the bfloat16 numbers happen to lie.
