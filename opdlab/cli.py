@@ -36,10 +36,12 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side"
         )
-    measure = command("measure", "measure the update from one checkpoint to another", scale=False)
+    what = "measure the update from one checkpoint to another, or the way through several"
+    measure = command("measure", what, scale=False)
     measure.add_argument("base", type=Path, help="model folder or .safetensors file before")
-    measure.add_argument("tuned", type=Path, help="model folder, LoRA adapter folder or .safetensors file after")
-    measure.add_argument("--out", type=Path, help="folder for the results (default: geometry-TUNED, here)")
+    measure.add_argument("tuned", type=Path, nargs="*", help="model or LoRA adapter folders, or files, after; in order")
+    measure.add_argument("--trajectory", type=Path, metavar="DIR", help="take the checkpoints in DIR, by their steps")
+    measure.add_argument("--out", type=Path, help="folder for the results (default: geometry-LAST, here)")
     measure.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     measure.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     measure.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
@@ -48,12 +50,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from opdlab.instrument import default_cache, measure_checkpoints, overall_means
+    from opdlab.instrument import default_cache, find_trajectory, measure_checkpoints, overall_means
 
-    out = options.out or Path(f"geometry-{options.tuned.resolve().stem}")
+    if bool(options.tuned) == bool(options.trajectory):
+        raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
+    path = options.tuned or find_trajectory(options.trajectory)
+    out = options.out or Path(f"geometry-{path[-1].resolve().stem}")
     table = measure_checkpoints(
         options.base,
-        options.tuned,
+        path,
         out,
         seed=options.seed,
         nulls=not options.no_nulls,

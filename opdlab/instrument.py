@@ -11,9 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from opdlab.geometry import (
     GeometrySettings,
     Svd,
     describe,
+    measure_course,
     measure_matrix,
     measure_vector,
     svd,
@@ -84,35 +85,75 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     return sorted(sizes, key=lambda name: -sizes[name])
 
 
+def step_of(path: Path) -> int | None:
+    """Return the last number in a checkpoint's name, its step.
+
+    >>> step_of(Path("run/checkpoint-500")), step_of(Path("snapshots/step-000040.safetensors")), step_of(Path("final"))
+    (500, 40, None)
+    """
+    numbers = re.findall(r"\d+", path.name.removesuffix(".safetensors"))
+    return int(numbers[-1]) if numbers else None
+
+
+def find_trajectory(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, by step; step 0, the origin itself, is left out.
+
+    Raises:
+        OpdlabError: if there is none.
+    """
+    found = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if step_of(path) and (path.suffix == ".safetensors" or any(path.glob("*.safetensors")))
+    ]
+    if not found:
+        raise OpdlabError(
+            f"there are no checkpoints in {folder}: it needs checkpoint-<step> or step-<step>.safetensors"
+        )
+    return sorted(found, key=step_of)
+
+
 @dataclass(frozen=True)
 class Job:
-    """What one process needs to measure any tensor of a pair."""
+    """What one process needs to measure any tensor on the way from a base to the last of its checkpoints."""
 
     base: Path
-    tuned: Path
+    path: tuple[Path, ...]
     seed: int
     nulls: bool
     cache: Path | None
 
     def identity(self) -> dict:
         """Return what stopped work must share with this to be gone on with: paths, files and options."""
-        files = [file for path in (self.base, self.tuned) for file in sorted([path, *path.glob("*.safetensors")])]
+        files = [file for path in (self.base, *self.path) for file in sorted([path, *path.glob("*.safetensors")])]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
         return json.loads(json.dumps({"seed": self.seed, "nulls": self.nulls, "files": stamps}))
 
+    def steps(self) -> list[int]:
+        """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ..."""
+        named = [step_of(path) for path in self.path]
+        ascending = None not in named and named == sorted(set(named))
+        return named if ascending else list(range(1, len(named) + 1))
+
     def measure(self, name: str) -> dict:
-        """Measure one tensor and return its row."""
+        """Measure one tensor: its row, and the rows of its course where there is more than one checkpoint."""
         base = open_checkpoint(self.base)
-        w0, w1 = base.read(name), open_checkpoint(self.tuned, base).read(name)
+        w0 = base.read(name)
+        w_ts = [open_checkpoint(path, base).read(name) for path in self.path]
         rows, cols = w0.shape if w0.ndim == 2 else (w0.numel(), 1)
-        row = {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": w0.numel()}
+        who = {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": w0.numel()}
         if w0.ndim != 2 or min(w0.shape) < 2:
-            return row | measure_vector(w0, w1)
+            return {"row": who | measure_vector(w0, w_ts[-1]), "course": []}
         settings = settings_for(tuple(w0.shape))
-        vectors = max(settings.k, settings.mask_rank, *settings.angle_ks)
-        svd0 = base_svd(w0, vectors, self.cache)
-        row |= {"k": settings.k, "mask_rank": settings.mask_rank}
-        return row | measure_matrix(name, w0, w1, settings, self.seed, svd0, self.nulls)
+        svd0 = base_svd(w0, max(settings.k, settings.mask_rank, *settings.angle_ks), self.cache)
+        row = {"k": settings.k, "mask_rank": settings.mask_rank}
+        row |= measure_matrix(name, w0, w_ts[-1], settings, self.seed, svd0, self.nulls)
+        course = []
+        if len(w_ts) > 1:
+            columns = measure_course(name, w0, w_ts, settings, self.seed)
+            course = [who | dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            course = [{"step": step} | values for step, values in zip(self.steps(), course, strict=True)]
+        return {"row": who | row, "course": course}
 
 
 def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
@@ -133,11 +174,15 @@ def _start() -> None:
     torch.set_num_threads(1)
 
 
-@contextmanager
-def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+def _measure_all(job: Job, names: list[str], processes: int) -> Iterator[dict]:
+    """Yield what :meth:`Job.measure` finds, as it is found; with one process, in this one."""
+    if processes == 1:
+        yield from map(job.measure, names)
+        return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start) as pool:
         try:
-            yield pool
+            for future in as_completed([pool.submit(job.measure, name) for name in names]):
+                yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -147,7 +192,7 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 def measure_checkpoints(
     base: Path,
-    tuned: Path,
+    path: Sequence[Path],
     out: Path,
     *,
     seed: int = 0,
@@ -158,13 +203,15 @@ def measure_checkpoints(
 ) -> pd.DataFrame:
     """Measure every tensor of an update, and write matrices.csv, summary.json and report.html.
 
+    With several checkpoints the update is that of the last, and trajectory.csv has the way there.
+
     Args:
         base: the checkpoint before (:func:`opdlab.checkpoints.open_checkpoint`).
-        tuned: the checkpoint after, or an adapter on ``base``.
+        path: one or more checkpoints after, in order; each may be an adapter on ``base``.
         out: folder for the results; what an earlier call left unfinished there is gone on with.
         seed: of the permutations.
         nulls: whether to compute the nulls and the norm-matched diagnostics.
-        processes: matrices measured side by side, with one thread each.
+        processes: matrices measured side by side, with one thread each; 1 stays in this process.
         cache: folder for decompositions of bases; None keeps none.
         progress: show a bar.
 
@@ -176,30 +223,37 @@ def measure_checkpoints(
         OpdlabError: on bad input, naming the tensor or file.
     """
     opened = open_checkpoint(base)
-    names = check_comparable(opened, open_checkpoint(tuned, opened))
-    job = Job(Path(base), Path(tuned), seed, nulls, cache)
+    for checkpoint in path:
+        names = check_comparable(opened, open_checkpoint(checkpoint, opened))
+    job = Job(Path(base), tuple(map(Path, path)), seed, nulls, cache)
     done = _resume(out, job)
     with (
         tqdm(total=len(names), initial=len(done), unit="tensor", disable=not progress) as bar,
         open(out / "rows.jsonl", "a") as log,
-        _pool(processes) as pool,
     ):
-        futures = [pool.submit(job.measure, name) for name in names if name not in done]
-        for future in as_completed(futures):
-            row = future.result()
-            done[row["matrix"]] = row
-            log.write(json.dumps(row) + "\n")
+        for found in _measure_all(job, [name for name in names if name not in done], processes):
+            done[found["row"]["matrix"]] = found
+            log.write(json.dumps(found) + "\n")
             log.flush()
-            bar.set_postfix_str(row["matrix"][-40:])
+            bar.set_postfix_str(found["row"]["matrix"][-40:])
             bar.update()
-    table = pd.DataFrame([done[name] for name in opened.pieces])
+    table = pd.DataFrame([done[name]["row"] for name in opened.pieces])
     if (table["frobenius"] == 0).all():
-        raise OpdlabError(f"{base} and {tuned} hold the same weights: there is no update to measure")
-    write_whole(out / "matrices.csv", lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
-    write_json(out / "summary.json", {"base": str(base), "tuned": str(tuned)} | summarise(table, job))
-    write_report(out / "report.html", table, overall_means(table), f"From {Path(base).name} to {Path(tuned).name}")
+        raise OpdlabError(f"{base} and {path[-1]} hold the same weights: there is no update to measure")
+    course = pd.DataFrame([row for name in opened.pieces for row in done[name]["course"]])
+    _write_table(out / "matrices.csv", table)
+    if len(course):
+        course = course.sort_values("step", kind="stable", ignore_index=True)
+        _write_table(out / "trajectory.csv", course)
+    names = {"base": str(base), "path": list(map(str, path))}
+    write_json(out / "summary.json", names | summarise(table, job))
+    write_report(out / "report.html", table, course, overall_means(table), f"{Path(base).name} to {path[-1].name}")
     (out / "rows.jsonl").unlink()
     return table
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
 
 
 def _resume(out: Path, job: Job) -> dict[str, dict]:
@@ -214,7 +268,7 @@ def _resume(out: Path, job: Job) -> dict[str, dict]:
         raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
     write_json(out / "job.json", identity)
     write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
-    return {row["matrix"]: row for row in map(json.loads, lines)}
+    return {found["row"]["matrix"]: found for found in map(json.loads, lines)}
 
 
 # What the summary holds: the column, its null, and whether matrices weigh by their parameters (the paper's rule for

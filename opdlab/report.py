@@ -30,12 +30,13 @@ figcaption { color: #444; font-size: 14px; }
 """
 
 
-def write_report(path: Path, table: pd.DataFrame, means: pd.DataFrame, title: str) -> None:
+def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, means: pd.DataFrame, title: str) -> None:
     """Write the report of a table of :func:`opdlab.instrument.measure_checkpoints`.
 
     Args:
         path: the HTML file.
         table: one row per tensor.
+        course: one row per checkpoint and matrix; empty if there was one checkpoint only.
         means: the overall means, one row per diagnostic.
         title: what was measured.
     """
@@ -53,6 +54,15 @@ def write_report(path: Path, table: pd.DataFrame, means: pd.DataFrame, title: st
             "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate.",
         ),
     ]
+    if len(course):
+        figures.append(
+            (
+                lambda _: _course(course),
+                "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, "
+                "norm, and similarity of the leading right subspace to the last one. Dashes: the null, of permuted "
+                "updates for the rank and of a random walk for the similarity.",
+            )
+        )
     parts = [
         f"<figure><img alt='{html.escape(caption)}' src='{_png(draw, layers)}'>"
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -123,4 +133,24 @@ def _masks(layers: pd.DataFrame) -> Figure:
             axis.fill_between([i - 0.45, i + 0.45], *limits, color="0.92", zorder=0, linewidth=0)
         axis.axhline(0.3, color="0.6", linestyle=":", linewidth=1)
         axis.set_title("principal weights" if star == "principal" else "low-magnitude weights")
+    return figure
+
+
+def _course(course: pd.DataFrame) -> Figure:
+    sims = [column for column in course if column.startswith("sim_right_K") and column.count("_") == 2]
+    views = {"stable_rank": "stable rank", "frobenius": "Frobenius norm"}
+    if sims:
+        views[sims[-1]] = f"similarity to the end, K = {sims[-1].rpartition('K')[2]}"
+    figure, axes = panels(4, columns=2, width=4.6, height=3)
+    for axis, (column, title) in zip(axes, views.items(), strict=False):
+        for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
+            means = course[course["block"] == block].groupby("step")
+            axis.plot(means[column].mean(), "o-", color=colour, ms=4, label=block)
+            if f"{column}_null" in course:
+                axis.plot(means[f"{column}_null"].mean(), **NULL | {"color": colour})
+        axis.set(title=title, xlabel="step")
+    axes[0].set_yscale("log")
+    for spare in axes[len(views) :]:
+        spare.set_axis_off()
+    axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center left")
     return figure

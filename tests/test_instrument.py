@@ -1,6 +1,7 @@
 """Measuring checkpoints on disk: the same numbers as in memory, resumable, cached, and clear about bad input."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -11,9 +12,11 @@ from opdlab import geometry as g
 from opdlab import instrument
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.instrument import measure_checkpoints, settings_for
+from opdlab.instrument import settings_for
 from opdlab.models import new_model
 
+# In this process; the fixture below uses two others.
+measure_checkpoints = partial(instrument.measure_checkpoints, processes=1)
 SHAPE = {
     "hidden_size": 16,
     "num_attention_heads": 2,
@@ -43,7 +46,7 @@ def pair(tmp_path_factory):
 def measured(pair, tmp_path_factory):
     """The table of the pair, and the folder of its results."""
     out = tmp_path_factory.mktemp("measured")
-    return measure_checkpoints(*pair, out), out
+    return measure_checkpoints(pair[0], pair[1:], out, processes=2), out
 
 
 def test_tables_are_those_of_the_functions(pair, measured):
@@ -81,35 +84,61 @@ def test_the_summary_names_its_weighting(measured):
 
 
 def test_without_nulls(pair, tmp_path):
-    table = measure_checkpoints(*pair, tmp_path, nulls=False)
+    table = measure_checkpoints(pair[0], pair[1:], tmp_path, nulls=False)
     assert not [column for column in table if column.endswith(("_null", "_matched"))]
 
 
 def test_stopped_work_goes_on(pair, measured, tmp_path):
     whole, _ = measured
     opened = instrument.open_checkpoint(pair[0])
-    job = instrument.Job(*pair, 0, True, None)
+    job = instrument.Job(pair[0], pair[1:], 0, True, None)
     stopped = tmp_path / "stopped"
     instrument._resume(stopped, job)
-    rows = [job.measure(name) for name in list(opened.pieces)[:3]]
-    text = "".join(json.dumps(row | {"frobenius": 7.0}) + "\n" for row in rows)
-    (stopped / "rows.jsonl").write_text(text + '{"matrix": "cut o')
-    table = measure_checkpoints(*pair, stopped)
+    rows = [job.measure(name)["row"] for name in list(opened.pieces)[:3]]
+    text = "".join(json.dumps({"row": row | {"frobenius": 7.0}, "course": []}) + "\n" for row in rows)
+    (stopped / "rows.jsonl").write_text(text + '{"row": {"matrix": "cut o')
+    table = measure_checkpoints(pair[0], pair[1:], stopped)
     assert (table["frobenius"].head(3) == 7).all(), "rows that were there are not measured again"
     pd.testing.assert_frame_equal(table.tail(-3), whole.tail(-3))
     # Another seed is another job: nothing is taken over.
     instrument._resume(stopped, job)
     (stopped / "rows.jsonl").write_text(text)
-    assert (measure_checkpoints(*pair, stopped, seed=1)["frobenius"].head(3) != 7).all()
+    assert (measure_checkpoints(pair[0], pair[1:], stopped, seed=1)["frobenius"].head(3) != 7).all()
 
 
 def test_the_cache_holds_decompositions_by_content(pair, tmp_path):
-    cold = measure_checkpoints(*pair, tmp_path / "a", cache=tmp_path / "cache")
+    cold = measure_checkpoints(pair[0], pair[1:], tmp_path / "a", cache=tmp_path / "cache")
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
     assert len(files) == 15
-    warm = measure_checkpoints(*pair, tmp_path / "b", cache=tmp_path / "cache")
+    warm = measure_checkpoints(pair[0], pair[1:], tmp_path / "b", cache=tmp_path / "cache")
     pd.testing.assert_frame_equal(cold, warm)
     assert sorted((tmp_path / "cache").glob("*.safetensors")) == files
+
+
+def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
+    base, tuned = (instrument.open_checkpoint(path) for path in pair)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    halfway = {name: ((base.read(name).float() + tuned.read(name).float()) / 2) for name in base.pieces}
+    save_file({name: base.read(name) for name in base.pieces}, folder / "step-000.safetensors")
+    save_file(halfway, folder / "step-050.safetensors")
+    (folder / "checkpoint-200").mkdir()
+    save_file({name: tuned.read(name) for name in tuned.pieces}, folder / "checkpoint-200" / "model.safetensors")
+    (folder / "tensorboard-1").mkdir()
+    path = instrument.find_trajectory(folder)
+    assert [instrument.step_of(checkpoint) for checkpoint in path] == [50, 200]
+    table = measure_checkpoints(pair[0], path, tmp_path / "out")
+    pd.testing.assert_frame_equal(table, measured[0])
+    course = pd.read_csv(tmp_path / "out" / "trajectory.csv")
+    assert course["step"].tolist() == 15 * [50] + 15 * [200]
+    name = "model.layers.0.mlp.up_proj.weight"
+    rows = course[course["matrix"] == name]
+    expected = g.measure_course(name, base.read(name), [halfway[name], tuned.read(name)], settings_for((24, 16)))
+    for column, values in expected.items():
+        assert rows[column].tolist() == pytest.approx(values, nan_ok=True)
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 4
+    with pytest.raises(OpdlabError, match="there are no checkpoints in"):
+        instrument.find_trajectory(tmp_path / "out")
 
 
 def variant(pair, folder, change):
@@ -136,12 +165,12 @@ def test_what_cannot_be_compared(pair, tmp_path):
         (broken, "model.norm.weight in .*broken has entries that are not finite"),
     ):
         with pytest.raises(OpdlabError, match=message):
-            measure_checkpoints(base, tuned, tmp_path / "out")
+            measure_checkpoints(base, [tuned], tmp_path / "out")
     assert not (tmp_path / "out" / "matrices.csv").exists()
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OpdlabError, match="cannot be used"):
-        measure_checkpoints(*pair, blocked)
+        measure_checkpoints(pair[0], pair[1:], blocked)
 
 
 def test_the_command(pair, tmp_path, monkeypatch, capsys):
@@ -150,5 +179,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     assert main(["measure", str(pair[0]), str(pair[1]), "--processes", "1"]) == 0
     printed = capsys.readouterr().out
     assert "stable_rank" in printed and "at equal norm" in printed and "geometry-tuned/matrices.csv" in printed
+    assert main(["measure", str(pair[0])]) == 2
+    assert "either checkpoints, or --trajectory" in capsys.readouterr().err
     assert main(["measure", str(pair[0]), "nowhere"]) == 2
     assert "there is no checkpoint nowhere" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from opdlab.geometry.masks import (
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
 from opdlab.geometry.measure import (
     GeometrySettings,
+    measure_course,
     measure_matrix,
     measure_pair,
     measure_trajectory,
@@ -88,6 +89,7 @@ __all__ = [
     "hill",
     "largest_entries",
     "low_magnitude_mask",
+    "measure_course",
     "measure_matrix",
     "measure_pair",
     "measure_trajectory",

@@ -198,13 +198,7 @@ def measure_trajectory(
 ) -> DataFrame:
     """Measure the course of a training: the cumulative update at every snapshot, one row per step and matrix.
 
-    Columns: step, matrix, layer, module, block, rows, cols, parameters; frobenius, relative_norm, interval_norm (the
-    Frobenius norm of the update since the snapshot before); sparsity; stable_rank, effective_rank,
-    effective_rank_squared, top_energy and hill (both of ``settings.k`` singular values), each with _null (of the
-    permuted update). For each K of ``settings.sim_ks`` and for right and left: sim_right_K16, the similarity to the
-    last snapshot, sim_right_K16_null, that of a random walk with the same interval norms, and sim_right_K16_rest, the
-    similarity of the update so far to the rest of it, from this snapshot to the last; sim_random_K16 is K / cols, the
-    value of two unrelated subspaces on the right side (on the left it is K / rows). What is undefined is NaN.
+    Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_course`.
 
     Args:
         w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
@@ -233,8 +227,7 @@ def measure_trajectory(
     w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
     parts = []
     for name, w0 in w0s.items():
-        _check_size(name, w0, k=settings.k, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
-        columns = _course(w0, [w_t[name] for w_t in w_ts], settings, _generator(seed, name))
+        columns = measure_course(name, w0, [w_t[name] for w_t in w_ts], settings, seed)
         parts.append(DataFrame({"step": steps} | _identity(name, w0) | columns))
     # The sort is stable: within a step, matrices stay in the order of the model.
     return concat(parts).sort_values("step", kind="stable", ignore_index=True)
@@ -264,6 +257,61 @@ def overall_sparsity(table: DataFrame) -> float:
 def _identity(name: str, w0: Tensor) -> dict:
     rows, cols = w0.shape
     return {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
+
+
+def measure_course(
+    name: str, w0: Tensor, w_ts: Sequence[Tensor], settings: GeometrySettings, seed: int = 0
+) -> dict[str, list[float]]:
+    """Measure the course of one matrix over T snapshots; each key has T values, and what is undefined is NaN.
+
+    Keys: frobenius, relative_norm, interval_norm (the Frobenius norm of the update since the snapshot before);
+    sparsity; stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular
+    values), each with _null (of the permuted update). For each K of ``settings.sim_ks`` and for right and left:
+    sim_right_K16, the similarity to the last snapshot, sim_right_K16_null, that of a random walk with the same interval
+    norms, and sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the
+    last; sim_random_K16 is K / n, the value of two unrelated subspaces on the right side (on the left it is K / m).
+
+    Args:
+        name: of the matrix: it seeds the nulls, and stands in errors.
+        w0: (m, n) weights at the origin.
+        w_ts: T snapshots (m, n), in order; the last is t_end.
+        settings: the resolution.
+        seed: of the permutations and walks.
+
+    Raises:
+        OpdlabError: naming the matrix, if a tensor is not finite or the matrix is smaller than a setting allows.
+    """
+    w0 = _checks.matrix(w0, f"{name} in w0s")
+    w_ts = [_checks.matrix(w_t, f"{name} in the snapshot {t}") for t, w_t in enumerate(w_ts)]
+    _check_size(name, w0, k=settings.k, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
+    generator = _generator(seed, name)
+    deltas = [w_t - w0 for w_t in w_ts]
+    interval_norms = [frobenius(after - before) for before, after in pairwise([w0, *w_ts])]
+    vectors = max(settings.sim_ks, default=1)
+    svds = [svd(delta, k=vectors) for delta in deltas]
+    rests = [svd(w_ts[-1] - w_t, k=vectors) for w_t in w_ts]
+    walk_svds = [svd(delta, k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
+    columns = {
+        "frobenius": [frobenius(delta) for delta in deltas],
+        "relative_norm": [relative_norm(w0, w_t) for w_t in w_ts],
+        "interval_norm": interval_norms,
+        "sparsity": [bf16_sparsity(w0, w_t) for w_t in w_ts],
+    }
+    seen = [_summaries(delta, settings.k) for delta in svds]
+    nulls = [_summaries(permute(delta, generator), settings.k) for delta in deltas]
+    for key in nulls[0]:
+        columns[key] = [summary[key] for summary in seen]
+        columns[f"{key}_null"] = [summary[key] for summary in nulls]
+    for k in settings.sim_ks:
+        seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
+        for side, top in (("right", top_right), ("left", top_left)):
+            columns[f"sim_{side}_K{k}"] = getattr(seen, side)
+            columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
+            columns[f"sim_{side}_K{k}_rest"] = [
+                sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
+            ]
+        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * len(w_ts)
+    return columns
 
 
 def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
@@ -327,36 +375,6 @@ def _null_row(w0: Tensor, shuffled: Tensor, masks: dict[tuple[str, str], Tensor]
     """Return the overlaps of w0 plus the permuted update, seen in bfloat16."""
     null = update_mask(w0, shuffled)
     return {f"{star}_overlap_{percent}_null": overlap(mask, null) for (star, percent), mask in masks.items()}
-
-
-def _course(w0: Tensor, w_ts: list[Tensor], settings: GeometrySettings, generator: Generator) -> dict[str, list[float]]:
-    deltas = [w_t - w0 for w_t in w_ts]
-    interval_norms = [frobenius(after - before) for before, after in pairwise([w0, *w_ts])]
-    vectors = max(settings.sim_ks, default=1)
-    svds = [svd(delta, k=vectors) for delta in deltas]
-    rests = [svd(w_ts[-1] - w_t, k=vectors) for w_t in w_ts]
-    walk_svds = [svd(delta, k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
-    columns = {
-        "frobenius": [frobenius(delta) for delta in deltas],
-        "relative_norm": [relative_norm(w0, w_t) for w_t in w_ts],
-        "interval_norm": interval_norms,
-        "sparsity": [bf16_sparsity(w0, w_t) for w_t in w_ts],
-    }
-    seen = [_summaries(delta, settings.k) for delta in svds]
-    nulls = [_summaries(permute(delta, generator), settings.k) for delta in deltas]
-    for key in nulls[0]:
-        columns[key] = [summary[key] for summary in seen]
-        columns[f"{key}_null"] = [summary[key] for summary in nulls]
-    for k in settings.sim_ks:
-        seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
-        for side, top in (("right", top_right), ("left", top_left)):
-            columns[f"sim_{side}_K{k}"] = getattr(seen, side)
-            columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
-            columns[f"sim_{side}_K{k}_rest"] = [
-                sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
-            ]
-        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * len(w_ts)
-    return columns
 
 
 def _check_size(name: str, w0: Tensor, **settings: int) -> None:
