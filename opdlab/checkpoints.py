@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
-# What trainers put in front of the names of a model that they wrap.
-_WRAPPERS = ("base_model.model.", "_orig_mod.", "module.")
+# What trainers put into the names of a model that they wrap.
+_WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+# Constants that older models store among their weights.
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LORA = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
@@ -56,6 +60,7 @@ class Piece:
     file: Path
     stored: str
     shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
@@ -73,12 +78,17 @@ class Checkpoint:
             OpdlabError: if its file is damaged or an entry is not finite, naming it.
         """
         piece = self.pieces[name]
+        if piece.dtype not in _FLOATS:
+            raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
         tensor = piece.take(_stored(piece.file, piece.stored))
-        if not tensor.is_floating_point():
-            raise OpdlabError(f"{name} in {self.path} is {tensor.dtype}: quantised weights cannot be measured")
         if not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
         return tensor
+
+    @property
+    def dtypes(self) -> str:
+        """The names of the dtypes that the weights are stored in."""
+        return ", ".join(sorted({_FLOATS.get(piece.dtype, piece.dtype) for piece in self.pieces.values()}))
 
 
 def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpoint:
@@ -94,23 +104,31 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
     path = Path(path)
     if not path.exists():
         raise OpdlabError(f"there is no checkpoint {path}: give a model folder or a .safetensors file")
+    if path.suffix in (".bin", ".pt", ".pth"):
+        raise OpdlabError(f"{path} is a pickle, which can run code: convert it to safetensors first")
     if (path / "adapter_config.json").is_file():
         return _adapter(path, base)
-    files = [path] if path.is_file() else _shards(path)
     pieces: dict[str, Piece] = {}
-    for file in files:
-        for stored, shape in _header(file):
-            name = stored
-            for wrapper in _WRAPPERS:
-                name = name.removeprefix(wrapper)
+    for file in [path] if path.is_file() else _shards(path):
+        for stored, shape, dtype in _header(file):
+            name = _WRAPPERS.sub("", _WRAPPERS.sub("", stored))
             if name in pieces:
                 raise OpdlabError(f"{path} has the tensor {name} twice, in {pieces[name].file.name} and {file.name}")
-            pieces[name] = Piece(file, stored, shape)
-    config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+            if not name.endswith(_BUFFERS):
+                pieces[name] = Piece(file, stored, shape, dtype)
+    if not pieces:
+        raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
+    beside = (path.parent if path.is_file() else path) / "config.json"
+    config = _json(beside) if beside.is_file() else {}
     if config.get("tie_word_embeddings"):
         pieces.pop("lm_head.weight", None)
     split = {part: piece for name, piece in pieces.items() for part, piece in _split(name, piece, config)}
-    return Checkpoint(path, split)
+    return Checkpoint(path, dict(sorted(split.items(), key=lambda item: _natural(item[0]))))
+
+
+def _natural(name: str) -> list:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _json(path: Path) -> dict:
@@ -123,6 +141,9 @@ def _json(path: Path) -> dict:
 def _shards(folder: Path) -> list[Path]:
     files = weight_files(folder)
     index = folder / "model.safetensors.index.json"
+    # The order of transformers; what else lies there (an optimizer's state, say) is no part of the model.
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     if index.is_file():
         wanted = {folder / name for name in _json(index).get("weight_map", {}).values()}
     else:
@@ -140,11 +161,12 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(wanted)
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
     try:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                yield name, tuple(opened.get_slice(name).get_shape())
+                entry = opened.get_slice(name)
+                yield name, tuple(entry.get_shape()), entry.get_dtype()
     except (SafetensorError, OSError) as problem:
         raise OpdlabError(f"{file} is damaged or not a safetensors file ({problem}): fetch it again") from problem
 
@@ -167,42 +189,42 @@ def _rows(start: int, count: int) -> Callable[[Tensor], Tensor]:
 def _split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
     """Yield a tensor, or the parts that it holds side by side, under the names of the Llama family."""
     parent, _, module = name.removesuffix(".weight").rpartition(".")
-    if not name.endswith(".weight") or module not in ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn"):
-        if module in ("c_fc", "c_proj") and len(piece.shape) == 2:
-            # GPT-2 stores these as (input, output).
-            piece = Piece(piece.file, piece.stored, piece.shape[::-1], lambda tensor: tensor.T)
-        yield name, piece
+    family, matrix = config.get("model_type"), len(piece.shape) == 2 and name.endswith(".weight")
+    if matrix and family == "gpt2" and module in ("c_fc", "c_proj"):
+        # GPT-2 stores these as (input, output).
+        piece = replace(piece, shape=piece.shape[::-1], take=lambda tensor: tensor.T)
+    elif matrix and module == "gate_up_proj":
+        half = piece.shape[0] // 2
+        for i, part in enumerate(("gate_proj", "up_proj")):
+            yield f"{parent}.{part}.weight", replace(piece, shape=(half, piece.shape[1]), take=_rows(i * half, half))
         return
+    elif matrix and module in ("qkv_proj", "query_key_value", "c_attn"):
+        yield from _split_attention(name, f"{parent}.", piece, config)
+        return
+    yield name, piece
+
+
+def _split_attention(name: str, parent: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
+    heads, family = config.get("num_attention_heads") or config.get("n_head"), config.get("model_type")
+    if not heads:
+        raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
     rows, cols = piece.shape
-    if module == "gate_up_proj":
-        parts = {"gate_proj": _rows(0, rows // 2), "up_proj": _rows(rows // 2, rows // 2)}
-        sizes = dict.fromkeys(parts, rows // 2)
+    if family in ("phi3", "phi4_multimodal"):
+        groups = config.get("num_key_value_heads") or heads
+        width = rows // (heads + 2 * groups)
+        sizes = [heads * width, groups * width, groups * width]
+        takes = [_rows(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+    elif family == "gpt2":
+        # (input, output), the three side by side.
+        rows, cols = cols, rows
+        sizes, takes = [rows // 3] * 3, [_columns(i * rows // 3, rows // 3) for i in range(3)]
+    elif family == "gpt_neox":
+        # Head by head: query, key and value of the first head, then of the second.
+        sizes, takes = [rows // 3] * 3, [_of_heads(i, heads) for i in range(3)]
     else:
-        heads = config.get("num_attention_heads") or config.get("n_head")
-        if not heads:
-            raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
-        if module == "qkv_proj":
-            groups = config.get("num_key_value_heads") or heads
-            width = rows // (heads + 2 * groups)
-            sizes = {"q_proj": heads * width, "k_proj": groups * width, "v_proj": groups * width}
-            parts = {
-                "q_proj": _rows(0, sizes["q_proj"]),
-                "k_proj": _rows(sizes["q_proj"], sizes["k_proj"]),
-                "v_proj": _rows(sizes["q_proj"] + sizes["k_proj"], sizes["v_proj"]),
-            }
-        elif module == "c_attn":
-            # GPT-2: (input, output), the three side by side.
-            rows, cols = cols, rows
-            parts = {f"{x}_proj": _columns(i * rows // 3, rows // 3) for i, x in enumerate("qkv")}
-            sizes = dict.fromkeys(parts, rows // 3)
-        elif config.get("model_type") == "gpt_neox":
-            # Head by head: query, key and value of the first head, then of the second.
-            parts = {f"{x}_proj": _of_heads(i, heads) for i, x in enumerate("qkv")}
-            sizes = dict.fromkeys(parts, rows // 3)
-        else:
-            raise OpdlabError(f"{name} of a {config.get('model_type')!r} model: how it is fused is not known")
-    for part, take in parts.items():
-        yield f"{parent}.{part}.weight", Piece(piece.file, piece.stored, (sizes[part], cols), take)
+        raise OpdlabError(f"{name} of a {family!r} model holds several matrices, and how is not known: split it first")
+    for part, size, take in zip("qkv", sizes, takes, strict=True):
+        yield f"{parent}{part}_proj.weight", replace(piece, shape=(size, cols), take=take)
 
 
 def _columns(start: int, count: int) -> Callable[[Tensor], Tensor]:
@@ -222,28 +244,38 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
     config, file = _json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if not file.is_file():
         raise OpdlabError(f"{folder} has no adapter_model.safetensors (pickled adapters are refused)")
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
+    # Some initialisations of LoRA change the base, so its own weights plus B A would be wrong.
+    plain = config.get("init_lora_weights", True) in (True, False, "gaussian", "eva")
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out") or not plain:
         raise OpdlabError(f"{folder} is not a plain LoRA adapter: merge it with PEFT and measure the merged model")
-    stored, updates = dict(_header(file)), {}
-    for key in stored:
-        name = key.removeprefix("base_model.model.")
-        if name.endswith(".lora_A.weight"):
-            updates[name.replace(".lora_A.weight", ".weight")] = (key, key.replace("lora_A", "lora_B"))
-        elif not name.endswith(".lora_B.weight"):
+    stored = {name: shape for name, shape, _ in _header(file)}
+    pieces, changed = dict(base.pieces), 0
+    for key, shape in stored.items():
+        found = _LORA.fullmatch(key)
+        if not found:
             raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: merge it with PEFT first")
-    unknown = sorted(updates.keys() - base.pieces.keys())
-    if unknown:
-        raise OpdlabError(f"{folder} changes {unknown[0]}, which the base {base.path} does not have: give its own base")
-    pieces = dict(base.pieces)
-    for name, (a, b) in updates.items():
-        pieces[name] = _merged(base, name, file, a, b, _scaling(config, name, stored[a][0]))
+        if found["part"] == "B":
+            continue
+        name, b = f"{found['name']}.weight", key.replace("lora_A", "lora_B")
+        if name not in pieces:
+            raise OpdlabError(
+                f"{folder} changes {name}, which {base.path} does not have as one matrix: give its own base, or merge "
+                "it with PEFT first"
+            )
+        origin, other = pieces[name], stored.get(b, (0, 0))
+        if (other[0], shape[1]) != origin.shape or shape[0] != other[1]:
+            raise OpdlabError(f"{key} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
+        pieces[name] = _merged(origin, file, key, b, _scaling(config, name, shape[0]))
+        changed += 1
+    if not changed:
+        raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     return Checkpoint(folder, pieces)
 
 
 def _scaling(config: dict, name: str, rank: int) -> float:
     def of(pattern: str, default: float) -> float:
         for key, value in (config.get(pattern) or {}).items():
-            if re.search(rf"(^|\.){key}\.weight$", name):
+            if re.search(rf"(^|\.)({key})\.weight$", name):
                 return value
         return default
 
@@ -251,13 +283,9 @@ def _scaling(config: dict, name: str, rank: int) -> float:
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def _merged(base: Checkpoint, name: str, file: Path, a: str, b: str, scaling: float) -> Piece:
-    origin = base.pieces[name]
-
+def _merged(origin: Piece, file: Path, a: str, b: str, scaling: float) -> Piece:
     def take(tensor: Tensor) -> Tensor:
-        # Not rounded to the dtype of the base, as saving the merged model would: the update keeps its rank.
-        update = scaling * (_stored(file, b).float() @ _stored(file, a).float())
-        weight = origin.take(tensor)
-        return weight.float() + update
+        # In float64, and not rounded as saving the merged model would: the update keeps its rank.
+        return origin.take(tensor).double() + scaling * (_stored(file, b).double() @ _stored(file, a).double())
 
-    return Piece(origin.file, origin.stored, origin.shape, take)
+    return replace(origin, take=take)

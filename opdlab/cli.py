@@ -55,7 +55,7 @@ def _measure(options: argparse.Namespace) -> None:
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
     path = options.tuned or find_trajectory(options.trajectory)
-    out = options.out or Path(f"geometry-{path[-1].resolve().stem}")
+    out = options.out or Path(f"geometry-{path[-1].resolve().name.removesuffix('.safetensors')}")
     table = measure_checkpoints(
         options.base,
         path,

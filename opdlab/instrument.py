@@ -12,9 +12,14 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
+from math import inf, nan, prod
 from pathlib import Path
 
 import pandas as pd
@@ -59,12 +64,14 @@ def settings_for(shape: tuple[int, ...]) -> GeometrySettings:
 
 def default_cache() -> Path:
     """Return the folder for decompositions of bases: ``OPDLAB_CACHE``, or opdlab's among the user's caches."""
-    folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "opdlab")
+    folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
     return Path(folder).expanduser()
 
 
 def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """Return the names that both checkpoints have, largest tensor first.
+
+    An output head that only one of them stores, equal to its embedding, is a copy of it and left out.
 
     Raises:
         OpdlabError: if they are one folder, or differ in names or shapes, naming the first tensors that do.
@@ -72,17 +79,22 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     if base.path.resolve() == tuned.path.resolve():
         raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
     alone = sorted(base.pieces.keys() ^ tuned.pieces.keys())
+    if alone == ["lm_head.weight"]:
+        owner = base if alone[0] in base.pieces else tuned
+        embedding = next((name for name in owner.pieces if describe(name).block == "embedding"), alone[0])
+        if embedding != alone[0] and torch.equal(owner.read(embedding), owner.read(alone[0])):
+            alone = []
     if alone:
         owner = base.path if alone[0] in base.pieces else tuned.path
         raise OpdlabError(
             f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
             f"such as {alone[0]} in {owner}"
         )
-    for name, piece in base.pieces.items():
-        if piece.shape != tuned.pieces[name].shape:
-            raise OpdlabError(f"{name} is {piece.shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}")
-    sizes = {name: torch.Size(piece.shape).numel() for name, piece in base.pieces.items()}
-    return sorted(sizes, key=lambda name: -sizes[name])
+    shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
+    for name, shape in shapes.items():
+        if shape != tuned.pieces[name].shape:
+            raise OpdlabError(f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}")
+    return sorted(shapes, key=lambda name: -prod(shapes[name]))
 
 
 def step_of(path: Path) -> int | None:
@@ -125,9 +137,15 @@ class Job:
 
     def identity(self) -> dict:
         """Return what stopped work must share with this to be gone on with: paths, files and options."""
-        files = [file for path in (self.base, *self.path) for file in sorted([path, *path.glob("*.safetensors")])]
+        beside = ("*.safetensors", "*.json")
+        files = [
+            file
+            for path in (self.base, *self.path)
+            for file in sorted([path, *(file for pattern in beside for file in path.glob(pattern))])
+        ]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        return json.loads(json.dumps({"seed": self.seed, "nulls": self.nulls, "files": stamps}))
+        made_by = {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls}
+        return json.loads(json.dumps(made_by | {"files": stamps}))
 
     def steps(self) -> list[int]:
         """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ..."""
@@ -142,6 +160,8 @@ class Job:
         w_ts = [open_checkpoint(path, base).read(name) for path in self.path]
         rows, cols = w0.shape if w0.ndim == 2 else (w0.numel(), 1)
         who = {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": w0.numel()}
+        if w0.ndim > 2:
+            who["block"] = "stacked"  # experts in one tensor, say: several matrices, and how is not known
         if w0.ndim != 2 or min(w0.shape) < 2:
             return {"row": who | measure_vector(w0, w_ts[-1]), "course": []}
         settings = settings_for(tuple(w0.shape))
@@ -162,15 +182,19 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
         return svd(w0, k=k)
     content = hashlib.sha256(w0.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:32]
     file = cache / f"svd-{content}-{'x'.join(map(str, w0.shape))}-k{k}.safetensors"
-    if file.is_file():
+    # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
+    with suppress(OpdlabError, KeyError):
         tensors, _ = load_tensors(file)
         return Svd(tensors["u"], tensors["s"], tensors["vh"])
     found = svd(w0, k=k)
-    save_tensors(file, found._asdict())
+    with suppress(OpdlabError):
+        save_tensors(file, found._asdict())
     return found
 
 
 def _start() -> None:
+    # Ctrl-C reaches the workers too: they may stop at once, as finished rows are on disk.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
@@ -183,6 +207,11 @@ def _measure_all(job: Job, names: list[str], processes: int) -> Iterator[dict]:
         try:
             for future in as_completed([pool.submit(job.measure, name) for name in names]):
                 yield future.result()
+        except BrokenProcessPool as problem:
+            raise OpdlabError(
+                "a measuring process was killed, perhaps for lack of memory: use fewer --processes; the same command "
+                "goes on with the tensors that are left"
+            ) from problem
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -222,10 +251,13 @@ def measure_checkpoints(
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
     """
+    path, out = [Path(checkpoint) for checkpoint in path], Path(out)
+    if not path or processes < 1:
+        raise OpdlabError(f"there are {len(path)} checkpoints and {processes} processes; expected one or more of both")
     opened = open_checkpoint(base)
     for checkpoint in path:
         names = check_comparable(opened, open_checkpoint(checkpoint, opened))
-    job = Job(Path(base), tuple(map(Path, path)), seed, nulls, cache)
+    job = Job(Path(base), tuple(path), seed, nulls, cache)
     done = _resume(out, job)
     with (
         tqdm(total=len(names), initial=len(done), unit="tensor", disable=not progress) as bar,
@@ -237,17 +269,20 @@ def measure_checkpoints(
             log.flush()
             bar.set_postfix_str(found["row"]["matrix"][-40:])
             bar.update()
-    table = pd.DataFrame([done[name]["row"] for name in opened.pieces])
+    ordered = [done[name] for name in opened.pieces if name in done]
+    table = pd.DataFrame([found["row"] for found in ordered])
     if (table["frobenius"] == 0).all():
         raise OpdlabError(f"{base} and {path[-1]} hold the same weights: there is no update to measure")
-    course = pd.DataFrame([row for name in opened.pieces for row in done[name]["course"]])
+    course = pd.DataFrame([row for found in ordered for row in found["course"]])
     _write_table(out / "matrices.csv", table)
     if len(course):
         course = course.sort_values("step", kind="stable", ignore_index=True)
         _write_table(out / "trajectory.csv", course)
-    names = {"base": str(base), "path": list(map(str, path))}
-    write_json(out / "summary.json", names | summarise(table, job))
-    write_report(out / "report.html", table, course, overall_means(table), f"{Path(base).name} to {path[-1].name}")
+    dtypes = {"base": opened.dtypes, "tuned": open_checkpoint(path[-1], opened).dtypes}
+    what = {"base": str(base), "path": list(map(str, path)), "dtypes": dtypes}
+    write_json(out / "summary.json", what | summarise(table, job))
+    title = f"{Path(base).name} ({dtypes['base']}) to {path[-1].name} ({dtypes['tuned']})"
+    write_report(out / "report.html", table, course, overall_means(table), title)
     (out / "rows.jsonl").unlink()
     return table
 
@@ -257,18 +292,25 @@ def _write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def _resume(out: Path, job: Job) -> dict[str, dict]:
-    """Return the rows of an earlier, unfinished call for the same job, and prepare the folder for the others."""
-    identity, log = job.identity(), out / "rows.jsonl"
+    """Return the rows of an earlier, unfinished call for the same job, and prepare the folder for the others.
+
+    Raises:
+        OpdlabError: if the folder cannot be written, or holds another measurement.
+    """
+    identity, log, lines = job.identity(), out / "rows.jsonl", []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        same = log.is_file() and json.loads((out / "job.json").read_text()) == identity
-        # A kill may have cut the last line, so keep whole lines only.
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")] if same else []
-    except (OSError, ValueError) as problem:
+        if (out / "job.json").is_file() and json.loads((out / "job.json").read_text()) != identity:
+            raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
+        if log.is_file():
+            # A kill may have cut the last line, so keep whole lines only.
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        rows = {found["row"]["matrix"]: found for found in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError) as problem:
         raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
     write_json(out / "job.json", identity)
     write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
-    return {found["row"]["matrix"]: found for found in map(json.loads, lines)}
+    return rows
 
 
 # What the summary holds: the column, its null, and whether matrices weigh by their parameters (the paper's rule for
@@ -326,22 +368,21 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
 def _summary(rows: pd.DataFrame) -> dict:
     found: dict = {"tensors": len(rows), "parameters": int(rows["parameters"].sum())}
     for column, null, weighting in SUMMARY:
-        if column not in rows or rows[column].isna().all():
+        columns = [name for name in (column, null, f"{column}_matched") if name in rows and rows[name].notna().any()]
+        # Where a diagnostic or its null is undefined or infinite, neither counts.
+        known = rows[["parameters", *columns]].replace([inf, -inf], nan).dropna()
+        if column not in columns or known.empty:
             continue
-        weights = rows["parameters"] if weighting == "parameter" else pd.Series(1.0, rows.index)
-        entry = {"value": _mean(rows[column], weights), "weighting": f"per {weighting}"}
-        if null in rows and rows[null].notna().any():
-            difference = rows[column] - rows[null]
-            entry["null"] = _mean(rows[null], weights)
-            entry["ratio"] = entry["value"] / entry["null"] if entry["null"] else None
+        weights = known["parameters"] if weighting == "parameter" else pd.Series(1.0, known.index)
+        means = {name: float((known[name] * weights).sum() / weights.sum()) for name in columns}
+        entry = {"value": means[column], "weighting": f"per {weighting}", "defined": len(known)}
+        if null in columns:
+            difference = known[column] - known[null]
+            entry["null"] = means[null]
+            entry["ratio"] = means[column] / means[null] if means[null] else None
             error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
             entry["z"] = float(difference.mean() / error) if error > 0 else None
-        if f"{column}_matched" in rows and rows[f"{column}_matched"].notna().any():
-            entry["at equal norm"] = _mean(rows[f"{column}_matched"], weights)
+        if f"{column}_matched" in columns:
+            entry["at equal norm"] = means[f"{column}_matched"]
         found[column] = entry
     return found
-
-
-def _mean(values: pd.Series, weights: pd.Series) -> float:
-    known = values.notna()
-    return float((values[known] * weights[known]).sum() / weights[known].sum())

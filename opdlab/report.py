@@ -54,6 +54,8 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, means: p
             "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate.",
         ),
     ]
+    if layers.empty:
+        figures = []
     if len(course):
         figures.append(
             (

@@ -128,7 +128,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OpdlabError: if the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -1,12 +1,14 @@
 """Checkpoints of every layout that trainers leave behind, and of every kind that is broken."""
 
 import json
+from math import isnan
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from opdlab import geometry as g
 from opdlab.checkpoints import open_checkpoint
 from opdlab.errors import OpdlabError
 from opdlab.models import new_model
@@ -50,6 +52,16 @@ def test_dtypes_and_single_files(model, dtype, tmp_path):
     state = {f"_orig_mod.{name}": weight.to(dtype) for name, weight in model.named_parameters()}
     save_file(state, tmp_path / "step.safetensors")
     assert_holds(open_checkpoint(tmp_path / "step.safetensors"), {n[10:]: w for n, w in state.items()})
+
+
+def test_what_is_no_weight_is_left_out_and_layers_are_counted(tmp_path):
+    names = [f"module._orig_mod.layers.{i}.mlp.up_proj.weight" for i in (0, 10, 2)]
+    state = {name: torch.ones(2, 3) for name in names}
+    save_file(state | {"layers.0.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"moment": torch.ones(2)}, tmp_path / "optimizer.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint.pieces) == [f"layers.{i}.mlp.up_proj.weight" for i in (0, 2, 10)]
+    assert checkpoint.dtypes == "float32"
 
 
 def test_tied_embeddings_come_once(model, tmp_path):
@@ -122,7 +134,7 @@ def lora(module="self_attn.q_proj", rows=16, cols=16):
 
 @pytest.mark.parametrize(
     ("config", "scaling"),
-    [({}, 4), ({"use_rslora": True}, 8 / 2**0.5), ({"alpha_pattern": {"q_proj": 3}}, 1.5)],
+    [({}, 4), ({"use_rslora": True}, 8 / 2**0.5), ({"alpha_pattern": {"k_proj|q_proj": 3}}, 1.5)],
 )
 def test_adapters_are_merged_with_their_base(model, config, scaling, tmp_path):
     model.save_pretrained(tmp_path / "base")
@@ -130,7 +142,10 @@ def test_adapters_are_merged_with_their_base(model, config, scaling, tmp_path):
     a, b = tensors.values()
     base = open_checkpoint(tmp_path / "base")
     tuned = open_checkpoint(adapter(tmp_path / "adapter", config, **tensors), base)
-    torch.testing.assert_close(tuned.read(Q), base.read(Q) + scaling * b @ a)
+    update = tuned.read(Q) - base.read(Q).double()
+    torch.testing.assert_close(update, scaling * (b.double() @ a.double()))
+    decomposed = g.svd(update)
+    assert decomposed.rank == 2 and isnan(g.hill(decomposed, 3)), "the update keeps its rank"
     same = base.pieces.keys() - {Q}
     assert all(torch.equal(tuned.read(name), base.read(name)) for name in same)
 
@@ -166,6 +181,16 @@ def broken(folder, kind):
     elif kind == "fused without config":
         path = folder / "fused.safetensors"
         save_file({"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(6, 2)}, path)
+    elif kind == "fused in an unknown way":
+        path = folder / "qwen.safetensors"
+        save_file({"transformer.h.0.attn.c_attn.weight": torch.zeros(48, 16)}, path)
+        (folder / "config.json").write_text('{"model_type": "qwen", "num_attention_heads": 2}')
+    elif kind == "a pickled file":
+        path = folder / "weights.pt"
+        torch.save({}, path)
+    elif kind == "empty":
+        path = folder / "empty.safetensors"
+        save_file({"h.0.attn.bias": torch.ones(2, 2)}, path)
     return path
 
 
@@ -181,6 +206,9 @@ def broken(folder, kind):
         ("twice", "q_proj.weight twice, in a.safetensors and b.safetensors"),
         ("adapter alone", "is an adapter.*give the base first"),
         ("fused without config", "qkv_proj.weight holds several matrices.*config.json"),
+        ("fused in an unknown way", "c_attn.weight of a 'qwen' model holds several matrices, and how is not known"),
+        ("a pickled file", "weights.pt is a pickle"),
+        ("empty", "empty.safetensors holds no weights"),
     ],
 )
 def test_broken_checkpoints(kind, message, tmp_path):
@@ -195,7 +223,7 @@ def test_entries_that_are_not_weights(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "x.safetensors")
     with pytest.raises(OpdlabError, match=r"a in .*x.safetensors has entries that are not finite"):
         checkpoint.read("a")
-    with pytest.raises(OpdlabError, match=r"b in .* is torch.int8: quantised"):
+    with pytest.raises(OpdlabError, match=r"b in .* is I8: quantised"):
         checkpoint.read("b")
 
 
@@ -203,7 +231,10 @@ def test_entries_that_are_not_weights(tmp_path):
     ("config", "tensors", "message"),
     [
         ({"use_dora": True}, lora(), "not a plain LoRA adapter"),
-        ({}, lora("self_attn.z_proj"), "z_proj.weight, which the base"),
+        ({"init_lora_weights": "pissa"}, lora(), "not a plain LoRA adapter"),
+        ({}, lora("self_attn.z_proj"), "z_proj.weight, which .*base does not have as one matrix"),
+        ({}, lora(cols=99), r"does not fit model.layers.0.self_attn.q_proj.weight \(16, 16\)"),
+        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "changes no weight"),
         ({}, {"base_model.model.lm_head.modules_to_save.weight": torch.zeros(2, 2)}, "not part of a plain LoRA"),
     ],
 )

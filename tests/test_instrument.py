@@ -1,6 +1,8 @@
 """Measuring checkpoints on disk: the same numbers as in memory, resumable, cached, and clear about bad input."""
 
 import json
+import os
+import signal
 from functools import partial
 
 import pandas as pd
@@ -100,10 +102,9 @@ def test_stopped_work_goes_on(pair, measured, tmp_path):
     table = measure_checkpoints(pair[0], pair[1:], stopped)
     assert (table["frobenius"].head(3) == 7).all(), "rows that were there are not measured again"
     pd.testing.assert_frame_equal(table.tail(-3), whole.tail(-3))
-    # Another seed is another job: nothing is taken over.
-    instrument._resume(stopped, job)
-    (stopped / "rows.jsonl").write_text(text)
-    assert (measure_checkpoints(pair[0], pair[1:], stopped, seed=1)["frobenius"].head(3) != 7).all()
+    with pytest.raises(OpdlabError, match="holds another measurement: choose another with --out"):
+        measure_checkpoints(pair[0], pair[1:], stopped, seed=1)
+    assert pd.read_csv(stopped / "matrices.csv")["frobenius"].iloc[0] == 7
 
 
 def test_the_cache_holds_decompositions_by_content(pair, tmp_path):
@@ -113,6 +114,13 @@ def test_the_cache_holds_decompositions_by_content(pair, tmp_path):
     warm = measure_checkpoints(pair[0], pair[1:], tmp_path / "b", cache=tmp_path / "cache")
     pd.testing.assert_frame_equal(cold, warm)
     assert sorted((tmp_path / "cache").glob("*.safetensors")) == files
+    # A cache only saves time: a broken entry is computed anew, and one that cannot be kept is not.
+    files[0].write_bytes(files[0].read_bytes()[:-40])
+    pd.testing.assert_frame_equal(
+        cold, measure_checkpoints(pair[0], pair[1:], tmp_path / "c", cache=tmp_path / "cache")
+    )
+    (tmp_path / "file").write_text("")
+    pd.testing.assert_frame_equal(cold, measure_checkpoints(pair[0], pair[1:], tmp_path / "d", cache=tmp_path / "file"))
 
 
 def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
@@ -151,22 +159,67 @@ def variant(pair, folder, change):
     return folder
 
 
+def test_a_copy_of_tied_embeddings_is_left_out(pair, measured, tmp_path):
+    tuned = instrument.open_checkpoint(pair[1])
+    state = {name: tuned.read(name).clone() for name in tuned.pieces}
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / "tuned.safetensors")
+    table = measure_checkpoints(pair[0], [tmp_path / "tuned.safetensors"], tmp_path / "out")
+    pd.testing.assert_frame_equal(table, measured[0])
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(OpdlabError, match=r"such as lm_head.weight in .*other"):
+        measure_checkpoints(pair[0], [tmp_path / "other.safetensors"], tmp_path / "other")
+
+
+def test_means_count_only_what_is_defined_on_both_sides():
+    table = pd.DataFrame(
+        {
+            "block": "mlp",
+            "parameters": [1, 1, 1, 1, 1],
+            "stable_rank": [1.0, 2.0, float("nan"), float("nan"), float("inf")],
+            "stable_rank_null": [2.0, 3.5, 100.0, 100.0, 100.0],
+        }
+    )
+    row = instrument.overall_means(table).loc["stable_rank"]
+    assert (row["value"], row["null"], row["ratio"]) == pytest.approx((1.5, 2.75, 1.5 / 2.75))
+    assert row["z"] == pytest.approx(-1.25 / 0.25)
+
+
+def test_a_killed_process_is_one_sentence(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(instrument, "Job", DyingJob)
+    with pytest.raises(OpdlabError, match="was killed, perhaps for lack of memory: use fewer --processes"):
+        measure_checkpoints(pair[0], pair[1:], tmp_path / "out", processes=2)
+
+
+class DyingJob(instrument.Job):
+    """A job whose process is killed."""
+
+    def measure(self, name):
+        """End this process as a kill would."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_cannot_be_compared(pair, tmp_path):
     base = pair[0]
     same = variant(pair, tmp_path / "same", lambda state: None)
     fewer = variant(pair, tmp_path / "fewer", lambda state: state.pop("model.norm.weight"))
     wider = variant(pair, tmp_path / "wider", lambda state: state.update({"model.norm.weight": torch.zeros(9)}))
     broken = variant(pair, tmp_path / "broken", lambda state: state["model.norm.weight"].fill_(float("nan")))
-    for tuned, message in (
-        (base, "are the same checkpoint"),
-        (same, "hold the same weights"),
-        (fewer, "1 tensors are in one of them only, such as model.norm.weight in .*base"),
-        (wider, r"model.norm.weight is \(16,\) in .*base and \(9,\) in .*wider"),
-        (broken, "model.norm.weight in .*broken has entries that are not finite"),
+    for i, (tuned, message) in enumerate(
+        (
+            (base, "are the same checkpoint"),
+            (same, "hold the same weights"),
+            (fewer, "1 tensors are in one of them only, such as model.norm.weight in .*base"),
+            (wider, r"model.norm.weight is \(16,\) in .*base and \(9,\) in .*wider"),
+            (broken, "model.norm.weight in .*broken has entries that are not finite"),
+        )
     ):
         with pytest.raises(OpdlabError, match=message):
-            measure_checkpoints(base, [tuned], tmp_path / "out")
-    assert not (tmp_path / "out" / "matrices.csv").exists()
+            measure_checkpoints(base, [tuned], tmp_path / str(i))
+        assert not (tmp_path / str(i) / "matrices.csv").exists()
+    for path, processes in (([], 1), (pair[1:], 0)):
+        with pytest.raises(OpdlabError, match="expected one or more of both"):
+            measure_checkpoints(base, path, tmp_path / "out", processes=processes)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OpdlabError, match="cannot be used"):

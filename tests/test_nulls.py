@@ -161,16 +161,12 @@ def test_describe_everything_else(name: str, described: tuple):
     assert g.describe(name) == described
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("model.layers.3.self_attn.qkv_proj.weight", "several matrices side by side"),
-        ("model.layers.3.mlp.gate_up_proj.weight", "several matrices side by side"),
-    ],
-)
-def test_describe_refuses(name: str, message: str):
-    with pytest.raises(OpdlabError, match=message):
-        g.describe(name)
+@pytest.mark.parametrize("module", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_fused_matrices_are_not_measured_as_one(module: str):
+    name = f"model.layers.3.{module}.weight"
+    assert g.describe(name).block == "fused"
+    with pytest.raises(OpdlabError, match="several matrices side by side"):
+        g.weight_matrices({name: torch.zeros(4, 4)})
 
 
 @PROPERTY

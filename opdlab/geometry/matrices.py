@@ -22,14 +22,11 @@ class Description(NamedTuple):
 
     layer: int  # -1 outside the layers
     module: str  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj in the Llama and Qwen families
-    block: str  # attention or mlp for the matrices of a layer; embedding, head, norm, bias or other for the rest
+    block: str  # attention or mlp for the matrices of a layer; embedding, head, norm, bias, fused or other for the rest
 
 
 def describe(name: str) -> Description:
     """Read layer, module and block from the name of a weight.
-
-    Raises:
-        OpdlabError: if several matrices are fused in it: the paper splits those first.
 
     >>> describe("model.layers.2.self_attn.q_proj.weight")
     Description(layer=2, module='q_proj', block='attention')
@@ -38,11 +35,11 @@ def describe(name: str) -> Description:
     """
     found = _LAYER.search(name)
     *parents, module = name.removesuffix(".weight").removesuffix(".bias").split(".")
-    if "qkv" in module or "gate_up" in module:
-        raise OpdlabError(f"the weight {name!r} holds several matrices side by side; split it before measuring")
     block = next((block for part, block in _OTHERS.items() if part in module), "other")
     if name.endswith(".bias"):
         block = "bias"
+    elif "qkv" in module or "gate_up" in module:
+        block = "fused"
     elif found and block == "other":
         attention = any("attn" in parent or "attention" in parent for parent in parents)
         block = "attention" if attention else "mlp" if "mlp" in parents or "experts" in parents else "other"
@@ -59,7 +56,7 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state_dict: names and tensors of a model.
 
     Raises:
-        OpdlabError: if no weight is left.
+        OpdlabError: if no weight is left, or one holds several matrices side by side: the paper splits those first.
 
     Source: 2606.07082, Appendix C.3 ("standard weight matrices across layers").
 
@@ -69,6 +66,9 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ['model.layers.0.mlp.up_proj.weight']
     """
     matrices = {name: w for name, w in state_dict.items() if w.ndim == 2 and _LAYER.search(name)}
+    for name in matrices:
+        if describe(name).block == "fused":
+            raise OpdlabError(f"the weight {name!r} holds several matrices side by side; split it before measuring")
     if not matrices:
         raise OpdlabError(f"state_dict has no matrix named ...layers.<i>... among its {len(state_dict)} weights")
     return matrices

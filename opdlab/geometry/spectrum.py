@@ -29,10 +29,10 @@ class Svd(NamedTuple):
         return int((self.s > size * torch.finfo(self.s.dtype).eps * self.s[0]).sum())
 
 
-# A Gram matrix squares the spectrum: its eigenvalues carry an error of about eps s[0]^2, so a singular value one of
-# about eps s[0]^2 / s. If the smallest is above this share of the largest, every value is good to 1e-11 of the largest;
-# below it, or where a matrix has no full rank, LAPACK's SVD takes over.
-_GRAM_FLOOR = 1e-5
+# A Gram matrix squares the spectrum: its eigenvalues carry an error of a few eps s[0]^2, so a singular value one of a
+# few eps s[0]^2 / s. If the smallest is above this share of the largest, every value is good to about 1e-11 of the
+# largest; below it, or where a matrix has no full rank, LAPACK's SVD takes over.
+_GRAM_FLOOR = 1e-4
 
 
 def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
