@@ -333,7 +333,7 @@ SUMMARY = (
     ("energy_right", "energy_right_random", "matrix"),
     ("energy_both", "energy_both_random", "matrix"),
     *(
-        (f"{star}_overlap_a{alpha}", f"{star}_overlap_a{alpha}_null", "matrices")
+        (f"{star}_overlap_a{alpha}", f"{star}_overlap_a{alpha}_null", "matrix")
         for alpha in (30, 50)
         for star in ("principal", "low", "principal_only")
     ),
