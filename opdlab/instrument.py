@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from opdlab.geometry import (
     measure_vector,
     svd,
 )
+from opdlab.processes import workers
 from opdlab.report import write_report
 from opdlab.runs import load_tensors, provenance, save_tensors, write_json, write_whole
 
@@ -192,18 +191,12 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     return found
 
 
-def _start() -> None:
-    # Ctrl-C reaches the workers too: they may stop at once, as finished rows are on disk.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
 def _measure_all(job: Job, names: list[str], processes: int) -> Iterator[dict]:
     """Yield what :meth:`Job.measure` finds, as it is found; with one process, in this one."""
     if processes == 1:
         yield from map(job.measure, names)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start) as pool:
+    with workers(processes) as pool:
         try:
             for future in as_completed([pool.submit(job.measure, name) for name in names]):
                 yield future.result()
@@ -212,11 +205,6 @@ def _measure_all(job: Job, names: list[str], processes: int) -> Iterator[dict]:
                 "a measuring process was killed, perhaps for lack of memory: use fewer --processes; the same command "
                 "goes on with the tensors that are left"
             ) from problem
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
 
 
 def measure_checkpoints(

@@ -6,13 +6,8 @@ order in which they need each other: base -> SFT -> anchor, teacher, and then ev
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
@@ -20,6 +15,7 @@ from tqdm import tqdm
 
 from opdlab.arms import ARMS, RECORDED, get_arm
 from opdlab.errors import OpdlabError
+from opdlab.processes import CONTEXT, workers
 from opdlab.records import find_tables, read_record, write_record
 from opdlab.runs import Home
 from opdlab.scales import SCALES, Scale
@@ -71,9 +67,7 @@ def model_jobs() -> list[Job]:
 _counter = None
 
 
-def _start_worker(counter) -> None:
-    # Ctrl-C reaches the workers too: they may stop at once, as a killed run loses nothing.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _take(counter) -> None:
     global _counter
     _counter = counter
 
@@ -92,36 +86,19 @@ def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
         write_record(job.arm, job.seed, scale, home)
 
 
-@contextmanager
-def _workers(processes: int, counter) -> Iterator[ProcessPoolExecutor]:
-    """Open the worker processes, and end them at once if anything goes wrong here, Ctrl-C included."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (counter,)) as pool:
-        try:
-            yield pool
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
 def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:
     """Run ``jobs`` in ``processes`` processes under one bar; what is already there is not done again.
 
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
-    # glibc reads these when a worker starts. Without them it hands the activations of each step back to the system
-    # and gets them again page by page, a tenth of the time of a step.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**28))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**29))
     total = sum(scale.recipes[job.arm].steps for job in jobs)
-    counter = multiprocessing.get_context("spawn").Value("q", 0)
+    counter = CONTEXT.Value("q", 0)
     waiting, running, made = list(jobs), {}, {path.name for path in home.models(scale).glob("*") if path.is_dir()}
     made -= {job.makes for job in jobs}
     with (
         tqdm(total=total, unit="step", desc=f"{len(jobs)} runs at {scale.name}") as bar,
-        _workers(processes, counter) as pool,
+        workers(processes, _take, counter) as pool,
     ):
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= made][: processes - len(running)]:
