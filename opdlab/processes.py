@@ -8,8 +8,10 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
+from tqdm import tqdm
 
 # Spawned, as a fork of a process that has used several threads may hang.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -18,6 +20,8 @@ CONTEXT = multiprocessing.get_context("spawn")
 def _start(prepare: Callable | None, arguments: tuple) -> None:
     # Ctrl-C reaches the workers too: they may stop at once, as killed work loses nothing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # tqdm's own lock spans processes; in a killed one it would be reported as leaked.
+    tqdm.set_lock(RLock())
     torch.set_num_threads(1)
     if prepare:
         prepare(*arguments)
