@@ -14,6 +14,17 @@ from opdlab.runs import Home
 from opdlab.scales import SMOKE
 from opdlab.training import install_model, train
 
+# Of models that are only stored and measured.
+SMALL_SHAPE = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "num_hidden_layers": 2,
+}
+
 
 @pytest.fixture(scope="session")
 def scale():

@@ -5,6 +5,7 @@ from math import isnan
 
 import pytest
 import torch
+from conftest import SMALL_SHAPE
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -13,21 +14,12 @@ from opdlab.checkpoints import open_checkpoint
 from opdlab.errors import OpdlabError
 from opdlab.models import new_model
 
-SHAPE = {
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "num_hidden_layers": 2,
-}
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
 def model():
-    return new_model(SHAPE, 0)
+    return new_model(SMALL_SHAPE, 0)
 
 
 def assert_holds(checkpoint, state):
@@ -153,7 +145,7 @@ def test_adapters_are_merged_with_their_base(model, config, scaling, tmp_path):
 def broken(folder, kind):
     """Make a checkpoint in ``folder`` that cannot be measured."""
     base = folder / "base"
-    new_model(SHAPE, 0).save_pretrained(base, max_shard_size="8KB")
+    new_model(SMALL_SHAPE, 0).save_pretrained(base, max_shard_size="8KB")
     path = base
     first = sorted(base.glob("*.safetensors"))[0]
     if kind == "absent":

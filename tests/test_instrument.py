@@ -8,6 +8,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from conftest import SMALL_SHAPE
 from safetensors.torch import save_file
 
 from opdlab import geometry as g
@@ -19,22 +20,13 @@ from opdlab.models import new_model
 
 # In this process; the fixture below uses two others.
 measure_checkpoints = partial(instrument.measure_checkpoints, processes=1)
-SHAPE = {
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "num_hidden_layers": 2,
-}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A base folder and a tuned one, stored in bfloat16."""
     folder = tmp_path_factory.mktemp("pair")
-    model = new_model(SHAPE, 0)
+    model = new_model(SMALL_SHAPE, 0)
     model.bfloat16().save_pretrained(folder / "base")
     torch.manual_seed(0)
     with torch.no_grad():
