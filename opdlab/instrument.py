@@ -243,8 +243,8 @@ def measure_checkpoints(
     if not path or processes < 1:
         raise OpdlabError(f"there are {len(path)} checkpoints and {processes} processes; expected one or more of both")
     opened = open_checkpoint(base)
-    for checkpoint in path:
-        names = check_comparable(opened, open_checkpoint(checkpoint, opened))
+    comparable = [check_comparable(opened, open_checkpoint(checkpoint, opened)) for checkpoint in path]
+    names = [name for name in comparable[-1] if all(name in others for others in comparable)]
     job = Job(Path(base), tuple(path), seed, nulls, cache)
     done = _resume(out, job)
     with (

@@ -157,6 +157,13 @@ def test_a_copy_of_tied_embeddings_is_left_out(pair, measured, tmp_path):
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / "tuned.safetensors")
     table = measure_checkpoints(pair[0], [tmp_path / "tuned.safetensors"], tmp_path / "out")
     pd.testing.assert_frame_equal(table, measured[0])
+    # On the way, too: here the last checkpoint stores the copy and the one before does not.
+    base = tmp_path / "base.safetensors"
+    start = instrument.open_checkpoint(pair[0])
+    first = {name: start.read(name).clone() for name in start.pieces}
+    save_file(first | {"lm_head.weight": first["model.embed_tokens.weight"].clone()}, base)
+    path = [pair[1], tmp_path / "tuned.safetensors"]
+    assert "lm_head.weight" not in set(measure_checkpoints(base, path, tmp_path / "way")["matrix"])
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(OpdlabError, match=r"such as lm_head.weight in .*other"):
