@@ -46,11 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     measure.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
     measure.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices measured side by side")
+    measure.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
     return parser
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from opdlab.instrument import default_cache, find_trajectory, measure_checkpoints, overall_means
+    from opdlab.instrument import default_cache, find_trajectory, measure_checkpoints
+    from opdlab.summaries import overall_means
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
@@ -62,8 +64,9 @@ def _measure(options: argparse.Namespace) -> None:
         out,
         seed=options.seed,
         nulls=not options.no_nulls,
-        processes=options.processes,
+        processes=options.processes if options.device == "cpu" else 1,
         cache=None if options.no_cache else default_cache(),
+        device=options.device,
         progress=True,
     )
     print(overall_means(table).to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))

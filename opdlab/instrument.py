@@ -12,12 +12,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache as remember
 from importlib.metadata import version
-from math import inf, nan, prod
+from math import prod
 from pathlib import Path
 
 import pandas as pd
@@ -37,8 +38,8 @@ from opdlab.geometry import (
     svd,
 )
 from opdlab.processes import workers
-from opdlab.report import write_report
 from opdlab.runs import load_tensors, provenance, save_tensors, write_json, write_whole
+from opdlab.summaries import course_means, summarise
 
 
 def settings_for(shape: tuple[int, ...]) -> GeometrySettings:
@@ -133,6 +134,7 @@ class Job:
     seed: int
     nulls: bool
     cache: Path | None
+    device: str = "cpu"
 
     def identity(self) -> dict:
         """Return what stopped work must share with this to be gone on with: paths, files and options."""
@@ -154,52 +156,91 @@ class Job:
 
     def measure(self, name: str) -> dict:
         """Measure one tensor: its row, and the rows of its course where there is more than one checkpoint."""
-        base = open_checkpoint(self.base)
-        w0 = base.read(name)
-        w_ts = [open_checkpoint(path, base).read(name) for path in self.path]
-        rows, cols = w0.shape if w0.ndim == 2 else (w0.numel(), 1)
-        who = {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": w0.numel()}
-        if w0.ndim > 2:
-            who["block"] = "stacked"  # experts in one tensor, say: several matrices, and how is not known
-        if w0.ndim != 2 or min(w0.shape) < 2:
-            return {"row": who | measure_vector(w0, w_ts[-1]), "course": []}
-        settings = settings_for(tuple(w0.shape))
-        svd0 = base_svd(w0, max(settings.k, settings.mask_rank, *settings.angle_ks), self.cache)
+        base, *path = _opened(self)
+        shape, origin, snapshots = (
+            base.pieces[name].shape,
+            _Way([base], name, self.device),
+            _Way(path, name, self.device),
+        )
+        rows, cols = shape if len(shape) == 2 else (prod(shape), 1)
+        who = {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
+        if len(shape) > 2:
+            who["block"] = "stacked"  # several matrices in one tensor, and how is not known
+        if len(shape) != 2 or min(shape) < 2:
+            return {"row": who | measure_vector(origin[0], snapshots[-1]), "course": []}
+        settings = settings_for(shape)
+        svd0 = base_svd(origin[0], max(settings.k, settings.mask_rank, *settings.angle_ks), self.cache)
         row = {"k": settings.k, "mask_rank": settings.mask_rank}
-        row |= measure_matrix(name, w0, w_ts[-1], settings, self.seed, svd0, self.nulls)
+        # Tensors are read where they are used, so that nothing here keeps them longer than that.
+        row |= measure_matrix(name, origin[0], snapshots[-1], settings, self.seed, svd0, self.nulls)
         course = []
-        if len(w_ts) > 1:
-            columns = measure_course(name, w0, w_ts, settings, self.seed)
+        if len(snapshots) > 1:
+            columns = measure_course(name, origin[0], snapshots, settings, self.seed)
             course = [who | dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             course = [{"step": step} | values for step, values in zip(self.steps(), course, strict=True)]
         return {"row": who | row, "course": course}
+
+
+@remember
+def _opened(job: Job) -> list[Checkpoint]:
+    """Return a job's checkpoints, base first; each process reads their headers once."""
+    base = open_checkpoint(job.base)
+    return [base, *(open_checkpoint(path, base) for path in job.path)]
+
+
+class _Way(Sequence):
+    """One tensor in several checkpoints, read when it is asked for."""
+
+    def __init__(self, checkpoints: list[Checkpoint], name: str, device: str):
+        self.checkpoints, self.name, self.device = checkpoints, name, device
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.checkpoints[index].read(self.name).to(self.device)
 
 
 def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     """Return the Svd of a base matrix with k vectors, from the cache if its content was decomposed before."""
     if cache is None:
         return svd(w0, k=k)
-    content = hashlib.sha256(w0.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:32]
+    content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:32]
     file = cache / f"svd-{content}-{'x'.join(map(str, w0.shape))}-k{k}.safetensors"
     # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
     with suppress(OpdlabError, KeyError):
         tensors, _ = load_tensors(file)
-        return Svd(tensors["u"], tensors["s"], tensors["vh"])
+        return Svd(*(tensors[part].to(w0.device) for part in Svd._fields))
     found = svd(w0, k=k)
     with suppress(OpdlabError):
         save_tensors(file, found._asdict())
     return found
 
 
-def _measure_all(job: Job, names: list[str], processes: int) -> Iterator[dict]:
-    """Yield what :meth:`Job.measure` finds, as it is found; with one process, in this one."""
+def _measure_all(job: Job, sizes: dict[str, int], processes: int) -> Iterator[dict]:
+    """Yield what :meth:`Job.measure` finds, as it is found; with one process, in this one.
+
+    Args:
+        job: what to measure.
+        sizes: names of the tensors and how many entries each has, largest first.
+        processes: how many at once.
+    """
     if processes == 1:
-        yield from map(job.measure, names)
+        yield from map(job.measure, sizes)
         return
+    # Memory is that of the largest tensor, however many processes there are: what is measured side by side is together
+    # hardly larger than that.
+    room, waiting, running = 1.1 * max(sizes.values(), default=0), dict(sizes), {}
     with workers(processes) as pool:
         try:
-            for future in as_completed([pool.submit(job.measure, name) for name in names]):
-                yield future.result()
+            while waiting or running:
+                for name, size in list(waiting.items()):
+                    if len(running) < 2 * processes and size + sum(running.values()) <= room:
+                        running[pool.submit(job.measure, name)] = waiting.pop(name)
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    del running[future]
+                    yield future.result()
         except BrokenProcessPool as problem:
             raise OpdlabError(
                 "a measuring process was killed, perhaps for lack of memory: use fewer --processes; the same command "
@@ -216,6 +257,7 @@ def measure_checkpoints(
     nulls: bool = True,
     processes: int = 2,
     cache: Path | None = None,
+    device: str = "cpu",
     progress: bool = False,
 ) -> pd.DataFrame:
     """Measure every tensor of an update, and write matrices.csv, summary.json and report.html.
@@ -230,6 +272,7 @@ def measure_checkpoints(
         nulls: whether to compute the nulls and the norm-matched diagnostics.
         processes: matrices measured side by side, with one thread each; 1 stays in this process.
         cache: folder for decompositions of bases; None keeps none.
+        device: where to compute, "cuda" for a GPU (then with one process).
         progress: show a bar.
 
     Returns:
@@ -242,16 +285,24 @@ def measure_checkpoints(
     path, out = [Path(checkpoint) for checkpoint in path], Path(out)
     if not path or processes < 1:
         raise OpdlabError(f"there are {len(path)} checkpoints and {processes} processes; expected one or more of both")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise OpdlabError(
+            f"device {device!r} cannot be used here ({str(problem).splitlines()[0]}): try cpu"
+        ) from problem
     opened = open_checkpoint(base)
     comparable = [check_comparable(opened, open_checkpoint(checkpoint, opened)) for checkpoint in path]
     names = [name for name in comparable[-1] if all(name in others for others in comparable)]
-    job = Job(Path(base), tuple(path), seed, nulls, cache)
+    sizes = {name: prod(opened.pieces[name].shape) for name in names}
+    job = Job(Path(base), tuple(path), seed, nulls, cache, device)
     done = _resume(out, job)
+    left = {name: size for name, size in sizes.items() if name not in done}
     with (
         tqdm(total=len(names), initial=len(done), unit="tensor", disable=not progress) as bar,
         open(out / "rows.jsonl", "a") as log,
     ):
-        for found in _measure_all(job, [name for name in names if name not in done], processes):
+        for found in _measure_all(job, left, processes):
             done[found["row"]["matrix"]] = found
             log.write(json.dumps(found) + "\n")
             log.flush()
@@ -263,14 +314,19 @@ def measure_checkpoints(
         raise OpdlabError(f"{base} and {path[-1]} hold the same weights: there is no update to measure")
     course = pd.DataFrame([row for found in ordered for row in found["course"]])
     _write_table(out / "matrices.csv", table)
+    dtypes = {"base": opened.dtypes, "tuned": open_checkpoint(path[-1], opened).dtypes}
+    summary = {"base": str(Path(base).resolve()), "path": [str(checkpoint.resolve()) for checkpoint in path]}
+    summary |= {"dtypes": dtypes, "seed": seed, "provenance": provenance(), "groups": summarise(table)}
     if len(course):
         course = course.sort_values("step", kind="stable", ignore_index=True)
         _write_table(out / "trajectory.csv", course)
-    dtypes = {"base": opened.dtypes, "tuned": open_checkpoint(path[-1], opened).dtypes}
-    what = {"base": str(base), "path": list(map(str, path)), "dtypes": dtypes}
-    write_json(out / "summary.json", what | summarise(table, job))
+        summary["trajectory"] = course_means(course).reset_index().to_dict("records")
+    write_json(out / "summary.json", summary)
+    # Drawing is imported late, as the processes that measure need none of it.
+    from opdlab.report import write_report
+
     title = f"{Path(base).name} ({dtypes['base']}) to {path[-1].name} ({dtypes['tuned']})"
-    write_report(out / "report.html", table, course, overall_means(table), title)
+    write_report(out / "report.html", table, course, title)
     (out / "rows.jsonl").unlink()
     return table
 
@@ -299,78 +355,3 @@ def _resume(out: Path, job: Job) -> dict[str, dict]:
     write_json(out / "job.json", identity)
     write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
     return rows
-
-
-# What the summary holds: the column, its null, and whether matrices weigh by their parameters (the paper's rule for
-# sparsity) or count alike (its rule for the rest).
-SUMMARY = (
-    ("sparsity", None, "parameter"),
-    ("sparsity_absolute", None, "parameter"),
-    ("sparsity_relative", None, "parameter"),
-    ("relative_norm", None, "matrix"),
-    ("nss", None, "matrix"),
-    ("angle_left_mean", None, "matrix"),
-    ("angle_right_mean", None, "matrix"),
-    ("angle_left_max", None, "matrix"),
-    ("stable_rank", "stable_rank_null", "matrix"),
-    ("effective_rank", "effective_rank_null", "matrix"),
-    ("effective_rank_squared", "effective_rank_squared_null", "matrix"),
-    ("top_energy", "top_energy_null", "matrix"),
-    ("hill", "hill_null", "matrix"),
-    ("energy_left", "energy_left_random", "matrix"),
-    ("energy_right", "energy_right_random", "matrix"),
-    ("energy_both", "energy_both_random", "matrix"),
-    *(
-        (f"{star}_overlap_a{alpha}", f"{star}_overlap_a{alpha}_null", "matrix")
-        for alpha in (30, 50)
-        for star in ("principal", "low", "principal_only")
-    ),
-)
-
-
-def summarise(table: pd.DataFrame, job: Job) -> dict:
-    """Return the means of a table of :func:`measure_checkpoints`: overall, by block and by module.
-
-    Each entry has its value, the null, their ratio, the z-score of their difference over matrices, the value at equal
-    norm, and how matrices are weighed. *Overall* is attention and MLP, as in the paper; the rest stands apart.
-    """
-    layers = table[table["block"].isin(["attention", "mlp"])]
-    groups = {"overall": layers}
-    groups |= {str(block): rows for block, rows in table.groupby("block", sort=False)}
-    groups |= {f"{block}.{module}": rows for (block, module), rows in layers.groupby(["block", "module"], sort=False)}
-    return {
-        "provenance": provenance(),
-        "seed": job.seed,
-        "groups": {name: _summary(rows) for name, rows in groups.items() if len(rows)},
-    }
-
-
-def overall_means(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per diagnostic: value, null, ratio, z-score, value at equal norm, weighting."""
-    overall = _summary(table[table["block"].isin(["attention", "mlp"])])
-    rows = {name: entry for name, entry in overall.items() if isinstance(entry, dict)}
-    columns = ["value", "null", "ratio", "z", "at equal norm", "weighting"]
-    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
-
-
-def _summary(rows: pd.DataFrame) -> dict:
-    found: dict = {"tensors": len(rows), "parameters": int(rows["parameters"].sum())}
-    for column, null, weighting in SUMMARY:
-        columns = [name for name in (column, null, f"{column}_matched") if name in rows and rows[name].notna().any()]
-        # Where a diagnostic or its null is undefined or infinite, neither counts.
-        known = rows[["parameters", *columns]].replace([inf, -inf], nan).dropna()
-        if column not in columns or known.empty:
-            continue
-        weights = known["parameters"] if weighting == "parameter" else pd.Series(1.0, known.index)
-        means = {name: float((known[name] * weights).sum() / weights.sum()) for name in columns}
-        entry = {"value": means[column], "weighting": f"per {weighting}", "defined": len(known)}
-        if null in columns:
-            difference = known[column] - known[null]
-            entry["null"] = means[null]
-            entry["ratio"] = means[column] / means[null] if means[null] else None
-            error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-            entry["z"] = float(difference.mean() / error) if error > 0 else None
-        if f"{column}_matched" in columns:
-            entry["at equal norm"] = means[f"{column}_matched"]
-        found[column] = entry
-    return found

@@ -37,9 +37,12 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
         arguments: of ``prepare``.
     """
     # glibc reads these when a worker starts. Without them it hands large tensors back to the system and gets them again
-    # page by page: a tenth of the time of a training step, a quarter of that of a measurement.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**28))
+    # page by page: a tenth of the time of a training step, a quarter of that of a measurement. Above 32 MB it may,
+    # or a worker would keep twice the memory that it needs.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**29))
+    # SciPy's own BLAS knows nothing of PyTorch's number of threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with ProcessPoolExecutor(count, CONTEXT, _start, (prepare, arguments)) as pool:
         try:
             yield pool

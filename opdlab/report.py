@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from opdlab.geometry import feasible_range
 from opdlab.plots import NULL, panels, use_style
 from opdlab.runs import write_whole
+from opdlab.summaries import course_means, of_layers, overall_means
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
@@ -30,18 +31,17 @@ figcaption { color: #444; font-size: 14px; }
 """
 
 
-def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, means: pd.DataFrame, title: str) -> None:
+def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: str) -> None:
     """Write the report of a table of :func:`opdlab.instrument.measure_checkpoints`.
 
     Args:
         path: the HTML file.
         table: one row per tensor.
         course: one row per checkpoint and matrix; empty if there was one checkpoint only.
-        means: the overall means, one row per diagnostic.
         title: what was measured.
     """
     use_style()
-    layers = table[table["block"].isin(["attention", "mlp"])]
+    layers = of_layers(table)
     figures = [
         (_by_layer, "Sparsity, rotation and size of each matrix, by layer; one line per module."),
         (
@@ -77,12 +77,17 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, means: p
 <p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of attention and
 MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the same
 computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors.</p>
-{means.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)}
+{_html(overall_means(table))}
+{_html(course_means(course)) if len(course) else ""}
 {"".join(parts)}
 <p>Every number for every tensor is in matrices.csv beside this file.</p>
 </body></html>
 """
     write_whole(path, lambda temporary: temporary.write_text(page))
+
+
+def _html(means: pd.DataFrame) -> str:
+    return means.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
 
 
 def _png(draw: Callable[[pd.DataFrame], Figure], layers: pd.DataFrame) -> str:

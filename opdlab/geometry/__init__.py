@@ -7,14 +7,15 @@ Nothing here knows how the weights were trained. Read in this order, one idea a 
 3. :mod:`~opdlab.geometry.subspaces`: which directions; how far they turned, how early they are settled.
 4. :mod:`~opdlab.geometry.masks`: which coordinates, against the principal and the small weights.
 5. :mod:`~opdlab.geometry.nulls`: what each of these shows when there is nothing to see.
-6. :mod:`~opdlab.geometry.matrices` and :mod:`~opdlab.geometry.measure`: all of it, for the matrices of a model, in a
-   table.
+6. :mod:`~opdlab.geometry.matrices`, :mod:`~opdlab.geometry.measure` and :mod:`~opdlab.geometry.course`: all of it, for
+   the matrices of a model, in a table.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
-left is the output side and right the input side. Arithmetic is in float64 on the CPU. What is undefined is NaN, never
-0; what is wrong is an :class:`opdlab.errors.OpdlabError`.
+left is the output side and right the input side. Arithmetic is in float64, on the device that a
+tensor is on. What is undefined is NaN, never 0; what is wrong is an :class:`opdlab.errors.OpdlabError`.
 """
 
+from opdlab.geometry.course import measure_course, measure_trajectory
 from opdlab.geometry.masks import (
     enrichment,
     feasible_range,
@@ -22,14 +23,13 @@ from opdlab.geometry.masks import (
     low_magnitude_mask,
     overlap,
     principal_mask,
+    reconstruct,
 )
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
 from opdlab.geometry.measure import (
     GeometrySettings,
-    measure_course,
     measure_matrix,
     measure_pair,
-    measure_trajectory,
     measure_vector,
     overall_sparsity,
 )
@@ -103,6 +103,7 @@ __all__ = [
     "principal_mask",
     "random_walk",
     "random_walk_sim",
+    "reconstruct",
     "relative_norm",
     "relative_sparsity",
     "rotation",

@@ -32,7 +32,8 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
     >>> largest_entries(torch.tensor([1.0, -3.0, 2.0, 2.0]), 2)
     tensor([False,  True,  True, False])
     """
-    return _smallest(-_checks.finite(values, "values").abs(), _checks.whole(count, "count", 0, values.numel()))
+    sizes = _checks.finite(values, "values").abs()
+    return _select(sizes, _checks.whole(count, "count", 0, values.numel()), largest=True)
 
 
 def principal_mask(w0: Tensor | Svd, r: int, alpha: float) -> Tensor:
@@ -56,10 +57,22 @@ def principal_mask(w0: Tensor | Svd, r: int, alpha: float) -> Tensor:
     tensor([[False, False],
             [False,  True]])
     """
+    reconstruction = reconstruct(w0, r)
+    return largest_entries(reconstruction, round(_checks.share(alpha, "alpha") * reconstruction.numel()))
+
+
+def reconstruct(w0: Tensor | Svd, r: int) -> Tensor:
+    """Return the matrix (m, n) of rank r that is nearest to w0.
+
+    Args and errors are those of :func:`principal_mask`.
+
+    >>> reconstruct(torch.tensor([[2.0, 2.0], [1.0, -1.0]]), 1).abs()
+    tensor([[2., 2.],
+            [0., 0.]], dtype=torch.float64)
+    """
     available = len(w0.vh) if isinstance(w0, Svd) else min(w0.shape)
     u, s, vh = svd(w0, "w0", _checks.whole(r, "r", 1, available))
-    reconstruction = (u[:, :r] * s[:r]) @ vh[:r]
-    return largest_entries(reconstruction, round(_checks.share(alpha, "alpha") * reconstruction.numel()))
+    return (u[:, :r] * s[:r]) @ vh[:r]
 
 
 def low_magnitude_mask(w0: Tensor, alpha: float) -> Tensor:
@@ -80,7 +93,7 @@ def low_magnitude_mask(w0: Tensor, alpha: float) -> Tensor:
     >>> low_magnitude_mask(torch.tensor([-0.1, 3.0, 0.1, -2.0]), 0.25)
     tensor([ True, False, False, False])
     """
-    return _smallest(_checks.finite(w0, "w0").abs(), round(_checks.share(alpha, "alpha") * w0.numel()))
+    return _select(_checks.finite(w0, "w0").abs(), round(_checks.share(alpha, "alpha") * w0.numel()), largest=False)
 
 
 def overlap(mask_star: Tensor, update: Tensor) -> float:
@@ -100,8 +113,8 @@ def overlap(mask_star: Tensor, update: Tensor) -> float:
     """
     _checks.same_shape(mask_star, "mask_star", update, "update")
     mask_star, update = _checks.mask(mask_star, "mask_star"), _checks.mask(update, "update")
-    moved = int(update.sum())
-    return int((mask_star & update).sum()) / moved if moved else nan
+    moved = int(update.count_nonzero())
+    return int((mask_star & update).count_nonzero()) / moved if moved else nan
 
 
 def enrichment(overlap: float, alpha: float) -> float:
@@ -148,13 +161,12 @@ def feasible_range(alpha: float, density: float) -> tuple[float, float]:
     return max(0.0, (alpha + density - 1) / density), min(1.0, alpha / density)
 
 
-def _smallest(values: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` smallest values, of equal ones the first: a selection, several times faster than a sort."""
-    mask = torch.zeros(values.shape, dtype=torch.bool)
+def _select(values: Tensor, count: int, largest: bool) -> Tensor:
+    """Mark the ``count`` smallest or largest values, of equal ones the first: a selection, far faster than a sort."""
     if count == 0:
-        return mask
-    threshold = values.flatten().kthvalue(count).values
-    mask |= values < threshold
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = values.flatten().kthvalue(values.numel() - count + 1 if largest else count).values
+    mask = (values > threshold if largest else values < threshold).contiguous()
     ties = (values == threshold).flatten().nonzero().squeeze(1)
-    mask.view(-1)[ties[: count - int(mask.sum())]] = True
+    mask.view(-1)[ties[: count - int(mask.count_nonzero())]] = True
     return mask

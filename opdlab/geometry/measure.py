@@ -1,28 +1,27 @@
-"""Tables: every diagnostic of every matrix, for one update and for the course of a training.
+"""Tables: every diagnostic of every matrix, for one update.
 
-One row is one matrix (at one snapshot). To summarise as the paper does, take the unweighted mean over matrices of any
+One row is one matrix. To summarise as the paper does, take the unweighted mean over matrices of any
 column but sparsity, whose overall value weighs each matrix by its number of parameters:
 :func:`~opdlab.geometry.overall_sparsity`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from math import nan, prod
+from math import nan
 from zlib import crc32
 
 import torch
-from pandas import DataFrame, concat
+from pandas import DataFrame
 from torch import Generator, Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
-from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, principal_mask
+from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, reconstruct
 from opdlab.geometry.matrices import describe, float64_matrices
-from opdlab.geometry.nulls import norm_matched, permute, random_walk
-from opdlab.geometry.sparsity import absolute_sparsity, bf16_sparsity, density, relative_sparsity, update_mask
+from opdlab.geometry.nulls import permute
+from opdlab.geometry.sparsity import absolute_sparsity, density, relative_sparsity, update_mask
 from opdlab.geometry.spectrum import (
     Svd,
     effective_rank,
@@ -36,7 +35,7 @@ from opdlab.geometry.spectrum import (
     svd,
     top_energy,
 )
-from opdlab.geometry.subspaces import rotation, sim_k, similarity_to_end, subspace_energy, top_left, top_right
+from opdlab.geometry.subspaces import rotation, subspace_energy
 
 # Share of the entries in the overlaps that look at the largest changes, before any rounding.
 LARGEST = 0.1
@@ -109,7 +108,7 @@ def measure_pair(
     rows = []
     for name, w0 in w0s.items():
         svd0 = None if base_svds is None else _base_svd(name, w0, base_svds)
-        rows.append(_identity(name, w0) | measure_matrix(name, w0, w1s[name], settings, seed, svd0))
+        rows.append(identity(name, w0) | measure_matrix(name, w0, w1s[name], settings, seed, svd0))
     return DataFrame(rows)
 
 
@@ -152,92 +151,48 @@ def measure_matrix(
     Raises:
         OpdlabError: naming the matrix, if it is not finite or smaller than a setting allows, or the shapes differ.
     """
-    w0, w1 = _checks.matrix(w0, f"{name} in w0s"), _checks.matrix(w1, f"{name} in w1s")
     _checks.same_shape(w0, f"{name} in w0s", w1, f"{name} in w1s")
+    w0 = _checks.matrix(w0, f"{name} in w0s")
     ks = {f"angle_ks[{i}]": k for i, k in enumerate(settings.angle_ks)}
-    _check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank, **ks)
+    check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank, **ks)
     svd0 = svd0 or svd(w0, k=max(settings.k, settings.mask_rank, *settings.angle_ks))
+    # What is large is dropped as soon as it has been used: six float64 matrices of this shape are alive at most.
+    masks = _masks(w0, svd0, settings)
+    w1 = _checks.matrix(w1, f"{name} in w1s")
+    sized = {"": _size_row(w0, w1, svd0, masks, settings)}
     delta = w1 - w0
-    masks = {}
-    for alpha in settings.alphas:
-        principal, low = principal_mask(svd0, settings.mask_rank, alpha), low_magnitude_mask(w0, alpha)
-        stars = {"principal": principal, "low": low, "principal_only": principal & ~low}
-        masks |= {(star, f"a{100 * alpha:g}"): mask for star, mask in stars.items()}
     row = {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
-    summaries = _summaries(delta, settings.k)
-    random = {"left": settings.k / len(w0), "right": settings.k / w0.shape[1]}
-    energy = subspace_energy(delta, svd0, settings.k)._asdict()
-    sized = _size_row(w0, w1, svd0, masks, settings)
+    del w1
+    row |= summaries(delta, settings.k)
+    row |= {f"energy_{side}": share for side, share in subspace_energy(delta, svd0, settings.k)._asdict().items()}
+    moved, largest = row["frobenius"] > 0, largest_entries(delta, round(LARGEST * delta.numel()))
+    for key, value in _overlaps(masks, largest if moved else torch.zeros_like(largest)).items():
+        row[f"{key}_top"] = value
+    for key, value in _overlaps(masks, torch.ones_like(largest)).items():
+        row[key.replace("overlap", "share")] = value
     if nulls:
-        shuffled = permute(delta, _generator(seed, name))
-        row |= summaries | {f"{key}_null": value for key, value in _summaries(shuffled, settings.k).items()}
+        left, right = (settings.k / side for side in w0.shape)
+        row |= {"energy_left_random": left, "energy_right_random": right, "energy_both_random": left * right}
         row["stable_rank_gaussian"] = gaussian_stable_rank(*w0.shape)
-        for side, value in energy.items():
-            row |= {f"energy_{side}": value, f"energy_{side}_random": random.get(side, prod(random.values()))}
-        sized |= _null_row(w0, w0 + shuffled, masks)
-        matched = dict.fromkeys(sized, nan)
-        if delta.any():
-            norm = settings.matched_norm * frobenius(w0)
-            matched = _size_row(w0, norm_matched(w0, w1, norm), svd0, masks, settings)
-            matched |= _null_row(w0, norm_matched(w0, w0 + shuffled, norm), masks)
-        row |= sized | {f"{key}_matched": value for key, value in matched.items()}
-    else:
-        row |= summaries | {f"energy_{side}": value for side, value in energy.items()} | sized
-    largest = largest_entries(delta, round(LARGEST * delta.numel()))
-    for (star, percent), mask in masks.items():
-        row[f"{star}_overlap_{percent}_top"] = overlap(mask, largest) if delta.any() else nan
-        row[f"{star}_share_{percent}"] = density(mask)
-    return row
-
-
-def measure_trajectory(
-    w0s: Mapping[str, Tensor],
-    snapshots: Sequence[tuple[int, Mapping[str, Tensor]]],
-    settings: GeometrySettings,
-    seed: int = 0,
-) -> DataFrame:
-    """Measure the course of a training: the cumulative update at every snapshot, one row per step and matrix.
-
-    Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_course`.
-
-    Args:
-        w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
-        snapshots: (step, state dict) in ascending order of steps; the last is t_end.
-        settings: the resolution.
-        seed: of the permutations and walks. A null is one draw, the same whatever else is measured.
-
-    Raises:
-        OpdlabError: if there is no snapshot or the steps do not ascend; otherwise as for
-            :func:`~opdlab.geometry.measure_pair`.
-
-    Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
-
-    >>> name = "layers.0.mlp.up_proj.weight"
-    >>> path = [(step, {name: step * torch.diag(torch.tensor([3.0, 2.0, 1.0]))}) for step in (1, 2)]
-    >>> settings = GeometrySettings(k=1, sim_ks=(1,), mask_rank=1, alphas=())
-    >>> measure_trajectory({name: torch.zeros(3, 3)}, path, settings)[["step", "stable_rank", "sim_right_K1"]].round(4)
-       step  stable_rank  sim_right_K1
-    0     1       1.5556           1.0
-    1     2       1.5556           1.0
-    """
-    steps = [step for step, _ in snapshots]
-    if not steps or steps != sorted(set(steps)):
-        raise OpdlabError(f"snapshots has the steps {steps}; expected one or more, ascending, none twice")
-    w0s = float64_matrices(w0s, "w0s")
-    w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
-    parts = []
-    for name, w0 in w0s.items():
-        columns = measure_course(name, w0, [w_t[name] for w_t in w_ts], settings, seed)
-        parts.append(DataFrame({"step": steps} | _identity(name, w0) | columns))
-    # The sort is stable: within a step, matrices stay in the order of the model.
-    return concat(parts).sort_values("step", kind="stable", ignore_index=True)
+        shuffled = permute(delta, generator_of(seed, name))
+        row |= {f"{key}_null": value for key, value in summaries(shuffled, settings.k).items()}
+        sized[""] |= _null_row(w0, w0 + shuffled, masks)
+        sized["_matched"] = dict.fromkeys(sized[""], nan)
+        if moved:
+            scale = settings.matched_norm * frobenius(w0) / row["frobenius"]
+            null = _null_row(w0, torch.add(w0, shuffled, alpha=scale), masks)
+            del shuffled
+            matched = torch.add(w0, delta, alpha=scale)
+            del delta
+            sized["_matched"] = _size_row(w0, matched, svd0, masks, settings) | null
+    return row | {f"{key}{suffix}": value for suffix, found in sized.items() for key, value in found.items()}
 
 
 def overall_sparsity(table: DataFrame) -> float:
     """Return the sparsity of all measured weights together: the mean over matrices, weighted by their parameters.
 
     Args:
-        table: of :func:`measure_pair`, or the rows of one step of :func:`measure_trajectory`.
+        table: of :func:`measure_pair`, or the rows of one step of :func:`~opdlab.geometry.measure_trajectory`.
 
     Raises:
         OpdlabError: if a matrix occurs twice: then the rows are of several updates.
@@ -254,64 +209,10 @@ def overall_sparsity(table: DataFrame) -> float:
     return float((table["sparsity"] * table["parameters"]).sum() / table["parameters"].sum())
 
 
-def _identity(name: str, w0: Tensor) -> dict:
+def identity(name: str, w0: Tensor) -> dict:
+    """Return the columns that say which matrix a row is about."""
     rows, cols = w0.shape
     return {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
-
-
-def measure_course(
-    name: str, w0: Tensor, w_ts: Sequence[Tensor], settings: GeometrySettings, seed: int = 0
-) -> dict[str, list[float]]:
-    """Measure the course of one matrix over T snapshots; each key has T values, and what is undefined is NaN.
-
-    Keys: frobenius, relative_norm, interval_norm (the Frobenius norm of the update since the snapshot before);
-    sparsity; stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular
-    values), each with _null (of the permuted update). For each K of ``settings.sim_ks`` and for right and left:
-    sim_right_K16, the similarity to the last snapshot, sim_right_K16_null, that of a random walk with the same interval
-    norms, and sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the
-    last; sim_random_K16 is K / n, the value of two unrelated subspaces on the right side (on the left it is K / m).
-
-    Args:
-        name: of the matrix: it seeds the nulls, and stands in errors.
-        w0: (m, n) weights at the origin.
-        w_ts: T snapshots (m, n), in order; the last is t_end.
-        settings: the resolution.
-        seed: of the permutations and walks.
-
-    Raises:
-        OpdlabError: naming the matrix, if a tensor is not finite or the matrix is smaller than a setting allows.
-    """
-    w0 = _checks.matrix(w0, f"{name} in w0s")
-    w_ts = [_checks.matrix(w_t, f"{name} in the snapshot {t}") for t, w_t in enumerate(w_ts)]
-    _check_size(name, w0, k=settings.k, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
-    generator = _generator(seed, name)
-    deltas = [w_t - w0 for w_t in w_ts]
-    interval_norms = [frobenius(after - before) for before, after in pairwise([w0, *w_ts])]
-    vectors = max(settings.sim_ks, default=1)
-    svds = [svd(delta, k=vectors) for delta in deltas]
-    rests = [svd(w_ts[-1] - w_t, k=vectors) for w_t in w_ts]
-    walk_svds = [svd(delta, k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
-    columns = {
-        "frobenius": [frobenius(delta) for delta in deltas],
-        "relative_norm": [relative_norm(w0, w_t) for w_t in w_ts],
-        "interval_norm": interval_norms,
-        "sparsity": [bf16_sparsity(w0, w_t) for w_t in w_ts],
-    }
-    seen = [_summaries(delta, settings.k) for delta in svds]
-    nulls = [_summaries(permute(delta, generator), settings.k) for delta in deltas]
-    for key in nulls[0]:
-        columns[key] = [summary[key] for summary in seen]
-        columns[f"{key}_null"] = [summary[key] for summary in nulls]
-    for k in settings.sim_ks:
-        seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
-        for side, top in (("right", top_right), ("left", top_left)):
-            columns[f"sim_{side}_K{k}"] = getattr(seen, side)
-            columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
-            columns[f"sim_{side}_K{k}_rest"] = [
-                sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
-            ]
-        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * len(w_ts)
-    return columns
 
 
 def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
@@ -326,22 +227,41 @@ def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
     >>> measure_vector(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 3.0]))["sparsity"]
     0.75
     """
-    return {"frobenius": frobenius(w1.double() - w0.double()), "relative_norm": relative_norm(w0, w1)} | _visible(
-        w0, w1
-    )
+    size = {"frobenius": frobenius(w1.double() - w0.double()), "relative_norm": relative_norm(w0, w1)}
+    return size | _visible(w0, w1, update_mask(w0, w1))
 
 
-def _visible(w0: Tensor, w1: Tensor) -> dict[str, float]:
+def _visible(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
     """Return how much of an update can be seen, by the three rules."""
     return {
-        "sparsity": bf16_sparsity(w0, w1),
+        "sparsity": density(~visible),
         "sparsity_absolute": absolute_sparsity(w0, w1),
         "sparsity_relative": relative_sparsity(w0, w1),
-        "density": density(update_mask(w0, w1)),
+        "density": density(visible),
     }
 
 
-def _summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
+Masks = dict[str, tuple[Tensor, Tensor]]  # by share, as in a30: the principal and the low-magnitude weights
+
+
+def _masks(w0: Tensor, svd0: Svd, settings: GeometrySettings) -> Masks:
+    reconstruction, size = reconstruct(svd0, settings.mask_rank), w0.numel()
+    return {
+        f"a{100 * alpha:g}": (largest_entries(reconstruction, round(alpha * size)), low_magnitude_mask(w0, alpha))
+        for alpha in settings.alphas
+    }
+
+
+def _overlaps(masks: Masks, update: Tensor) -> dict[str, float]:
+    """Return the overlaps of an update with the masks, and with what is principal and not small."""
+    row = {}
+    for percent, (principal, low) in masks.items():
+        for star, mask in {"principal": principal, "low": low, "principal_only": principal & ~low}.items():
+            row[f"{star}_overlap_{percent}"] = overlap(mask, update)
+    return row
+
+
+def summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
     """Return what the singular values of an update tell."""
     if not isinstance(delta, Svd):
         m, n = delta.shape
@@ -355,12 +275,10 @@ def _summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
     }
 
 
-def _size_row(
-    w0: Tensor, w1: Tensor, svd0: Svd, masks: dict[tuple[str, str], Tensor], settings: GeometrySettings
-) -> dict[str, float]:
+def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, settings: GeometrySettings) -> dict[str, float]:
     """Return the diagnostics that depend on the size of the update."""
     svd1, visible = svd(w1, k=max((settings.k, *settings.angle_ks))), update_mask(w0, w1)
-    row = _visible(w0, w1) | {"nss": spectral_drift(svd0, svd1)}
+    row = _visible(w0, w1, visible) | {"nss": spectral_drift(svd0, svd1)}
     for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
         row[f"angle_{side}_mean"] = float(angles.mean())
         row[f"angle_{side}_median"] = float(angles.quantile(0.5))
@@ -368,16 +286,16 @@ def _size_row(
     for k in settings.angle_ks:
         for side, angles in rotation(svd0, svd1, k)._asdict().items():
             row[f"angle_{side}_mean_k{k}"] = float(angles.mean())
-    return row | {f"{star}_overlap_{percent}": overlap(mask, visible) for (star, percent), mask in masks.items()}
+    return row | _overlaps(masks, visible)
 
 
-def _null_row(w0: Tensor, shuffled: Tensor, masks: dict[tuple[str, str], Tensor]) -> dict[str, float]:
+def _null_row(w0: Tensor, shuffled: Tensor, masks: Masks) -> dict[str, float]:
     """Return the overlaps of w0 plus the permuted update, seen in bfloat16."""
-    null = update_mask(w0, shuffled)
-    return {f"{star}_overlap_{percent}_null": overlap(mask, null) for (star, percent), mask in masks.items()}
+    return {f"{key}_null": value for key, value in _overlaps(masks, update_mask(w0, shuffled)).items()}
 
 
-def _check_size(name: str, w0: Tensor, **settings: int) -> None:
+def check_size(name: str, w0: Tensor, **settings: int) -> None:
+    """Raise if a setting exceeds the smaller side of a matrix."""
     largest = min(w0.shape)
     for setting, value in settings.items():
         if value > largest:
@@ -392,6 +310,7 @@ def _base_svd(name: str, w0: Tensor, base_svds: Mapping[str, Svd]) -> Svd:
     return found
 
 
-def _generator(seed: int, name: str) -> Generator:
+def generator_of(seed: int, name: str) -> Generator:
+    """Return the random numbers for the nulls of one matrix."""
     # From the name, not from the position: the null of a matrix does not depend on which others are measured.
     return torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))

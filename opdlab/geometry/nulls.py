@@ -6,7 +6,8 @@ random walk the sizes of the steps, a rescaling makes two updates equally large.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Generator, Tensor
@@ -30,7 +31,8 @@ def permute(delta: Tensor, generator: Generator) -> Tensor:
     tensor([0., 1., 2., 3.], dtype=torch.float64)
     """
     delta = _checks.finite(delta, "delta")
-    return delta.flatten()[torch.randperm(delta.numel(), generator=generator)].reshape(delta.shape)
+    places = torch.randperm(delta.numel(), generator=generator).to(delta.device)
+    return delta.flatten()[places].reshape(delta.shape)
 
 
 def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
@@ -57,32 +59,32 @@ def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
     return w0 + permute(w1 - w0, generator)
 
 
-def random_walk(norms: Sequence[float], shape: tuple[int, int], generator: Generator) -> Tensor:
-    """Return the cumulative updates of a walk whose steps are independent, Gaussian and of given sizes.
+def random_walk(norms: Sequence[float], shape: tuple[int, int], generator: Generator) -> Iterator[Tensor]:
+    """Yield the cumulative updates of a walk whose steps are independent, Gaussian and of given sizes.
 
     Args:
         norms: T Frobenius norms, of the updates between consecutive snapshots (the first counts from w0).
         shape: (m, n) of the matrix.
         generator: a CPU generator.
 
-    Returns:
-        (T, m, n) in float64: the update from w0 to each snapshot.
+    Yields:
+        T updates (m, n) in float64, from w0 to each snapshot.
 
     Raises:
         OpdlabError: if there is no norm, one is negative or not finite, or a dimension is below 1.
 
     Source: a control that the paper does not have.
 
-    >>> walk = random_walk([3.0, 4.0], (8, 8), torch.Generator().manual_seed(0))
-    >>> torch.linalg.matrix_norm(walk.diff(dim=0, prepend=torch.zeros(1, 8, 8)))
+    >>> first, second = random_walk([3.0, 4.0], (8, 8), torch.Generator().manual_seed(0))
+    >>> torch.stack([first, second - first]).norm(dim=(1, 2))
     tensor([3.0000, 4.0000], dtype=torch.float64)
     """
     sizes = _checks.finite(torch.as_tensor(norms, dtype=torch.float64), "norms")
     if sizes.ndim != 1 or len(sizes) == 0 or (sizes < 0).any():
         raise OpdlabError(f"norms is {sizes.tolist()}; expected a list of one norm or more, none below 0")
     m, n = (_checks.whole(side, f"shape[{i}]", 1) for i, side in enumerate(shape))
-    steps = torch.randn(len(sizes), m, n, dtype=torch.float64, generator=generator)
-    return (steps * (sizes / torch.linalg.matrix_norm(steps))[:, None, None]).cumsum(dim=0)
+    steps = (torch.randn(m, n, dtype=torch.float64, generator=generator) for _ in sizes)
+    return accumulate(step * (size / torch.linalg.vector_norm(step)) for size, step in zip(sizes, steps, strict=True))
 
 
 def random_walk_sim(norms: Sequence[float], shape: tuple[int, int], k: int, generator: Generator) -> Similarity:
@@ -134,4 +136,4 @@ def norm_matched(w0: Tensor, w1: Tensor, norm: float) -> Tensor:
     size = float(torch.linalg.vector_norm(delta))
     if size == 0:
         raise OpdlabError("w1 equals w0; expected an update, for a zero one has no direction to scale")
-    return w0 + delta * (norm / size)
+    return delta.mul_(norm / size).add_(w0)

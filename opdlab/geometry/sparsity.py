@@ -6,6 +6,8 @@ next bfloat16 number leaves no trace in the file: it is invisible. Sparsity is t
 
 from __future__ import annotations
 
+from math import nan
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def bf16_sparsity(w0: Tensor, w1: Tensor) -> float:
     >>> bf16_sparsity(torch.ones(2, 2), torch.tensor([[1.0, 1.001], [1.002, 2.0]]))
     0.75
     """
-    return float(bf16_equal(w0, w1).double().mean())
+    return density(bf16_equal(w0, w1))
 
 
 def absolute_sparsity(w0: Tensor, w1: Tensor, atol: float = 1e-5) -> float:
@@ -85,7 +87,7 @@ def absolute_sparsity(w0: Tensor, w1: Tensor, atol: float = 1e-5) -> float:
     0.5
     """
     w0, w1 = _checks.pair(w0, w1)
-    return float(((w1 - w0).abs() <= _checks.at_least_zero(atol, "atol")).double().mean())
+    return density((w1 - w0).abs_() <= _checks.at_least_zero(atol, "atol"))
 
 
 def relative_sparsity(w0: Tensor, w1: Tensor, eta: float = 1e-3) -> float:
@@ -108,8 +110,9 @@ def relative_sparsity(w0: Tensor, w1: Tensor, eta: float = 1e-3) -> float:
     0.5
     """
     w0, w1 = _checks.pair(w0, w1)
-    bound = _checks.at_least_zero(eta, "eta") * torch.maximum(w0.abs(), w1.abs())
-    return float(((w1 - w0).abs() <= bound).double().mean())
+    size = w0.abs()
+    bound = torch.maximum(size, w1.abs(), out=size).mul_(_checks.at_least_zero(eta, "eta"))
+    return density((w1 - w0).abs_() <= bound)
 
 
 def density(mask: Tensor) -> float:
@@ -123,4 +126,4 @@ def density(mask: Tensor) -> float:
     >>> density(torch.tensor([[True, False], [False, False]]))
     0.25
     """
-    return float(_checks.mask(mask, "mask").double().mean())
+    return int(_checks.mask(mask, "mask").count_nonzero()) / mask.numel() if mask.numel() else nan

@@ -1,0 +1,123 @@
+"""The course of a training: rank, size and subspaces of the cumulative update at every snapshot, with their nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from pandas import DataFrame, concat
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import _checks
+from opdlab.geometry.matrices import float64_matrices
+from opdlab.geometry.measure import GeometrySettings, check_size, generator_of, identity, summaries
+from opdlab.geometry.nulls import permute, random_walk
+from opdlab.geometry.sparsity import bf16_sparsity
+from opdlab.geometry.spectrum import frobenius, relative_norm, svd
+from opdlab.geometry.subspaces import sim_k, similarity_to_end, top_left, top_right
+
+
+def measure_trajectory(
+    w0s: Mapping[str, Tensor],
+    snapshots: Sequence[tuple[int, Mapping[str, Tensor]]],
+    settings: GeometrySettings,
+    seed: int = 0,
+) -> DataFrame:
+    """Measure the course of a training: the cumulative update at every snapshot, one row per step and matrix.
+
+    Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_course`.
+
+    Args:
+        w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
+        snapshots: (step, state dict) in ascending order of steps; the last is t_end.
+        settings: the resolution.
+        seed: of the permutations and walks. A null is one draw, the same whatever else is measured.
+
+    Raises:
+        OpdlabError: if there is no snapshot or the steps do not ascend; otherwise as for
+            :func:`~opdlab.geometry.measure_pair`.
+
+    Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
+
+    >>> import torch
+    >>> name = "layers.0.mlp.up_proj.weight"
+    >>> path = [(step, {name: step * torch.diag(torch.tensor([3.0, 2.0, 1.0]))}) for step in (1, 2)]
+    >>> settings = GeometrySettings(k=1, sim_ks=(1,), mask_rank=1, alphas=())
+    >>> measure_trajectory({name: torch.zeros(3, 3)}, path, settings)[["step", "stable_rank", "sim_right_K1"]].round(4)
+       step  stable_rank  sim_right_K1
+    0     1       1.5556           1.0
+    1     2       1.5556           1.0
+    """
+    steps = [step for step, _ in snapshots]
+    if not steps or steps != sorted(set(steps)):
+        raise OpdlabError(f"snapshots has the steps {steps}; expected one or more, ascending, none twice")
+    w0s = float64_matrices(w0s, "w0s")
+    w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
+    parts = []
+    for name, w0 in w0s.items():
+        columns = measure_course(name, w0, [w_t[name] for w_t in w_ts], settings, seed)
+        parts.append(DataFrame({"step": steps} | identity(name, w0) | columns))
+    # The sort is stable: within a step, matrices stay in the order of the model.
+    return concat(parts).sort_values("step", kind="stable", ignore_index=True)
+
+
+def measure_course(
+    name: str, w0: Tensor, w_ts: Sequence[Tensor], settings: GeometrySettings, seed: int = 0
+) -> dict[str, list[float]]:
+    """Measure the course of one matrix over T snapshots; each key has T values, and what is undefined is NaN.
+
+    Keys: frobenius, relative_norm, interval_norm (the Frobenius norm of the update since the snapshot before);
+    sparsity; stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular
+    values), each with _null (of the permuted update). For each K of ``settings.sim_ks`` and for right and left:
+    sim_right_K16, the similarity to the last snapshot, sim_right_K16_null, that of a random walk with the same interval
+    norms, and sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the
+    last; sim_random_K16 is K / n, the value of two unrelated subspaces on the right side (on the left it is K / m).
+
+    Args:
+        name: of the matrix: it seeds the nulls, and stands in errors.
+        w0: (m, n) weights at the origin.
+        w_ts: T snapshots (m, n), in order; the last is t_end. It may be a sequence that reads them from disk.
+        settings: the resolution.
+        seed: of the permutations and walks.
+
+    Raises:
+        OpdlabError: naming the matrix, if a tensor is not finite or the matrix is smaller than a setting allows.
+    """
+    w0 = _checks.matrix(w0, f"{name} in w0s")
+    check_size(name, w0, k=settings.k, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
+    generator, vectors, count = generator_of(seed, name), max(settings.sim_ks, default=1), len(w_ts)
+
+    def at(t: int) -> Tensor:
+        return _checks.matrix(w_ts[t].to(w0.device), f"{name} in the snapshot {t}")
+
+    # Snapshots are read again for each question, so that two of them at most are in memory.
+    interval_norms = [frobenius(after - before) for before, after in pairwise((w0, *map(at, range(count))))]
+    walk_svds = [svd(delta.to(w0.device), k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
+    end, svds, rests, rows = at(count - 1), [], [], []
+    for t in range(count):
+        w_t = at(t)
+        delta = w_t - w0
+        svds.append(svd(delta, k=vectors))
+        rests.append(svd(end - w_t, k=vectors))
+        row = {
+            "frobenius": frobenius(delta),
+            "relative_norm": relative_norm(w0, w_t),
+            "interval_norm": interval_norms[t],
+            "sparsity": bf16_sparsity(w0, w_t),
+        }
+        seen, null = summaries(svds[t], settings.k), summaries(permute(delta, generator), settings.k)
+        for key, value in seen.items():
+            row |= {key: value, f"{key}_null": null[key]}
+        rows.append(row)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    for k in settings.sim_ks:
+        seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
+        for side, top in (("right", top_right), ("left", top_left)):
+            columns[f"sim_{side}_K{k}"] = getattr(seen, side)
+            columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
+            columns[f"sim_{side}_K{k}_rest"] = [
+                sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
+            ]
+        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * count
+    return columns
