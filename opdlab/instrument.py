@@ -58,7 +58,7 @@ def settings_for(shape: tuple[int, ...]) -> GeometrySettings:
         sim_ks=tuple(k for k in (4, 8, 16) if k <= smaller),
         mask_rank=64 if smaller >= 128 else eighth,
         alphas=(0.3, 0.5),
-        angle_ks=tuple(k for k in (16, 64) if k < smaller),
+        angle_ks=tuple(k for k in (4, 16) if k < eighth),
     )
 
 

@@ -17,14 +17,14 @@ def gram(tall: Tensor) -> Tensor:
     return squares
 
 
-def leading_eigenvectors(lower: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def eigenvalues(lower: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues (n,) of a symmetric matrix, ascending, and the vectors (n, k) of the k largest.
 
-    On a CPU, LAPACK's steps one by one: torch.linalg.eigh would compute every vector, for two to three times the time.
+    On a CPU, LAPACK's steps one by one: torch.linalg.eigh would compute every vector, in two to three times the time.
 
     Args:
         lower: (n, n) in float64, of which the lower triangle is read.
-        k: from 1 to n.
+        k: from 0 to n.
     """
     n = len(lower)
     if lower.device.type != "cpu" or n == 1:
@@ -33,11 +33,14 @@ def leading_eigenvectors(lower: Tensor, k: int) -> tuple[Tensor, Tensor]:
     work = int(lapack.dsytrd_lwork(n, lower=1)[0])
     reflectors, diagonal, beside, factors, _ = lapack.dsytrd(lower.numpy(), lower=1, lwork=work)
     values, failed = lapack.dsterf(diagonal, beside)
-    # By index (2); LAPACK wants room for one more entry beside the diagonal.
-    _, _, vectors, failed_too = lapack.dstemr(diagonal, np.append(beside, 0.0), 2, 0.0, 0.0, n - k + 1, n)
-    if failed or failed_too:
+    vectors = np.empty((n, k), order="F")
+    if k:
+        # By index (2); LAPACK wants room for one more entry beside the diagonal.
+        _, _, found, failed_too = lapack.dstemr(diagonal, np.append(beside, 0.0), 2, 0.0, 0.0, n - k + 1, n)
+        failed |= failed_too
+        # The reflectors turn the vectors of the tridiagonal matrix into those of the full one, all but their first row.
+        vectors[0] = found[0, :k]
+        vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors[1:, :-1], factors, found[1:, :k], 64 * k)
+    if failed:
         raise torch.linalg.LinAlgError(f"LAPACK found no eigenvalues of a matrix of {n} rows")
-    # The reflectors turn the vectors of the tridiagonal matrix into those of the full one; they leave the first row be.
-    vectors = np.asfortranarray(vectors[:, :k])
-    vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors[1:, :-1], factors, vectors[1:], 64 * k)
     return torch.from_numpy(values), torch.from_numpy(vectors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opdlab.geometry import _checks
-from opdlab.geometry._eigen import gram, leading_eigenvectors
+from opdlab.geometry._eigen import eigenvalues, gram
 
 
 class Svd(NamedTuple):
@@ -66,7 +66,7 @@ def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
     tall = w if w.shape[0] >= w.shape[1] else w.T
     if k is not None:
         _checks.whole(k, "k", 1, tall.shape[1])
-        squares, vectors = leading_eigenvectors(gram(tall), k)  # ascending
+        squares, vectors = eigenvalues(gram(tall), k)  # ascending
         if squares[0] > _GRAM_FLOOR**2 * squares[-1]:
             s, v = squares.flip(0).sqrt(), vectors.flip(1)
             # The columns of tall @ v are orthogonal already but for rounding, which QR takes away.
@@ -93,7 +93,7 @@ def singular_values(w: Tensor | Svd, name: str = "w") -> Tensor:
         return w.s
     w = _checks.matrix(w, name)
     tall = w if w.shape[0] >= w.shape[1] else w.T
-    squares = torch.linalg.eigvalsh(gram(tall))
+    squares, _ = eigenvalues(gram(tall))
     if squares[0] > _GRAM_FLOOR**2 * squares[-1]:
         return squares.flip(0).sqrt()
     return torch.linalg.svdvals(tall)
