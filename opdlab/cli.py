@@ -1,4 +1,4 @@
-"""The command line: ``opdlab scales | models | train | record | reproduce | measure``."""
+"""The command line: ``opdlab scales | models | train | record | reproduce | measure | compare``."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
     measure.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices measured side by side")
     measure.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
+    what = "compare updates that were measured: the same weights, the same directions?"
+    compare = command("compare", what, scale=False)
+    compare.add_argument("results", type=Path, nargs="+", metavar="JSON", help="summary.json of 'opdlab measure'")
+    compare.add_argument("--out", type=Path, default=Path("geometry-compare"), help="default: geometry-compare, here")
+    compare.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
+    compare.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices compared side by side")
     return parser
 
 
@@ -73,7 +79,18 @@ def _measure(options: argparse.Namespace) -> None:
     print(f"with figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
 
 
-def _scales() -> None:
+def _compare(options: argparse.Namespace) -> None:
+    from opdlab.compare import compare_measurements, pair_means
+
+    models, pairs = compare_measurements(
+        options.results, options.out, seed=options.seed, processes=options.processes, progress=True
+    )
+    for table in (models, pair_means(pairs).set_index(["a", "b"]).T):
+        print(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""), end="\n\n")
+    print(f"with a figure: {options.out / 'compare.html'}; every matrix: {options.out / 'pairs.csv'}")
+
+
+def _scales(_: argparse.Namespace) -> None:
     from opdlab.arms import ARMS
     from opdlab.scales import RESERVED, SCALES
 
@@ -140,8 +157,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if options.command in ("scales", "measure"):
-            {"scales": lambda _: _scales(), "measure": _measure}[options.command](options)
+        alone = {"scales": _scales, "measure": _measure, "compare": _compare}
+        if options.command in alone:
+            alone[options.command](options)
             return 0
         # Imported here so that 'opdlab --help' answers at once.
         from opdlab.runs import Home, default_home

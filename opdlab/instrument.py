@@ -8,12 +8,9 @@ tuned from it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as remember
@@ -24,9 +21,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from opdlab.checkpoints import Checkpoint, open_checkpoint
+from opdlab.collect import collect, finish
 from opdlab.errors import OpdlabError
 from opdlab.geometry import (
     GeometrySettings,
@@ -37,7 +34,6 @@ from opdlab.geometry import (
     measure_vector,
     svd,
 )
-from opdlab.processes import workers
 from opdlab.runs import load_tensors, provenance, save_tensors, write_json, write_whole
 from opdlab.summaries import course_means, summarise
 
@@ -146,7 +142,7 @@ class Job:
         ]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
         made_by = {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls}
-        return json.loads(json.dumps(made_by | {"files": stamps}))
+        return made_by | {"files": stamps}
 
     def steps(self) -> list[int]:
         """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ..."""
@@ -217,37 +213,6 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     return found
 
 
-def _measure_all(job: Job, sizes: dict[str, int], processes: int) -> Iterator[dict]:
-    """Yield what :meth:`Job.measure` finds, as it is found; with one process, in this one.
-
-    Args:
-        job: what to measure.
-        sizes: names of the tensors and how many entries each has, largest first.
-        processes: how many at once.
-    """
-    if processes == 1:
-        yield from map(job.measure, sizes)
-        return
-    # Memory is that of the largest tensor, however many processes there are: what is measured side by side is together
-    # hardly larger than that.
-    room, waiting, running = 1.1 * max(sizes.values(), default=0), dict(sizes), {}
-    with workers(processes) as pool:
-        try:
-            while waiting or running:
-                for name, size in list(waiting.items()):
-                    if len(running) < 2 * processes and size + sum(running.values()) <= room:
-                        running[pool.submit(job.measure, name)] = waiting.pop(name)
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    del running[future]
-                    yield future.result()
-        except BrokenProcessPool as problem:
-            raise OpdlabError(
-                "a measuring process was killed, perhaps for lack of memory: use fewer --processes; the same command "
-                "goes on with the tensors that are left"
-            ) from problem
-
-
 def measure_checkpoints(
     base: Path,
     path: Sequence[Path],
@@ -291,23 +256,13 @@ def measure_checkpoints(
         raise OpdlabError(
             f"device {device!r} cannot be used here ({str(problem).splitlines()[0]}): try cpu"
         ) from problem
+    _opened.cache_clear()
     opened = open_checkpoint(base)
     comparable = [check_comparable(opened, open_checkpoint(checkpoint, opened)) for checkpoint in path]
     names = [name for name in comparable[-1] if all(name in others for others in comparable)]
     sizes = {name: prod(opened.pieces[name].shape) for name in names}
     job = Job(Path(base), tuple(path), seed, nulls, cache, device)
-    done = _resume(out, job)
-    left = {name: size for name, size in sizes.items() if name not in done}
-    with (
-        tqdm(total=len(names), initial=len(done), unit="tensor", disable=not progress) as bar,
-        open(out / "rows.jsonl", "a") as log,
-    ):
-        for found in _measure_all(job, left, processes):
-            done[found["row"]["matrix"]] = found
-            log.write(json.dumps(found) + "\n")
-            log.flush()
-            bar.set_postfix_str(found["row"]["matrix"][-40:])
-            bar.update()
+    done = collect(out, job.identity(), job.measure, sizes, processes, progress)
     ordered = [done[name] for name in opened.pieces if name in done]
     table = pd.DataFrame([found["row"] for found in ordered])
     if (table["frobenius"] == 0).all():
@@ -327,31 +282,9 @@ def measure_checkpoints(
 
     title = f"{Path(base).name} ({dtypes['base']}) to {path[-1].name} ({dtypes['tuned']})"
     write_report(out / "report.html", table, course, title)
-    (out / "rows.jsonl").unlink()
+    finish(out)
     return table
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
-
-
-def _resume(out: Path, job: Job) -> dict[str, dict]:
-    """Return the rows of an earlier, unfinished call for the same job, and prepare the folder for the others.
-
-    Raises:
-        OpdlabError: if the folder cannot be written, or holds another measurement.
-    """
-    identity, log, lines = job.identity(), out / "rows.jsonl", []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "job.json").is_file() and json.loads((out / "job.json").read_text()) != identity:
-            raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
-        if log.is_file():
-            # A kill may have cut the last line, so keep whole lines only.
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        rows = {found["row"]["matrix"]: found for found in map(json.loads, lines)}
-    except (OSError, ValueError, KeyError) as problem:
-        raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
-    write_json(out / "job.json", identity)
-    write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
-    return rows

@@ -43,13 +43,13 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
     use_style()
     layers = of_layers(table)
     figures = [
-        (_by_layer, "Sparsity, rotation and size of each matrix, by layer; one line per module."),
+        (lambda: _by_layer(layers), "Sparsity, rotation and size of each matrix, by layer; one line per module."),
         (
-            _ranks,
+            lambda: _ranks(layers),
             "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null.",
         ),
         (
-            _masks,
+            lambda: _masks(layers),
             "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
             "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate.",
         ),
@@ -59,28 +59,55 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
     if len(course):
         figures.append(
             (
-                lambda _: _course(course),
+                lambda: _course(course),
                 "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, "
                 "norm, and similarity of the leading right subspace to the last one. Dashes: the null, of permuted "
                 "updates for the rank and of a random walk for the similarity.",
             )
         )
-    parts = [
-        f"<figure><img alt='{html.escape(caption)}' src='{_png(draw, layers)}'>"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for draw, caption in figures
-    ]
+    parts = [_figure(draw, caption) for draw, caption in figures]
+    text = f"""<p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of
+attention and MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the
+same computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors; the
+enrichment of an overlap is against the mask's share of the entries; feasible is what counting allows.</p>
+{_html(overall_means(table))}
+{_html(course_means(course)) if len(course) else ""}
+{"".join(parts)}
+<p>Every number for every tensor is in matrices.csv beside this file.</p>"""
+    _write_page(path, title, text)
+
+
+def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, means: pd.DataFrame) -> None:
+    """Write the report of :func:`opdlab.compare.compare_measurements`.
+
+    Args:
+        path: the HTML file.
+        models: one row per diagnostic, one column per model and kind.
+        pairs: one row per pair of models and matrix.
+        means: one row per pair of models.
+    """
+    use_style()
+    caption = (
+        "Each pair of updates, one dot per matrix, with the mean: similarity of the leading right subspaces, and "
+        "Jaccard index of the visible masks at equal norm. Dashes: unrelated updates (random subspaces; permuted "
+        "updates, rounded). Dotted: masks that are independent given their densities."
+    )
+    text = f"""<p>Each model at its own size and, where nulls were measured, scaled to an equal relative norm.</p>
+{_html(models)}
+<p>Means over the matrices of attention and MLP, each alike. Two masks agree by their densities alone (independent) and
+because rounding lets small weights show first (permuted); only what lies above both is agreement between the runs.</p>
+{_html(means)}
+{_figure(lambda: _pairs(pairs), caption)}
+<p>Every matrix is in pairs.csv beside this file.</p>"""
+    _write_page(path, f"{len(set(pairs['a']) | set(pairs['b']))} updates compared", text)
+
+
+def _write_page(path: Path, title: str, text: str) -> None:
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of attention and
-MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the same
-computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors.</p>
-{_html(overall_means(table))}
-{_html(course_means(course)) if len(course) else ""}
-{"".join(parts)}
-<p>Every number for every tensor is in matrices.csv beside this file.</p>
+{text}
 </body></html>
 """
     write_whole(path, lambda temporary: temporary.write_text(page))
@@ -90,11 +117,12 @@ def _html(means: pd.DataFrame) -> str:
     return means.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
 
 
-def _png(draw: Callable[[pd.DataFrame], Figure], layers: pd.DataFrame) -> str:
-    figure, buffer = draw(layers), io.BytesIO()
+def _figure(draw: Callable[[], Figure], caption: str) -> str:
+    figure, buffer, text = draw(), io.BytesIO(), html.escape(caption)
     figure.savefig(buffer, dpi=150, metadata={"Software": None})
     plt.close(figure)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"<figure><img alt='{text}' src='{source}'><figcaption>{text}</figcaption></figure>"
 
 
 def _by_layer(layers: pd.DataFrame) -> Figure:
@@ -161,4 +189,28 @@ def _course(course: pd.DataFrame) -> Figure:
     for spare in axes[len(views) :]:
         spare.set_axis_off()
     axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center left")
+    return figure
+
+
+def _pairs(pairs: pd.DataFrame) -> Figure:
+    sims = [column for column in pairs if column.startswith("sim_right_K")]
+    views = {
+        sims[-1]: (f"similarity of updates, K = {sims[-1].rpartition('K')[2]}", sims[-1].replace("_K", "_random_K")),
+        "jaccard_matched": ("Jaccard index of visible masks, at equal norm", "jaccard_permuted_matched"),
+    }
+    names = pairs[["a", "b"]].drop_duplicates()
+    figure, axes = panels(2, columns=2, width=4.6, height=3 + 0.1 * len(names))
+    for axis, (column, (title, null)) in zip(axes, views.items(), strict=True):
+        for i, (a, b) in enumerate(names.itertuples(index=False)):
+            rows = pairs[(pairs["a"] == a) & (pairs["b"] == b)]
+            spread = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else [0.0]
+            axis.plot(i + np.asarray(spread), rows[column], "o", ms=2.5, color="#0072B2", alpha=0.6)
+            axis.plot([i - 0.35, i + 0.35], [rows[column].mean()] * 2, color="#0072B2", linewidth=2)
+            axis.plot([i - 0.4, i + 0.4], [rows[null].mean()] * 2, **NULL)
+            if column == "jaccard_matched":
+                independent = [rows["jaccard_independent_matched"].mean()] * 2
+                axis.plot([i - 0.4, i + 0.4], independent, color="0.6", linestyle=":", linewidth=1)
+        labels = [f"{a}\n{b}" for a, b in names.itertuples(index=False)]
+        axis.set_xticks(range(len(names)), labels, rotation=40 if len(names) > 1 else 0, ha="center", fontsize=8)
+        axis.set(title=title, xlim=(-0.6, len(names) - 0.4))
     return figure

@@ -34,8 +34,8 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
     """Return the means of a table of :func:`opdlab.instrument.measure_checkpoints`: overall, by block and by module.
 
     Each entry has its value, the null, their ratio, the z-score of their difference over matrices, the value at equal
-    norm, and how matrices are weighed; an overlap also has its enrichment and what counting allows (feasible).
-    *Overall* is attention and MLP, as in the paper; the rest stands apart.
+    norm, and how matrices are weighed; an overlap also has that of noise at its density, its enrichment, and what
+    counting allows (feasible). *Overall* is attention and MLP, as in the paper; the rest stands apart.
     """
     layers = of_layers(table)
     groups = {"overall": layers}
@@ -50,7 +50,7 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
     for entry in rows.values():
         if "feasible" in entry:
             entry["feasible"] = "{:.3f} to {:.3f}".format(*entry["feasible"])
-    columns = ["value", "null", "ratio", "z", "at equal norm", "enrichment", "feasible", "weighting"]
+    columns = ["value", "null", "noise", "ratio", "z", "at equal norm", "enrichment", "feasible", "weighting"]
     means = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
     return means.dropna(axis="columns", how="all")
 
@@ -94,6 +94,8 @@ def _summary(rows: pd.DataFrame) -> dict:
             shares = known[column.replace("overlap", "share")]
             limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
             gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
+            if f"{column}_noise" in known:
+                entry["noise"] = float(known[f"{column}_noise"].mean())
             entry["enrichment"] = sum(gains) / len(gains)
             entry["feasible"] = [sum(side) / len(limits) for side in zip(*limits, strict=True)]
         found[column] = entry

@@ -9,7 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+import torch
 
+from opdlab.models import new_model
 from opdlab.runs import Home
 from opdlab.scales import SMOKE
 from opdlab.training import install_model, train
@@ -39,3 +41,17 @@ def home(tmp_path_factory, scale):
     for arm, name in (("base", "base"), ("teacher", "teacher"), ("sft", "anchor")):
         install_model(train(arm, 0, scale, home=home), home, scale, name)
     return home
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A base folder and a tuned one, stored in bfloat16."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = new_model(SMALL_SHAPE, 0)
+    model.bfloat16().save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.002 * torch.randn_like(weight))
+    model.save_pretrained(folder / "tuned", max_shard_size="8KB")
+    return folder / "base", folder / "tuned"

@@ -8,33 +8,18 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL_SHAPE
 from safetensors.torch import save_file
 
 from opdlab import geometry as g
 from opdlab import instrument
 from opdlab.cli import main
+from opdlab.collect import collect
 from opdlab.errors import OpdlabError
 from opdlab.instrument import settings_for
-from opdlab.models import new_model
 from opdlab.summaries import overall_means
 
 # In this process; the fixture below uses two others.
 measure_checkpoints = partial(instrument.measure_checkpoints, processes=1)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A base folder and a tuned one, stored in bfloat16."""
-    folder = tmp_path_factory.mktemp("pair")
-    model = new_model(SMALL_SHAPE, 0)
-    model.bfloat16().save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.002 * torch.randn_like(weight))
-    model.save_pretrained(folder / "tuned", max_shard_size="8KB")
-    return folder / "base", folder / "tuned"
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +73,10 @@ def test_stopped_work_goes_on(pair, measured, tmp_path):
     opened = instrument.open_checkpoint(pair[0])
     job = instrument.Job(pair[0], pair[1:], 0, True, None)
     stopped = tmp_path / "stopped"
-    instrument._resume(stopped, job)
-    rows = [job.measure(name)["row"] for name in list(opened.pieces)[:3]]
-    text = "".join(json.dumps({"row": row | {"frobenius": 7.0}, "course": []}) + "\n" for row in rows)
-    (stopped / "rows.jsonl").write_text(text + '{"row": {"matrix": "cut o')
+    assert collect(stopped, job.identity(), job.measure, {}, 1, progress=False) == {}
+    rows = {name: job.measure(name)["row"] | {"frobenius": 7.0} for name in list(opened.pieces)[:3]}
+    lines = [{"name": name, "found": {"row": row, "course": []}} for name, row in rows.items()]
+    (stopped / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "model.la')
     table = measure_checkpoints(pair[0], pair[1:], stopped)
     assert (table["frobenius"].head(3) == 7).all(), "rows that were there are not measured again"
     pd.testing.assert_frame_equal(table.tail(-3), whole.tail(-3))
@@ -217,6 +202,8 @@ def test_what_cannot_be_compared(pair, tmp_path):
         with pytest.raises(OpdlabError, match=message):
             measure_checkpoints(base, [tuned], tmp_path / str(i))
         assert not (tmp_path / str(i) / "matrices.csv").exists()
+    with pytest.raises(OpdlabError, match=r"device 'nowhere' cannot be used here .*: try cpu"):
+        measure_checkpoints(base, pair[1:], tmp_path / "out", device="nowhere")
     for path, processes in (([], 1), (pair[1:], 0)):
         with pytest.raises(OpdlabError, match="expected one or more of both"):
             measure_checkpoints(base, path, tmp_path / "out", processes=processes)

@@ -112,6 +112,20 @@ def test_norm_matched(shape, seed: int, norm: float):
     assert torch.allclose(matched * g.frobenius(delta), norm * delta, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_noise_mask_is_what_noise_shows(dtype):
+    w0 = torch.randn(40, 30, generator=generator(3)).to(dtype).double()
+    noise = torch.randn(40, 30, generator=generator(4), dtype=torch.float64)
+    for size in (1e-4, 1e-3, 1e-2):
+        shown = g.update_mask(w0, w0 + size * noise)
+        found = g.noise_mask(w0, int(shown.sum()), generator(4))
+        # They may differ where a sum lands exactly between two numbers of the grid.
+        assert (found != shown).sum() <= 2
+    assert g.noise_mask(w0, 0, generator()).sum() == 0
+    with pytest.raises(OpdlabError, match="count is -1"):
+        g.noise_mask(w0, -1, generator())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -198,10 +212,13 @@ def test_columns_of_a_pair():
     masks = [(m, f"a{a}") for a in (30, 50) for m in ("principal", "low", "principal_only")]
     overlaps = [f"{m}_overlap_{a}{null}" for null in ("", "_null") for m, a in masks]
     matched = [f"{column}_matched" for column in (*rules, *angles, *overlaps)]
+    noise = [f"{m}_overlap_{a}_noise" for m, a in masks]
     ends = [column for m, a in masks for column in (f"{m}_overlap_{a}_top", f"{m}_share_{a}")]
     sizes = ["frobenius", "relative_norm"]
     assert list(table)[: len(identity)] == identity
-    assert sorted(table) == sorted(identity + sizes + ranks + energy + rules + angles + overlaps + matched + ends)
+    assert sorted(table) == sorted(
+        identity + sizes + ranks + energy + rules + angles + overlaps + matched + noise + ends
+    )
     assert len(table) == 8 and not table.isna().any(axis=None)
     name = "model.layers.1.mlp.up_proj.weight"
     fast = g.measure_matrix(name, model()[name], moved(model(), 1, 0.01)[name], SETTINGS, nulls=False)

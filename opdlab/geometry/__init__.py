@@ -19,11 +19,14 @@ from opdlab.geometry.course import measure_course, measure_trajectory
 from opdlab.geometry.masks import (
     enrichment,
     feasible_range,
+    independent_jaccard,
+    jaccard,
     largest_entries,
     low_magnitude_mask,
     overlap,
     principal_mask,
     reconstruct,
+    smallest_entries,
 )
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
 from opdlab.geometry.measure import (
@@ -33,7 +36,7 @@ from opdlab.geometry.measure import (
     measure_vector,
     overall_sparsity,
 )
-from opdlab.geometry.nulls import norm_matched, permute, permuted_update, random_walk, random_walk_sim
+from opdlab.geometry.nulls import noise_mask, norm_matched, permute, permuted_update, random_walk, random_walk_sim
 from opdlab.geometry.sparsity import (
     absolute_sparsity,
     bf16_equal,
@@ -59,6 +62,7 @@ from opdlab.geometry.subspaces import (
     Energy,
     Rotation,
     Similarity,
+    cosine,
     principal_angles,
     rotation,
     sim_k,
@@ -78,6 +82,7 @@ __all__ = [
     "absolute_sparsity",
     "bf16_equal",
     "bf16_sparsity",
+    "cosine",
     "decompose",
     "density",
     "describe",
@@ -87,6 +92,8 @@ __all__ = [
     "frobenius",
     "gaussian_stable_rank",
     "hill",
+    "independent_jaccard",
+    "jaccard",
     "largest_entries",
     "low_magnitude_mask",
     "measure_course",
@@ -94,6 +101,7 @@ __all__ = [
     "measure_pair",
     "measure_trajectory",
     "measure_vector",
+    "noise_mask",
     "norm_matched",
     "overall_sparsity",
     "overlap",
@@ -110,6 +118,7 @@ __all__ = [
     "sim_k",
     "similarity_to_end",
     "singular_values",
+    "smallest_entries",
     "spectral_drift",
     "stable_rank",
     "subspace_energy",

@@ -36,6 +36,16 @@ def largest_entries(values: Tensor, count: int) -> Tensor:
     return _select(sizes, _checks.whole(count, "count", 0, values.numel()), largest=True)
 
 
+def smallest_entries(values: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` entries of smallest magnitude; otherwise as :func:`largest_entries`.
+
+    >>> smallest_entries(torch.tensor([1.0, -3.0, 2.0, 2.0]), 2)
+    tensor([ True, False,  True, False])
+    """
+    sizes = _checks.finite(values, "values").abs()
+    return _select(sizes, _checks.whole(count, "count", 0, values.numel()), largest=False)
+
+
 def principal_mask(w0: Tensor | Svd, r: int, alpha: float) -> Tensor:
     """Mark the principal weights, M_princ: the largest entries of the rank-r reconstruction of w0.
 
@@ -93,7 +103,7 @@ def low_magnitude_mask(w0: Tensor, alpha: float) -> Tensor:
     >>> low_magnitude_mask(torch.tensor([-0.1, 3.0, 0.1, -2.0]), 0.25)
     tensor([ True, False, False, False])
     """
-    return _select(_checks.finite(w0, "w0").abs(), round(_checks.share(alpha, "alpha") * w0.numel()), largest=False)
+    return smallest_entries(_checks.finite(w0, "w0"), round(_checks.share(alpha, "alpha") * w0.numel()))
 
 
 def overlap(mask_star: Tensor, update: Tensor) -> float:
@@ -133,6 +143,47 @@ def enrichment(overlap: float, alpha: float) -> float:
     1.786...
     """
     return overlap / alpha if _checks.share(alpha, "alpha") > 0 else nan
+
+
+def jaccard(a: Tensor, b: Tensor) -> float:
+    """Return ``|A ∩ B| / |A ∪ B|``, from 0 (no weight in both masks) to 1 (the same mask); NaN if both are empty.
+
+    Args:
+        a: a mask of any shape.
+        b: a mask of the same shape.
+
+    Raises:
+        OpdlabError: if the shapes differ or an argument does not hold booleans.
+
+    Source: 2511.08567, which compares the visible updates of different runs with it.
+
+    >>> jaccard(torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False]))
+    0.3333333333333333
+    """
+    _checks.same_shape(a, "a", b, "b")
+    a, b = _checks.mask(a, "a"), _checks.mask(b, "b")
+    union = int((a | b).count_nonzero())
+    return int((a & b).count_nonzero()) / union if union else nan
+
+
+def independent_jaccard(density_a: float, density_b: float) -> float:
+    """Return the Jaccard index of two large masks that have nothing to do with each other; NaN if both are empty.
+
+    Args:
+        density_a: share of True entries in the one, from 0 to 1.
+        density_b: share of True entries in the other.
+
+    Raises:
+        OpdlabError: if an argument is out of range.
+
+    Source: 2511.08567, its random baseline.
+
+    >>> independent_jaccard(0.5, 0.5)
+    0.3333333333333333
+    """
+    both = _checks.share(density_a, "density_a") * _checks.share(density_b, "density_b")
+    either = density_a + density_b - both
+    return both / either if either > 0 else nan
 
 
 def feasible_range(alpha: float, density: float) -> tuple[float, float]:

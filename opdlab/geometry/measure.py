@@ -20,7 +20,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, reconstruct
 from opdlab.geometry.matrices import describe, float64_matrices
-from opdlab.geometry.nulls import permute
+from opdlab.geometry.nulls import noise_mask, permute
 from opdlab.geometry.sparsity import absolute_sparsity, density, relative_sparsity, update_mask
 from opdlab.geometry.spectrum import (
     Svd,
@@ -41,6 +41,11 @@ from opdlab.geometry.subspaces import rotation, subspace_energy
 LARGEST = 0.1
 
 
+# Relative norm to which updates are scaled before they are compared at equal size. At this one about half of the
+# weights move visibly, as in the paper's OPD: masks then have room to differ (see feasible_range).
+MATCHED_NORM = 0.002
+
+
 @dataclass(frozen=True)
 class GeometrySettings:
     """The resolution of the measurements; none may exceed the smaller side of a measured matrix."""
@@ -55,9 +60,8 @@ class GeometrySettings:
     alphas: tuple[float, ...]
     # Further numbers of singular vectors at which the mean angle is reported.
     angle_ks: tuple[int, ...] = ()
-    # Relative norm to which updates are scaled before they are compared at equal size. At this one about half of the
-    # weights move visibly, as in the paper's OPD: masks then have room to differ (see feasible_range).
-    matched_norm: float = 0.002
+    # Relative norm of the norm-matched updates.
+    matched_norm: float = MATCHED_NORM
 
     def __post_init__(self) -> None:
         """Refuse what no matrix could be measured with."""
@@ -136,6 +140,7 @@ def measure_matrix(
       ``settings.angle_ks``; for each alpha, written in percent, and for the masks principal, low and principal_only
       (principal and not low): principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the
       permuted update, rounded to bfloat16 anew);
+    - principal_overlap_a30_noise, of Gaussian noise at the same density (:func:`~opdlab.geometry.noise_mask`);
     - principal_overlap_a30_top, of the tenth of the entries where the unrounded update is largest, and
       principal_share_a30, the share of the entries in the mask, which is its random rate.
 
@@ -174,9 +179,12 @@ def measure_matrix(
         left, right = (settings.k / side for side in w0.shape)
         row |= {"energy_left_random": left, "energy_right_random": right, "energy_both_random": left * right}
         row["stable_rank_gaussian"] = gaussian_stable_rank(*w0.shape)
-        shuffled = permute(delta, generator_of(seed, name))
+        random = generator_of(seed, name)
+        shuffled = permute(delta, random)
         row |= {f"{key}_null": value for key, value in summaries(shuffled, settings.k).items()}
         sized[""] |= _null_row(w0, w0 + shuffled, masks)
+        noise = noise_mask(w0, round(sized[""]["density"] * w0.numel()), random)
+        row |= {f"{key}_noise": value for key, value in _overlaps(masks, noise).items()}
         sized["_matched"] = dict.fromkeys(sized[""], nan)
         if moved:
             scale = settings.matched_norm * frobenius(w0) / row["frobenius"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from math import inf
 
 import torch
 from torch import Generator, Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
+from opdlab.geometry.masks import smallest_entries
 from opdlab.geometry.subspaces import Similarity, similarity_to_end
 
 
@@ -59,6 +61,38 @@ def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
     """
     w0, w1 = _checks.pair(w0, w1)
     return w0 + permute(w1 - w0, generator)
+
+
+def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
+    """Mark the ``count`` weights that Gaussian noise, as it grows, carries over to another bfloat16 number first.
+
+    This is the visible update of noise that knows nothing of the weights, at the density of a real one: what rounding
+    alone prefers. It needs no unrounded update, so it also serves for models that were saved in bfloat16, where the
+    permuted update does not: what is stored there was rounded to the grid of the weight it was made to.
+
+    Args:
+        w0: weights before, any shape.
+        count: how many, from 0 to the number of entries.
+        generator: a CPU generator.
+
+    Returns:
+        A mask of that shape with ``count`` True entries.
+
+    Raises:
+        OpdlabError: if count is out of range or an entry is not finite.
+
+    Source: a control that the paper does not have, for its Figure 3.
+
+    >>> noise_mask(torch.tensor([1.0, 1e-3, 1.0, 1e-3]), 2, torch.Generator().manual_seed(0))
+    tensor([False,  True, False,  True])
+    """
+    w0 = _checks.finite(w0, "w0")
+    noise = torch.randn(w0.shape, generator=generator, dtype=torch.float64).to(w0.device)
+    here = w0.float().to(torch.bfloat16)
+    there = torch.nextafter(here, torch.full_like(here, inf).copysign(noise.to(here.dtype)))
+    # How large the noise must be: the way to the border between the two numbers, halfway, over what is drawn here.
+    needed = ((here.double() + there.double()) / 2 - w0) / noise
+    return smallest_entries(needed, _checks.whole(count, "count", 0, w0.numel()))
 
 
 def random_walk(norms: Sequence[float], shape: tuple[int, int], generator: Generator) -> Iterator[Tensor]:

@@ -175,6 +175,28 @@ def subspace_energy(delta: Tensor, w0: Tensor | Svd, k: int) -> Energy:
     return Energy(*(float(part.square().sum()) / whole for part in (inside, delta @ v, inside @ v)))
 
 
+def cosine(delta_a: Tensor, delta_b: Tensor) -> float:
+    """Return the cosine of the angle between two updates as vectors, from -1 to 1; NaN if one is zero.
+
+    Two unrelated updates of p weights have 0, give or take 1 / sqrt(p).
+
+    Args:
+        delta_a: an update of any shape.
+        delta_b: another of the same shape.
+
+    Raises:
+        OpdlabError: if the shapes differ or an entry is not finite.
+
+    >>> round(cosine(torch.eye(2), torch.ones(2, 2)), 4)  # 1 / sqrt(2)
+    0.7071
+    """
+    _checks.same_shape(delta_a, "delta_a", delta_b, "delta_b")
+    a, b = _checks.finite(delta_a, "delta_a").flatten(), _checks.finite(delta_b, "delta_b").flatten()
+    # Divide before multiplying: the product of two very small updates would underflow.
+    size_a, size_b = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
+    return float((a / size_a) @ (b / size_b)) if size_a > 0 and size_b > 0 else nan
+
+
 def sim_k(v_a: Tensor, v_b: Tensor) -> float:
     """Return ||v_a^T v_b||_F^2 / K, from 0 (orthogonal) to 1 (the same subspace): the mean cos^2 of the angles.
 
