@@ -2,7 +2,8 @@
 
 A checkpoint is a Hugging Face folder (one safetensors file or several shards, with or without their index), a LoRA
 adapter's folder (merged with its base on the fly), or a single safetensors file such as a snapshot of a run. Fused
-projections come out split into the matrices that they hold, and tied embeddings once. Pickles are never opened.
+projections come out split into the matrices that they hold, stacked experts one by one, and tied embeddings once.
+Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attentio
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a weight without what trainers put before it when they wrap a model.
+
+    >>> plain_name("module._orig_mod.model.norm.weight")
+    'model.norm.weight'
+    """
+    return _WRAPPERS.sub("", _WRAPPERS.sub("", name))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -61,7 +71,12 @@ class Piece:
     stored: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
+    index: int | None = None  # of the matrix in a stack of them
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Piece:
+        """Return the piece that ``take`` makes of this one."""
+        return replace(self, shape=shape, take=lambda tensor: take(self.take(tensor)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,9 @@ class Checkpoint:
 
     path: Path
     pieces: dict[str, Piece] = field(repr=False)
+    # As they are stored, fused projections whole: what an adapter is added to.
+    whole: dict[str, Piece] = field(repr=False)
+    config: dict = field(repr=False)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor as it is stored.
@@ -80,7 +98,7 @@ class Checkpoint:
         piece = self.pieces[name]
         if piece.dtype not in _FLOATS:
             raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
-        tensor = piece.take(_stored(piece.file, piece.stored))
+        tensor = piece.take(_stored(piece.file, piece.stored, piece.index))
         # A sum over such an entry is not finite either, and is faster than looking at each; it may overflow by itself.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
@@ -112,7 +130,7 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
     pieces: dict[str, Piece] = {}
     for file in [path] if path.is_file() else _shards(path):
         for stored, shape, dtype in _header(file):
-            name = _WRAPPERS.sub("", _WRAPPERS.sub("", stored))
+            name = plain_name(stored)
             if name in pieces:
                 raise OpdlabError(f"{path} has the tensor {name} twice, in {pieces[name].file.name} and {file.name}")
             if not name.endswith(_BUFFERS):
@@ -123,8 +141,12 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
     config = _json(beside) if beside.is_file() else {}
     if config.get("tie_word_embeddings"):
         pieces.pop("lm_head.weight", None)
-    split = {part: piece for name, piece in pieces.items() for part, piece in _split(name, piece, config)}
-    return Checkpoint(path, dict(sorted(split.items(), key=lambda item: _natural(item[0]))))
+    return _checkpoint(path, pieces, config)
+
+
+def _checkpoint(path: Path, whole: dict[str, Piece], config: dict) -> Checkpoint:
+    split = {part: piece for name, piece in whole.items() for part, piece in _split(name, piece, config)}
+    return Checkpoint(path, dict(sorted(split.items(), key=lambda item: _natural(item[0]))), whole, config)
 
 
 def _natural(name: str) -> list:
@@ -172,10 +194,10 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         raise OpdlabError(f"{file} is damaged or not a safetensors file ({problem}): fetch it again") from problem
 
 
-def _stored(file: Path, name: str) -> Tensor:
+def _stored(file: Path, name: str, index: int | None = None) -> Tensor:
     try:
         with safe_open(file, "pt") as opened:
-            return opened.get_tensor(name)
+            return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
     except (SafetensorError, OSError) as problem:
         raise OpdlabError(f"{name} in {file} cannot be read ({problem}): fetch the file again") from problem
 
@@ -191,13 +213,19 @@ def _split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]
     """Yield a tensor, or the parts that it holds side by side, under the names of the Llama family."""
     parent, _, module = name.removesuffix(".weight").rpartition(".")
     family, matrix = config.get("model_type"), len(piece.shape) == 2 and name.endswith(".weight")
+    if len(piece.shape) == 3 and "experts" in parent.split("."):
+        # Side by side in one tensor. Whether as (input, output) or the other way, and how gate and up are put together,
+        # depends on the family, so each is measured as it is stored.
+        for i in range(piece.shape[0]):
+            yield f"{parent}.{i}.{module}.weight", replace(piece, shape=piece.shape[1:], index=i)
+        return
     if matrix and family == "gpt2" and module in ("c_fc", "c_proj"):
         # GPT-2 stores these as (input, output).
-        piece = replace(piece, shape=piece.shape[::-1], take=lambda tensor: tensor.T)
+        piece = piece.part(piece.shape[::-1], lambda tensor: tensor.T)
     elif matrix and module == "gate_up_proj":
         half = piece.shape[0] // 2
         for i, part in enumerate(("gate_proj", "up_proj")):
-            yield f"{parent}.{part}.weight", replace(piece, shape=(half, piece.shape[1]), take=_rows(i * half, half))
+            yield f"{parent}.{part}.weight", piece.part((half, piece.shape[1]), _rows(i * half, half))
         return
     elif matrix and module in ("qkv_proj", "query_key_value", "c_attn"):
         yield from _split_attention(name, f"{parent}.", piece, config)
@@ -225,7 +253,7 @@ def _split_attention(name: str, parent: str, piece: Piece, config: dict) -> Iter
     else:
         raise OpdlabError(f"{name} of a {family!r} model holds several matrices, and how is not known: split it first")
     for part, size, take in zip("qkv", sizes, takes, strict=True):
-        yield f"{parent}{part}_proj.weight", replace(piece, shape=(size, cols), take=take)
+        yield f"{parent}{part}_proj.weight", piece.part((size, cols), take)
 
 
 def _columns(start: int, count: int) -> Callable[[Tensor], Tensor]:
@@ -250,7 +278,7 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out") or not plain:
         raise OpdlabError(f"{folder} is not a plain LoRA adapter: merge it with PEFT and measure the merged model")
     stored = {name: shape for name, shape, _ in _header(file)}
-    pieces, changed = dict(base.pieces), 0
+    pieces, changed = dict(base.whole), 0
     for key, shape in stored.items():
         found = _LORA.fullmatch(key)
         if not found:
@@ -270,7 +298,7 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
         changed += 1
     if not changed:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
-    return Checkpoint(folder, pieces)
+    return _checkpoint(folder, pieces, base.config)
 
 
 def _scaling(config: dict, name: str, rank: int) -> float:
@@ -287,6 +315,6 @@ def _scaling(config: dict, name: str, rank: int) -> float:
 def _merged(origin: Piece, file: Path, a: str, b: str, scaling: float) -> Piece:
     def take(tensor: Tensor) -> Tensor:
         # In float64, and not rounded as saving the merged model would: the update keeps its rank.
-        return origin.take(tensor).double() + scaling * (_stored(file, b).double() @ _stored(file, a).double())
+        return tensor.double() + scaling * (_stored(file, b).double() @ _stored(file, a).double())
 
-    return replace(origin, take=take)
+    return origin.part(origin.shape, take)

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from opdlab import geometry as g
 from opdlab.checkpoints import open_checkpoint
 from opdlab.errors import OpdlabError
+from opdlab.geometry import describe
 from opdlab.models import new_model
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -184,6 +185,35 @@ def broken(folder, kind):
         path = folder / "empty.safetensors"
         save_file({"h.0.attn.bias": torch.ones(2, 2)}, path)
     return path
+
+
+def test_an_adapter_on_a_fused_projection_is_split_with_it(tmp_path):
+    torch.manual_seed(0)
+    fused = {"model.layers.0.self_attn.qkv_proj.weight": torch.randn(32, 16)}
+    (tmp_path / "base").mkdir()
+    save_file(fused, tmp_path / "base" / "model.safetensors")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "phi3"} | heads))
+    tensors = lora("self_attn.qkv_proj", 32)
+    a, b = tensors.values()
+    base = open_checkpoint(tmp_path / "base")
+    tuned = open_checkpoint(adapter(tmp_path / "adapter", **tensors), base)
+    merged = next(iter(fused.values())).double() + 4 * b.double() @ a.double()
+    found = [tuned.read(f"model.layers.0.self_attn.{part}_proj.weight") for part in "qkv"]
+    assert [len(part) for part in found] == [16, 8, 8]
+    torch.testing.assert_close(torch.cat(found), merged)
+
+
+def test_stacked_experts_come_one_by_one(tmp_path):
+    experts = {f"model.layers.0.mlp.experts.{name}": torch.randn(3, 8, 6) for name in ("down_proj", "gate_up_proj")}
+    save_file(experts, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.pieces) == 6
+    for i in range(3):
+        name = f"model.layers.0.mlp.experts.{i}.down_proj.weight"
+        assert torch.equal(checkpoint.read(name), experts["model.layers.0.mlp.experts.down_proj"][i])
+        assert checkpoint.pieces[name].shape == (8, 6) and describe(name).block == "mlp"
+    assert describe("model.layers.0.mlp.experts.0.gate_up_proj.weight").block == "fused"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from opdlab import objectives as obj
+from opdlab.callback import GeometryCallback
 
 # float32 holds seven digits. VALUE is absolute, for losses of order 1; GRADIENT is a share of the largest entry, taken
 # to be at least 0.01: near its ends the JSD is a small difference of large terms, and loses more digits in both.
@@ -212,3 +213,17 @@ def test_sft_of_trl(normalizer, tmp_path):
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": LABELS}
     theirs = trainer.compute_loss(trainer.model, batch, num_items_in_batch=normalizer)
     assert_parity(our_sft(trainer.model, normalizer), theirs, list(trainer.model.parameters()))
+
+
+def test_the_callback_logs_where_trl_does(tmp_path):
+    options = {"use_cpu": True, "bf16": False, "report_to": [], "max_steps": 2, "save_strategy": "no"}
+    trainer = SFTTrainer(
+        model=tiny_model(),
+        args=SFTConfig(str(tmp_path), **options),
+        train_dataset=Dataset.from_dict({"input_ids": [[2, 3, 4, 5]] * 16}),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.add_callback(GeometryCallback(trainer, every=1, k=2))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "geometry/stable_rank" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2] and "geometry/sim_right_K2" in logged[1]

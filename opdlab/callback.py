@@ -1,0 +1,111 @@
+"""A callback for trainers: the geometry of the update while a model trains, wherever its trainer logs."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from opdlab.checkpoints import plain_name
+from opdlab.errors import OpdlabError
+from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
+
+
+class GeometryCallback(TrainerCallback):
+    """Log rank, size, sparsity and direction of the update every so many steps.
+
+    What is logged, each the mean over the chosen matrices: geometry/stable_rank and geometry/relative_norm of the
+    update since the start, geometry/sparsity (bf16), geometry/sim_right_K16 and geometry/sim_left_K16, the similarity
+    of its leading subspaces to those at the measurement before, and geometry/seconds, what this measurement took.
+    Divided by ``every``, that is the cost of a step: the 120 attention matrices of a 135 M model take 3 seconds on one
+    CPU core, so 0.06 seconds a step at the default. A copy of the chosen matrices is kept in the CPU's memory.
+
+    It works with transformers' Trainer and those made from it, as all of TRL's are, and under FSDP2. The weights of
+    a LoRA adapter are not an update by themselves: save it, and measure it with ``opdlab measure``.
+
+    Args:
+        trainer: the trainer that it is added to; its ``log`` is used.
+        every: optimizer steps between measurements; the last step is measured in any case.
+        matrices: regular expression, searched for in the names of the weights. By default the projections of attention,
+            which the paper follows over training.
+        k: dimension of the subspaces; the paper's 16.
+
+    Raises:
+        OpdlabError: when training begins, if no trained matrix is chosen, k exceeds a side of one, or training is
+            resumed (the update would be counted from there: measure its checkpoints with ``opdlab measure`` instead).
+
+    Example::
+
+        trainer = SFTTrainer(model, args=args, train_dataset=data)
+        trainer.add_callback(GeometryCallback(trainer, every=50))
+        trainer.train()
+    """
+
+    def __init__(self, trainer: Trainer, every: int = 50, matrices: str = r"\.[qkvo]_proj\.weight$", k: int = 16):
+        """Prepare to measure; nothing is kept before training begins."""
+        if every < 1 or k < 1:
+            raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
+        self.trainer, self.every, self.k = trainer, every, k
+        self.matrices = re.compile(matrices)
+        self._origin: dict[str, Tensor] = {}
+        self._last: dict[str, Svd] = {}
+
+    def on_train_begin(self, args, state, control, model: nn.Module, **_) -> None:
+        """Keep the weights that training starts from."""
+        if state.global_step > 0:
+            raise OpdlabError(
+                f"training resumes at step {state.global_step}, so its first weights are not here: leave out "
+                "GeometryCallback, and measure the checkpoints with 'opdlab measure BASE --trajectory DIR'"
+            )
+        # On the CPU: there is room, and a device has better use for its own.
+        self._origin = {name: _whole(weight).to("cpu", copy=True) for name, weight in self._chosen(model)}
+        self._last = {}
+        for name, w0 in self._origin.items():
+            if min(w0.shape) < self.k:
+                raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
+        if not self._origin:
+            raise OpdlabError(
+                f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
+                "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
+            )
+
+    def on_step_end(self, args, state, control, model: nn.Module, **_) -> None:
+        """Measure and log, if it is time."""
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        start = time.perf_counter()
+        rows = [self._measure(name, _whole(weight)) for name, weight in self._chosen(model)]
+        logs = {}
+        for key in rows[0]:
+            values = torch.tensor([row[key] for row in rows])
+            # A matrix that did not move has no direction yet.
+            if not values.isnan().all():
+                logs[f"geometry/{key}"] = float(values.nanmean())
+        self.trainer.log(logs | {"geometry/seconds": time.perf_counter() - start})
+
+    def _chosen(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        named = ((plain_name(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)
+        return [(name, weight) for name, weight in named if weight.ndim == 2 and self.matrices.search(name)]
+
+    def _measure(self, name: str, weight: Tensor) -> dict[str, float]:
+        w0 = self._origin[name].to(weight.device)
+        delta = svd(weight.double() - w0.double(), k=self.k)
+        last, self._last[name] = self._last.get(name), delta
+        row = {
+            "stable_rank": stable_rank(delta),
+            "relative_norm": relative_norm(w0, weight),
+            "sparsity": bf16_sparsity(w0, weight),
+        }
+        if last is not None:
+            row[f"sim_right_K{self.k}"] = sim_k(top_right(last, self.k), top_right(delta, self.k))
+            row[f"sim_left_K{self.k}"] = sim_k(top_left(last, self.k), top_left(delta, self.k))
+        return row
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a weight of which FSDP2 keeps a part on each device as one tensor; every process must ask for it."""
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
