@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
+from opdlab.geometry._eigen import eigenvalues, gram
 
 torch.set_num_threads(1)
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
@@ -207,6 +208,73 @@ def test_bf16_equality_is_the_relative_rule_for_every_pair_of_neighbours():
 def eta_rule(w0: torch.Tensor, w1: torch.Tensor, eta: float = 1e-3) -> torch.Tensor:
     w0, w1 = w0.bfloat16().double(), w1.bfloat16().double()
     return (w1 - w0).abs() <= eta * torch.maximum(w0.abs(), w1.abs())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 130])
+@pytest.mark.parametrize("kind", ["gaussian", "equal", "graded", "zero"])
+def test_eigenvalues_agree_with_numpy(n: int, kind: str):
+    q = orthogonal(n, seed=n)
+    values = {"equal": torch.ones(n), "graded": torch.logspace(0, -12, n), "zero": torch.zeros(n)}
+    a = gaussian(n + 5, n) if kind == "gaussian" else q * values[kind].double().sqrt()
+    a = a if kind == "gaussian" else a.T
+    squares = a.T @ a
+    expected, reference = np.linalg.eigh(squares.numpy())
+    size = max(expected[-1], 1.0)
+    for k in {0, 1, n // 2, n}:
+        found, vectors = eigenvalues(gram(a), k)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-14 * n * size)
+        assert vectors.shape == (n, k)
+        np.testing.assert_allclose((vectors.T @ vectors).numpy(), np.eye(k), rtol=0, atol=1e-11)
+        residual = squares @ vectors - vectors * found[n - k :]
+        assert float(residual.abs().max() if k else 0) <= 1e-13 * n * size
+    if kind == "gaussian" and n > 2:
+        k = n // 2
+        overlap = np.linalg.svd(reference[:, -k:].T @ eigenvalues(gram(a), k)[1].numpy(), compute_uv=False)
+        assert overlap.min() > 1 - 1e-10
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "bfloat16", "mostly zero", "one value", "in order"])
+def test_selection_agrees_with_a_sort(kind: str):
+    n = 150_000
+    values = gaussian(n, seed=1)
+    values = {
+        "gaussian": values,
+        "bfloat16": values.bfloat16().double(),
+        "mostly zero": values * (gaussian(n, seed=2) > 0.7),
+        "one value": torch.ones(n, dtype=torch.float64),
+        "in order": values.sort().values,
+    }[kind]
+    for count in (0, 1, 77, n // 3, n // 2, n - 1, n):
+        for select, sign in ((g.largest_entries, -1), (g.smallest_entries, 1)):
+            first = np.argsort(sign * values.abs().numpy(), kind="stable")[:count]
+            expected = np.zeros(n, dtype=bool)
+            expected[first] = True
+            assert np.array_equal(select(values, count).numpy(), expected)
+
+
+@pytest.mark.parametrize("degrees", [1e-4, 1e-2, 3.0])
+def test_a_table_sees_the_smallest_turns(degrees: float):
+    # One direction inside the leading subspace turns towards one outside it: k - 1 angles are 0 and one is known.
+    n, k = 40, 5
+    u, v, s = orthogonal(n, 1), orthogonal(n, 2), torch.linspace(2, 1, n, dtype=torch.float64)
+    w0, w1 = (u * s) @ v.T, (u @ turn(n, degrees, 0, n - 1) * s) @ v.T
+    row = g.measure_matrix("w", w0, w1, g.GeometrySettings(k=k, sim_ks=(2,), mask_rank=k, alphas=(0.3,)))
+    assert row["angle_left_max"] == pytest.approx(degrees, rel=1e-7)
+    assert row["angle_left_mean"] == pytest.approx(degrees / k, rel=1e-7)
+    assert row["angle_right_max"] < 1e-11 and row["nss"] < 1e-14
+
+
+def test_a_table_sees_one_step_of_one_weight():
+    w0 = gaussian(48, 40, seed=3).bfloat16()
+    w1 = w0.clone()
+    w1[5, 7] = torch.nextafter(w1[5, 7], torch.tensor(9.0, dtype=torch.bfloat16))
+    row = g.measure_matrix("w", w0, w1, g.GeometrySettings(k=6, sim_ks=(2,), mask_rank=6, alphas=(0.3,)))
+    assert row["sparsity"] == 1 - 1 / (48 * 40) and row["stable_rank"] == pytest.approx(1, abs=1e-12)
+    assert row["effective_rank"] == pytest.approx(1, abs=1e-9) and isnan(row["hill"])
+    (u0, s0, _), (u1, s1, _) = (np.linalg.svd(w.double().numpy()) for w in (w0, w1))
+    expected = np.rad2deg(scipy.linalg.subspace_angles(u0[:, :6], u1[:, :6]))
+    assert row["angle_left_max"] == pytest.approx(expected.max(), rel=1e-6, abs=1e-8)
+    assert row["nss"] == pytest.approx(np.linalg.norm(s1 - s0) / np.linalg.norm(s0), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(96, 256), (256, 96), (128, 128)])
