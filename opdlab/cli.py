@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    import pandas as pd
+
     from opdlab.instrument import default_cache, find_trajectory, measure_checkpoints
     from opdlab.summaries import overall_means
 
@@ -76,7 +79,13 @@ def _measure(options: argparse.Namespace) -> None:
         progress=True,
     )
     print(overall_means(table).to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
-    print(f"with figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
+    summary = json.loads((out / "summary.json").read_text())
+    if "trajectory" in summary:
+        course = pd.DataFrame(summary["trajectory"]).set_index("step").astype(float).T
+        print(f"\n{course.to_string(float_format=lambda value: f'{value:.4g}', na_rep='')}")
+    for note in summary["notes"]:
+        print(f"\n{note}")
+    print(f"\nwith figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
 
 
 def _compare(options: argparse.Namespace) -> None:

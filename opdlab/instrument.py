@@ -112,7 +112,9 @@ def find_trajectory(folder: Path) -> list[Path]:
     found = [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
-        if step_of(path) and (path.suffix == ".safetensors" or any(path.glob("*.safetensors")))
+        # Pickled weights are listed too, and refused by name when they are opened.
+        if step_of(path)
+        and (path.suffix == ".safetensors" or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")))
     ]
     if not found:
         raise OpdlabError(
@@ -271,19 +273,36 @@ def measure_checkpoints(
     _write_table(out / "matrices.csv", table)
     dtypes = {"base": opened.dtypes, "tuned": open_checkpoint(path[-1], opened).dtypes}
     summary = {"base": str(Path(base).resolve()), "path": [str(checkpoint.resolve()) for checkpoint in path]}
-    summary |= {"dtypes": dtypes, "seed": seed, "provenance": provenance(), "groups": summarise(table)}
+    summary |= {
+        "dtypes": dtypes,
+        "notes": notes(dtypes),
+        "seed": seed,
+        "provenance": provenance(),
+        "groups": summarise(table),
+    }
     if len(course):
         course = course.sort_values("step", kind="stable", ignore_index=True)
         _write_table(out / "trajectory.csv", course)
-        summary["trajectory"] = course_means(course).reset_index().to_dict("records")
+        means = course_means(course).reset_index()
+        summary["trajectory"] = means.astype(object).where(means.notna(), None).to_dict("records")
     write_json(out / "summary.json", summary)
     # Drawing is imported late, as the processes that measure need none of it.
     from opdlab.report import write_report
 
     title = f"{Path(base).name} ({dtypes['base']}) to {path[-1].name} ({dtypes['tuned']})"
-    write_report(out / "report.html", table, course, title)
+    write_report(out / "report.html", table, course, title, summary["notes"])
     finish(out)
     return table
+
+
+def notes(dtypes: dict[str, str]) -> list[str]:
+    """Return what to keep in mind when reading the results, given how the weights are stored."""
+    if not {"bfloat16", "float16"} & set(dtypes["tuned"].split(", ")):
+        return []
+    return [
+        f"The tuned weights are stored in {dtypes['tuned']}, so their rounding is part of the update. It adds "
+        "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise."
+    ]
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:

@@ -31,7 +31,7 @@ figcaption { color: #444; font-size: 14px; }
 """
 
 
-def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: str) -> None:
+def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: str, notes: list[str]) -> None:
     """Write the report of a table of :func:`opdlab.instrument.measure_checkpoints`.
 
     Args:
@@ -39,6 +39,7 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
         table: one row per tensor.
         course: one row per checkpoint and matrix; empty if there was one checkpoint only.
         title: what was measured.
+        notes: sentences to keep in mind.
     """
     use_style()
     layers = of_layers(table)
@@ -69,7 +70,8 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
     text = f"""<p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of
 attention and MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the
 same computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors; the
-enrichment of an overlap is against the mask's share of the entries; feasible is what counting allows.</p>
+enrichment of an overlap is against the mask's share of the entries; noise is the overlap of Gaussian noise at the same
+density; feasible is what counting allows. {html.escape(" ".join(notes))}</p>
 {_html(overall_means(table))}
 {_html(course_means(course)) if len(course) else ""}
 {"".join(parts)}

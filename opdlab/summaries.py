@@ -34,7 +34,7 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
     """Return the means of a table of :func:`opdlab.instrument.measure_checkpoints`: overall, by block and by module.
 
     Each entry has its value, the null, their ratio, the z-score of their difference over matrices, the value at equal
-    norm, and how matrices are weighed; an overlap also has that of noise at its density, its enrichment, and what
+    norm, how matrices are weighed, and the k it depends on; an overlap also has that of noise at its density, its enrichment, and what
     counting allows (feasible). *Overall* is attention and MLP, as in the paper; the rest stands apart.
     """
     layers = of_layers(table)
@@ -58,14 +58,17 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
 def course_means(course: pd.DataFrame) -> pd.DataFrame:
     """Return one row per step: the means of a trajectory over the matrices of attention and MLP, with their nulls.
 
-    Sim is on the right side, at the largest K: to the end, of a random walk, of the rest of the update, at random.
+    Sim is on the right side, at the largest K: to the end, of a random walk, to the rest of the update, between
+    consecutive intervals, at random.
     """
     by_step = of_layers(course).groupby("step")
-    columns = ["frobenius", "relative_norm", "interval_norm", "sparsity"]
+    columns = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
     columns += [f"{column}{null}" for column in ("stable_rank", "effective_rank", "hill") for null in ("", "_null")]
     sims = [column for column in course if column.startswith("sim_right_K") and column.count("_") == 2]
     if sims:
-        columns += [f"{sims[-1]}{kind}" for kind in ("", "_null", "_rest")] + [sims[-1].replace("right", "random")]
+        columns += [f"{sims[-1]}{kind}" for kind in ("", "_null", "_rest", "_interval")] + [
+            sims[-1].replace("right", "random")
+        ]
     return by_step[columns].mean()
 
 
@@ -80,6 +83,8 @@ def _summary(rows: pd.DataFrame) -> dict:
         weights = known["parameters"] if weighting == "parameter" else pd.Series(1.0, known.index)
         means = {name: float((known[name] * weights).sum() / weights.sum()) for name in columns}
         entry = {"value": means[column], "weighting": f"per {weighting}", "defined": len(known)}
+        if column.startswith(("angle", "energy", "top_energy", "hill")) and "k" in known:
+            entry["k"] = sorted(set(known["k"].astype(int)))
         if null in columns:
             difference = known[column] - known[null]
             entry["null"] = means[null]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from functools import partial
 
@@ -16,6 +17,7 @@ from opdlab.cli import main
 from opdlab.collect import collect
 from opdlab.errors import OpdlabError
 from opdlab.instrument import settings_for
+from opdlab.processes import workers
 from opdlab.summaries import overall_means
 
 # In this process; the fixture below uses two others.
@@ -61,6 +63,31 @@ def test_the_summary_names_its_weighting(measured):
     assert rank["ratio"] == pytest.approx(rank["value"] / rank["null"])
     assert {"attention", "mlp", "embedding", "norm", "attention.q_proj", "mlp.up_proj"} <= summary.keys()
     assert "null" not in summary["norm"]["sparsity"]
+
+
+def test_rounded_weights_are_said_to_be(measured, tmp_path):
+    (note,) = json.loads((measured[1] / "summary.json").read_text())["notes"]
+    assert "stored in bfloat16, so their rounding is part of the update" in note
+    assert note in (measured[1] / "report.html").read_text()
+    assert instrument.notes({"base": "bfloat16", "tuned": "float32"}) == []
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    m, n = 48_000, 256
+    w0 = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    for name, w in (("base", w0), ("tuned", w0 + 1e-3 * torch.randn(m, n))):
+        save_file({"model.embed_tokens.weight": w.bfloat16()}, tmp_path / f"{name}.safetensors")
+    with workers(1) as pool:
+        job = instrument.Job(tmp_path / "base.safetensors", (tmp_path / "tuned.safetensors",), 0, True, None)
+        used = pool.submit(peak_memory, job, "model.embed_tokens.weight").result()
+    assert used < 6 * 8 * m * n + 2**27, "six float64 matrices, and 128 MB of which the libraries need most"
+
+
+def peak_memory(job, name):
+    """Return how many bytes measuring a tensor takes beyond what the process has already."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    job.measure(name)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_without_nulls(pair, tmp_path):
@@ -123,8 +150,15 @@ def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
     for column, values in expected.items():
         assert rows[column].tolist() == pytest.approx(values, nan_ok=True)
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 4
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [line["step"] for line in summary["trajectory"]] == [50, 200]
+    assert summary["trajectory"][0]["sim_right_K16_interval"] is None, "there is no interval before the first"
     with pytest.raises(OpdlabError, match="there are no checkpoints in"):
         instrument.find_trajectory(tmp_path / "out")
+    (folder / "checkpoint-300").mkdir()
+    (folder / "checkpoint-300" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(OpdlabError, match="pytorch_model.bin is a pickle"):
+        measure_checkpoints(pair[0], instrument.find_trajectory(folder), tmp_path / "pickled")
 
 
 def variant(pair, folder, change):

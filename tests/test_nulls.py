@@ -276,13 +276,13 @@ def test_columns_of_a_trajectory():
     w0s = model()
     table = g.measure_trajectory(w0s, [(step, moved(w0s, step, 0.01)) for step in (1, 5, 9)], SETTINGS)
     identity = ["step", "matrix", "layer", "module", "block", "rows", "cols", "parameters"]
-    course = ["frobenius", "relative_norm", "interval_norm", "sparsity"]
+    course = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
     course += [column for rank in RANKS for column in (rank, f"{rank}_null")]
     sims = [
         column
         for k in (2, 4)
         for column in (
-            *(f"sim_{side}_K{k}{suffix}" for side in ("right", "left") for suffix in ("", "_null", "_rest")),
+            *(f"sim_{side}_K{k}{kind}" for side in ("right", "left") for kind in ("", "_null", "_rest", "_interval")),
             f"sim_random_K{k}",
         )
     ]
@@ -290,7 +290,9 @@ def test_columns_of_a_trajectory():
     assert table.step.tolist() == 8 * [1] + 8 * [5] + 8 * [9]
     assert table.matrix.tolist() == 3 * list(g.weight_matrices(w0s))
     rest = [column for column in table if column.endswith("_rest")]
-    assert not table.drop(columns=rest).isna().any(axis=None)
+    between = [column for column in table if column.endswith("_interval")]
+    assert not table.drop(columns=rest + between).isna().any(axis=None)
+    assert (table[between].isna().all(axis=1) == (table.step == 1)).all(), "before the first interval there is none"
     assert (table[rest].isna().all(axis=1) == (table.step == 9)).all(), "after the last snapshot nothing is left"
 
 
@@ -309,7 +311,7 @@ def test_trajectory_rows_are_the_functions(seed: int, count: int):
         pd.testing.assert_series_equal(last[column], pair[column])
     sims = table[[c for c in table if c.startswith("sim_")]]
     assert ((sims >= 0) & (sims <= 1) | sims.isna()).all(axis=None)
-    for column in (c for c in sims if "random" not in c and "rest" not in c):
+    for column in (c for c in sims if not c.endswith(("rest", "interval")) and "random" not in c):
         assert last[column].tolist() == pytest.approx(8 * [1.0])
     name = "model.layers.0.mlp.down_proj.weight"
     rows = table[table.matrix == name]
@@ -321,6 +323,10 @@ def test_trajectory_rows_are_the_functions(seed: int, count: int):
     assert rows.sim_left_K2_rest.iloc[0] == pytest.approx(expected, nan_ok=True)
     steps = [g.frobenius(b[name].double() - a[name].double()) for a, b in pairwise(path)]
     assert rows.interval_norm.tolist() == pytest.approx(steps)
+    intervals = [b[name].double() - a[name].double() for a, b in pairwise(path)]
+    assert rows.interval_stable_rank.tolist() == pytest.approx([g.stable_rank(interval) for interval in intervals])
+    expected = [g.sim_k(g.top_right(a, 2), g.top_right(b, 2)) for a, b in pairwise(intervals)]
+    assert rows.sim_right_K2_interval.tolist() == pytest.approx([float("nan"), *expected], nan_ok=True)
     assert (rows.sim_random_K4 == 4 / 12).all()
     alone = g.measure_trajectory({name: w0s[name]}, [(t, {name: w[name]}) for t, w in snapshots], SETTINGS, seed)
     pd.testing.assert_frame_equal(alone, rows.reset_index(drop=True))
@@ -334,7 +340,7 @@ def test_a_trajectory_that_starts_at_the_origin():
     w0s = model()
     table = g.measure_trajectory(w0s, [(0, w0s), (1, moved(w0s, 1, 0.01))], SETTINGS)
     first, last = table[table.step == 0], table[table.step == 1]
-    undefined = [c for c in table if c.startswith(("sim_right", "sim_left", "stable_rank"))]
+    undefined = [c for c in table if c.startswith(("sim_right", "sim_left", "stable_rank", "interval_stable"))]
     assert first[undefined].isna().all(axis=None)
     assert not last[[c for c in undefined if "rest" not in c]].isna().any(axis=None)
     assert (first.frobenius == 0).all() and (first.sparsity == 1).all()

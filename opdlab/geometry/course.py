@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import nan
 
 from pandas import DataFrame, concat
 from torch import Tensor
@@ -14,7 +15,7 @@ from opdlab.geometry.matrices import float64_matrices
 from opdlab.geometry.measure import GeometrySettings, check_size, generator_of, identity, summaries
 from opdlab.geometry.nulls import permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity
-from opdlab.geometry.spectrum import frobenius, relative_norm, svd
+from opdlab.geometry.spectrum import frobenius, relative_norm, stable_rank, svd
 from opdlab.geometry.subspaces import sim_k, similarity_to_end, top_left, top_right
 
 
@@ -67,12 +68,13 @@ def measure_course(
 ) -> dict[str, list[float]]:
     """Measure the course of one matrix over T snapshots; each key has T values, and what is undefined is NaN.
 
-    Keys: frobenius, relative_norm, interval_norm (the Frobenius norm of the update since the snapshot before);
+    Keys: frobenius, relative_norm; interval_norm and interval_stable_rank, of the update since the snapshot before;
     sparsity; stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular
     values), each with _null (of the permuted update). For each K of ``settings.sim_ks`` and for right and left:
     sim_right_K16, the similarity to the last snapshot, sim_right_K16_null, that of a random walk with the same interval
-    norms, and sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the
-    last; sim_random_K16 is K / n, the value of two unrelated subspaces on the right side (on the left it is K / m).
+    norms, sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the
+    last, and sim_right_K16_interval, that of the update in this interval to that in the one before; sim_random_K16
+    is K / n, the value of two unrelated subspaces on the right side (on the left it is K / m).
 
     Args:
         name: of the matrix: it seeds the nulls, and stands in errors.
@@ -94,16 +96,19 @@ def measure_course(
     # Snapshots are read again for each question, so that two of them at most are in memory.
     interval_norms = [frobenius(after - before) for before, after in pairwise((w0, *map(at, range(count))))]
     walk_svds = [svd(delta.to(w0.device), k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
-    end, svds, rests, rows = at(count - 1), [], [], []
+    end, svds, rests, intervals, rows = at(count - 1), [], [], [], []
+    before = w0
     for t in range(count):
         w_t = at(t)
-        delta = w_t - w0
-        svds.append(svd(delta, k=vectors))
         rests.append(svd(end - w_t, k=vectors))
+        intervals.append(svd(w_t - before, k=vectors))
+        before, delta = w_t, w_t - w0
+        svds.append(svd(delta, k=vectors))
         row = {
             "frobenius": frobenius(delta),
             "relative_norm": relative_norm(w0, w_t),
             "interval_norm": interval_norms[t],
+            "interval_stable_rank": stable_rank(intervals[t]),
             "sparsity": bf16_sparsity(w0, w_t),
         }
         seen, null = summaries(svds[t], settings.k), summaries(permute(delta, generator), settings.k)
@@ -118,6 +123,9 @@ def measure_course(
             columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
             columns[f"sim_{side}_K{k}_rest"] = [
                 sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
+            ]
+            columns[f"sim_{side}_K{k}_interval"] = [nan] + [
+                sim_k(top(before, k), top(after, k)) for before, after in pairwise(intervals)
             ]
         columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * count
     return columns
