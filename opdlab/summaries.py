@@ -34,8 +34,9 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
     """Return the means of a table of :func:`opdlab.instrument.measure_checkpoints`: overall, by block and by module.
 
     Each entry has its value, the null, their ratio, the z-score of their difference over matrices, the value at equal
-    norm, how matrices are weighed, and the k it depends on; an overlap also has that of noise at its density, its enrichment, and what
-    counting allows (feasible). *Overall* is attention and MLP, as in the paper; the rest stands apart.
+    norm, how matrices are weighed, and the k it depends on; an overlap also has that of noise at its density, its
+    enrichment, and what counting allows (feasible). *Overall* is attention and MLP, as in the paper; the rest stands
+    apart.
     """
     layers = of_layers(table)
     groups = {"overall": layers}
@@ -66,9 +67,8 @@ def course_means(course: pd.DataFrame) -> pd.DataFrame:
     columns += [f"{column}{null}" for column in ("stable_rank", "effective_rank", "hill") for null in ("", "_null")]
     sims = [column for column in course if column.startswith("sim_right_K") and column.count("_") == 2]
     if sims:
-        columns += [f"{sims[-1]}{kind}" for kind in ("", "_null", "_rest", "_interval")] + [
-            sims[-1].replace("right", "random")
-        ]
+        columns += [f"{sims[-1]}{kind}" for kind in ("", "_null", "_rest", "_interval")]
+        columns.append(sims[-1].replace("right", "random"))
     return by_step[columns].mean()
 
 

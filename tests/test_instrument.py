@@ -157,7 +157,7 @@ def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
         instrument.find_trajectory(tmp_path / "out")
     (folder / "checkpoint-300").mkdir()
     (folder / "checkpoint-300" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(OpdlabError, match="pytorch_model.bin is a pickle"):
+    with pytest.raises(OpdlabError, match=r"pytorch_model\.bin is a pickle"):
         measure_checkpoints(pair[0], instrument.find_trajectory(folder), tmp_path / "pickled")
 
 
