@@ -27,10 +27,10 @@ class GeometryCallback(TrainerCallback):
     a LoRA adapter are not an update by themselves: save it, and measure it with ``opdlab measure``.
 
     Args:
-        trainer: the trainer that it is added to; its ``log`` is used.
+        trainer: the trainer that it is added to; results go where it logs.
         every: optimizer steps between measurements; the last step is measured in any case.
-        matrices: regular expression, searched for in the names of the weights. By default the projections of attention,
-            which the paper follows over training.
+        matrices: regular expression, searched for in the names of the weights that are matrices. By default those of
+            attention, which the paper follows over training.
         k: dimension of the subspaces; the paper's 16.
 
     Raises:
@@ -44,7 +44,7 @@ class GeometryCallback(TrainerCallback):
         trainer.train()
     """
 
-    def __init__(self, trainer: Trainer, every: int = 50, matrices: str = r"\.[qkvo]_proj\.weight$", k: int = 16):
+    def __init__(self, trainer: Trainer, every: int = 50, matrices: str = "attn|attention", k: int = 16):
         """Prepare to measure; nothing is kept before training begins."""
         if every < 1 or k < 1:
             raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
@@ -84,7 +84,12 @@ class GeometryCallback(TrainerCallback):
             # A matrix that did not move has no direction yet.
             if not values.isnan().all():
                 logs[f"geometry/{key}"] = float(values.nanmean())
-        self.trainer.log(logs | {"geometry/seconds": time.perf_counter() - start})
+        logs["geometry/seconds"] = time.perf_counter() - start
+        # As Trainer logs, not as those made from it do, which would add their own metrics here and forget them. Logging
+        # also tells the trainer that this step's loss is logged already; it is not.
+        should_log = control.should_log
+        Trainer.log(self.trainer, logs)
+        control.should_log = should_log
 
     def _chosen(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         named = ((plain_name(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("base", type=Path, help="model folder or .safetensors file before")
     measure.add_argument("tuned", type=Path, nargs="*", help="model or LoRA adapter folders, or files, after; in order")
     measure.add_argument("--trajectory", type=Path, metavar="DIR", help="take the checkpoints in DIR, by their steps")
-    measure.add_argument("--out", type=Path, help="folder for the results (default: geometry-LAST, here)")
+    measure.add_argument("--out", type=Path, help="folder for the results (default: geometry-NAME, here)")
     measure.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     measure.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     measure.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
@@ -50,7 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
     what = "compare updates that were measured: the same weights, the same directions?"
     compare = command("compare", what, scale=False)
-    compare.add_argument("results", type=Path, nargs="+", metavar="JSON", help="summary.json of 'opdlab measure'")
+    compare.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="summary.json of 'opdlab measure'; its checkpoints are read again",
+    )
     compare.add_argument("--out", type=Path, default=Path("geometry-compare"), help="default: geometry-compare, here")
     compare.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     compare.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices compared side by side")
@@ -60,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from opdlab.instrument import default_cache, find_trajectory, measure_checkpoints
+    from opdlab.instrument import default_cache, default_out, find_trajectory, measure_checkpoints
     from opdlab.summaries import overall_means
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
     path = options.tuned or find_trajectory(options.trajectory)
-    out = options.out or Path(f"geometry-{path[-1].resolve().name.removesuffix('.safetensors')}")
+    out = options.out or default_out(options.trajectory or path[-1])
     table = measure_checkpoints(
         options.base,
         path,

@@ -68,7 +68,9 @@ def load_measured(paths: Sequence[Path]) -> list[Measured]:
             summaries.append((Path(summary["base"]), Path(summary["path"][-1])))
             tables.append(of_layers(table).set_index("matrix"))
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise OpdlabError(f"{file} is no result of 'opdlab measure' with its matrices.csv ({problem})") from problem
+            raise OpdlabError(
+                f"{file} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
+            ) from problem
     for file, table in zip(files, tables, strict=True):
         other = tables[0][["rows", "cols"]]
         if table.empty or not table[["rows", "cols"]].sort_index().equals(other.sort_index()):
@@ -155,7 +157,8 @@ def compare_measurements(
     pairs = pd.DataFrame([row for pair in zip(*found, strict=True) for row in pair])
     models = side_by_side(measured)
     write_whole(out / "pairs.csv", lambda file: pairs.to_csv(file, index=False, lineterminator="\n"))
-    write_whole(out / "models.csv", lambda file: models.to_csv(file, lineterminator="\n"))
+    flat = models.set_axis([f"{label}, {kind}" for label, kind in models.columns], axis="columns")
+    write_whole(out / "models.csv", lambda file: flat.to_csv(file, index_label="diagnostic", lineterminator="\n"))
     means = pair_means(pairs)
     what = {"updates": identity["updates"], "weighting": "per matrix", "pairs": means.to_dict("records")}
     write_json(out / "compare.json", what)

@@ -82,14 +82,18 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
             alone = []
     if alone:
         owner = base.path if alone[0] in base.pieces else tuned.path
+        why = "one has a head of its own, and the other's is its embedding" if alone == ["lm_head.weight"] else ""
         raise OpdlabError(
             f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
-            f"such as {alone[0]} in {owner}"
+            f"such as {alone[0]} in {owner}{why and f' ({why})'}"
         )
     shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
     for name, shape in shapes.items():
         if shape != tuned.pieces[name].shape:
-            raise OpdlabError(f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}")
+            raise OpdlabError(
+                f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: give a model and what "
+                "was tuned from it"
+            )
     return sorted(shapes, key=lambda name: -prod(shapes[name]))
 
 
@@ -117,10 +121,24 @@ def find_trajectory(folder: Path) -> list[Path]:
         and (path.suffix == ".safetensors" or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")))
     ]
     if not found:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) if folder.is_dir() else ""
+        held = held or "nothing"
         raise OpdlabError(
-            f"there are no checkpoints in {folder}: it needs checkpoint-<step> or step-<step>.safetensors"
+            f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
+            "of safetensors, or step-<step>.safetensors files"
         )
     return sorted(found, key=step_of)
+
+
+def default_out(measured: Path) -> Path:
+    """Return the folder for the results of a checkpoint or a run; what is only numbered gets its run's name too.
+
+    >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
+    (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))
+    """
+    measured = measured.resolve()
+    name = measured.name.removesuffix(".safetensors")
+    return Path(f"geometry-{name}" if step_of(measured) is None else f"geometry-{measured.parent.name}-{name}")
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def of_layers(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> dict[str, dict]:
     """Return the means of a table of :func:`opdlab.instrument.measure_checkpoints`: overall, by block and by module.
 
-    Each entry has its value, the null, their ratio, the z-score of their difference over matrices, the value at equal
-    norm, how matrices are weighed, and the k it depends on; an overlap also has that of noise at its density, its
+    Each entry has its value, the null, their ratio, the z-score of their difference over the matrices of this one
+    model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; an overlap also has that of noise at its density, its
     enrichment, and what counting allows (feasible). *Overall* is attention and MLP, as in the paper; the rest stands
     apart.
     """
@@ -51,7 +51,18 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
     for entry in rows.values():
         if "feasible" in entry:
             entry["feasible"] = "{:.3f} to {:.3f}".format(*entry["feasible"])
-    columns = ["value", "null", "noise", "ratio", "z", "at equal norm", "enrichment", "feasible", "weighting"]
+    columns = [
+        "value",
+        "null",
+        "noise",
+        "ratio",
+        "z",
+        "enrichment",
+        "feasible",
+        "at equal norm",
+        "null at equal norm",
+        "weighting",
+    ]
     means = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
     return means.dropna(axis="columns", how="all")
 
@@ -95,6 +106,8 @@ def _summary(rows: pd.DataFrame) -> dict:
             entry["gaussian"] = float(known["stable_rank_gaussian"].mean())
         if f"{column}_matched" in columns:
             entry["at equal norm"] = means[f"{column}_matched"]
+            if f"{null}_matched" in known:
+                entry["null at equal norm"] = float(known[f"{null}_matched"].mean())
         if "_overlap_" in column:
             shares = known[column.replace("overlap", "share")]
             limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]

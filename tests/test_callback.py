@@ -47,6 +47,14 @@ def test_it_logs_what_the_functions_say(trainer):
     assert logged[-1]["geometry/seconds"] > 0
 
 
+def test_the_trainer_goes_on_logging_its_loss(trainer):
+    trainer.args.logging_strategy, trainer.args.logging_steps = "steps", 2
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=4))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 4]
+    assert [entry["step"] for entry in geometry(trainer)] == [2, 4, 5]
+
+
 def test_a_matrix_that_has_not_moved_has_no_direction(trainer):
     trainer.args.learning_rate = 0.0
     trainer.add_callback(GeometryCallback(trainer, every=2, k=4, matrices="mlp"))

@@ -99,8 +99,8 @@ def test_bad_input_is_one_sentence(pair, results, tmp_path):
     for paths, message in (
         ([first], "give two or more results"),
         ([first, first / "summary.json"], "give two or more results"),
-        ([first, tmp_path / "no.json"], "no.json is no result of 'opdlab measure'"),
-        ([first, tmp_path / "nothing"], "nothing is no result of 'opdlab measure'"),
+        ([first, tmp_path / "no.json"], "no.json is no summary.json of 'opdlab measure'"),
+        ([first, tmp_path / "nothing"], "nothing is no summary.json of 'opdlab measure'"),
         ([first, other], "summary.json is about other matrices"),
         ([first, moved], "first.safetensors or .*base has changed since it was measured: measure it again"),
     ):
