@@ -91,8 +91,8 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     for name, shape in shapes.items():
         if shape != tuned.pieces[name].shape:
             raise OpdlabError(
-                f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: give a model and what "
-                "was tuned from it"
+                f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: give a model and "
+                "what was tuned from it"
             )
     return sorted(shapes, key=lambda name: -prod(shapes[name]))
 

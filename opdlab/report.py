@@ -69,9 +69,10 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
     parts = [_figure(draw, caption) for draw, caption in figures]
     text = f"""<p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of
 attention and MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the
-same computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors over
-the matrices of this model, and says nothing about other seeds; the enrichment of an overlap is against the mask's share of the entries; noise is the overlap of Gaussian noise at the same
-density; feasible is what counting allows. {html.escape(" ".join(notes))}</p>
+same computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors over the
+matrices of this model, and says nothing about other seeds; the enrichment of an overlap is against the mask's share of
+the entries; noise is the overlap of Gaussian noise at the same density; feasible is what counting allows.
+{html.escape(" ".join(notes))}</p>
 {_html(overall_means(table))}
 {_html(course_means(course)) if len(course) else ""}
 {"".join(parts)}

@@ -34,9 +34,9 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
     """Return the means of a table of :func:`opdlab.instrument.measure_checkpoints`: overall, by block and by module.
 
     Each entry has its value, the null, their ratio, the z-score of their difference over the matrices of this one
-    model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; an overlap also has that of noise at its density, its
-    enrichment, and what counting allows (feasible). *Overall* is attention and MLP, as in the paper; the rest stands
-    apart.
+    model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; an overlap also has
+    that of noise at its density, its enrichment, and what counting allows (feasible). *Overall* is attention and MLP,
+    as in the paper; the rest stands apart.
     """
     layers = of_layers(table)
     groups = {"overall": layers}
