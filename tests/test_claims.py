@@ -1,0 +1,95 @@
+"""Verdicts are computed, and each can come out either way."""
+
+from dataclasses import replace
+from math import log
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, holm, judge, scorecard
+from opdlab.errors import OpdlabError
+from opdlab.records import Records, load_records
+
+CLAIM = Claim(
+    "size", "regime", "A is larger than B", "nowhere", Difference(Value("x"), "a", "b"), 1.0,
+    {"the control": Difference(Value("x"), "a", "c")},
+)  # fmt: skip
+
+
+def records(seeds=5, noise=0.05, **means):
+    """Records of arms whose column x has these means, two matrices a run and three snapshots, rising to the mean."""
+    rng, rows, path = np.random.default_rng(0), [], []
+    for arm, mean in means.items():
+        for seed in range(seeds):
+            value = mean + noise * rng.standard_normal()
+            for block in ("attention", "mlp"):
+                row = {"arm": arm, "label": arm, "seed": seed, "matrix": block, "block": block, "layer": 0}
+                row |= {"rows": 8, "cols": 8, "parameters": 64}
+                rows.append(row | {"x": value})
+                path += [row | {"progress": p, "step": 10 * p, "x": p * value} for p in (0.1, 0.2, 1.0)]
+    empty = pd.DataFrame()
+    return Records(empty, empty, pd.DataFrame(rows), pd.DataFrame(path), empty)
+
+
+@pytest.mark.parametrize(
+    ("means", "noise", "expected", "by"),
+    [
+        ({"a": 5, "b": 2, "c": 2.2}, 0.05, "reproduced", ""),
+        ({"a": 5, "b": 2, "c": 4.5}, 0.05, "explained", "the control"),
+        ({"a": 2.5, "b": 2, "c": 2}, 0.05, "not reproduced", ""),
+        ({"a": 1, "b": 2, "c": 2}, 0.05, "not reproduced", ""),
+        ({"a": 4, "b": 2, "c": 2}, 3.0, "inconclusive", ""),
+    ],
+)
+def test_a_verdict_can_come_out_any_way(means, noise, expected, by):
+    (found,) = judge([CLAIM], records(noise=noise, **means))
+    assert (found.verdict, found.by) == (expected, by) and found.verdict in VERDICTS
+    assert found.seeds == 5 and found.effect.low < found.effect.mean < found.effect.high
+
+
+def test_one_seed_cannot_tell():
+    (found,) = judge([CLAIM], records(seeds=1, a=9, b=2, c=2))
+    assert found.verdict == "inconclusive" and found.p == 1
+
+
+def test_values_by_progress_block_and_change():
+    made = records(a=5, b=2)
+    end = made.matrices[made.matrices["block"] == "mlp"].groupby(["arm", "seed"])["x"].mean()
+    assert Value("x", progress=0.19, block="attention").of(made, "a").tolist() == pytest.approx(0.2 * end["a"])
+    assert Value("x", progress=1.0, since=0.1).of(made, "a").tolist() == pytest.approx(0.9 * end["a"])
+    assert Value("x", log=True).of(made, "a").tolist() == pytest.approx(np.log(end["a"]))
+    assert Difference(Value("x"), "a", minus=3.0).of(made).tolist() == pytest.approx(end["a"] - 3)
+    two = Difference(Value("x"), "a", minus=Value("x", log=True)).of(made)
+    assert two.tolist() == pytest.approx(end["a"] - np.log(end["a"]))
+    with pytest.raises(OpdlabError, match="no 'x' of the arm 'z'"):
+        Value("x").of(made, "z")
+    with pytest.raises(OpdlabError, match="no 'y' of the arm 'a'"):
+        Value("y").of(made, "a")
+
+
+def test_only_seeds_on_both_sides_count():
+    made = records(a=5, b=2, c=2)
+    missing = (made.matrices["arm"] == "b") & (made.matrices["seed"] == 4)
+    (found,) = judge([CLAIM], replace(made, matrices=made.matrices[~missing]))
+    assert found.seeds == 4 and found.verdict == "reproduced"
+
+
+def test_holm_corrects_for_testing_together():
+    assert holm([0.04]) == [0.04]
+    assert holm([0.5, 0.01, 0.02]) == pytest.approx([0.5, 0.03, 0.04])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    # A claim that holds alone needs more beside others.
+    close = Claim("close", "regime", "A is a little larger", "nowhere", Difference(Value("x"), "a", "b"), 2.93, {})
+    made = records(a=5, b=2, c=2)
+    alone = judge([close], made)[0].p
+    assert judge([close] * 10, made)[0].p == pytest.approx(min(1, 10 * alone))
+
+
+def test_the_paper_s_claims_can_be_judged_from_the_records():
+    verdicts = judge(CLAIMS, load_records(progress=False))
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    assert all(found.verdict in VERDICTS and (not found.by or found.verdict == "explained") for found in verdicts)
+    table = scorecard(verdicts)
+    assert table["verdict"].str.len().min() > 0 and len(table) == len(CLAIMS)
+    assert all(claim.smallest >= 0.005 and claim.smallest <= log(1.5) for claim in CLAIMS)
