@@ -19,7 +19,8 @@ class GeometryCallback(TrainerCallback):
 
     What is logged, each the mean over the chosen matrices: geometry/stable_rank and geometry/relative_norm of the
     update since the start, geometry/sparsity (bf16), geometry/sim_right_K16 and geometry/sim_left_K16, the similarity
-    of its leading subspaces to those at the measurement before, and geometry/seconds, what this measurement took.
+    of its leading subspaces to those at the measurement before (unrelated ones have geometry/sim_random_K16 on the
+    right; shared history lifts it for any run), and geometry/seconds, what this measurement took.
     Divided by ``every``, that is the cost of a step: the 120 attention matrices of a 135 M model take 3 seconds on one
     CPU core, so 0.06 seconds a step at the default. A copy of the chosen matrices is kept in the CPU's memory.
 
@@ -28,7 +29,7 @@ class GeometryCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that it is added to; results go where it logs.
-        every: optimizer steps between measurements; the last step is measured in any case.
+        every: optimizer steps between measurements; the last step is measured when training ends.
         matrices: regular expression, searched for in the names of the weights that are matrices. By default those of
             attention, which the paper follows over training.
         k: dimension of the subspaces; the paper's 16.
@@ -46,10 +47,13 @@ class GeometryCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, every: int = 50, matrices: str = "attn|attention", k: int = 16):
         """Prepare to measure; nothing is kept before training begins."""
-        if every < 1 or k < 1:
+        if not all(isinstance(number, int) and number >= 1 for number in (every, k)):
             raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
+        try:
+            self.matrices = re.compile(matrices)
+        except re.error as problem:
+            raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         self.trainer, self.every, self.k = trainer, every, k
-        self.matrices = re.compile(matrices)
         self._origin: dict[str, Tensor] = {}
         self._last: dict[str, Svd] = {}
 
@@ -61,8 +65,12 @@ class GeometryCallback(TrainerCallback):
                 "GeometryCallback, and measure the checkpoints with 'opdlab measure BASE --trajectory DIR'"
             )
         # On the CPU: there is room, and a device has better use for its own.
-        self._origin = {name: _whole(weight).to("cpu", copy=True) for name, weight in self._chosen(model)}
-        self._last = {}
+        self._origin = {
+            name: _whole(weight).to("cpu", copy=True)
+            for name, weight in _matrices(model)
+            if weight.requires_grad and self.matrices.search(name) and ".lora_" not in name
+        }
+        self._last, self._measured = {}, 0
         for name, w0 in self._origin.items():
             if min(w0.shape) < self.k:
                 raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
@@ -74,10 +82,17 @@ class GeometryCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model: nn.Module, **_) -> None:
         """Measure and log, if it is time."""
-        if state.global_step % self.every and state.global_step < state.max_steps:
-            return
-        start = time.perf_counter()
-        rows = [self._measure(name, _whole(weight)) for name, weight in self._chosen(model)]
+        if state.global_step % self.every == 0:
+            self._log(state, control, model)
+
+    def on_train_end(self, args, state, control, model: nn.Module, **_) -> None:
+        """Measure the last step, unless it was."""
+        if state.global_step > self._measured:
+            self._log(state, control, model)
+
+    def _log(self, state, control, model: nn.Module) -> None:
+        self._measured, start = state.global_step, time.perf_counter()
+        rows = [self._measure(name, _whole(weight)) for name, weight in _matrices(model) if name in self._origin]
         logs = {}
         for key in rows[0]:
             values = torch.tensor([row[key] for row in rows])
@@ -91,13 +106,9 @@ class GeometryCallback(TrainerCallback):
         Trainer.log(self.trainer, logs)
         control.should_log = should_log
 
-    def _chosen(self, model: nn.Module) -> list[tuple[str, Tensor]]:
-        named = ((plain_name(name), weight) for name, weight in model.named_parameters() if weight.requires_grad)
-        return [(name, weight) for name, weight in named if weight.ndim == 2 and self.matrices.search(name)]
-
     def _measure(self, name: str, weight: Tensor) -> dict[str, float]:
         w0 = self._origin[name].to(weight.device)
-        delta = svd(weight.double() - w0.double(), k=self.k)
+        delta = svd(weight.double() - w0.double(), f"the update of {name}", k=self.k)
         last, self._last[name] = self._last.get(name), delta
         row = {
             "stable_rank": stable_rank(delta),
@@ -107,7 +118,12 @@ class GeometryCallback(TrainerCallback):
         if last is not None:
             row[f"sim_right_K{self.k}"] = sim_k(top_right(last, self.k), top_right(delta, self.k))
             row[f"sim_left_K{self.k}"] = sim_k(top_left(last, self.k), top_left(delta, self.k))
+            row[f"sim_random_K{self.k}"] = self.k / w0.shape[1]
         return row
+
+
+def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(plain_name(name), weight) for name, weight in model.named_parameters() if weight.ndim == 2]
 
 
 def _whole(weight: Tensor) -> Tensor:

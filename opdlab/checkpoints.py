@@ -19,11 +19,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
+from opdlab.geometry.matrices import describe
 
 # What trainers put into the names of a model that they wrap.
 _WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 # Constants that older models store among their weights.
-_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+_BUFFERS = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "position_ids",
+)
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
@@ -139,7 +147,7 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
         raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
     beside = (path.parent if path.is_file() else path) / "config.json"
     config = _json(beside) if beside.is_file() else {}
-    if config.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings") and any(describe(name).block == "embedding" for name in pieces):
         pieces.pop("lm_head.weight", None)
     return _checkpoint(path, pieces, config)
 
@@ -156,9 +164,12 @@ def _natural(name: str) -> list:
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
         raise OpdlabError(f"{path} cannot be read ({problem}): restore it") from problem
+    if not isinstance(found, dict):
+        raise OpdlabError(f"{path} holds a {type(found).__name__}, not an object with names: restore it")
+    return found
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -168,7 +179,10 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        wanted = {folder / name for name in _json(index).get("weight_map", {}).values()}
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise OpdlabError(f"{index} has no weight_map from tensors to files: restore it")
+        wanted = {folder / name for name in weight_map.values()}
     else:
         numbered = [(file, found) for file in files if (found := _SHARD.search(file.name))]
         wanted = {
@@ -223,7 +237,7 @@ def _split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]
         # GPT-2 stores these as (input, output).
         piece = piece.part(piece.shape[::-1], lambda tensor: tensor.T)
     elif matrix and module == "gate_up_proj":
-        half = piece.shape[0] // 2
+        half = _divide(name, piece.shape[0], 2)
         for i, part in enumerate(("gate_proj", "up_proj")):
             yield f"{parent}.{part}.weight", piece.part((half, piece.shape[1]), _rows(i * half, half))
         return
@@ -240,20 +254,30 @@ def _split_attention(name: str, parent: str, piece: Piece, config: dict) -> Iter
     rows, cols = piece.shape
     if family in ("phi3", "phi4_multimodal"):
         groups = config.get("num_key_value_heads") or heads
-        width = rows // (heads + 2 * groups)
+        width = _divide(name, rows, heads + 2 * groups)
         sizes = [heads * width, groups * width, groups * width]
         takes = [_rows(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
     elif family == "gpt2":
         # (input, output), the three side by side.
         rows, cols = cols, rows
-        sizes, takes = [rows // 3] * 3, [_columns(i * rows // 3, rows // 3) for i in range(3)]
+        third = _divide(name, rows, 3)
+        sizes, takes = [third] * 3, [_columns(i * third, third) for i in range(3)]
     elif family == "gpt_neox":
         # Head by head: query, key and value of the first head, then of the second.
-        sizes, takes = [rows // 3] * 3, [_of_heads(i, heads) for i in range(3)]
+        sizes = [heads * _divide(name, rows, 3 * heads)] * 3
+        takes = [_of_heads(i, heads) for i in range(3)]
     else:
         raise OpdlabError(f"{name} of a {family!r} model holds several matrices, and how is not known: split it first")
     for part, size, take in zip("qkv", sizes, takes, strict=True):
         yield f"{parent}{part}_proj.weight", piece.part((size, cols), take)
+
+
+def _divide(name: str, rows: int, parts: int) -> int:
+    if rows % parts:
+        raise OpdlabError(
+            f"{name} has {rows} rows, which its config.json would split into {parts}: give its own config"
+        )
+    return rows // parts
 
 
 def _columns(start: int, count: int) -> Callable[[Tensor], Tensor]:
@@ -284,6 +308,8 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
         if not found:
             raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: merge it with PEFT first")
         if found["part"] == "B":
+            if key.replace("lora_B", "lora_A") not in stored:
+                raise OpdlabError(f"{file} has {key} without its lora_A: fetch the adapter again")
             continue
         name, b = f"{found['name']}.weight", key.replace("lora_A", "lora_B")
         if name not in pieces:
@@ -292,24 +318,31 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
                 "it with PEFT first"
             )
         origin, other = pieces[name], stored.get(b, (0, 0))
-        if (other[0], shape[1]) != origin.shape or shape[0] != other[1]:
+        if len(shape) != 2 or len(other) != 2 or (other[0], shape[1], shape[0]) != (*origin.shape, other[1]):
             raise OpdlabError(f"{key} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
-        pieces[name] = _merged(origin, file, key, b, _scaling(config, name, shape[0]))
+        pieces[name] = _merged(origin, file, key, b, _scaling(config, file, name, shape[0]))
         changed += 1
     if not changed:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     return _checkpoint(folder, pieces, base.config)
 
 
-def _scaling(config: dict, name: str, rank: int) -> float:
+def _scaling(config: dict, file: Path, name: str, rank: int) -> float:
     def of(pattern: str, default: float) -> float:
         for key, value in (config.get(pattern) or {}).items():
             if re.search(rf"(^|\.)({key})\.weight$", name):
                 return value
         return default
 
-    alpha, rank = of("alpha_pattern", config.get("lora_alpha", rank)), of("rank_pattern", config.get("r", rank))
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    try:
+        alpha, said = of("alpha_pattern", config.get("lora_alpha", rank)), of("rank_pattern", config.get("r", rank))
+        if said == rank:
+            return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+    except (TypeError, AttributeError, re.error) as problem:
+        raise OpdlabError(
+            f"the adapter_config.json beside {file} cannot be understood ({problem}): restore it"
+        ) from problem
+    raise OpdlabError(f"{name} in {file} has rank {rank}, and adapter_config.json says {said}: give its own config")
 
 
 def _merged(origin: Piece, file: Path, a: str, b: str, scaling: float) -> Piece:

@@ -86,7 +86,7 @@ def _measure(options: argparse.Namespace) -> None:
     )
     print(overall_means(table).to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
     summary = json.loads((out / "summary.json").read_text())
-    if "trajectory" in summary:
+    if summary.get("trajectory"):
         course = pd.DataFrame(summary["trajectory"]).set_index("step").astype(float).T
         print(f"\n{course.to_string(float_format=lambda value: f'{value:.4g}', na_rep='')}")
     for note in summary["notes"]:
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"opdlab: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nopdlab: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nopdlab: stopped; the same command goes on from what is done", file=sys.stderr)
         return 130
     return 0
 

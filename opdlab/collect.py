@@ -61,7 +61,7 @@ def collect(
 
 def finish(out: Path) -> None:
     """Forget what was kept to go on with, as the results are written."""
-    (out / "rows.jsonl").unlink()
+    (out / "rows.jsonl").unlink(missing_ok=True)
 
 
 def _side_by_side(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
@@ -69,8 +69,8 @@ def _side_by_side(work: Callable[[str], dict], sizes: dict[str, int], processes:
         yield from ((name, work(name)) for name in sizes)
         return
     # Memory is that of the largest tensor, however many processes there are: what is measured side by side is together
-    # hardly larger than that.
-    room, waiting, running = 1.1 * max(sizes.values(), default=0), dict(sizes), {}
+    # hardly larger than that; eight million entries, half a gigabyte, are for the small ones.
+    room, waiting, running = max(sizes.values(), default=0) + 8_000_000, dict(sizes), {}
     with workers(processes) as pool:
         try:
             while waiting or running:
@@ -99,7 +99,7 @@ def _resume(out: Path, identity: dict) -> dict[str, dict]:
             # A kill may have cut the last line, so keep whole lines only.
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         done = {line["name"]: line["found"] for line in map(json.loads, lines)}
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError, TypeError) as problem:
         raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
     write_json(out / "job.json", identity)
     write_whole(log, lambda temporary: temporary.write_text("".join(lines)))

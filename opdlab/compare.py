@@ -66,8 +66,10 @@ def load_measured(paths: Sequence[Path]) -> list[Measured]:
         try:
             summary, table = json.loads(file.read_text()), pd.read_csv(file.with_name("matrices.csv"))
             summaries.append((Path(summary["base"]), Path(summary["path"][-1])))
-            tables.append(of_layers(table).set_index("matrix"))
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+            # What is too small for any subspace is left out.
+            table = of_layers(table)[lambda rows: rows[["rows", "cols"]].min(axis=1) >= 4].set_index("matrix")
+            tables.append(table.astype({"frobenius": float, "density": float, "parameters": int}))
+        except (OSError, ValueError, LookupError, TypeError) as problem:
             raise OpdlabError(
                 f"{file} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
             ) from problem
@@ -96,10 +98,15 @@ class Comparison:
         seen = []
         for (label, base_path, tuned_path), norms in zip(self.updates, self.norms, strict=True):
             base = open_checkpoint(base_path)
-            w0, w1 = base.read(name).double(), open_checkpoint(tuned_path, base).read(name).double()
+            tuned = open_checkpoint(tuned_path, base)
+            shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
+            changed = f"{tuned_path} or {base_path} has changed since it was measured: measure it again"
+            if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+                raise OpdlabError(changed)
+            w0, w1 = base.read(name).double(), tuned.read(name).double()
             delta = w1 - w0
             if abs(frobenius(delta) - norms[name]) > 1e-6 * norms[name]:
-                raise OpdlabError(f"{tuned_path} or {base_path} has changed since it was measured: measure it again")
+                raise OpdlabError(changed)
             ks = settings_for(tuple(w0.shape)).sim_ks
             # Each with a permutation of its own: a shared one would make two equal updates equal again.
             shuffled = permute(delta, generator_of(self.seed, f"{label} {name}"))
@@ -111,7 +118,7 @@ class Comparison:
         rows, (m, n) = [], w0.shape
         for (a, svd_a, delta_a, masks_a), (b, svd_b, delta_b, masks_b) in combinations(seen, 2):
             row = {"a": a, "b": b, "matrix": name, **describe(name)._asdict(), "rows": m, "cols": n}
-            row["cosine"] = cosine(delta_a, delta_b)
+            row |= {"cosine": cosine(delta_a, delta_b), "cosine_random": (m * n) ** -0.5}
             for size in masks_a.keys() & masks_b.keys():
                 (mask_a, null_a), (mask_b, null_b) = masks_a[size], masks_b[size]
                 row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
@@ -174,7 +181,7 @@ def side_by_side(measured: Sequence[Measured]) -> pd.DataFrame:
     columns = {}
     for update in measured:
         means = overall_means(update.table)
-        for kind in ("value", "at equal norm"):
+        for kind in ("value", "null", "noise", "at equal norm", "null at equal norm"):
             if kind in means:
                 columns[(update.label, kind)] = means[kind]
     return pd.concat(columns, axis=1)
@@ -182,8 +189,19 @@ def side_by_side(measured: Sequence[Measured]) -> pd.DataFrame:
 
 def pair_means(pairs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per pair of models: the means over matrices, each alike, at the largest K."""
-    k = max(int(column.rpartition("K")[2]) for column in pairs if column.startswith("sim_right_K"))
-    kinds = [f"jaccard{kind}" for kind in ("", "_independent", "_permuted")]
-    columns = ["cosine", *kinds, *(f"{kind}_matched" for kind in kinds)]
-    columns += [f"sim_{side}_{random}K{k}" for side in ("right", "left") for random in ("", "random_")]
-    return pairs.groupby(["a", "b"], sort=False)[columns].mean().reset_index()
+    # At the largest K that any pair of updates has: an adapter of rank r has no more than r directions.
+    ks = sorted(int(column.rpartition("K")[2]) for column in pairs if column.startswith("sim_right_K"))
+    k = max((k for k in ks if pairs[f"sim_right_K{k}"].notna().any()), default=ks[-1])
+    groups = [["cosine", "cosine_random"]]
+    groups += [[f"jaccard{kind}{size}" for kind in ("", "_independent", "_permuted")] for size in ("", "_matched")]
+    groups += [[f"sim_{side}_K{k}", f"sim_{side}_random_K{k}"] for side in ("right", "left")]
+    rows = []
+    for (a, b), rows_of_pair in pairs.groupby(["a", "b"], sort=False):
+        row = {"a": a, "b": b}
+        for columns in groups:
+            # A value and its baselines are of the same matrices: those where all are defined.
+            known = rows_of_pair.reindex(columns=columns).dropna()
+            row |= {f"{columns[0]}_matrices": len(known)} if len(known) < len(rows_of_pair) else {}
+            row |= known.mean().to_dict() if len(known) else dict.fromkeys(columns, float("nan"))
+        rows.append(row)
+    return pd.DataFrame(rows)

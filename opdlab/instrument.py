@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as remember
 from importlib.metadata import version
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -113,12 +114,12 @@ def find_trajectory(folder: Path) -> list[Path]:
     Raises:
         OpdlabError: if there is none.
     """
+    kinds = ("*.safetensors", "*.bin", "*config.json")
     found = [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
-        # Pickled weights are listed too, and refused by name when they are opened.
-        if step_of(path)
-        and (path.suffix == ".safetensors" or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")))
+        # One without weights, or with pickled ones, is listed too, and refused by name when it is opened.
+        if step_of(path) and (path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds))
     ]
     if not found:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) if folder.is_dir() else ""
@@ -127,7 +128,11 @@ def find_trajectory(folder: Path) -> list[Path]:
             f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
             "of safetensors, or step-<step>.safetensors files"
         )
-    return sorted(found, key=step_of)
+    found = sorted(found, key=lambda path: (step_of(path), path.name))
+    for before, after in pairwise(found):
+        if step_of(before) == step_of(after):
+            raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
+    return found
 
 
 def default_out(measured: Path) -> Path:
@@ -182,6 +187,8 @@ class Job:
         who = {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
         if len(shape) > 2:
             who["block"] = "stacked"  # several matrices in one tensor, and how is not known
+        elif len(shape) < 2 and who["block"] in ("attention", "mlp"):
+            who["block"] = "other"  # those are of matrices
         if len(shape) != 2 or min(shape) < 2:
             return {"row": who | measure_vector(origin[0], snapshots[-1]), "course": []}
         settings = settings_for(shape)
@@ -222,11 +229,14 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     if cache is None:
         return svd(w0, k=k)
     content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:32]
-    file = cache / f"svd-{content}-{'x'.join(map(str, w0.shape))}-k{k}.safetensors"
+    kind = f"{str(w0.dtype).removeprefix('torch.')}-{'x'.join(map(str, w0.shape))}-k{k}-v{version('opdlab')}"
+    file = cache / f"svd-{content}-{kind}.safetensors"
     # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
     with suppress(OpdlabError, KeyError):
         tensors, _ = load_tensors(file)
-        return Svd(*(tensors[part].to(w0.device) for part in Svd._fields))
+        u, s, vh = (tensors[part].to(w0.device) for part in Svd._fields)
+        if (u.shape, s.shape, vh.shape) == ((len(w0), k), (min(w0.shape),), (k, w0.shape[1])):
+            return Svd(u, s, vh)
     found = svd(w0, k=k)
     with suppress(OpdlabError):
         save_tensors(file, found._asdict())
@@ -271,11 +281,14 @@ def measure_checkpoints(
     if not path or processes < 1:
         raise OpdlabError(f"there are {len(path)} checkpoints and {processes} processes; expected one or more of both")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        raise OpdlabError(
-            f"device {device!r} cannot be used here ({str(problem).splitlines()[0]}): try cpu"
-        ) from problem
+        usable = torch.device(device).type in ("cpu", "cuda")
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise OpdlabError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU")
+    if any(out.resolve() == folder.resolve() for folder in (Path(base), *path)):
+        raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
     _opened.cache_clear()
     opened = open_checkpoint(base)
     comparable = [check_comparable(opened, open_checkpoint(checkpoint, opened)) for checkpoint in path]
@@ -286,6 +299,8 @@ def measure_checkpoints(
     ordered = [done[name] for name in opened.pieces if name in done]
     table = pd.DataFrame([found["row"] for found in ordered])
     if (table["frobenius"] == 0).all():
+        finish(out)
+        (out / "job.json").unlink()
         raise OpdlabError(f"{base} and {path[-1]} hold the same weights: there is no update to measure")
     course = pd.DataFrame([row for found in ordered for row in found["course"]])
     _write_table(out / "matrices.csv", table)
@@ -293,9 +308,9 @@ def measure_checkpoints(
     summary = {"base": str(Path(base).resolve()), "path": [str(checkpoint.resolve()) for checkpoint in path]}
     summary |= {
         "dtypes": dtypes,
-        "notes": notes(dtypes),
+        "notes": notes(path[-1], dtypes),
         "seed": seed,
-        "provenance": provenance(),
+        "provenance": provenance() | {"device": device},
         "groups": summarise(table),
     }
     if len(course):
@@ -313,9 +328,10 @@ def measure_checkpoints(
     return table
 
 
-def notes(dtypes: dict[str, str]) -> list[str]:
+def notes(tuned: Path, dtypes: dict[str, str]) -> list[str]:
     """Return what to keep in mind when reading the results, given how the weights are stored."""
-    if not {"bfloat16", "float16"} & set(dtypes["tuned"].split(", ")):
+    # An adapter is added in float64.
+    if (tuned / "adapter_config.json").is_file() or not {"bfloat16", "float16"} & set(dtypes["tuned"].split(", ")):
         return []
     return [
         f"The tuned weights are stored in {dtypes['tuned']}, so their rounding is part of the update. It adds "

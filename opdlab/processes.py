@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from threading import RLock
+from threading import RLock, Thread
 
 import torch
 from tqdm import tqdm
@@ -23,8 +24,15 @@ def _start(prepare: Callable | None, arguments: tuple) -> None:
     # tqdm's own lock spans processes; in a killed one it would be reported as leaked.
     tqdm.set_lock(RLock())
     torch.set_num_threads(1)
+    # Nobody would be left to hear of what a worker finds after its parent was killed.
+    Thread(target=_end_with_parent, daemon=True).start()
     if prepare:
         prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
     """
     use_style()
     layers = of_layers(table)
+    # Matrices that moved, which is what there is to draw.
+    layers = layers[layers["stable_rank"].notna()] if "stable_rank" in layers else layers.head(0)
     figures = [
         (lambda: _by_layer(layers), "Sparsity, rotation and size of each matrix, by layer; one line per module."),
         (
@@ -57,7 +59,7 @@ def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: s
     ]
     if layers.empty:
         figures = []
-    if len(course):
+    if len(course) and not of_layers(course)["stable_rank"].dropna().empty:
         figures.append(
             (
                 lambda: _course(course),
@@ -74,7 +76,7 @@ matrices of this model, and says nothing about other seeds; the enrichment of an
 the entries; noise is the overlap of Gaussian noise at the same density; feasible is what counting allows.
 {html.escape(" ".join(notes))}</p>
 {_html(overall_means(table))}
-{_html(course_means(course)) if len(course) else ""}
+{_html(course_means(course)) if len(course) and not of_layers(course).empty else ""}
 {"".join(parts)}
 <p>Every number for every tensor is in matrices.csv beside this file.</p>"""
     _write_page(path, title, text)
@@ -213,7 +215,8 @@ def _pairs(pairs: pd.DataFrame) -> Figure:
             if column == "jaccard_matched":
                 independent = [rows["jaccard_independent_matched"].mean()] * 2
                 axis.plot([i - 0.4, i + 0.4], independent, color="0.6", linestyle=":", linewidth=1)
-        labels = [f"{a}\n{b}" for a, b in names.itertuples(index=False)]
+        # A dollar would begin a formula.
+        labels = [f"{a}\n{b}".replace("$", r"\$") for a, b in names.itertuples(index=False)]
         axis.set_xticks(range(len(names)), labels, rotation=40 if len(names) > 1 else 0, ha="center", fontsize=8)
         axis.set(title=title, xlim=(-0.6, len(names) - 0.4))
     return figure

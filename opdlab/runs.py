@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -143,8 +144,17 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as indented JSON."""
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+    """Write ``value`` as indented JSON; what is undefined becomes null."""
+    text = json.dumps(_defined(value), indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def _defined(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:

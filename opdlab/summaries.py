@@ -86,7 +86,7 @@ def course_means(course: pd.DataFrame) -> pd.DataFrame:
 def _summary(rows: pd.DataFrame) -> dict:
     found: dict = {"tensors": len(rows), "parameters": int(rows["parameters"].sum())}
     for column, null, weighting in SUMMARY:
-        columns = [name for name in (column, null, f"{column}_matched") if name in rows and rows[name].notna().any()]
+        columns = [name for name in (column, null) if name in rows and rows[name].notna().any()]
         # Where a diagnostic or its null is undefined or infinite, neither counts.
         known = rows.replace([inf, -inf], nan).dropna(subset=["parameters", *columns])
         if column not in columns or known.empty:
@@ -104,14 +104,19 @@ def _summary(rows: pd.DataFrame) -> dict:
             entry["z"] = float(difference.mean() / error) if error > 0 else None
         if column == "stable_rank" and "stable_rank_gaussian" in known:
             entry["gaussian"] = float(known["stable_rank_gaussian"].mean())
-        if f"{column}_matched" in columns:
-            entry["at equal norm"] = means[f"{column}_matched"]
-            if f"{null}_matched" in known:
-                entry["null at equal norm"] = float(known[f"{null}_matched"].mean())
+        matched = {"at equal norm": f"{column}_matched", "null at equal norm": f"{null}_matched"}
+        matched = {kind: name for kind, name in matched.items() if name in known and known[name].notna().any()}
+        # A matrix that did not move has nothing to scale.
+        moved = known.dropna(subset=list(matched.values()))
+        for kind, name in matched.items():
+            entry[kind] = float((moved[name] * weights[moved.index]).sum() / weights[moved.index].sum())
         if "_overlap_" in column:
+            known = known[known[column.replace("overlap", "share")] > 0]
             shares = known[column.replace("overlap", "share")]
             limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
             gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
+            if known.empty:
+                continue
             if f"{column}_noise" in known:
                 entry["noise"] = float(known[f"{column}_noise"].mean())
             entry["enrichment"] = sum(gains) / len(gains)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SMALL_SHAPE
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from opdlab import geometry as g
 from opdlab.callback import GeometryCallback
@@ -64,9 +64,37 @@ def test_a_matrix_that_has_not_moved_has_no_direction(trainer):
     assert "geometry/stable_rank" not in entry and "geometry/sim_right_K4" not in entry
 
 
+class Stop(TrainerCallback):
+    """Ends training early."""
+
+    def on_step_end(self, args, state, control, **_):
+        """Stop after three steps."""
+        control.should_training_stop = state.global_step == 3
+
+
+def test_training_that_stops_early_or_freezes(trainer):
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=4))
+    trainer.add_callback(Stop())
+    for weight in trainer.model.model.layers[0].parameters():
+        weight.requires_grad_(False)
+    trainer.train()
+    assert [entry["step"] for entry in geometry(trainer)] == [2, 3]
+
+
+def test_adapters_are_not_weights(trainer):
+    layer = trainer.model.model.layers[0].self_attn.q_proj
+    trainer.model.requires_grad_(False)
+    layer.lora_A = torch.nn.Linear(16, 4)
+    trainer.add_callback(GeometryCallback(trainer, k=4))
+    with pytest.raises(OpdlabError, match="an adapter is measured once it is saved"):
+        trainer.train()
+
+
 def test_what_it_refuses(trainer):
     for options, message in (
         ({"every": 0}, "every is 0 and k is 16"),
+        ({"every": 2.5}, "every is 2.5 and k is 16"),
+        ({"matrices": "*"}, "which is no regular expression"),
         ({"matrices": "nothing"}, "no trained matrix has a name with 'nothing'"),
         ({"k": 16}, "k is 16, more than a side of model.layers.0.self_attn.k_proj.weight"),
     ):

@@ -204,6 +204,28 @@ def test_an_adapter_on_a_fused_projection_is_split_with_it(tmp_path):
     torch.testing.assert_close(torch.cat(found), merged)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "[]", "config.json holds a list"),
+        ("model.safetensors.index.json", "{}", "has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": 3}}', "has no weight_map"),
+    ],
+)
+def test_json_of_another_kind(file, text, message, tmp_path):
+    save_file({"x": torch.zeros(2, 2)}, tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(OpdlabError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_fused_rows_that_do_not_split(tmp_path):
+    save_file({"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(48, 16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi3", "num_attention_heads": 5}))
+    with pytest.raises(OpdlabError, match=r"qkv_proj\.weight has 48 rows, which its config\.json would split into 15"):
+        open_checkpoint(tmp_path)
+
+
 def test_stacked_experts_come_one_by_one(tmp_path):
     experts = {f"model.layers.0.mlp.experts.{name}": torch.randn(3, 8, 6) for name in ("down_proj", "gate_up_proj")}
     save_file(experts, tmp_path / "model.safetensors")
@@ -256,7 +278,11 @@ def test_entries_that_are_not_weights(tmp_path):
         ({"init_lora_weights": "pissa"}, lora(), "not a plain LoRA adapter"),
         ({}, lora("self_attn.z_proj"), "z_proj.weight, which .*base does not have as one matrix"),
         ({}, lora(cols=99), r"does not fit model.layers.0.self_attn.q_proj.weight \(16, 16\)"),
-        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "changes no weight"),
+        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "lora_B.weight without its lora_A"),
+        ({}, {}, "changes no weight"),
+        ({"r": 64}, lora(), "has rank 2, and adapter_config.json says 64"),
+        ({"lora_alpha": "four"}, lora(), "adapter_config.json beside .* cannot be understood"),
+        ({"alpha_pattern": {"*": 3}}, lora(), "adapter_config.json beside .* cannot be understood"),
         ({}, {"base_model.model.lm_head.modules_to_save.weight": torch.zeros(2, 2)}, "not part of a plain LoRA"),
     ],
 )

@@ -101,9 +101,12 @@ def measure_course(
     for t in range(count):
         w_t = at(t)
         rests.append(svd(end - w_t, k=vectors))
-        intervals.append(svd(w_t - before, k=vectors))
-        before, delta = w_t, w_t - w0
+        delta = w_t - w0
         svds.append(svd(delta, k=vectors))
+        # The first interval is the first update, and the last is what the one before had left.
+        last = rests[t - 1] if t == count - 1 else None
+        intervals.append((last or svd(w_t - before, k=vectors)) if t else svds[0])
+        before = w_t
         row = {
             "frobenius": frobenius(delta),
             "relative_norm": relative_norm(w0, w_t),

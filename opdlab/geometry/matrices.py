@@ -15,6 +15,8 @@ from opdlab.geometry.spectrum import Svd, svd
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 # Blocks outside attention and MLP, by what a name contains.
 _OTHERS = {"embed": "embedding", "wte": "embedding", "wpe": "embedding", "norm": "norm", "ln_": "norm", "head": "head"}
+# What models call their MLPs, and the matrices of those that have no name for it.
+_MLP_PARENTS, _MLP_MODULES = ("mlp", "experts", "feed_forward", "ffn", "densereludense"), ("fc1", "fc2")
 
 
 class Description(NamedTuple):
@@ -35,14 +37,16 @@ def describe(name: str) -> Description:
     """
     found = _LAYER.search(name)
     *parents, module = name.removesuffix(".weight").removesuffix(".bias").split(".")
-    block = next((block for part, block in _OTHERS.items() if part in module), "other")
+    block = next((block for part, block in _OTHERS.items() if part in module.lower()), "other")
     if name.endswith(".bias"):
         block = "bias"
     elif "qkv" in module or "gate_up" in module:
         block = "fused"
     elif found and block == "other":
-        attention = any("attn" in parent or "attention" in parent for parent in parents)
-        block = "attention" if attention else "mlp" if "mlp" in parents or "experts" in parents else "other"
+        inside = " ".join(parents).lower()
+        block = "attention" if "attn" in inside or "attention" in inside else "other"
+        if block == "other" and (module in _MLP_MODULES or any(part in inside for part in _MLP_PARENTS)):
+            block = "mlp"
     return Description(int(found[1]) if found else -1, module, block)
 
 

@@ -150,7 +150,8 @@ def measure_matrix(
         w1: (m, n) weights after.
         settings: the resolution.
         seed: of the permutation.
-        svd0: the Svd of w0, if it is at hand, with ``max(settings.k, settings.mask_rank)`` vectors at least.
+        svd0: the Svd of w0, if it is at hand, with as many vectors as the largest of ``settings.k``,
+            ``mask_rank`` and ``angle_ks``.
         nulls: whether to compute what needs a permuted or a norm-matched update, about two thirds of the work.
 
     Raises:
@@ -161,7 +162,7 @@ def measure_matrix(
     ks = {f"angle_ks[{i}]": k for i, k in enumerate(settings.angle_ks)}
     check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank, **ks)
     svd0 = svd0 or svd(w0, k=max(settings.k, settings.mask_rank, *settings.angle_ks))
-    # What is large is dropped as soon as it has been used: six float64 matrices of this shape are alive at most.
+    # What is large is dropped as soon as it has been used: of float64 matrices of this shape, six are alive at most.
     masks = _masks(w0, svd0, settings)
     w1 = _checks.matrix(w1, f"{name} in w1s")
     sized = {"": _size_row(w0, w1, svd0, masks, settings)}
@@ -183,13 +184,13 @@ def measure_matrix(
         shuffled = permute(delta, random)
         row |= {f"{key}_null": value for key, value in summaries(shuffled, settings.k).items()}
         sized[""] |= _null_row(w0, w0 + shuffled, masks)
+        sized["_matched"] = dict.fromkeys(sized[""], nan)
+        scale = settings.matched_norm * frobenius(w0) / row["frobenius"] if moved else 0.0
+        null = _null_row(w0, torch.add(w0, shuffled, alpha=scale), masks)
+        del shuffled
         noise = noise_mask(w0, round(sized[""]["density"] * w0.numel()), random)
         row |= {f"{key}_noise": value for key, value in _overlaps(masks, noise).items()}
-        sized["_matched"] = dict.fromkeys(sized[""], nan)
-        if moved:
-            scale = settings.matched_norm * frobenius(w0) / row["frobenius"]
-            null = _null_row(w0, torch.add(w0, shuffled, alpha=scale), masks)
-            del shuffled
+        if scale > 0:
             matched = torch.add(w0, delta, alpha=scale)
             del delta
             sized["_matched"] = _size_row(w0, matched, svd0, masks, settings) | null

@@ -87,11 +87,13 @@ def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
     tensor([False,  True, False,  True])
     """
     w0 = _checks.finite(w0, "w0")
-    noise = torch.randn(w0.shape, generator=generator, dtype=torch.float64).to(w0.device)
+    noise = torch.randn(w0.shape, generator=generator).to(w0.device)
     here = w0.float().to(torch.bfloat16)
     there = torch.nextafter(here, torch.full_like(here, inf).copysign(noise.to(here.dtype)))
-    # How large the noise must be: the way to the border between the two numbers, halfway, over what is drawn here.
-    needed = ((here.double() + there.double()) / 2 - w0) / noise
+    # How large the noise must be: the way to the border between the two numbers, halfway, over what is drawn here. In
+    # place, for the memory; what would need more than any number needs the most.
+    needed = here.double().add_(there).div_(2).sub_(w0).div_(noise).nan_to_num_(nan=0.0)
+    del noise, here, there
     return smallest_entries(needed, _checks.whole(count, "count", 0, w0.numel()))
 
 
