@@ -278,10 +278,10 @@ def test_a_table_sees_one_step_of_one_weight():
 
 
 @pytest.mark.parametrize("shape", [(96, 256), (256, 96), (128, 128)])
-@pytest.mark.parametrize("tail", [0.0, 2.0, 3.9, 8.0])
+@pytest.mark.parametrize("tail", [0.0, 2.0, 3.9, 4.9, 8.0])
 @pytest.mark.parametrize("outliers", [False, True])
 def test_the_gram_matrix_loses_nothing(shape: tuple[int, int], tail: float, outliers: bool):
-    """A spectrum over ``tail`` decades, evenly or by a few outliers: beyond four the full SVD takes over by itself."""
+    """A spectrum over ``tail`` decades, evenly or by a few outliers: beyond five the full SVD takes over by itself."""
     r, k = min(shape), 16
     s = torch.logspace(0, -tail, r, dtype=torch.float64) * (2 - torch.arange(r) / r)
     if outliers:
@@ -291,7 +291,7 @@ def test_the_gram_matrix_loses_nothing(shape: tuple[int, int], tail: float, outl
     fast, full = g.svd(w, k=k), g.svd(w)
     assert fast.u.shape == (shape[0], k) and fast.vh.shape == (k, shape[1])
     for values in (fast.s, g.singular_values(w)):
-        assert (values - full.s).abs().max() < 1e-11 * s[0]
+        assert (values - full.s).abs().max() < (1e-11 if tail < 3 else 2e-10) * s[0]
     assert g.principal_angles(fast.u, full.u[:, :k]).max() < 1e-9
     assert g.principal_angles(fast.vh.T, full.vh[:k].T).max() < 1e-9
     assert torch.allclose((fast.u * fast.s[:k]) @ fast.vh, (full.u[:, :k] * full.s[:k]) @ full.vh[:k], atol=1e-11)

@@ -85,7 +85,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
         job = instrument.Job(tmp_path / "base.safetensors", (tmp_path / "tuned.safetensors",), 0, True, None)
         used = pool.submit(peak_memory, job, "model.embed_tokens.weight").result()
     # Half a matrix is the files' own pages, which the system takes back when it needs them.
-    assert used < 6.5 * 8 * m * n + 2**27, "six float64 matrices, and 128 MB of which the libraries need most"
+    assert used < 6.5 * 8 * m * n + 2**28, "six float64 matrices, and 256 MB of which the libraries need most"
 
 
 def peak_memory(job, name):
