@@ -28,6 +28,7 @@ from opdlab.errors import OpdlabError
 from opdlab.records import Records, per_run
 from opdlab.stats import Interval, mean_interval
 
+#: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
 
 
@@ -116,7 +117,7 @@ class Verdict:
 
     Attributes:
         claim: which.
-        verdict: one of :data:`VERDICTS`.
+        verdict: one of :data:`opdlab.claims.VERDICTS`.
         by: the control that explains it, or "".
         effect: mean and 95 % interval over seeds.
         p: one-sided p-value of an effect above the smallest that counts, corrected after Holm.
@@ -249,6 +250,7 @@ def _masked(arm: str, label: str) -> tuple[Claim, Claim]:
     return principal, low
 
 
+#: The claims that the recorded arms can test.
 CLAIMS = (
     _order("sparsity-opd-sft", "OPD leaves more weights unchanged than SFT", _SPARSITY, "opd", "sft", 0.01,
            "Table 1: 51.6 and 8.1 %"),
