@@ -152,7 +152,7 @@ def measure_matrix(
         seed: of the permutation.
         svd0: the Svd of w0, if it is at hand, with as many vectors as the largest of ``settings.k``,
             ``mask_rank`` and ``angle_ks``.
-        nulls: whether to compute what needs a permuted or a norm-matched update, about two thirds of the work.
+        nulls: whether to compute what needs a permuted or a norm-matched update, about a third of the time.
 
     Raises:
         OpdlabError: naming the matrix, if it is not finite or smaller than a setting allows, or the shapes differ.
