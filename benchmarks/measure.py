@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from scipy.optimize import nnls
 from tqdm import tqdm
 
-from opdlab.errors import OpdlabError
+from opdlab.errors import OpdlabError, exit_status
 from opdlab.instrument import Job
 from opdlab.processes import workers
 from opdlab.runs import provenance, write_json
@@ -146,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("measure", main))

@@ -24,8 +24,9 @@ class GeometryCallback(TrainerCallback):
     Divided by ``every``, that is the cost of a step: the 120 attention matrices of a 135 M model take 3 seconds on one
     CPU core, so 0.06 seconds a step at the default. A copy of the chosen matrices is kept in the CPU's memory.
 
-    It works with transformers' Trainer and those made from it, as all of TRL's are, and under FSDP2. The weights of
-    a LoRA adapter are not an update by themselves: save it, and measure it with ``opdlab measure``.
+    It works with transformers' Trainer and those made from it, as all of TRL's are. Weights of which each process has
+    a part (DTensor) are put together to be measured. Those of a LoRA adapter are not an update by themselves: save it,
+    and measure it with ``opdlab measure``.
 
     Args:
         trainer: the trainer that it is added to; results go where it logs.
@@ -56,6 +57,7 @@ class GeometryCallback(TrainerCallback):
         self.trainer, self.every, self.k = trainer, every, k
         self._origin: dict[str, Tensor] = {}
         self._last: dict[str, Svd] = {}
+        self._measured = 0
 
     def on_train_begin(self, args, state, control, model: nn.Module, **_) -> None:
         """Keep the weights that training starts from."""
@@ -127,6 +129,6 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """Return a weight of which FSDP2 keeps a part on each device as one tensor; every process must ask for it."""
+    """Return a weight of which each process has a part as one tensor; every process must ask for it."""
     weight = weight.detach()
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from opdlab.errors import OpdlabError
+from opdlab.errors import OpdlabError, exit_status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,30 +167,25 @@ def _models(options: argparse.Namespace, scale, home) -> None:
     print(f"the models are in {home.models(scale)}; delete a folder to make it again")
 
 
+def _run(options: argparse.Namespace) -> None:
+    alone = {"scales": _scales, "measure": _measure, "compare": _compare}
+    if options.command in alone:
+        alone[options.command](options)
+        return
+    # Imported here so that 'opdlab --help' answers at once.
+    from opdlab.runs import Home, default_home
+    from opdlab.scales import get_scale
+
+    scale, home = get_scale(options.scale), Home(options.home.resolve()) if options.home else default_home()
+    at_scale = {"models": _models, "train": _train, "record": _record, "reproduce": _reproduce}
+    at_scale[options.command](options, scale, home)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command line and return its exit status (:func:`opdlab.errors.exit_status`)."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        alone = {"scales": _scales, "measure": _measure, "compare": _compare}
-        if options.command in alone:
-            alone[options.command](options)
-            return 0
-        # Imported here so that 'opdlab --help' answers at once.
-        from opdlab.runs import Home, default_home
-        from opdlab.scales import get_scale
-
-        scale, home = get_scale(options.scale), Home(options.home.resolve()) if options.home else default_home()
-        {"models": _models, "train": _train, "record": _record, "reproduce": _reproduce}[options.command](
-            options, scale, home
-        )
-    except OpdlabError as problem:
-        print(f"opdlab: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nopdlab: stopped; the same command goes on from what is done", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("opdlab", lambda: _run(options))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from opdlab.geometry import (
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.instrument import settings_for
 from opdlab.runs import write_json, write_whole
-from opdlab.summaries import of_layers, overall_means
+from opdlab.summaries import largest_k, of_layers, overall_means
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,15 @@ class Comparison:
             # Each with a permutation of its own: a shared one would make two equal updates equal again.
             shuffled = permute(delta, generator_of(self.seed, f"{label} {name}"))
             masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled))}
-            if norms[name] > 0:
-                scale = MATCHED_NORM * frobenius(w0) / norms[name]
-                masks["_matched"] = tuple(update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
+            # Without an update there is nothing to scale, and both masks stay empty.
+            scale = MATCHED_NORM * frobenius(w0) / norms[name] if norms[name] else 0.0
+            masks["_matched"] = tuple(update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
             seen.append((label, svd(delta, k=max(ks)), delta, masks))
         rows, (m, n) = [], w0.shape
         for (a, svd_a, delta_a, masks_a), (b, svd_b, delta_b, masks_b) in combinations(seen, 2):
             row = {"a": a, "b": b, "matrix": name, **describe(name)._asdict(), "rows": m, "cols": n}
             row |= {"cosine": cosine(delta_a, delta_b), "cosine_random": (m * n) ** -0.5}
-            for size in masks_a.keys() & masks_b.keys():
+            for size in masks_a:
                 (mask_a, null_a), (mask_b, null_b) = masks_a[size], masks_b[size]
                 row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
                 row[f"jaccard_independent{size}"] = independent_jaccard(density(mask_a), density(mask_b))
@@ -189,9 +189,7 @@ def side_by_side(measured: Sequence[Measured]) -> pd.DataFrame:
 
 def pair_means(pairs: pd.DataFrame) -> pd.DataFrame:
     """Return one row per pair of models: the means over matrices, each alike, at the largest K."""
-    # At the largest K that any pair of updates has: an adapter of rank r has no more than r directions.
-    ks = sorted(int(column.rpartition("K")[2]) for column in pairs if column.startswith("sim_right_K"))
-    k = max((k for k in ks if pairs[f"sim_right_K{k}"].notna().any()), default=ks[-1])
+    k = largest_k(pairs)
     groups = [["cosine", "cosine_random"]]
     groups += [[f"jaccard{kind}{size}" for kind in ("", "_independent", "_permuted")] for size in ("", "_matched")]
     groups += [[f"sim_{side}_K{k}", f"sim_{side}_random_K{k}"] for side in ("right", "left")]

@@ -1,4 +1,9 @@
-"""The one exception that opdlab raises on bad input."""
+"""The one exception that opdlab raises on bad input, and what a command makes of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class OpdlabError(Exception):
@@ -7,3 +12,19 @@ class OpdlabError(Exception):
     The command line prints the sentence alone and exits with status 2; in a notebook it is the last
     line of the traceback. Nothing that was computed before is removed.
     """
+
+
+def exit_status(program: str, work: Callable[[], int | None]) -> int:
+    """Do a command's work and return its exit status: the work's own or 0, 2 for bad input, 130 when interrupted.
+
+    >>> exit_status("opdlab", lambda: None)
+    0
+    """
+    try:
+        return work() or 0
+    except OpdlabError as problem:
+        print(f"{program}: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; the same command goes on from what is done", file=sys.stderr)
+        return 130

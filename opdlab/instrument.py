@@ -316,8 +316,7 @@ def measure_checkpoints(
     if len(course):
         course = course.sort_values("step", kind="stable", ignore_index=True)
         _write_table(out / "trajectory.csv", course)
-        means = course_means(course).reset_index()
-        summary["trajectory"] = means.astype(object).where(means.notna(), None).to_dict("records")
+        summary["trajectory"] = course_means(course).reset_index().to_dict("records")
     write_json(out / "summary.json", summary)
     # Drawing is imported late, as the processes that measure need none of it.
     from opdlab.report import write_report

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from opdlab.geometry import feasible_range
 from opdlab.plots import NULL, panels, use_style
 from opdlab.runs import write_whole
-from opdlab.summaries import course_means, of_layers, overall_means
+from opdlab.summaries import course_means, largest_k, of_layers, overall_means
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
@@ -178,10 +178,10 @@ def _masks(layers: pd.DataFrame) -> Figure:
 
 
 def _course(course: pd.DataFrame) -> Figure:
-    sims = [column for column in course if column.startswith("sim_right_K") and column.count("_") == 2]
+    k = largest_k(course)
     views = {"stable_rank": "stable rank", "frobenius": "Frobenius norm"}
-    if sims:
-        views[sims[-1]] = f"similarity to the end, K = {sims[-1].rpartition('K')[2]}"
+    if k:
+        views[f"sim_right_K{k}"] = f"similarity to the end, K = {k}"
     figure, axes = panels(4, columns=2, width=4.6, height=3)
     for axis, (column, title) in zip(axes, views.items(), strict=False):
         for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
@@ -198,9 +198,9 @@ def _course(course: pd.DataFrame) -> Figure:
 
 
 def _pairs(pairs: pd.DataFrame) -> Figure:
-    sims = [column for column in pairs if column.startswith("sim_right_K")]
+    k = largest_k(pairs)
     views = {
-        sims[-1]: (f"similarity of updates, K = {sims[-1].rpartition('K')[2]}", sims[-1].replace("_K", "_random_K")),
+        f"sim_right_K{k}": (f"similarity of updates, K = {k}", f"sim_right_random_K{k}"),
         "jaccard_matched": ("Jaccard index of visible masks, at equal norm", "jaccard_permuted_matched"),
     }
     names = pairs[["a", "b"]].drop_duplicates()

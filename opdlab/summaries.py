@@ -1,6 +1,7 @@
 """Means over matrices: what a table of measurements says about a whole model, a block or a module.
 
-Each mean names how it weighs matrices, and stands beside the same mean of its null.
+Each mean names how it weighs matrices. It stands beside the same mean of its null, or, where size is what explains it
+(sparsity, angles, drift), beside that of the update at equal norm.
 """
 
 from __future__ import annotations
@@ -76,11 +77,21 @@ def course_means(course: pd.DataFrame) -> pd.DataFrame:
     by_step = of_layers(course).groupby("step")
     columns = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
     columns += [f"{column}{null}" for column in ("stable_rank", "effective_rank", "hill") for null in ("", "_null")]
-    sims = [column for column in course if column.startswith("sim_right_K") and column.count("_") == 2]
-    if sims:
-        columns += [f"{sims[-1]}{kind}" for kind in ("", "_null", "_rest", "_interval")]
-        columns.append(sims[-1].replace("right", "random"))
+    k = largest_k(course)
+    if k:
+        columns += [f"sim_right_K{k}{kind}" for kind in ("", "_null", "_rest", "_interval")] + [f"sim_random_K{k}"]
     return by_step[columns].mean()
+
+
+def largest_k(table: pd.DataFrame) -> int | None:
+    """Return the largest K at which any similarity is defined: an update of rank r has no more than r directions.
+
+    Args:
+        table: with columns such as sim_right_K16. None is returned if it has none, the smallest K if none is defined.
+    """
+    names = [column.removeprefix("sim_right_K") for column in table if column.startswith("sim_right_K")]
+    ks = sorted(int(name) for name in names if name.isdigit())
+    return max((k for k in ks if table[f"sim_right_K{k}"].notna().any()), default=ks[0] if ks else None)
 
 
 def _summary(rows: pd.DataFrame) -> dict:
@@ -111,12 +122,9 @@ def _summary(rows: pd.DataFrame) -> dict:
         for kind, name in matched.items():
             entry[kind] = float((moved[name] * weights[moved.index]).sum() / weights[moved.index].sum())
         if "_overlap_" in column:
-            known = known[known[column.replace("overlap", "share")] > 0]
             shares = known[column.replace("overlap", "share")]
             limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
             gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
-            if known.empty:
-                continue
             if f"{column}_noise" in known:
                 entry["noise"] = float(known[f"{column}_noise"].mean())
             entry["enrichment"] = sum(gains) / len(gains)

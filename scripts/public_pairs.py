@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from opdlab.checkpoints import open_checkpoint
-from opdlab.errors import OpdlabError
+from opdlab.errors import OpdlabError, exit_status
 from opdlab.geometry import bf16_equal, describe
 from opdlab.instrument import check_comparable, default_cache
 from opdlab.runs import write_json
@@ -263,17 +263,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="keep the models that it downloads")
     options = parser.parse_args(arguments)
     chosen = [pair for pair in PAIRS if not options.pair or pair.name in options.pair]
-    try:
+
+    def work() -> int:
         cache = Cache(options.cache.expanduser())
         run(chosen, cache, options.keep)
-    except OpdlabError as problem:
-        print(f"public_pairs: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\npublic_pairs: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    print(table(chosen, cache.results))
-    return 0 if all(is_within(pair, cache.results[pair.name]) for pair in chosen) else 1
+        print(table(chosen, cache.results))
+        return 0 if all(is_within(pair, cache.results[pair.name]) for pair in chosen) else 1
+
+    return exit_status("public_pairs", work)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
 
 # Home folders, temporary files, Windows drives; and this very clone, wherever it lies.
-MACHINE_PATH = re.compile(
-    r"(?<![\w.])(/home/|/Users/|/root/|/tmp/|/private/|/opt/)\w|\b[A-Z]:\\\w|" + re.escape(str(ROOT))
-)
+TOP_FOLDERS = ("home", "Users", "root", "tmp", "private", "opt")
+MACHINE_PATH = re.compile(rf"(?<![\w.])/({'|'.join(TOP_FOLDERS)})/\w|\b[A-Z]:\\\w|{re.escape(str(ROOT))}")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -115,6 +114,14 @@ def test_it_states_facts_that_are_checked(notebook):
         assert cell.outputs, f"nothing is compared in: {cell.source.splitlines()[0]}"
         # nbval never compares images, so a fact must be text.
         assert all(text_of(output).strip() for output in cell.outputs)
+
+
+def test_paths_of_machines_are_recognised():
+    # Put together here, so that this file has none itself.
+    for path in (*(f"in /{top}/someone" for top in TOP_FOLDERS), "C:" + "\\Users", f"'{ROOT}'"):
+        assert MACHINE_PATH.search(path), path
+    for text in ("runs/tiny/opd", "https://example.org/home/page", "a/tmp/b", "/homework/x"):
+        assert not MACHINE_PATH.search(text), text
 
 
 def test_names_of_figures_are_used_once():

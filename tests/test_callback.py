@@ -3,8 +3,12 @@
 import pytest
 import torch
 from conftest import SMALL_SHAPE
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from opdlab import callback
 from opdlab import geometry as g
 from opdlab.callback import GeometryCallback
 from opdlab.errors import OpdlabError
@@ -99,8 +103,7 @@ def test_what_it_refuses(trainer):
         ({"k": 16}, "k is 16, more than a side of model.layers.0.self_attn.k_proj.weight"),
     ):
         with pytest.raises(OpdlabError, match=message):
-            callback = GeometryCallback(trainer, **options)
-            trainer.add_callback(callback)
+            trainer.add_callback(GeometryCallback(trainer, **options))
             trainer.train()
         trainer.remove_callback(GeometryCallback)
     trainer.train()
@@ -108,3 +111,14 @@ def test_what_it_refuses(trainer):
     trainer.args.max_steps = 6
     with pytest.raises(OpdlabError, match="training resumes at step 5"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_weight_in_parts_is_put_together(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        weight = torch.randn(8, 6)
+        parts = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        whole = callback._whole(torch.nn.Parameter(parts))
+        assert type(whole) is torch.Tensor and torch.equal(whole, weight)
+    finally:
+        distributed.destroy_process_group()

@@ -75,6 +75,22 @@ def test_models_without_nulls_have_their_own_size_only(pair, results, tmp_path):
     assert ("first", "at equal norm") not in models.columns and ("second", "at equal norm") in models.columns
 
 
+def test_updates_that_share_no_matrix(pair, tmp_path):
+    """One moved a query, the other a value; and both by one direction only, as small adapters do."""
+    base = open_checkpoint(pair[0])
+    weights = {name: base.read(name).float() for name in base.pieces}
+    line = 0.05 * torch.outer(torch.ones(16), torch.randn(16, generator=torch.Generator().manual_seed(0)))
+    for name in ("q", "v"):
+        key = f"model.layers.0.self_attn.{name}_proj.weight"
+        save_file(weights | {key: weights[key] + line[: len(weights[key])]}, tmp_path / f"{name}.safetensors")
+        measure_checkpoints(pair[0], [tmp_path / f"{name}.safetensors"], tmp_path / name, processes=1)
+    _, pairs = compare_measurements([tmp_path / "q", tmp_path / "v"], tmp_path / "out", processes=1)
+    means = pair_means(pairs).iloc[0]
+    assert means[["cosine", "sim_right_K4"]].isna().all() and means["jaccard"] == 0
+    written = json.loads((tmp_path / "out" / "compare.json").read_text(), parse_constant=pytest.fail)
+    assert written["pairs"][0]["cosine"] is None
+
+
 def test_names_are_told_apart(results, tmp_path):
     summary = json.loads((results / "first" / "summary.json").read_text())
     for name in ("a", "b"):
