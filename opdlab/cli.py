@@ -23,13 +23,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     command("scales", "list the scales and the arms", scale=False)
-    command("models", "make the base, teacher and anchor that are missing, from nothing")
+    command("models", "make the models that are missing, from nothing")
     train = command("train", "train one arm; a stopped run goes on by the same command")
-    train.add_argument("--arm", required=True, help="sft, opd, opd_full, rlvr or sft_matched")
+    train.add_argument("--arm", required=True, help="sft, opd, opd_full, rlvr, sft_matched or a variant")
     train.add_argument("--seed", type=int, default=0, help="default: 0")
     for name, what in (
         ("record", "train and measure what is not recorded yet, and write it to data/records"),
-        ("reproduce", "retrain recorded runs from nothing, models included, and compare them with the record"),
+        ("reproduce", "retrain one seed of every recorded arm, models included, and compare it with the record"),
     ):
         added = command(name, what)
         added.add_argument("--arm", action="append", help="only this arm (may be repeated)")
@@ -114,7 +114,8 @@ def _scales(_: argparse.Namespace) -> None:
     print(f"{', '.join(RESERVED)}: reserved for real models\n")
     for arm in ARMS.values():
         start = arm.start or "random weights"
-        print(f"{arm.name:12} {arm.label}: from {start}, on sequences of the {arm.sequences}, by {arm.signal}")
+        what = f"like {arm.like}" if arm.like else f"from {start}, on sequences of the {arm.sequences}, by {arm.signal}"
+        print(f"{arm.name:24} {arm.label}: {what}")
 
 
 def _train(options: argparse.Namespace, scale, home) -> None:
@@ -134,7 +135,7 @@ def _record(options: argparse.Namespace, scale, home) -> None:
     from opdlab.arms import RECORDED
     from opdlab.reproduction import build, plan
 
-    jobs = plan(scale, home, tuple(options.arm or RECORDED), tuple(options.seed or scale.seeds))
+    jobs = plan(scale, home, tuple(options.arm or RECORDED), tuple(options.seed or ()))
     build(jobs, scale, home, processes=options.processes)
     print(f"the records are in {home.records(scale)}")
 
@@ -144,7 +145,7 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
     from opdlab.reproduction import build, compare, plan
     from opdlab.runs import Home
 
-    arms, seeds = tuple(options.arm or RECORDED), tuple(options.seed or scale.seeds)
+    arms, seeds = tuple(options.arm or RECORDED), tuple(options.seed or scale.variant_seeds[:1])
     repeated = Home(home.runs(scale).parent / "reproduce")
     print(f"retraining in {repeated.root}")
     build(plan(scale, repeated, arms, seeds), scale, repeated, processes=options.processes)
@@ -159,9 +160,9 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
 
 
 def _models(options: argparse.Namespace, scale, home) -> None:
-    from opdlab.reproduction import build, model_jobs
+    from opdlab.reproduction import all_models, build, plan
 
-    jobs = [job for job in model_jobs() if not (home.models(scale) / job.makes).is_dir()]
+    jobs = plan(scale, home, (), models=all_models())
     if jobs:
         build(jobs, scale, home, record=False)
     print(f"the models are in {home.models(scale)}; delete a folder to make it again")

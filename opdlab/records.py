@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from opdlab.arms import ARMS, RECORDED
+from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair, measure_trajectory
 from opdlab.runs import Home, Run, config_key, default_home, load_tensors, resolve, write_json, write_whole
@@ -33,7 +33,8 @@ class Records:
         history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds).
         evaluations: one row per evaluation (greedy and sampled accuracy, entropy, KL to the teacher).
         matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_pair`).
-        trajectory: one row per snapshot and matrix (:func:`opdlab.geometry.measure_trajectory`).
+        trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices
+            (:func:`opdlab.geometry.measure_trajectory`).
         sources: one row per run: where its tables come from, key, versions, seconds.
     """
 
@@ -69,7 +70,7 @@ def measure_run(run: Run, scale: Scale) -> Path:
             "history": pd.DataFrame(run.lines("history")),
             "evaluations": pd.DataFrame(run.lines("evaluations")),
             "matrices": measure_pair(origin, snapshots[-1][1], scale.geometry, seed=seed),
-            "trajectory": measure_trajectory(origin, snapshots, scale.geometry, seed=seed),
+            "trajectory": by_block(measure_trajectory(origin, snapshots, scale.geometry, seed=seed)),
         }
     for name, table in tables.items():
         write_whole(
@@ -161,7 +162,7 @@ def write_record(arm: str, seed: int, scale: Scale, home: Home) -> Path:
 
 
 def load_records(
-    arms: tuple[str, ...] = RECORDED,
+    arms: tuple[str, ...] = PAPER,
     scale: Scale | None = None,
     *,
     seeds: tuple[int, ...] | None = None,
@@ -171,15 +172,15 @@ def load_records(
     """Return the tables of ``arms`` at a scale, over its seeds, training whatever is not recorded.
 
     Args:
-        arms: names in :data:`opdlab.arms.ARMS`.
+        arms: names in :data:`opdlab.arms.ARMS`; by default the paper's and matched SFT.
         scale: by default that of ``OPDLAB_SCALE``.
-        seeds: by default those of the scale.
+        seeds: by default those that the scale has for each arm.
         home: by default the repository.
         progress: show bars for what has to be trained.
     """
     scale, home = scale or get_scale(), home or default_home()
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in (*TABLES, "sources")}
-    wanted = [(arm, seed) for arm in arms for seed in (scale.seeds if seeds is None else seeds)]
+    wanted = [(arm, seed) for arm in arms for seed in (scale.seeds_of(arm) if seeds is None else seeds)]
     for arm, seed in wanted:
         folder = find_tables(arm, seed, scale, home, progress)
         description, tables = read_record(folder)
@@ -190,11 +191,16 @@ def load_records(
         for name, table in tables.items():
             parts[name].append(table.assign(**{k: v for k, v in who.items() if k not in table}))
     joined = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
-    steps = {arm: recipe.steps for arm, recipe in scale.recipes.items()}
+    steps = {arm: scale.recipe(arm).steps for arm in arms}
     for name in TABLES:
         if "step" in joined[name]:
             joined[name]["progress"] = joined[name]["step"] / joined[name]["arm"].map(steps)
     return Records(**joined)
+
+
+def by_block(trajectory: pd.DataFrame) -> pd.DataFrame:
+    """Average a trajectory over the matrices of each block, which leaves a tenth of its rows; see :func:`per_run`."""
+    return _means(trajectory, ["step", "block"])
 
 
 def per_run(table: pd.DataFrame) -> pd.DataFrame:
@@ -203,12 +209,20 @@ def per_run(table: pd.DataFrame) -> pd.DataFrame:
     The mean is unweighted, the paper's rule for all diagnostics but one: sparsity weighs a matrix by its parameters
     (2606.07082, Appendix C.3). ``matrices`` counts what was averaged.
     """
-    keys = [key for key in ("arm", "label", "seed", "step", "progress") if key in table]
-    numbers = table.select_dtypes("number").columns.difference([*keys, "layer", "rows", "cols"], sort=False)
-    groups = table.groupby(keys, sort=False)
-    means = groups[list(numbers)].mean()
-    weighted = [column for column in numbers if column.startswith("sparsity")]
-    for column in weighted:
-        means[column] = (table[column] * table["parameters"]).groupby([table[key] for key in keys], sort=False).sum()
-        means[column] /= groups["parameters"].sum()
-    return means.assign(matrices=groups.size()).reset_index()
+    return _means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table])
+
+
+def _means(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    skipped = [*keys, "layer", "rows", "cols", "matrices", "parameters"]
+    numbers = table.select_dtypes("number").columns.difference(skipped, sort=False)
+    groups = [table[key] for key in keys]
+    # A row is one matrix, or the mean of several, whose parameters it has in all.
+    count = table["matrices"] if "matrices" in table else pd.Series(1, table.index)
+    weights = {name: table["parameters"] if name.startswith("sparsity") else count for name in numbers}
+    sums = pd.DataFrame({name: table[name] * weights[name] for name in numbers})
+    # What is undefined for a matrix does not count in the mean.
+    counted = pd.DataFrame({name: weights[name].where(table[name].notna(), 0) for name in numbers})
+    totals = counted.groupby(groups, sort=False).sum()
+    means = sums.groupby(groups, sort=False).sum() / totals.where(totals > 0)
+    sizes = pd.DataFrame({"matrices": count, "parameters": table["parameters"]}).groupby(groups, sort=False).sum()
+    return pd.concat([means, sizes], axis=1).reset_index()

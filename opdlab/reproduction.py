@@ -1,7 +1,8 @@
 """Building the lab from nothing, and comparing what comes out with the record.
 
-The jobs of a scale are its three models and its recorded runs. They run as one-thread processes side by side, in the
-order in which they need each other: base -> SFT -> anchor, teacher, and then everything that starts from the anchor.
+The jobs of a scale are its models and its recorded runs. They run as one-thread processes side by side, in the order
+in which they need each other: base -> SFT -> anchor, teacher, then what starts from the anchor, and last the projected
+runs that take their directions from another run.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 import pandas as pd
 from tqdm import tqdm
 
-from opdlab.arms import ARMS, RECORDED, get_arm
+from opdlab.arms import ARMS, RECORDED, Arm, get_arm, maker_of
 from opdlab.errors import OpdlabError
 from opdlab.processes import CONTEXT, workers
 from opdlab.records import find_tables, read_record, write_record
-from opdlab.runs import Home
+from opdlab.runs import Home, source_of
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
 from opdlab.training import install_model, train
@@ -25,43 +26,72 @@ from opdlab.training import install_model, train
 
 @dataclass(frozen=True)
 class Job:
-    """One run, the model folders that it waits for, and the one that it makes (or "")."""
+    """One run, the model folders and runs that it waits for, and the model folder that it makes (or "")."""
 
     arm: str
     seed: int
     needs: tuple[str, ...]
     makes: str = ""
 
+    @property
+    def name(self) -> str:
+        """The name by which other jobs wait for this run."""
+        return f"{self.arm}-seed{self.seed}"
 
-def plan(scale: Scale, home: Home, arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[Job]:
-    """List the jobs that give the records of ``arms`` and ``seeds``, and before them the models that are missing.
+
+def plan(
+    scale: Scale, home: Home, arms: tuple[str, ...], seeds: tuple[int, ...] = (), models: tuple[str, ...] = ()
+) -> list[Job]:
+    """List the jobs that give the records of ``arms`` and the model folders ``models``, those they need first.
+
+    Args:
+        scale: at which scale.
+        home: what is already among its models is not made again.
+        arms: of which a record is kept.
+        seeds: of these seeds; by default, of all seeds that the scale has for an arm.
+        models: names of model folders.
 
     Raises:
-        OpdlabError: if an arm is unknown, or one that no record is kept of.
+        OpdlabError: if an arm is unknown, or one that no record is kept of; or if no arm makes a model.
     """
-    for arm in arms:
-        if get_arm(arm).name not in RECORDED:
-            raise OpdlabError(f"no record is kept of arm {arm!r}, only of {', '.join(RECORDED)}")
-    folder = home.models(scale)
-    wanted = [(arm, seed) for seed in seeds for arm in arms]
-    needed = {"anchor" if ARMS[arm].start == "anchor" else "base" for arm, _ in wanted}
-    missing = [name for name in ("base", "teacher", "anchor") if not (folder / name).is_dir()]
-    jobs = []
-    if "base" in missing and needed:
-        jobs.append(Job("base", 0, (), "base"))
-    if "teacher" in missing and "anchor" in needed:
-        jobs.append(Job("teacher", 0, (), "teacher"))
-    if "anchor" in missing and "anchor" in needed:
-        jobs.append(Job("sft", 0, ("base",), "anchor"))
-        wanted = [pair for pair in wanted if pair != ("sft", 0)]
-    for arm, seed in wanted:
-        jobs.append(Job(arm, seed, ("anchor", "teacher") if ARMS[arm].start == "anchor" else ("base",)))
-    return jobs
+    jobs: dict[str, Job] = {}
+
+    def need_model(folder: str) -> tuple[str, ...]:
+        if not folder or (home.models(scale) / folder).is_dir():
+            return ()
+        need_run(maker_of(folder), 0)
+        return (folder,)
+
+    def need_run(arm: Arm, seed: int) -> str:
+        name = f"{arm.name}-seed{seed}"
+        if name in jobs:
+            return name
+        needs = [*need_model(arm.start), *need_model(arm.teacher)]
+        source = source_of(arm, seed, scale)
+        if source:
+            needs.append(need_run(get_arm(source[0]), source[1]))
+        makes = arm.makes if seed == 0 and not (home.models(scale) / arm.makes).is_dir() else ""
+        jobs[name] = Job(arm.name, seed, tuple(needs), makes)
+        return name
+
+    for folder in models:
+        need_model(folder)
+    for arm in map(get_arm, arms):
+        if arm.name not in RECORDED:
+            raise OpdlabError(f"no record is kept of arm {arm.name!r}, as it only makes a model")
+    # Seed by seed, so that what is stopped halfway can be compared across arms.
+    most = max((len(seeds or scale.seeds_of(arm)) for arm in arms), default=0)
+    for i in range(most):
+        for arm in arms:
+            of_arm = seeds or scale.seeds_of(arm)
+            if i < len(of_arm):
+                need_run(get_arm(arm), of_arm[i])
+    return list(jobs.values())
 
 
-def model_jobs() -> list[Job]:
-    """List the jobs that make the three models of a lab."""
-    return [Job("teacher", 0, (), "teacher"), Job("base", 0, (), "base"), Job("sft", 0, ("base",), "anchor")]
+def all_models() -> tuple[str, ...]:
+    """Return the names of all model folders of a lab."""
+    return tuple(dict.fromkeys(arm.makes for arm in ARMS.values() if arm.makes))
 
 
 _counter = None
@@ -92,10 +122,9 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
-    total = sum(scale.recipes[job.arm].steps for job in jobs)
+    total = sum(scale.recipe(job.arm).steps for job in jobs)
     counter = CONTEXT.Value("q", 0)
-    waiting, running, made = list(jobs), {}, {path.name for path in home.models(scale).glob("*") if path.is_dir()}
-    made -= {job.makes for job in jobs}
+    waiting, running, made = list(jobs), {}, set()
     with (
         tqdm(total=total, unit="step", desc=f"{len(jobs)} runs at {scale.name}") as bar,
         workers(processes, _take, counter) as pool,
@@ -105,7 +134,7 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
                 waiting.remove(job)
                 running[pool.submit(_work, job, scale.name, home, record)] = job
             if not running:
-                raise OpdlabError(f"nothing makes the models that {waiting[0].arm!r} needs: run 'opdlab models' first")
+                raise OpdlabError(f"nothing makes {', '.join(waiting[0].needs)}, which {waiting[0].arm!r} needs")
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
@@ -116,7 +145,7 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
                         f"the process of {job.arm} seed {job.seed} was killed, perhaps for lack of memory; the same "
                         "command goes on from its last checkpoint"
                     ) from problem
-                made.add(job.makes)
+                made |= {job.makes, job.name}
             bar.set_postfix_str(", ".join(f"{job.arm} {job.seed}" for job in running.values()))
             bar.n = counter.value
             bar.refresh()
@@ -146,7 +175,7 @@ def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
 def compare(
     scale: Scale, recorded: Home, repeated: Home, arms: tuple[str, ...], seeds: tuple[int, ...]
 ) -> pd.DataFrame:
-    """Compare repeated runs with the record, one row per run and figure.
+    """Compare repeated runs with the record, one row per run and figure; an arm without one of the seeds has no row.
 
     A run agrees ``bit for bit`` if its last weights are the recorded ones. Elsewhere (another processor or version)
     training amplifies the first rounding difference, so a figure agrees if it lies ``within the spread``: the 99 %
@@ -154,14 +183,15 @@ def compare(
     """
     rows = []
     for arm in arms:
-        records = {seed: read_record(recorded.records(scale) / f"{arm}-seed{seed}") for seed in scale.seeds}
+        of_arm = scale.seeds_of(arm)
+        records = {seed: read_record(recorded.records(scale) / f"{arm}-seed{seed}") for seed in of_arm}
         figures = {seed: end_figures(tables) for seed, (_, tables) in records.items()}
-        for seed in seeds:
+        for seed in (seed for seed in seeds if seed in of_arm):
             description, tables = read_record(find_tables(arm, seed, scale, repeated))
             same_bits = description["weights"] == records[seed][0]["weights"]
             same_machine = description["provenance"] == records[seed][0]["provenance"]
             for name, value in end_figures(tables).items():
-                spread = prediction_interval([figures[other][name] for other in scale.seeds])
+                spread = prediction_interval([figures[other][name] for other in of_arm])
                 verdict = "outside"
                 if same_bits:
                     verdict = "bit for bit"

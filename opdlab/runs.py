@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opdlab.arms import get_arm
+from opdlab.arms import Arm, get_arm
 from opdlab.checkpoints import weights_digest
 from opdlab.errors import OpdlabError
 from opdlab.scales import Scale
@@ -69,30 +69,55 @@ def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
     Raises:
         OpdlabError: if the arm is unknown, or a model that it needs is missing (no teacher for OPD, say).
     """
-    arm, recipe = get_arm(arm_name), scale.recipes[arm_name]
+    arm, recipe = get_arm(arm_name), scale.recipe(arm_name)
     folder = home.models(scale)
-    if arm.has_teacher and not (folder / "teacher").is_dir():
+    if arm.teacher and not (folder / arm.teacher).is_dir():
         raise OpdlabError(
-            f"arm {arm.name!r} needs a teacher, and there is none in {folder / 'teacher'}: run 'opdlab models' first"
+            f"arm {arm.name!r} needs a teacher, and there is none in {folder / arm.teacher}: run 'opdlab models' first"
         )
     config = {
         "scale": scale.name,
-        "arm": asdict(arm),
+        "arm": arm.decisive,
         "recipe": asdict(recipe),
         "seed": seed,
         "task": arm.task or scale.task,
         "start": weights_digest(folder / arm.start) if arm.start else scale.shapes[arm.name],
-        "teacher": weights_digest(folder / "teacher") if arm.has_teacher else None,
+        "teacher": weights_digest(folder / arm.teacher) if arm.teacher else None,
         "max_new_tokens": scale.max_new_tokens,
         "temperature": scale.temperature,
         "micro_batch": scale.micro_batch,
         "threads": scale.threads,
         "evaluation_prompts": scale.evaluation_prompts,
-        "evaluations": [0, *scale.steps_at(arm_name, scale.evaluations)],
+        "evaluations": [0, *scale.steps_at(arm_name, scale.evaluations_of(arm_name))],
         # The lab's own pretraining is not measured: only its last weights are kept.
-        "snapshots": [0, *scale.steps_at(arm_name, scale.snapshots)] if arm.start else [recipe.steps],
+        "snapshots": [0, *scale.steps_at(arm_name, scale.snapshots_of(arm_name))] if arm.start else [recipe.steps],
     }
+    if arm.constraint:
+        config["constraint"] = _directions(scale, arm, seed, home)
+        config["snapshots"] = sorted({*config["snapshots"], config["constraint"]["begin"]})
     return json.loads(json.dumps(config))
+
+
+def source_of(arm: Arm, seed: int, scale: Scale) -> tuple[str, int] | None:
+    """Return the arm and the seed of the other run that a projected run takes its directions from, if it does."""
+    constraint = arm.constraint
+    if constraint is None or not (constraint.arm or constraint.other_seed or constraint.final):
+        return None
+    seeds = scale.seeds_of(arm.name)
+    if constraint.other_seed:
+        seed = seeds[(seeds.index(seed) + 1) % len(seeds)] if seed in seeds else seed + 1
+    return constraint.arm or arm.like, seed
+
+
+def _directions(scale: Scale, arm: Arm, seed: int, home: Home) -> dict:
+    """Return when a projected run is confined, and which run and step its directions are from, if not from itself."""
+    (begin,) = scale.steps_at(arm.name, (arm.constraint.start,))
+    source = source_of(arm, seed, scale)
+    if source is None:
+        return {"begin": begin, "step": begin}
+    config = resolve(scale, *source, home)
+    step = config["recipe"]["steps"] if arm.constraint.final else begin
+    return {"begin": begin, "step": step, "arm": source[0], "seed": source[1], "run": config_key(config)}
 
 
 def config_key(config: dict) -> str:

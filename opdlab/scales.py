@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 
+from opdlab.arms import get_arm
 from opdlab.errors import OpdlabError
 from opdlab.geometry import GeometrySettings
 
@@ -54,7 +55,7 @@ class Scale:
     shapes: dict[str, dict]
     task: str
     recipes: dict[str, Recipe]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     max_new_tokens: int = 48
     temperature: float = 1.0
     # Sequences in one forward pass: like lengths go together, and the loss does not depend on the split.
@@ -63,6 +64,10 @@ class Scale:
     # Shares of the training steps at which weights are kept (dense early) and accuracy is measured.
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    # Of the variants there are many more, so each has fewer seeds, snapshots and evaluations.
+    variant_seeds: tuple[int, ...] = (0, 1, 2)
+    variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+    variant_evaluations: tuple[float, ...] = (0.2, 1.0)
     # CPU threads of a run: small matrices gain nothing from a second one, and with one the sums keep their order.
     threads: int = 1
     geometry: GeometrySettings = field(
@@ -71,9 +76,27 @@ class Scale:
         )
     )
 
+    def recipe(self, arm: str) -> Recipe:
+        """Return the recipe of an arm."""
+        found = get_arm(arm)
+        recipe = self.recipes[found.budget or arm]
+        return replace(recipe, learning_rate=recipe.learning_rate * found.rate)
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """Return the seeds that an arm is recorded with."""
+        return self.variant_seeds if get_arm(arm).like else self.seeds
+
+    def snapshots_of(self, arm: str) -> tuple[float, ...]:
+        """Return the shares of its training at which an arm's weights are kept."""
+        return self.variant_snapshots if get_arm(arm).like else self.snapshots
+
+    def evaluations_of(self, arm: str) -> tuple[float, ...]:
+        """Return the shares of its training at which an arm's accuracy is measured."""
+        return self.variant_evaluations if get_arm(arm).like else self.evaluations
+
     def steps_at(self, arm: str, shares: tuple[float, ...]) -> list[int]:
         """Turn shares of an arm's training into steps, without repeats."""
-        steps = self.recipes[arm].steps
+        steps = self.recipe(arm).steps
         return sorted({max(1, round(share * steps)) for share in shares})
 
 
@@ -82,6 +105,8 @@ _ATTENTION_AND_MLP = _LAYER | {"intermediate_size": 384, "max_position_embedding
 
 # One learning rate for all arms that start from the anchor, or their updates could not be compared.
 _FROM_ANCHOR = Recipe(steps=640)
+_PRETRAINING = Recipe(2500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95))
+_OF_TEACHER = replace(_PRETRAINING, steps=1500)
 
 TINY = Scale(
     name="tiny",
@@ -89,18 +114,28 @@ TINY = Scale(
     models="tiny",
     shapes={
         "base": _ATTENTION_AND_MLP | {"num_hidden_layers": 3},
+        "base_small": _ATTENTION_AND_MLP | {"num_hidden_layers": 2},
         "teacher": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
+        "teacher_weak": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
+        "teacher_same": _ATTENTION_AND_MLP | {"num_hidden_layers": 3},
+        "teacher_difference": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
     },
     task="running_sum",
     recipes={
-        "base": Recipe(2500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
-        "teacher": Recipe(1500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
+        "base": _PRETRAINING,
+        "base_small": _PRETRAINING,
+        "teacher": _OF_TEACHER,
+        "teacher_weak": replace(_OF_TEACHER, steps=500),
+        "teacher_same": _OF_TEACHER,
+        "teacher_difference": _OF_TEACHER,
         # About ten times the rate of the other arms, as in the paper, and stopped while there is room to improve.
         "sft": Recipe(340, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95)),
         "opd": _FROM_ANCHOR,
         "opd_full": _FROM_ANCHOR,
         "rlvr": _FROM_ANCHOR,
         "sft_matched": _FROM_ANCHOR,
+        # A fifth of it: all variants, and the runs that they are compared with.
+        "short": replace(_FROM_ANCHOR, steps=128),
     },
 )
 
@@ -114,8 +149,12 @@ SMOKE = replace(
     },
     max_new_tokens=32,
     evaluation_prompts=32,
+    seeds=(0, 1, 2),
     snapshots=(0.1, 0.25, 0.5, 0.75, 1.0),
     evaluations=(0.5, 1.0),
+    variant_seeds=(0,),
+    variant_snapshots=(0.2, 0.5, 1.0),
+    variant_evaluations=(1.0,),
 )
 
 SCALES = {scale.name: scale for scale in (SMOKE, TINY)}

@@ -35,7 +35,7 @@ def is_evaluation(prompt: str) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A named task; :data:`RUNNING_SUM` is the one of the lab."""
+    """A named task; :data:`RUNNING_SUM` is the one of the lab, :data:`RUNNING_DIFFERENCE` its second."""
 
     name: str
     prompt: Callable[[np.random.Generator], str]
@@ -112,6 +112,43 @@ def running_sum_reward(prompt: str, completion: str) -> float:
     return float(final_answer(completion) == str(sum(_terms(prompt))))
 
 
+# --- the second task: one to three numbers taken away, with running differences ---------------------------------
+
+
+def running_difference_prompt(rng: np.random.Generator) -> str:
+    """Draw a number up to 200 and one to three numbers, between 1 and 50, to take away: ``Q187-17-5=?A:``."""
+    terms = rng.integers(1, 51, size=rng.integers(1, 4))
+    return f"Q{rng.integers(terms.sum(), 201)}-{'-'.join(map(str, terms))}=?A:"
+
+
+def _taken_away(prompt: str) -> list[int]:
+    return [int(term) for term in prompt[1:].split("=")[0].split("-")]
+
+
+def running_difference_demonstration(prompt: str) -> str:
+    """Write the solution with its running differences.
+
+    >>> running_difference_demonstration("Q187-17-5=?A:")
+    '187-17=170;170-5=165#165$'
+    """
+    total, *rest = _taken_away(prompt)
+    steps = []
+    for term in rest:
+        steps.append(f"{total}-{term}={total - term}")
+        total -= term
+    return ";".join(steps) + f"#{total}" + EOS
+
+
+def running_difference_reward(prompt: str, completion: str) -> float:
+    """Return 1.0 if the final answer is right and 0.0 otherwise; the steps before it are not looked at.
+
+    >>> running_difference_reward("Q187-17-5=?A:", "187-17=170;170-5=165#165$")
+    1.0
+    """
+    first, *rest = _taken_away(prompt)
+    return float(final_answer(completion) == str(first - sum(rest)))
+
+
 # --- "pretraining": short tasks that teach digits, order and addition, but never the format above --------------
 
 
@@ -161,19 +198,29 @@ def short_task_reward(prompt: str, completion: str) -> float:
 
 
 RUNNING_SUM = Task("running_sum", running_sum_prompt, running_sum_demonstration, running_sum_reward)
+RUNNING_DIFFERENCE = Task(
+    "running_difference", running_difference_prompt, running_difference_demonstration, running_difference_reward
+)
 SHORT_TASKS = Task("short_tasks", short_task_prompt, short_task_demonstration, short_task_reward)
 
 
-def _task_of(prompt: str) -> Task:
-    return RUNNING_SUM if prompt.startswith("Q") else SHORT_TASKS
+def _mixture(name: str, main: Task) -> Task:
+    """Return what a teacher is pretrained on: the main task four times out of five, the short tasks otherwise."""
+
+    def of(prompt: str) -> Task:
+        return main if prompt.startswith("Q") else SHORT_TASKS
+
+    return Task(
+        name,
+        lambda rng: (main if rng.random() < 0.8 else SHORT_TASKS).prompt(rng),
+        lambda prompt: of(prompt).demonstration(prompt),
+        lambda prompt, completion: of(prompt).reward(prompt, completion),
+    )
 
 
-# What the teacher is pretrained on: the lab's task four times out of five, the short tasks otherwise.
-TEACHER_MIXTURE = Task(
-    "teacher_mixture",
-    lambda rng: (RUNNING_SUM if rng.random() < 0.8 else SHORT_TASKS).prompt(rng),
-    lambda prompt: _task_of(prompt).demonstration(prompt),
-    lambda prompt, completion: _task_of(prompt).reward(prompt, completion),
-)
+TEACHER_MIXTURE = _mixture("teacher_mixture", RUNNING_SUM)
+DIFFERENCE_MIXTURE = _mixture("difference_mixture", RUNNING_DIFFERENCE)
 
-TASKS = {task.name: task for task in (RUNNING_SUM, SHORT_TASKS, TEACHER_MIXTURE)}
+TASKS = {
+    task.name: task for task in (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
+}

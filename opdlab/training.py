@@ -8,6 +8,7 @@ run that was killed goes on bit for bit as if nothing had happened.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,18 +21,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import objectives
-from opdlab.arms import ARMS, SIGNALS, Arm
-from opdlab.batches import micro_batches
+from opdlab.arms import ARMS, Arm
+from opdlab.batches import MicroBatch, micro_batches
+from opdlab.constraints import Confinement
 from opdlab.errors import OpdlabError
 from opdlab.models import character_tokenizer, check_same_vocabulary, load_model, load_tokenizer, new_model, save_model
+from opdlab.optimizers import load_moments, make_optimizers, moments
 from opdlab.rollouts import Rollouts, encode_prompts, sample
 from opdlab.runs import Home, Run, default_home, load_tensors, provenance, save_tensors, write_json
 from opdlab.scales import Recipe, Scale, get_scale
+from opdlab.signals import SIGNALS, token_ranking, token_weights
 from opdlab.tasks import TASKS, Task
 
 # Seconds between two checkpoints: what a kill can cost.
 CHECKPOINT_SECONDS = 20.0
-_PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3}
+_PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4}
 
 
 def random_numbers(seed: int, purpose: str, step: int) -> np.random.Generator:
@@ -62,32 +66,39 @@ class Learner:
         else:
             self.tokenizer, self.student = character_tokenizer(), new_model(scale.shapes[arm.name], seed).eval()
         self.teacher: PreTrainedModel | None = None
-        if arm.has_teacher:
-            check_same_vocabulary(folder / arm.start, folder / "teacher")
-            self.teacher = load_model(folder / "teacher")
+        if arm.teacher:
+            check_same_vocabulary(folder / arm.start, folder / arm.teacher)
+            self.teacher = load_model(folder / arm.teacher)
+        self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
+        writers = {"student": self.student, "teacher": self.teacher, "task": None}
+        self.writer = copy.deepcopy(self.student) if arm.sequences == "stale" else writers[arm.sequences]
+        self.optimizers = make_optimizers(self.student, recipe, arm.optimizer)
+        self.confinement: Confinement | None = None
 
     def batch(self, step: int) -> tuple[Rollouts, Tensor | None]:
-        """Return the sequences of a step, and their rewards (B,) if the student wrote them."""
+        """Return the sequences of a step, and their rewards (B,) if a student wrote them."""
         recipe = self.recipe
         prompts = self.task.prompts(recipe.prompts, random_numbers(self.seed, "prompts", step))
-        if self.arm.sequences == "task":
+        if self.writer is None:
             room = self.student.config.max_position_embeddings - self.scale.max_new_tokens
             solutions = self.tokenizer([self.task.demonstration(prompt) for prompt in prompts]).input_ids
             return Rollouts(encode_prompts(self.tokenizer, prompts, room), solutions), None
-        rollouts = sample(
-            self.student if self.arm.sequences == "student" else self.teacher,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=self.scale.max_new_tokens,
-            samples=recipe.samples,
-            temperature=self.scale.temperature,
-            generator=torch_generator(random_numbers(self.seed, "rollouts", step)),
-        )
-        if self.arm.sequences == "teacher":
+        generator = torch_generator(random_numbers(self.seed, "rollouts", step))
+        by_teacher = round(self.arm.teacher_share * len(prompts))
+        rollouts = Rollouts([], [])
+        for writer, part in ((self.teacher, prompts[:by_teacher]), (self.writer, prompts[by_teacher:])):
+            if part:
+                rollouts += sample(
+                    writer,
+                    self.tokenizer,
+                    part,
+                    max_new_tokens=self.scale.max_new_tokens,
+                    samples=recipe.samples,
+                    temperature=self.scale.temperature,
+                    generator=generator,
+                )
+        if self.writer is self.teacher or by_teacher:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
 
@@ -98,47 +109,129 @@ class Learner:
             OpdlabError: if the loss is not finite; the weights are then as before the step.
         """
         began = time.perf_counter()
+        arm, student = self.arm, self.student
         rollouts, rewards = self.batch(step)
-        advantages = objectives.grpo_advantages(rewards, rollouts.samples) if self.arm.signal == "grpo" else None
-        signal, listens = SIGNALS[self.arm.signal], self.arm.listens_to_teacher
+        advantages = objectives.grpo_advantages(rewards, rollouts.samples) if arm.listens_to_rewards else None
+        random = torch_generator(random_numbers(self.seed, "tokens", step))
         loss = entropy = kl = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        for part in micro_batches(rollouts, self.scale.micro_batch, self.student.device, advantages):
-            logits = part.logits(self.student)
+        self._zero_gradients()
+        for part in micro_batches(rollouts, self.scale.micro_batch, student.device, advantages):
+            logits = part.logits(student)
             with torch.no_grad():
-                teacher = part.logits(self.teacher) if listens else None
-            per_token = signal(logits, part.tokens, teacher, part.advantages)
-            part_loss = objectives.token_mean(per_token, part.mask, normalizer=rollouts.tokens)
-            part_loss.backward()
+                teacher = part.logits(self.teacher) if arm.listens_to_teacher else None
+            losses = self._losses(part, logits, teacher, rollouts.tokens, random)
+            self._accumulate(losses)
             with torch.no_grad():
-                loss += part_loss.item()
+                loss += sum(arm.signals[name] * value.item() for name, value in losses.items())
                 entropy += objectives.entropy(logits)[part.mask].sum().item() / rollouts.tokens
                 if teacher is not None:
                     kl += objectives.reverse_kl(logits, teacher)[part.mask].sum().item() / rollouts.tokens
         if not np.isfinite(loss):
             raise OpdlabError(
-                f"the loss of arm {self.arm.name!r} is {loss} at step {step + 1}: lower its learning rate "
+                f"the loss of arm {arm.name!r} is {loss} at step {step + 1}: lower its learning rate "
                 f"({self.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
+        shares = self._mix()
+        parameters = dict(student.named_parameters())
+        if self.confinement and self.confinement.acts_on == "gradient":
+            self.confinement.confine_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), self.recipe.clip)
         # A batch whose rewards are all alike says nothing: skip the update, or Adam's momentum would make one.
-        skipped = advantages is not None and not bool(advantages.any())
+        skipped = arm.signal == "grpo" and not bool(advantages.any())
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate_at(step)
-            self.optimizer.step()
+            self._update(step, parameters)
         return {
             "step": step + 1,
             "loss": loss,
             "accuracy": None if rewards is None else float(rewards.mean()),
             "entropy": entropy,
-            "kl_teacher": kl if listens else None,
+            "kl_teacher": kl if arm.listens_to_teacher else None,
             "grad_norm": float(norm),
             "update_norm": self.update_norm(),
             "skipped": skipped,
             "tokens": rollouts.tokens,
             "seconds": round(time.perf_counter() - began, 4),
-        }
+        } | shares
+
+    def _losses(
+        self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int, random: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Return the loss of each of the arm's signals, a scalar, as its share of the loss of the whole batch."""
+        arm, weights = self.arm, None
+        if arm.ranking:
+            with torch.no_grad():
+                key = token_ranking(arm.ranking, logits, part.tokens, teacher, random)
+                weights = token_weights(key, part.mask, arm.token_share, arm.per_completion)
+        losses = {}
+        for name in arm.signals:
+            per_token = SIGNALS[name](logits, part.tokens, teacher, part.advantages, part.mask)
+            losses[name] = objectives.token_mean(
+                per_token if weights is None else per_token * weights, part.mask, normalizer=tokens
+            )
+        return losses
+
+    def _zero_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.gradients: dict[str, list[Tensor]] = {}
+
+    def _accumulate(self, losses: dict[str, Tensor]) -> None:
+        """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
+        if len(losses) == 1:
+            next(iter(losses.values())).backward()
+            return
+        weights = list(self.student.parameters())
+        for name, loss in losses.items():
+            found = torch.autograd.grad(loss, weights, retain_graph=True)
+            before = self.gradients.get(name)
+            self.gradients[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+
+    @torch.no_grad()
+    def _mix(self) -> dict[str, float]:
+        """Put a mixture's gradients together, and return their norms and cosine; nothing without a mixture."""
+        if not self.gradients:
+            return {}
+        vectors = {name: torch.cat([part.flatten() for part in parts]) for name, parts in self.gradients.items()}
+        first, second = vectors.values()
+        norms = {name: float(vector.norm()) for name, vector in vectors.items()}
+        reference = norms[self.arm.signal]
+        scales = {name: reference / max(norm, 1e-12) if self.arm.balanced else 1.0 for name, norm in norms.items()}
+        for i, weight in enumerate(self.student.parameters()):
+            weight.grad = sum(
+                share * scales[name] * self.gradients[name][i] for name, share in self.arm.signals.items()
+            )
+        cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
+        return {f"grad_norm_{name}": norm for name, norm in norms.items()} | {"grad_cosine": cosine}
+
+    def _update(self, step: int, parameters: dict[str, Tensor]) -> None:
+        """Let the optimizers make their step, confined and rounded as the arm says."""
+        strict = self.confinement if self.confinement and self.confinement.acts_on == "update" else None
+        before = {name: parameters[name].detach().clone() for name in strict.of} if strict else {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(step)
+            optimizer.step()
+        if strict:
+            strict.confine_update(parameters, before)
+        self.round_weights()
+
+    def confine(self, weights: dict[str, Tensor], at_start: bool) -> None:
+        """Confine training from now on to what the update from the origin to ``weights`` spans (:class:`Constraint`).
+
+        ``at_start`` is False when a stopped run goes on, which keeps its moments in any case.
+        """
+        constraint = self.arm.constraint
+        self.confinement = Confinement(constraint, self.origin, weights, self.seed)
+        if constraint.reset and at_start:
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Round the weights to the dtype that the arm stores them in, in place."""
+        if self.arm.stored != "float32":
+            for weight in self.student.parameters():
+                weight.copy_(weight.to(getattr(torch, self.arm.stored)))
 
     @torch.no_grad()
     def update_norm(self) -> float:
@@ -176,24 +269,16 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer moments, by name."""
-        tensors = {}
-        for name, weight in self.student.named_parameters():
-            tensors[f"weight.{name}"] = weight
-            for moment in ("exp_avg", "exp_avg_sq", "step"):
-                if self.optimizer.state[weight]:
-                    tensors[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
-        return tensors
+        weights = dict(self.student.named_parameters())
+        return {f"weight.{name}": weight for name, weight in weights.items()} | moments(self.optimizers, weights)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` returned."""
-        for name, weight in self.student.named_parameters():
+        weights = dict(self.student.named_parameters())
+        for name, weight in weights.items():
             weight.copy_(tensors[f"weight.{name}"])
-            if f"step.{name}" in tensors:
-                self.optimizer.state[weight] = {
-                    moment: tensors[f"{moment}.{name}"].to(weight.device if moment != "step" else "cpu")
-                    for moment in ("exp_avg", "exp_avg_sq", "step")
-                }
+        load_moments(self.optimizers, weights, tensors)
 
 
 @contextmanager
@@ -237,7 +322,7 @@ def train(
         return run
     config, checkpoint = run.config, run.folder / "checkpoint.safetensors"
     with cpu_threads(scale.threads):
-        learner = Learner(scale, ARMS[arm], scale.recipes[arm], TASKS[config["task"]], home.models(scale), seed)
+        learner = Learner(scale, ARMS[arm], scale.recipe(arm), TASKS[config["task"]], home.models(scale), seed)
         done = 0
         if checkpoint.exists():
             tensors, metadata = load_tensors(checkpoint)
@@ -267,8 +352,11 @@ def train(
                 save_tensors(run.snapshot_path(0), dict(learner.student.named_parameters()))
             evaluate(0)
         saved = time.monotonic()
+        begin = config.get("constraint", {}).get("begin", steps)
         try:
             for step in range(done, steps):
+                if step >= begin and learner.confinement is None:
+                    learner.confine(_directions(run, scale, home), at_start=step == begin)
                 line = learner.step(step)
                 done = step + 1
                 run.append("history", line)
@@ -287,6 +375,15 @@ def train(
             bar.close()
         checkpoint.unlink(missing_ok=True)
     return run
+
+
+def _directions(run: Run, scale: Scale, home: Home) -> dict[str, Tensor]:
+    """Return the weights whose update gives the directions of a projected run: its own, or those of another run."""
+    constraint = run.config["constraint"]
+    source = run
+    if "arm" in constraint:
+        source = train(constraint["arm"], constraint["seed"], scale, home=home)
+    return source.snapshot(constraint["step"])
 
 
 def install_model(run: Run, home: Home, scale: Scale, name: str) -> Path:

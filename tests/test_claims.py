@@ -1,12 +1,12 @@
 """Verdicts are computed, and each can come out either way."""
 
 from dataclasses import replace
-from math import log
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from opdlab.arms import RECORDED
 from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, holm, judge, scorecard
 from opdlab.errors import OpdlabError
 from opdlab.records import Records, load_records
@@ -14,6 +14,7 @@ from opdlab.records import Records, load_records
 CLAIM = Claim(
     "size", "regime", "A is larger than B", "nowhere", Difference(Value("x"), "a", "b"), 1.0,
     {"the control": Difference(Value("x"), "a", "c")},
+    {"a rival": Difference(Value("x"), "d", "b")},
 )  # fmt: skip
 
 
@@ -35,11 +36,12 @@ def records(seeds=5, noise=0.05, **means):
 @pytest.mark.parametrize(
     ("means", "noise", "expected", "by"),
     [
-        ({"a": 5, "b": 2, "c": 2.2}, 0.05, "reproduced", ""),
-        ({"a": 5, "b": 2, "c": 4.5}, 0.05, "explained", "the control"),
-        ({"a": 2.5, "b": 2, "c": 2}, 0.05, "not reproduced", ""),
-        ({"a": 1, "b": 2, "c": 2}, 0.05, "not reproduced", ""),
-        ({"a": 4, "b": 2, "c": 2}, 3.0, "inconclusive", ""),
+        ({"a": 5, "b": 2, "c": 2.2, "d": 2}, 0.05, "reproduced", ""),
+        ({"a": 5, "b": 2, "c": 4.5, "d": 2}, 0.05, "explained", "the control"),
+        ({"a": 5, "b": 2, "c": 2.2, "d": 4}, 0.05, "explained", "a rival"),
+        ({"a": 2.5, "b": 2, "c": 2, "d": 2}, 0.05, "not reproduced", ""),
+        ({"a": 1, "b": 2, "c": 2, "d": 9}, 0.05, "not reproduced", ""),
+        ({"a": 4, "b": 2, "c": 2, "d": 2}, 3.0, "inconclusive", ""),
     ],
 )
 def test_a_verdict_can_come_out_any_way(means, noise, expected, by):
@@ -49,7 +51,7 @@ def test_a_verdict_can_come_out_any_way(means, noise, expected, by):
 
 
 def test_one_seed_cannot_tell():
-    (found,) = judge([CLAIM], records(seeds=1, a=9, b=2, c=2))
+    (found,) = judge([CLAIM], records(seeds=1, a=9, b=2, c=2, d=2))
     assert found.verdict == "inconclusive" and found.p == 1
 
 
@@ -69,7 +71,7 @@ def test_values_by_progress_block_and_change():
 
 
 def test_only_seeds_on_both_sides_count():
-    made = records(a=5, b=2, c=2)
+    made = records(a=5, b=2, c=2, d=2)
     missing = (made.matrices["arm"] == "b") & (made.matrices["seed"] == 4)
     (found,) = judge([CLAIM], replace(made, matrices=made.matrices[~missing]))
     assert found.seeds == 4 and found.verdict == "reproduced"
@@ -81,15 +83,27 @@ def test_holm_corrects_for_testing_together():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     # A claim that holds alone needs more beside others.
     close = Claim("close", "regime", "A is a little larger", "nowhere", Difference(Value("x"), "a", "b"), 2.93, {})
-    made = records(a=5, b=2, c=2)
+    made = records(a=5, b=2, c=2, d=2)
     alone = judge([close], made)[0].p
     assert judge([close] * 10, made)[0].p == pytest.approx(min(1, 10 * alone))
+    # Claims of another finding are another family.
+    others = [replace(close, finding="rank")] * 9
+    assert judge([close, *others], made)[0].p == pytest.approx(alone)
+
+
+def test_sizes_of_differences():
+    made = records(a=5, b=7)
+    plain = Difference(Value("x"), "a", "b").of(made)
+    assert (plain < 0).all()
+    assert Difference(Value("x"), "a", "b", size=1).of(made).tolist() == (-plain).tolist()
+    assert Difference(Value("x"), "a", "b", size=-1).of(made).tolist() == plain.tolist()
 
 
 def test_the_paper_s_claims_can_be_judged_from_the_records():
-    verdicts = judge(CLAIMS, load_records(progress=False))
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
-    assert all(found.verdict in VERDICTS and (not found.by or found.verdict == "explained") for found in verdicts)
+    arms = set().union(*(claim.arms for claim in CLAIMS))
+    assert arms <= set(RECORDED)
+    verdicts = judge(CLAIMS, load_records(tuple(sorted(arms)), progress=False))
+    assert all(found.verdict in VERDICTS and bool(found.by) == (found.verdict == "explained") for found in verdicts)
     table = scorecard(verdicts)
     assert table["verdict"].str.len().min() > 0 and len(table) == len(CLAIMS)
-    assert all(claim.smallest >= 0.005 and claim.smallest <= log(1.5) for claim in CLAIMS)

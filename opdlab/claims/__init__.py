@@ -1,0 +1,9 @@
+"""The paper's claims as data, and the verdict on each of them, computed from records.
+
+:mod:`~opdlab.claims.judging` says what a verdict is, :mod:`~opdlab.claims.paper` holds the claims.
+"""
+
+from opdlab.claims.judging import VERDICTS, Claim, Difference, Value, Verdict, holm, judge, scorecard
+from opdlab.claims.paper import CLAIMS
+
+__all__ = ["CLAIMS", "VERDICTS", "Claim", "Difference", "Value", "Verdict", "holm", "judge", "scorecard"]

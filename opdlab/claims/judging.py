@@ -1,0 +1,242 @@
+"""How a claim is judged: the number that tests it, one per seed, and the verdict that follows from the records.
+
+The verdicts:
+
+- *reproduced*: the effect exceeds the smallest that counts (one-sided t-test over seeds, corrected after Holm over all
+  claims of the same finding), no control takes most of it away, and no rival passes the same test;
+- *explained*: so it does, but a control takes more than half of it away (95 % interval, paired by seed), or a rival, to
+  which the paper's explanation does not apply, shows the effect too (95 % interval above the smallest that counts);
+- *not reproduced*: the 95 % interval of the effect lies below the smallest that counts;
+- *inconclusive*: anything else; more seeds could tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import isnan, nan
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from opdlab.errors import OpdlabError
+from opdlab.records import Records, per_run
+from opdlab.stats import Interval, bootstrap_interval, mean_interval
+
+#: What a verdict can be.
+VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number per run: the mean of a column over matrices.
+
+    Attributes:
+        column: of the records' ``matrices``, or of their ``trajectory`` where ``progress`` is given; "sampled" and
+            "greedy" are the accuracies of their ``evaluations``.
+        progress: share of the training; the snapshot nearest to it.
+        since: the change since that share of the training, instead of the value itself.
+        block: "attention" leaves the MLP out, as the paper does for trajectories.
+        log: take the natural logarithm, for what is compared by its ratio.
+    """
+
+    column: str
+    progress: float | None = None
+    since: float | None = None
+    block: str = ""
+    log: bool = False
+
+    def of(self, records: Records, arm: str) -> pd.Series:
+        """Return the value of an arm's runs, by seed."""
+        table = records.matrices if self.progress is None else records.trajectory
+        if self.column in ("sampled", "greedy"):
+            table = records.evaluations
+        rows = table[table["arm"] == arm]
+        if self.block:
+            rows = rows[rows["block"] == self.block]
+        if rows.empty or self.column not in rows:
+            raise OpdlabError(f"the records have no {self.column!r} of the arm {arm!r}; record it first")
+        values = _at(per_run(rows) if "block" in rows else rows, self.column, self.progress)
+        if self.log:
+            values = np.log(values)
+        if self.since is not None:
+            values = values - replace(self, progress=self.since, since=None).of(records, arm)
+        return values
+
+
+def _at(runs: pd.DataFrame, column: str, progress: float | None) -> pd.Series:
+    if progress is not None:
+        gap = (runs["progress"] - progress).abs()
+        runs = runs[gap == gap.min()]
+    return runs.set_index("seed")[column]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A statistic: the value of one arm minus that of another (or minus another value, or a number), by seed.
+
+    Attributes:
+        value: of what.
+        arm: of which arm.
+        minus_arm: the other arm, if it is another.
+        minus: the other value, if it is another, or a number.
+        size: 1 for the size of the difference whatever its sign ("far"), -1 for minus that ("near"), 0 for itself.
+    """
+
+    value: Value
+    arm: str
+    minus_arm: str = ""
+    minus: Value | float | None = None
+    size: int = 0
+
+    def of(self, records: Records) -> pd.Series:
+        """Return the difference, by seed; only seeds that both sides have count."""
+        difference = self.value.of(records, self.arm)
+        if isinstance(self.minus, (int, float)):
+            difference = difference - self.minus
+        else:
+            other = (self.minus or self.value).of(records, self.minus_arm or self.arm)
+            difference = (difference - other).dropna()
+        return self.size * difference.abs() if self.size else difference
+
+    @property
+    def arms(self) -> set[str]:
+        """The arms that it is about."""
+        return {self.arm, self.minus_arm or self.arm}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, and how it is tested.
+
+    Attributes:
+        name: the name in code and links.
+        finding: the chapter that it belongs to.
+        statement: the claim in one sentence.
+        source: where the paper makes it, and what it prints.
+        effect: the statistic that tests it; positive speaks for the claim.
+        smallest: the smallest effect that counts, in its units.
+        controls: by what could explain it: what is then left of the effect.
+        rivals: by where the paper's explanation does not apply: the same statistic there.
+    """
+
+    name: str
+    finding: str
+    statement: str
+    source: str
+    effect: Difference
+    smallest: float
+    controls: dict[str, Difference] = field(default_factory=dict)
+    rivals: dict[str, Difference] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> set[str]:
+        """The arms that it needs records of."""
+        return set().union(*(part.arms for part in (self.effect, *self.controls.values(), *self.rivals.values())))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the records say about a claim.
+
+    Attributes:
+        claim: which.
+        verdict: one of :data:`opdlab.claims.VERDICTS`.
+        by: the control that explains it, or "".
+        effect: mean and Student's 95 % interval over seeds.
+        bootstrap: the same, with the bootstrap's interval.
+        p: one-sided p-value of an effect above the smallest that counts, corrected after Holm.
+        seeds: how many.
+        left: what each control leaves of the effect, and what each rival shows of it, with its interval.
+    """
+
+    claim: Claim
+    verdict: str
+    by: str
+    effect: Interval
+    bootstrap: Interval
+    p: float
+    seeds: int
+    left: dict[str, Interval]
+
+
+def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
+    """Return the verdicts on claims; those of one finding are a family, corrected together.
+
+    Raises:
+        OpdlabError: if the records lack an arm or a column, naming it.
+    """
+    effects = [claim.effect.of(records) for claim in claims]
+    p_values = [_p_above(effect, claim.smallest) for claim, effect in zip(claims, effects, strict=True)]
+    for finding in {claim.finding for claim in claims}:
+        family = [i for i, claim in enumerate(claims) if claim.finding == finding]
+        for i, p in zip(family, holm([p_values[i] for i in family]), strict=True):
+            p_values[i] = p
+    verdicts = []
+    for claim, effect, p in zip(claims, effects, p_values, strict=True):
+        left = {name: control.of(records) for name, control in claim.controls.items()}
+        rivals = {name: rival.of(records) for name, rival in claim.rivals.items()}
+        verdict, by = _verdict(effect, claim.smallest, p, left, rivals)
+        intervals = {name: mean_interval(values) for name, values in (left | rivals).items()}
+        found = mean_interval(effect), bootstrap_interval(effect)
+        verdicts.append(Verdict(claim, verdict, by, *found, p, len(effect), intervals))
+    return verdicts
+
+
+def _verdict(
+    effect: pd.Series, smallest: float, p: float, left: dict[str, pd.Series], rivals: dict[str, pd.Series]
+) -> tuple[str, str]:
+    if p < 0.05:
+        for name, values in left.items():
+            # Most of the effect is gone, in every seed's own measure.
+            if mean_interval((values - effect / 2).dropna()).high < 0:
+                return "explained", name
+        for name, values in rivals.items():
+            if mean_interval(values).low > smallest:
+                return "explained", name
+        return "reproduced", ""
+    return ("not reproduced", "") if mean_interval(effect).high < smallest else ("inconclusive", "")
+
+
+def _p_above(effect: pd.Series, smallest: float) -> float:
+    """Return the one-sided p-value of Student's test; 1 where a single seed cannot tell."""
+    if len(effect) < 2:
+        return 1.0
+    if effect.std(ddof=1) == 0:
+        return 0.0 if effect.mean() > smallest else 1.0
+    return float(stats.ttest_1samp(effect, smallest, alternative="greater").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for testing them together, after Holm (1979).
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order, corrected, largest = np.argsort(p_values), [nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Return the verdicts as a table, one row per claim."""
+    rows = []
+    for found in verdicts:
+        effect = found.effect
+        spread = "" if isnan(effect.low) else f" [{effect.low:+.3g}, {effect.high:+.3g}]"
+        rows.append(
+            {
+                "claim": found.claim.statement,
+                "paper": found.claim.source,
+                "effect": f"{effect.mean:+.3g}{spread}",
+                "bootstrap": f"[{found.bootstrap.low:+.3g}, {found.bootstrap.high:+.3g}]",
+                "counts from": f"{found.claim.smallest:g}",
+                "p": f"{found.p:.2g}",
+                "seeds": found.seeds,
+                "verdict": f"{found.verdict} by {found.by}" if found.by else found.verdict,
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,159 @@
+"""The claims of the paper (2606.07082), as data.
+
+The criteria are committed before the runs that they judge, which the history of this file shows, with one exception:
+seeds 0 to 2 of the paper's arms and matched SFT were known when theirs were written. Those are a pilot; the seeds after
+them are the test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import log
+
+from opdlab.claims.judging import Claim, Difference, Value
+
+_SPARSITY = Value("sparsity")
+_ANGLE, _DRIFT = Value("angle_left_mean", log=True), Value("nss", log=True)
+_PRINCIPAL, _LOW = Value("principal_overlap_a30"), Value("low_overlap_a30")
+_END = {"progress": 1.0, "block": "attention"}
+_RISE = Value("stable_rank", since=0.1, **_END)
+# At 20 % of the training, about the paper's first checkpoint.
+_EARLY = Value("sim_right_K16", progress=0.2, block="attention")
+
+
+def _matched(value: Value) -> Value:
+    return replace(value, column=f"{value.column}_matched")
+
+
+def _order(name: str, what: str, value: Value, high: str, low: str, smallest: float, source: str) -> Claim:
+    """Return the claim that one arm lies above another, with the controls for size and, for SFT, for its recipe."""
+    controls = {"the size of the update": Difference(_matched(value), high, low)}
+    if high == "sft":
+        controls["SFT's own recipe"] = Difference(value, "sft_matched", low)
+    if low == "sft":
+        controls["SFT's own recipe"] = Difference(value, high, "sft_matched")
+    return Claim(name, "regime", what, source, Difference(value, high, low), smallest, controls)
+
+
+def _masked(arm: str, label: str) -> tuple[Claim, Claim]:
+    """Return the claims that an arm avoids the principal weights and prefers the small ones."""
+    source = "Figure 3: below and above the random 0.3"
+    principal = Claim(
+        f"principal-{arm}", "regime", f"{label} avoids the principal weights", source,
+        Difference(Value("principal_share_a30"), arm, minus=_PRINCIPAL), 0.005,
+        {
+            "noise of the same density": Difference(Value("principal_overlap_a30_noise"), arm, minus=_PRINCIPAL),
+            "the permuted update": Difference(Value("principal_overlap_a30_null"), arm, minus=_PRINCIPAL),
+        },
+    )  # fmt: skip
+    low = Claim(
+        f"low-{arm}", "regime", f"{label} prefers the small weights", source,
+        Difference(_LOW, arm, minus=Value("low_share_a30")), 0.005,
+        {
+            "noise of the same density": Difference(_LOW, arm, minus=Value("low_overlap_a30_noise")),
+            "the permuted update": Difference(_LOW, arm, minus=Value("low_overlap_a30_null")),
+        },
+    )  # fmt: skip
+    return principal, low
+
+
+# --- the variants: a fifth of the steps, against the same arms with as many ---
+
+_SHORT_RANK = Value("stable_rank", **_END)
+_ACCURACY = Value("sampled", progress=1.0)
+#: Two points of accuracy: more than that is a loss, or a gain.
+POINTS = 0.02
+
+
+def _near(value: Value, arm: str, to: str) -> Difference:
+    return Difference(value, arm, to, size=-1)
+
+
+def _same_sparsity(arm: str, what: str) -> Claim:
+    return Claim(f"sparsity-{arm}", "regime", f"OPD with {what} leaves as many weights unchanged",
+                 "Table 1: 48.6 to 57.1 %", _near(_SPARSITY, arm, "opd_short"), -0.01,
+                 rivals={"matched SFT, which is as near": _near(_SPARSITY, "sft_matched_short", "opd_short")},
+                 )  # fmt: skip
+
+
+def _same_rank(arm: str, finding: str, what: str, source: str) -> Claim:
+    rivals = {"RLVR, whose stable rank is as near": _near(_SHORT_RANK, "rlvr_short", "opd_short")}
+    return Claim(f"rank-{arm}", finding, f"{what} keeps OPD's stable rank", source,
+                 _near(_SHORT_RANK, arm, "opd_short"), -0.25, rivals=rivals)  # fmt: skip
+
+
+def _unharmed(name: str, what: str, arm: str, source: str, rivals: dict[str, str]) -> Claim:
+    others = {label: Difference(_ACCURACY, rival, "opd_short") for label, rival in rivals.items()}
+    return Claim(name, "sufficiency", what, source, Difference(_ACCURACY, arm, "opd_short"), -POINTS, rivals=others)
+
+
+_VARIANTS = (
+    _same_sparsity("opd_weak_teacher", "a weaker teacher"),
+    _same_sparsity("opd_same_teacher", "a teacher of its own size"),
+    _same_sparsity("opd_small", "a smaller student"),
+    _same_sparsity("opd_difference", "a second task"),
+    _unharmed("sufficiency-opd", "OPD with gradients in its early 16 directions loses nothing", "opd_gradient16",
+              "Figure 6: 64.2 against 63.3 %", {"16 random directions, which lose nothing either": "opd_random16"}),
+    _unharmed("sufficiency-strict", "OPD with updates in its early 4 directions loses nothing", "opd_update4",
+              "Section 4, made strict", {"4 random directions, which lose nothing either": "opd_random4",
+                                         "4 principal directions of W0": "opd_weights4"}),
+    Claim("sufficiency-own", "sufficiency", "OPD's early directions serve it better than random ones",
+          "Section 4: functionally sufficient", Difference(_ACCURACY, "opd_update4", "opd_random4"), POINTS,
+          {"the principal directions of W0": Difference(_ACCURACY, "opd_update4", "opd_weights4"),
+           "RLVR's directions": Difference(_ACCURACY, "opd_update4", "opd_of_rlvr4"),
+           "the size of the confined updates": Difference(_ACCURACY, "opd_rescaled4", "opd_random_rescaled4")}),
+    Claim("sufficiency-sft", "sufficiency", "SFT with gradients in its early 16 directions loses",
+          "Figure 6: 45.6 against 55.5 %", Difference(_ACCURACY, "sft", "sft_gradient16"), POINTS,
+          {"SFT's own recipe": Difference(_ACCURACY, "sft_matched_short", "sft_matched_gradient16")}),
+    _same_rank("opd_top50", "tokens", "The half of the tokens with the largest log-ratio", "Figure 7"),
+    _same_rank("opd_top25", "tokens", "The quarter of the tokens with the largest log-ratio", "Figure 7"),
+    _same_rank("opd_random50", "tokens", "A random half of the tokens", "Figure 7"),
+    _same_rank("opd_random25", "tokens", "A random quarter of the tokens", "Figure 7"),
+    _same_rank("opd_teacher100", "rollouts", "Learning from the teacher's rollouts", "Section 5.2"),
+    Claim("norm-opd_teacher100", "rollouts", "The teacher's rollouts move OPD further", "Section 5.2: modestly",
+          Difference(Value("frobenius", log=True, **_END), "opd_teacher100", "opd_short"), log(1.05)),
+    _same_rank("opd_mix75", "objectives", "A quarter of RLVR's objective", "Section 5.3"),
+    _same_rank("opd_mix50", "objectives", "Half of RLVR's objective", "Section 5.3"),
+    Claim("rank-opd_mix1", "objectives", "With one part in a hundred of OPD, the stable rank is another",
+          "Section 5.3: a distinct spectral regime", Difference(_SHORT_RANK, "opd_mix1", "opd_short", size=1), 0.25),
+    Claim("rank-credit", "mechanism", "One credit per completion lowers the stable rank", "Section 6, Gate II",
+          Difference(_SHORT_RANK, "opd_short", "opd_sequence_mean"), 0.25),
+    Claim("rank-forward", "mechanism", "Forward KL has the stable rank of reverse KL", "Appendix D",
+          _near(_SHORT_RANK, "opd_forward", "opd_full_short"), -0.25,
+          rivals={"RLVR, whose stable rank is as near": _near(_SHORT_RANK, "rlvr_short", "opd_full_short")}),
+)  # fmt: skip
+
+#: All claims.
+CLAIMS = (
+    _order("sparsity-opd-sft", "OPD leaves more weights unchanged than SFT", _SPARSITY, "opd", "sft", 0.01,
+           "Table 1: 51.6 and 8.1 %"),
+    _order("sparsity-rlvr-opd", "RLVR leaves more weights unchanged than OPD", _SPARSITY, "rlvr", "opd", 0.01,
+           "Table 1: 77.2 and 51.6 %"),
+    _order("rotation-sft-opd", "SFT turns subspaces further than OPD", _ANGLE, "sft", "opd", log(1.5),
+           "Figure 2: above 10 and about 1 degree, the largest angles"),
+    _order("rotation-opd-rlvr", "OPD turns subspaces further than RLVR", _ANGLE, "opd", "rlvr", log(1.2),
+           "Figure 2: about 1 and below 0.5 degrees, the largest angles"),
+    _order("drift-sft-opd", "SFT moves the spectrum further than OPD", _DRIFT, "sft", "opd", log(1.5),
+           "Section 4: about 1e-3 and 1e-4"),
+    _order("drift-opd-rlvr", "OPD moves the spectrum further than RLVR", _DRIFT, "opd", "rlvr", log(1.2),
+           "Section 4: about 1e-4 and 1e-5"),
+    *_masked("opd", "OPD"),
+    *_masked("rlvr", "RLVR"),
+    Claim("rank-sft-rises", "rank", "The stable rank of SFT rises", "Figure 4: from 20 to 75",
+          Difference(_RISE, "sft", minus=0.0), 0.25),
+    Claim("rank-rlvr-falls", "rank", "The stable rank of RLVR falls", "Figure 4",
+          Difference(Value("stable_rank", progress=0.1, block="attention"), "rlvr", minus=Value("stable_rank", **_END)),
+          0.25),
+    Claim("rank-opd-flat", "rank", "The stable rank of OPD changes less than that of SFT", "Figure 4: 20 to 30",
+          Difference(_RISE, "sft", "opd"), 0.25,
+          {"SFT's own recipe": Difference(_RISE, "sft_matched", "opd")}),
+    Claim("norm-opd-rlvr", "rank", "OPD moves further than RLVR", "Figure 4: norms of 0.45 and 0.17",
+          Difference(Value("frobenius", log=True, **_END), "opd", "rlvr"), log(1.2)),
+    Claim("locking-opd", "locking", "OPD's final subspace is there at 20 % of the training", "Figure 5",
+          Difference(_EARLY, "opd", minus=replace(_EARLY, column="sim_right_K16_null")), 0.1,
+          {"matched SFT, which has it as well": Difference(_EARLY, "opd", "sft_matched")}),
+    Claim("locking-opd-sft", "locking", "OPD's final subspace is there earlier than SFT's", "Figure 5",
+          Difference(_EARLY, "opd", "sft"), 0.05,
+          {"SFT's own recipe": Difference(_EARLY, "opd", "sft_matched")}),
+    *_VARIANTS,
+)  # fmt: skip
