@@ -45,7 +45,7 @@ def test_scale_from_the_environment(monkeypatch):
 def test_unknown_arm(command, capsys):
     assert main([command, "--arm", "ppo", "--scale", "smoke"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("opdlab: there is no arm 'ppo'; choose one of ") and error.count("\n") == 1
+    assert error.startswith("opdlab: there is no arm 'ppo'; 'opdlab scales' lists them") and error.count("\n") == 1
 
 
 def test_no_models(scale, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opdlab.arms import RECORDED
+from opdlab.arms import PAPER, RECORDED
 from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, holm, judge, scorecard
 from opdlab.errors import OpdlabError
 from opdlab.records import Records, load_records
@@ -101,9 +101,9 @@ def test_sizes_of_differences():
 
 def test_the_paper_s_claims_can_be_judged_from_the_records():
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
-    arms = set().union(*(claim.arms for claim in CLAIMS))
-    assert arms <= set(RECORDED)
-    verdicts = judge(CLAIMS, load_records(tuple(sorted(arms)), progress=False))
+    assert set().union(*(claim.arms for claim in CLAIMS)) <= set(RECORDED)
+    of_paper = [claim for claim in CLAIMS if claim.arms <= set(PAPER)]
+    verdicts = judge(of_paper, load_records(progress=False))
     assert all(found.verdict in VERDICTS and bool(found.by) == (found.verdict == "explained") for found in verdicts)
     table = scorecard(verdicts)
-    assert table["verdict"].str.len().min() > 0 and len(table) == len(CLAIMS)
+    assert table["verdict"].str.len().min() > 0 and len(table) == len(of_paper)

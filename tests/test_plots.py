@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from opdlab import plots
-from opdlab.arms import RECORDED
+from opdlab.arms import PAPER
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,8 @@ def table():
 
 
 def test_every_recorded_arm_has_a_colour_and_a_marker_of_its_own():
-    assert set(plots.COLOURS) == set(plots.MARKERS) == set(RECORDED)
-    assert len(set(plots.COLOURS.values())) == len(set(plots.MARKERS.values())) == len(RECORDED)
+    assert set(plots.COLOURS) == set(plots.MARKERS) == set(PAPER)
+    assert len(set(plots.COLOURS.values())) == len(set(plots.MARKERS.values())) == len(PAPER)
 
 
 def test_curves_draw_seeds_means_and_nulls(table):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,7 +9,7 @@ from opdlab import reproduction
 from opdlab.cli import main
 from opdlab.geometry import overall_sparsity
 from opdlab.records import TABLES, load_records, per_run, read_record, write_record
-from opdlab.reproduction import build, compare, end_figures, model_jobs, plan
+from opdlab.reproduction import all_models, build, compare, end_figures, plan
 from opdlab.runs import Home, config_key, resolve
 from opdlab.scales import SCALES, TINY
 
@@ -23,6 +24,7 @@ def test_records_hold_every_table(records, scale):
     for name in TABLES:
         table = getattr(records, name)
         assert len(table.groupby(["arm", "seed"])) == 4
+    assert set(records.trajectory["block"]) == {"attention", "mlp"}
     assert len(records.matrices) == 4 * 3 * 7, "three layers of seven matrices"
     last = records.trajectory[records.trajectory["progress"] == 1.0]
     ks = scale.geometry.sim_ks
@@ -39,7 +41,11 @@ def test_per_run_averages_over_matrices_and_weighs_sparsity(records):
         assert row["sparsity"] == pytest.approx(overall_sparsity(part))
         assert row["matrices"] == 21
     steps = per_run(records.trajectory)
-    assert len(steps) == len(records.trajectory) / 21
+    assert len(steps) == len(records.trajectory) / 2 and set(steps["matrices"]) == {21}
+    ends = steps[steps["progress"] == 1].set_index(["arm", "seed"])
+    # The blocks count by their matrices, and sparsity by their parameters, so nothing is lost in between.
+    for column in ("frobenius", "stable_rank", "sparsity"):
+        assert ends[column].tolist() == pytest.approx(runs.loc[ends.index, column].tolist(), rel=1e-5)
 
 
 def test_a_record_reads_back_what_was_measured(scale, home):
@@ -64,20 +70,33 @@ def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
     empty = plan(TINY, Home(tmp_path), ("sft", "opd"), (0, 1))
     assert [(job.arm, job.seed, job.makes) for job in empty] == [
         ("base", 0, "base"),
-        ("teacher", 0, "teacher"),
         ("sft", 0, "anchor"),
+        ("teacher", 0, "teacher"),
         ("opd", 0, ""),
         ("sft", 1, ""),
         ("opd", 1, ""),
     ]
     assert [job.arm for job in plan(TINY, Home(tmp_path), ("sft",), (0,))] == ["base", "sft"]
     assert [job.arm for job in plan(scale, home, ("opd",), (0,))] == ["opd"]
+    # Directions of another run: that run first.
+    other = plan(TINY, home, ("opd_of_seed4", "opd_of_rlvr4"), (2,))
+    assert [job.name for job in other[:4]] == [
+        "opd_short-seed0",
+        "opd_of_seed4-seed2",
+        "rlvr_short-seed2",
+        "opd_of_rlvr4-seed2",
+    ]
+    assert other[1].needs == ("opd_short-seed0",)
+    # As many seeds as the scale has for each arm.
+    assert [job.name for job in plan(replace(TINY, seeds=(0, 1), variant_seeds=(0,)), home, ("opd", "opd_short"))] == [
+        "opd-seed0",
+        "opd_short-seed0",
+        "opd-seed1",
+    ]
 
 
 def test_a_second_home_built_from_nothing_agrees_bit_for_bit(tmp_path, monkeypatch):
     """What 'opdlab reproduce' does, at a scale of seconds: two homes from nothing, two processes, one comparison."""
-    from dataclasses import replace
-
     few = replace(SCALES["smoke"], evaluation_prompts=8, seeds=(0, 1))
     # Worker processes look the scale up by name, so it keeps the name and the tests keep to what smoke does there.
     smoke, homes = SCALES["smoke"], [Home(tmp_path / name) for name in ("first", "second")]
@@ -107,8 +126,9 @@ def test_end_figures_are_means_over_matrices(records, scale, home):
     assert set(figures) == set(reproduction.FIGURES)
 
 
-def test_every_model_has_a_job():
-    assert {job.makes for job in model_jobs()} == {"base", "teacher", "anchor"}
+def test_every_model_has_a_job(tmp_path):
+    jobs = plan(TINY, Home(tmp_path), (), models=all_models())
+    assert {job.makes for job in jobs} == set(all_models()) > {"base", "teacher", "anchor"}
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from opdlab import training
-from opdlab.arms import RECORDED, SIGNALS
+from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.records import tensors_digest
 from opdlab.runs import Home, Run
+from opdlab.signals import SIGNALS
+from opdlab.tasks import TASKS
 from opdlab.training import Learner, train
 
 
@@ -28,13 +30,10 @@ def copy_of(home, folder):
 
 
 def learner(scale, arm, home):
-    from opdlab.arms import ARMS
-    from opdlab.tasks import TASKS
-
-    return Learner(scale, ARMS[arm], scale.recipes[arm], TASKS[scale.task], home.models(scale), 0)
+    return Learner(scale, ARMS[arm], scale.recipe(arm), TASKS[scale.task], home.models(scale), 0)
 
 
-@pytest.mark.parametrize("arm", RECORDED)
+@pytest.mark.parametrize("arm", PAPER)
 def test_every_arm_trains_and_is_deterministic(arm, scale, home, tmp_path):
     run = train(arm, 0, scale, home=home)
     history, evaluations = run.lines("history"), run.lines("evaluations")
@@ -54,7 +53,20 @@ class Killed(Exception):
     """Stands for a kill: nothing in opdlab catches it."""
 
 
-@pytest.mark.parametrize(("arm", "seconds"), [("opd", 0.0), ("sft_matched", 0.0), ("opd", 1e9)])
+RESUMED = (
+    "opd",
+    "sft_matched",
+    "opd_muon",
+    "opd_sgd",
+    "opd_bf16",
+    "opd_mix50",
+    "opd_reset16",
+    "opd_of_seed4",
+    "opd_top1",
+)
+
+
+@pytest.mark.parametrize(("arm", "seconds"), [*((arm, 0.0) for arm in RESUMED), ("opd", 1e9)])
 def test_a_killed_run_resumes_bit_for_bit(arm, seconds, scale, home, tmp_path, monkeypatch):
     """With a checkpoint after every step, and with none at all: then it starts anew."""
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
@@ -115,10 +127,13 @@ def test_seeds_are_paired_across_arms(scale, home):
     assert batches[0] == batches[1], "same seed and start: the same prompts and the same rollouts"
 
 
+ARM_OF = {"cross_entropy": "sft_matched", "opd_sampled": "opd", "reverse_kl": "opd_full", "grpo": "rlvr"}
+ARM_OF |= {"opd_sequence_mean": "opd_sequence_mean", "opd_sign": "opd_sign", "forward_kl": "opd_forward"}
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_the_gradient_does_not_depend_on_the_split(name, scale, home):
-    arm = {"cross_entropy": "sft_matched", "opd_sampled": "opd", "reverse_kl": "opd_full", "grpo": "rlvr"}[name]
-    gradients = []
+    arm, gradients = ARM_OF[name], []
     for rows in (1, 5, 64):
         subject = learner(replace(scale, micro_batch=rows), arm, home)
         rollouts, rewards = subject.batch(0)
@@ -145,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(scale, home, tmp_p
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     calls = 0
 
-    def poisoned(student, tokens, teacher, advantages):
+    def poisoned(student, tokens, teacher, advantages, mask):
         nonlocal calls
         calls += 1
         return student.sum(-1) * (float("nan") if calls > 3 else 1e-3)
@@ -157,3 +172,58 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(scale, home, tmp_p
     run = Run.of(scale, "opd_full", 0, killed)
     assert len(run.lines("history")) == 3
     assert (run.folder / "checkpoint.safetensors").exists()
+
+
+def gradient(subject):
+    return torch.cat([weight.grad.flatten() for weight in subject.student.parameters()])
+
+
+def test_a_mixture_is_the_sum_of_its_gradients(scale, home):
+    found = {}
+    for arm in ("opd_short", "rlvr_short", "opd_mix25", "opd_balanced25"):
+        subject = learner(scale, arm, home)
+        rollouts, rewards = subject.batch(0)
+        rewards = torch.arange(float(len(rewards))) % 3
+        subject.batch = lambda step, rollouts=rollouts, rewards=rewards: (rollouts, rewards)
+        subject.recipe = replace(subject.recipe, clip=1e9)
+        line = subject.step(0)
+        found[arm] = gradient(subject)
+    opd, rlvr = found["opd_short"], found["rlvr_short"]
+    torch.testing.assert_close(found["opd_mix25"], 0.25 * opd + 0.75 * rlvr, rtol=1e-4, atol=1e-6)
+    balanced = 0.25 * opd + 0.75 * rlvr * opd.norm() / rlvr.norm()
+    torch.testing.assert_close(found["opd_balanced25"], balanced, rtol=1e-4, atol=1e-6)
+    assert line["grad_norm_opd_sampled"] == pytest.approx(float(opd.norm()), rel=1e-4)
+    assert line["grad_norm_grpo"] == pytest.approx(float(rlvr.norm()), rel=1e-4)
+    assert line["grad_cosine"] == pytest.approx(float(opd @ rlvr / opd.norm() / rlvr.norm()), abs=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["opd_update2", "opd_rescaled4", "opd_gradient16", "opd_entries", "opd_attention16"])
+def test_a_confined_run_is_like_its_parent_until_it_begins(arm, scale, home):
+    run, parent = train(arm, 0, scale, home=home), train("opd_short", 0, scale, home=home)
+    begin = run.config["constraint"]["begin"]
+    before, theirs = run.snapshot(begin), parent.snapshot(begin)
+    assert all(torch.equal(before[name], theirs[name]) for name in before)
+    after = run.snapshot(12)
+    for name, weight in before.items():
+        step = (after[name] - weight).double()
+        if "self_attn.q_proj" in name and ARMS[arm].constraint.acts_on == "update":
+            values = torch.linalg.svdvals(step)
+            if arm == "opd_entries":
+                assert 0 < (step != 0).double().mean() <= 1 / 8 + 1e-3
+            else:
+                assert values[ARMS[arm].constraint.k] < 1e-3 * values[0]
+
+
+def test_who_writes(scale, home):
+    texts = {}
+    for arm in ("opd_short", "opd_teacher50", "opd_teacher100", "opd_stale"):
+        rollouts, rewards = learner(scale, arm, home).batch(0)
+        texts[arm] = rollouts.completions
+        assert (rewards is None) == ("teacher" in arm) and len(rollouts.completions) == 16
+    assert texts["opd_stale"] == texts["opd_short"], "before the first step the student is the anchor"
+    assert texts["opd_teacher50"][:8] == texts["opd_teacher100"][:8] != texts["opd_short"][:8]
+
+
+def test_weights_can_be_stored_in_bfloat16(scale, home):
+    weights = train("opd_bf16", 0, scale, home=home).snapshot(12)
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
