@@ -51,7 +51,7 @@ chapters-smoke: $(READY)
 	@rm -rf runs/smoke
 	@OPDLAB_SCALE=smoke $(NBVAL) --nbval-sanitize-with nbval_smoke.cfg
 
-reproduce: $(READY)  ## retrain every recorded run from nothing and compare it with its record
+reproduce: $(READY)  ## retrain one seed of every recorded arm from nothing and compare it with its record
 	@$(BIN)/opdlab reproduce --scale tiny
 
 lab: $(VENV)/.lab  ## open the chapters in JupyterLab

@@ -80,12 +80,12 @@ class Arm:
 
     @property
     def ancestor(self) -> str:
-        """The paper's arm that it descends from: its colour in figures."""
+        """The paper's arm that it descends from, which gives its colour in figures."""
         return ARMS[self.like].ancestor if self.like else self.name
 
     @property
     def decisive(self) -> dict:
-        """What decides its results: all entries that are not as usual. So an entry more leaves old records valid."""
+        """The entries that decide its results, where not as usual. So a new kind of entry leaves old records valid."""
         described = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -134,7 +134,7 @@ _MAKERS = (
 )  # fmt: skip
 
 _ARMS = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
-#: Variants take a fifth of the steps: enough to learn, and what they are compared with takes as many.
+#: The budget of variants, a fifth of the steps, enough to learn; what they are compared with takes as many.
 SHORT = "short"
 
 
@@ -221,7 +221,7 @@ _confine("opd_short", "opd_random_entries", "a random eighth", space="random ent
 ARMS: dict[str, Arm] = dict(_ARMS)
 #: The paper's arms and matched SFT.
 PAPER = tuple(arm.name for arm in _PAPER)
-#: The arms that a record is kept of: all but those that only make models.
+#: The arms that a record is kept of, which are all but those that only make models.
 RECORDED = tuple(name for name in ARMS if name not in {arm.name for arm in _MAKERS})
 
 

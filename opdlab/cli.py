@@ -145,7 +145,9 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
     from opdlab.reproduction import build, compare, plan
     from opdlab.runs import Home
 
-    arms, seeds = tuple(options.arm or RECORDED), tuple(options.seed or scale.variant_seeds[:1])
+    seeds = tuple(options.seed or scale.variant_seeds[:1])
+    recorded = [arm for arm in RECORDED if (home.records(scale) / f"{arm}-seed{seeds[0]}").is_dir()]
+    arms = tuple(options.arm or recorded)
     repeated = Home(home.runs(scale).parent / "reproduce")
     print(f"retraining in {repeated.root}")
     build(plan(scale, repeated, arms, seeds), scale, repeated, processes=options.processes)

@@ -68,7 +68,7 @@ OF_REWARDS = ("grpo",)
 
 # --- token sparsification ---------------------------------------------------------------------------------------------
 
-#: What ranks tokens, largest first: the signed log-ratio (the paper's), its size, the student's entropy, or chance.
+#: What can rank tokens, largest first; the signed log-ratio is the paper's.
 RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random")
 
 

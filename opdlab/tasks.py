@@ -35,7 +35,7 @@ def is_evaluation(prompt: str) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A named task; :data:`RUNNING_SUM` is the one of the lab, :data:`RUNNING_DIFFERENCE` its second."""
+    """A named task; :data:`RUNNING_SUM` is the one of the lab, and a running difference its second."""
 
     name: str
     prompt: Callable[[np.random.Generator], str]

@@ -216,7 +216,7 @@ class Learner:
         self.round_weights()
 
     def confine(self, weights: dict[str, Tensor], at_start: bool) -> None:
-        """Confine training from now on to what the update from the origin to ``weights`` spans (:class:`Constraint`).
+        """Confine training from now on to what the update from the origin to ``weights`` spans.
 
         ``at_start`` is False when a stopped run goes on, which keeps its moments in any case.
         """

@@ -142,7 +142,7 @@ class Verdict:
 
     Attributes:
         claim: which.
-        verdict: one of :data:`opdlab.claims.VERDICTS`.
+        verdict: one of :data:`opdlab.claims.judging.VERDICTS`.
         by: the control that explains it, or "".
         effect: mean and Student's 95 % interval over seeds.
         bootstrap: the same, with the bootstrap's interval.
@@ -233,7 +233,7 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
                 "paper": found.claim.source,
                 "effect": f"{effect.mean:+.3g}{spread}",
                 "bootstrap": f"[{found.bootstrap.low:+.3g}, {found.bootstrap.high:+.3g}]",
-                "counts from": f"{found.claim.smallest:g}",
+                "counts from": f"{found.claim.smallest:.3g}",
                 "p": f"{found.p:.2g}",
                 "seeds": found.seeds,
                 "verdict": f"{found.verdict} by {found.by}" if found.by else found.verdict,

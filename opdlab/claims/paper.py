@@ -61,7 +61,7 @@ def _masked(arm: str, label: str) -> tuple[Claim, Claim]:
 
 _SHORT_RANK = Value("stable_rank", **_END)
 _ACCURACY = Value("sampled", progress=1.0)
-#: Two points of accuracy: more than that is a loss, or a gain.
+#: Two points of accuracy, more than which is a loss or a gain.
 POINTS = 0.02
 
 
