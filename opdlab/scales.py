@@ -125,7 +125,7 @@ TINY = Scale(
         "base": _PRETRAINING,
         "base_small": _PRETRAINING,
         "teacher": _OF_TEACHER,
-        "teacher_weak": replace(_OF_TEACHER, steps=500),
+        "teacher_weak": replace(_OF_TEACHER, steps=750),
         "teacher_same": _OF_TEACHER,
         "teacher_difference": _OF_TEACHER,
         # About ten times the rate of the other arms, as in the paper, and stopped while there is room to improve.
