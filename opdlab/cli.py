@@ -141,13 +141,17 @@ def _record(options: argparse.Namespace, scale, home) -> None:
 
 
 def _reproduce(options: argparse.Namespace, scale, home) -> None:
-    from opdlab.arms import RECORDED
+    from opdlab.arms import RECORDED, get_arm
     from opdlab.reproduction import build, compare, plan
     from opdlab.runs import Home
 
     seeds = tuple(options.seed or scale.variant_seeds[:1])
-    recorded = [arm for arm in RECORDED if (home.records(scale) / f"{arm}-seed{seeds[0]}").is_dir()]
-    arms = tuple(options.arm or recorded)
+    kept = home.records(scale)
+    recorded = [arm for arm in RECORDED if all((kept / f"{arm}-seed{seed}").is_dir() for seed in seeds)]
+    arms, listed = tuple(options.arm or recorded), ", ".join(map(str, seeds))
+    missing = {get_arm(arm).name for arm in arms} - set(recorded)
+    if missing or not arms:
+        raise OpdlabError(f"{kept} has no record of {', '.join(sorted(missing)) or 'any arm'} with seeds {listed}")
     repeated = Home(home.runs(scale).parent / "reproduce")
     print(f"retraining in {repeated.root}")
     build(plan(scale, repeated, arms, seeds), scale, repeated, processes=options.processes)

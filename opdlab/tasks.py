@@ -74,7 +74,7 @@ def final_answer(completion: str) -> str | None:
     return completion[:-1].rsplit("#", 1)[1]
 
 
-# --- the task of the lab: a sum of two to four numbers, with running sums -------------------------------------
+# --- the task of the lab, a sum of two to four numbers with running sums, and its second, which takes away ----
 
 
 def running_sum_prompt(rng: np.random.Generator) -> str:
@@ -83,70 +83,39 @@ def running_sum_prompt(rng: np.random.Generator) -> str:
     return "Q" + "+".join(map(str, terms)) + "=?A:"
 
 
-def _terms(prompt: str) -> list[int]:
-    return [int(term) for term in prompt[1:].split("=")[0].split("+")]
-
-
-def running_sum_demonstration(prompt: str) -> str:
-    """Write the solution with its running sums.
-
-    >>> running_sum_demonstration("Q17+5+38=?A:")
-    '17+5=22;22+38=60#60$'
-    """
-    total, *rest = _terms(prompt)
-    steps = []
-    for term in rest:
-        steps.append(f"{total}+{term}={total + term}")
-        total += term
-    return ";".join(steps) + f"#{total}" + EOS
-
-
-def running_sum_reward(prompt: str, completion: str) -> float:
-    """Return 1.0 if the final answer is right and 0.0 otherwise; the steps before it are not looked at.
-
-    >>> running_sum_reward("Q17+5+38=?A:", "17+5=22;22+38=60#60$")
-    1.0
-    >>> running_sum_reward("Q17+5+38=?A:", "#61$")
-    0.0
-    """
-    return float(final_answer(completion) == str(sum(_terms(prompt))))
-
-
-# --- the second task: one to three numbers taken away, with running differences ---------------------------------
-
-
 def running_difference_prompt(rng: np.random.Generator) -> str:
     """Draw a number up to 200 and one to three numbers, between 1 and 50, to take away: ``Q187-17-5=?A:``."""
     terms = rng.integers(1, 51, size=rng.integers(1, 4))
     return f"Q{rng.integers(terms.sum(), 201)}-{'-'.join(map(str, terms))}=?A:"
 
 
-def _taken_away(prompt: str) -> list[int]:
-    return [int(term) for term in prompt[1:].split("=")[0].split("-")]
+def _signed_terms(prompt: str) -> list[int]:
+    return [int(term) for term in re.findall(r"[+-]?\d+", prompt)]
 
 
-def running_difference_demonstration(prompt: str) -> str:
-    """Write the solution with its running differences.
+def running_demonstration(prompt: str) -> str:
+    """Write the solution with its running sums, or differences.
 
-    >>> running_difference_demonstration("Q187-17-5=?A:")
-    '187-17=170;170-5=165#165$'
+    >>> running_demonstration("Q17+5+38=?A:"), running_demonstration("Q187-17-5=?A:")
+    ('17+5=22;22+38=60#60$', '187-17=170;170-5=165#165$')
     """
-    total, *rest = _taken_away(prompt)
+    total, *rest = _signed_terms(prompt)
     steps = []
     for term in rest:
-        steps.append(f"{total}-{term}={total - term}")
-        total -= term
+        steps.append(f"{total}{term:+d}={total + term}")
+        total += term
     return ";".join(steps) + f"#{total}" + EOS
 
 
-def running_difference_reward(prompt: str, completion: str) -> float:
+def running_reward(prompt: str, completion: str) -> float:
     """Return 1.0 if the final answer is right and 0.0 otherwise; the steps before it are not looked at.
 
-    >>> running_difference_reward("Q187-17-5=?A:", "187-17=170;170-5=165#165$")
+    >>> running_reward("Q17+5+38=?A:", "17+5=22;22+38=60#60$")
     1.0
+    >>> running_reward("Q17+5+38=?A:", "#61$")
+    0.0
     """
-    first, *rest = _taken_away(prompt)
-    return float(final_answer(completion) == str(first - sum(rest)))
+    return float(final_answer(completion) == str(sum(_signed_terms(prompt))))
 
 
 # --- "pretraining": short tasks that teach digits, order and addition, but never the format above --------------
@@ -197,10 +166,8 @@ def short_task_reward(prompt: str, completion: str) -> float:
     return float(completion == short_task_demonstration(prompt))
 
 
-RUNNING_SUM = Task("running_sum", running_sum_prompt, running_sum_demonstration, running_sum_reward)
-RUNNING_DIFFERENCE = Task(
-    "running_difference", running_difference_prompt, running_difference_demonstration, running_difference_reward
-)
+RUNNING_SUM = Task("running_sum", running_sum_prompt, running_demonstration, running_reward)
+RUNNING_DIFFERENCE = Task("running_difference", running_difference_prompt, running_demonstration, running_reward)
 SHORT_TASKS = Task("short_tasks", short_task_prompt, short_task_demonstration, short_task_reward)
 
 

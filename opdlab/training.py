@@ -356,7 +356,7 @@ def train(
         try:
             for step in range(done, steps):
                 if step >= begin and learner.confinement is None:
-                    learner.confine(_directions(run, scale, home), at_start=step == begin)
+                    learner.confine(_source_weights(run, scale, home), at_start=step == begin)
                 line = learner.step(step)
                 done = step + 1
                 run.append("history", line)
@@ -377,7 +377,7 @@ def train(
     return run
 
 
-def _directions(run: Run, scale: Scale, home: Home) -> dict[str, Tensor]:
+def _source_weights(run: Run, scale: Scale, home: Home) -> dict[str, Tensor]:
     """Return the weights whose update gives the directions of a projected run: its own, or those of another run."""
     constraint = run.config["constraint"]
     source = run

@@ -120,7 +120,7 @@ def test_paths_of_machines_are_recognised():
     # Put together here, so that this file has none itself.
     for path in (*(f"in /{top}/someone" for top in TOP_FOLDERS), "C:" + "\\Users", f"'{ROOT}'"):
         assert MACHINE_PATH.search(path), path
-    for text in ("runs/tiny/opd", "https://example.org/home/page", "a/tmp/b", "/homework/x"):
+    for text in ("runs/tiny/opd", *(f"example.org/{top}/page" for top in TOP_FOLDERS), "/" + "homework/x"):
         assert not MACHINE_PATH.search(text), text
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from opdlab.errors import OpdlabError
 from opdlab.models import character_tokenizer
 from opdlab.scales import TINY
-from opdlab.tasks import ALPHABET, RUNNING_SUM, SHORT_TASKS, TASKS, is_evaluation
+from opdlab.tasks import ALPHABET, RUNNING_DIFFERENCE, RUNNING_SUM, SHORT_TASKS, TASKS, is_evaluation
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
@@ -24,6 +24,14 @@ def test_a_demonstration_earns_the_reward_and_fits(task, seed):
 def test_running_sum_rewards_the_sum_and_nothing_else(terms, wrong):
     prompt = "Q" + "+".join(map(str, terms)) + "=?A:"
     assert RUNNING_SUM.reward(prompt, f"#{wrong}$") == float(wrong == sum(terms))
+
+
+@given(
+    start=st.integers(150, 200), terms=st.lists(st.integers(1, 50), min_size=1, max_size=3), wrong=st.integers(0, 200)
+)
+def test_running_difference_rewards_the_difference_and_nothing_else(start, terms, wrong):
+    prompt = f"Q{start}-{'-'.join(map(str, terms))}=?A:"
+    assert RUNNING_DIFFERENCE.reward(prompt, f"#{wrong}$") == float(wrong == start - sum(terms))
 
 
 def test_training_and_evaluation_prompts_never_overlap():
