@@ -29,10 +29,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0, help="default: 0")
     for name, what in (
         ("record", "train and measure what is not recorded yet, and write it to data/records"),
-        ("reproduce", "retrain one seed of every recorded arm, models included, and compare it with the record"),
+        ("reproduce", "repeat one seed of every arm and analysis, models included, and compare it with the record"),
     ):
         added = command(name, what)
         added.add_argument("--arm", action="append", help="only this arm (may be repeated)")
+        added.add_argument("--analysis", action="append", help="only this analysis (may be repeated)")
         added.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated)")
         added.add_argument(
             "--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side"
@@ -131,31 +132,46 @@ def _train(options: argparse.Namespace, scale, home) -> None:
         print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
 
 
-def _record(options: argparse.Namespace, scale, home) -> None:
+def _asked(options: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the arms and the analyses that were asked for, by default all."""
+    from opdlab.analyses import ANALYSES
     from opdlab.arms import RECORDED
+
+    if not options.arm and not options.analysis:
+        return RECORDED, tuple(ANALYSES)
+    for name in set(options.analysis or ()) - set(ANALYSES):
+        raise OpdlabError(f"there is no analysis {name!r}; choose one of {', '.join(ANALYSES)}")
+    return tuple(options.arm or ()), tuple(options.analysis or ())
+
+
+def _record(options: argparse.Namespace, scale, home) -> None:
     from opdlab.reproduction import build, plan
 
-    jobs = plan(scale, home, tuple(options.arm or RECORDED), tuple(options.seed or ()))
+    arms, analyses = _asked(options)
+    jobs = plan(scale, home, arms, tuple(options.seed or ()), analyses=analyses)
     build(jobs, scale, home, processes=options.processes)
     print(f"the records are in {home.records(scale)}")
 
 
 def _reproduce(options: argparse.Namespace, scale, home) -> None:
-    from opdlab.arms import RECORDED, get_arm
+    from opdlab.arms import get_arm
     from opdlab.reproduction import build, compare, plan
     from opdlab.runs import Home
 
     seeds = tuple(options.seed or scale.variant_seeds[:1])
-    kept = home.records(scale)
-    recorded = [arm for arm in RECORDED if all((kept / f"{arm}-seed{seed}").is_dir() for seed in seeds)]
-    arms, listed = tuple(options.arm or recorded), ", ".join(map(str, seeds))
-    missing = {get_arm(arm).name for arm in arms} - set(recorded)
-    if missing or not arms:
-        raise OpdlabError(f"{kept} has no record of {', '.join(sorted(missing)) or 'any arm'} with seeds {listed}")
+    kept, (arms, analyses) = home.records(scale), _asked(options)
+    missing = [
+        name
+        for name in (*(get_arm(arm).name for arm in arms), *analyses)
+        if not all((kept / f"{name}-seed{seed}").is_dir() for seed in seeds)
+    ]
+    if missing:
+        listed = ", ".join(map(str, seeds))
+        raise OpdlabError(f"{kept} has no record of {', '.join(missing[:5])} with seeds {listed}")
     repeated = Home(home.runs(scale).parent / "reproduce")
     print(f"retraining in {repeated.root}")
-    build(plan(scale, repeated, arms, seeds), scale, repeated, processes=options.processes)
-    table = compare(scale, home, repeated, arms, seeds)
+    build(plan(scale, repeated, arms, seeds, analyses=analyses), scale, repeated, processes=options.processes)
+    table = compare(scale, home, repeated, (*arms, *analyses), seeds)
     print(table.drop(columns="same machine").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(table["verdict"].value_counts().to_string())
     if not table["same machine"].all():

@@ -1,8 +1,8 @@
 """Records: the small tables of finished runs that chapters read instead of training again.
 
-A record is a folder of CSV files with its configuration and provenance (``record.json``). It counts only if its
-configuration is exactly the one asked for; otherwise the run is trained on the spot, and its tables are kept beside
-its weights.
+A record is a folder of CSV files with its configuration and provenance (``record.json``), of a run or of an analysis of
+runs. It counts only if its configuration is exactly the one asked for; otherwise the run is trained, or the analysis
+made, on the spot, and its tables are kept beside its weights.
 """
 
 from __future__ import annotations
@@ -10,15 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+from opdlab.analyses import ANALYSES, Study
 from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair, measure_trajectory
-from opdlab.runs import Home, Run, config_key, default_home, load_tensors, resolve, write_json, write_whole
+from opdlab.runs import (
+    Home,
+    Run,
+    config_key,
+    default_home,
+    load_tensors,
+    provenance,
+    resolve,
+    write_json,
+    write_whole,
+)
 from opdlab.scales import Scale, get_scale
 from opdlab.training import cpu_threads, train
 
@@ -36,6 +48,7 @@ class Records:
         trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices
             (:func:`opdlab.geometry.measure_trajectory`).
         sources: one row per run: where its tables come from, key, versions, seconds.
+        analyses: the tables of analyses (:data:`opdlab.analyses.ANALYSES`), by name, each with a column ``seed``.
     """
 
     history: pd.DataFrame
@@ -43,6 +56,7 @@ class Records:
     matrices: pd.DataFrame
     trajectory: pd.DataFrame
     sources: pd.DataFrame
+    analyses: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
@@ -73,12 +87,7 @@ def measure_run(run: Run, scale: Scale) -> Path:
             "trajectory": by_block(measure_trajectory(origin, snapshots, scale.geometry, seed=seed)),
         }
     for name, table in tables.items():
-        write_whole(
-            folder / f"{name}.csv",
-            lambda temporary, table=table: table.to_csv(
-                temporary, index=False, float_format="%.7g", lineterminator="\n"
-            ),
-        )
+        _write_table(folder / f"{name}.csv", table)
     last = run.snapshot_path(run.config["recipe"]["steps"])
     # Written last: a folder without it is not a record.
     write_json(
@@ -95,6 +104,10 @@ def measure_run(run: Run, scale: Scale) -> Path:
     return folder
 
 
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.7g", lineterminator="\n"))
+
+
 def tensors_digest(path: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of the tensors in a snapshot: equal if they agree bit for bit."""
     digest = hashlib.sha256()
@@ -103,8 +116,8 @@ def tensors_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_record(folder: Path) -> tuple[dict, dict[str, pd.DataFrame]]:
-    """Read ``record.json`` and the tables of one record.
+def read_record(folder: Path, names: tuple[str, ...] = TABLES) -> tuple[dict, dict[str, pd.DataFrame]]:
+    """Read ``record.json`` and the tables called ``names`` of one record.
 
     Raises:
         OpdlabError: if a file is missing or damaged, naming it.
@@ -113,7 +126,7 @@ def read_record(folder: Path) -> tuple[dict, dict[str, pd.DataFrame]]:
     try:
         description = json.loads(path.read_text())
         tables = {}
-        for name in TABLES:
+        for name in names:
             path = folder / f"{name}.csv"
             tables[name] = pd.read_csv(path)
         return description, tables
@@ -152,13 +165,38 @@ def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = 
     return measure_run(train(arm, seed, scale, home=home, progress=progress), scale)
 
 
-def write_record(arm: str, seed: int, scale: Scale, home: Home) -> Path:
-    """Copy the tables of a finished run to the records, and return their folder there."""
-    source, target = find_tables(arm, seed, scale, home), home.records(scale) / f"{arm}-seed{seed}"
+def write_record(name: str, seed: int, scale: Scale, home: Home) -> Path:
+    """Copy the tables of a finished run, or of an analysis, to the records, and return their folder there."""
+    find, tables = (find_analysis, (name,)) if name in ANALYSES else (find_tables, TABLES)
+    source, target = find(name, seed, scale, home), home.records(scale) / f"{name}-seed{seed}"
     if source != target:
-        for name in (*(f"{table}.csv" for table in TABLES), "record.json"):
-            write_whole(target / name, lambda temporary, name=name: shutil.copyfile(source / name, temporary))
+        for file in (*(f"{table}.csv" for table in tables), "record.json"):
+            write_whole(target / file, lambda temporary, file=file: shutil.copyfile(source / file, temporary))
     return target
+
+
+def find_analysis(name: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
+    """Return the folder with the table of an analysis: its record, else an earlier one, else make it now."""
+    analysis = ANALYSES[name]
+    runs = {f"{arm}-seed{s}": config_key(resolve(scale, arm, s, home)) for arm, s in analysis.runs(scale, seed)}
+    config = {"scale": scale.name, "analysis": name, "seed": seed, "runs": runs}
+    key = record_key(config, scale)
+    here = home.runs(scale) / f"{name}-seed{seed}-{key}"
+    for folder in (home.records(scale) / f"{name}-seed{seed}", here):
+        if is_recorded(folder, key):
+            return folder
+    began = time.perf_counter()
+    with cpu_threads(scale.threads):
+        table = analysis.measure(Study(scale, home, seed, progress=progress))
+    if analysis.keys:
+        table = by_block(table, analysis.keys)
+    _write_table(here / f"{name}.csv", table)
+    digest = hashlib.sha256((here / f"{name}.csv").read_bytes()).hexdigest()[:16]
+    seconds = round(time.perf_counter() - began, 1)
+    geometry = asdict(scale.geometry)
+    description = {"key": key, "table": digest, "seconds": seconds, "provenance": provenance(), "config": config}
+    write_json(here / "record.json", description | {"geometry": geometry})
+    return here
 
 
 def load_records(
@@ -168,6 +206,7 @@ def load_records(
     seeds: tuple[int, ...] | None = None,
     home: Home | None = None,
     progress: bool = True,
+    analyses: tuple[str, ...] = (),
 ) -> Records:
     """Return the tables of ``arms`` at a scale, over its seeds, training whatever is not recorded.
 
@@ -177,6 +216,7 @@ def load_records(
         seeds: by default those that the scale has for each arm.
         home: by default the repository.
         progress: show bars for what has to be trained.
+        analyses: names in :data:`opdlab.analyses.ANALYSES`; by default none.
     """
     scale, home = scale or get_scale(), home or default_home()
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in (*TABLES, "sources")}
@@ -195,12 +235,20 @@ def load_records(
     for name in TABLES:
         if "step" in joined[name]:
             joined[name]["progress"] = joined[name]["step"] / joined[name]["arm"].map(steps)
-    return Records(**joined)
+    found = {}
+    for name in analyses:
+        tables = []
+        for seed in ANALYSES[name].seeds(scale):
+            if seeds is None or seed in seeds:
+                folder = find_analysis(name, seed, scale, home, progress)
+                tables.append(read_record(folder, (name,))[1][name].assign(seed=seed))
+        found[name] = pd.concat(tables, ignore_index=True)
+    return Records(**joined, analyses=found)
 
 
-def by_block(trajectory: pd.DataFrame) -> pd.DataFrame:
-    """Average a trajectory over the matrices of each block, which leaves a tenth of its rows; see :func:`per_run`."""
-    return _means(trajectory, ["step", "block"])
+def by_block(table: pd.DataFrame, keys: tuple[str, ...] = ("step",)) -> pd.DataFrame:
+    """Average over the matrices of each block, as :func:`per_run` does, keeping apart what differs in ``keys``."""
+    return _means(table, [*keys, "block"])
 
 
 def per_run(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """Building the lab from nothing, and comparing what comes out with the record.
 
-The jobs of a scale are its models and its recorded runs. They run as one-thread processes side by side, in the order
-in which they need each other: base -> SFT -> anchor, teacher, then what starts from the anchor, and last the projected
-runs that take their directions from another run.
+The jobs of a scale are its models, its recorded runs and the analyses of these. They run as one-thread processes side
+by side, in the order in which they need each other: base -> SFT -> anchor, teacher, then what starts from the anchor,
+the projected runs that take their directions from another run, and last the analyses.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
+from opdlab.analyses import ANALYSES
 from opdlab.arms import ARMS, RECORDED, Arm, get_arm, maker_of
 from opdlab.errors import OpdlabError
 from opdlab.processes import CONTEXT, workers
-from opdlab.records import find_tables, read_record, write_record
+from opdlab.records import find_analysis, find_tables, read_record, write_record
 from opdlab.runs import Home, source_of
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
@@ -26,23 +28,32 @@ from opdlab.training import install_model, train
 
 @dataclass(frozen=True)
 class Job:
-    """One run, the model folders and runs that it waits for, and the model folder that it makes (or "")."""
+    """One run or analysis, the model folders and runs that it waits for, and the model folder that it makes (or "")."""
 
-    arm: str
+    what: str  # an arm or an analysis
     seed: int
     needs: tuple[str, ...]
     makes: str = ""
 
     @property
     def name(self) -> str:
-        """The name by which other jobs wait for this run."""
-        return f"{self.arm}-seed{self.seed}"
+        """The name by which other jobs wait for this one."""
+        return f"{self.what}-seed{self.seed}"
+
+    def steps(self, scale: Scale) -> int:
+        """Return how many steps it counts for in a bar; an analysis takes about as long as a short run."""
+        return scale.recipe("opd_short" if self.what in ANALYSES else self.what).steps
 
 
 def plan(
-    scale: Scale, home: Home, arms: tuple[str, ...], seeds: tuple[int, ...] = (), models: tuple[str, ...] = ()
+    scale: Scale,
+    home: Home,
+    arms: tuple[str, ...],
+    seeds: tuple[int, ...] = (),
+    models: tuple[str, ...] = (),
+    analyses: tuple[str, ...] = (),
 ) -> list[Job]:
-    """List the jobs that give the records of ``arms`` and the model folders ``models``, those they need first.
+    """List the jobs that give the records of ``arms`` and ``analyses``, and ``models``, those they need first.
 
     Args:
         scale: at which scale.
@@ -50,6 +61,7 @@ def plan(
         arms: of which a record is kept.
         seeds: of these seeds; by default, of all seeds that the scale has for an arm.
         models: names of model folders.
+        analyses: names in :data:`opdlab.analyses.ANALYSES`.
 
     Raises:
         OpdlabError: if an arm is unknown, or one that no record is kept of; or if no arm makes a model.
@@ -62,11 +74,14 @@ def plan(
         need_run(maker_of(folder), 0)
         return (folder,)
 
+    def need_models(arm: Arm) -> tuple[str, ...]:
+        return (*need_model(arm.start), *need_model(arm.teacher))
+
     def need_run(arm: Arm, seed: int) -> str:
         name = f"{arm.name}-seed{seed}"
         if name in jobs:
             return name
-        needs = [*need_model(arm.start), *need_model(arm.teacher)]
+        needs = [*need_models(arm)]
         source = source_of(arm, seed, scale)
         if source:
             needs.append(need_run(get_arm(source[0]), source[1]))
@@ -86,6 +101,13 @@ def plan(
             of_arm = seeds or scale.seeds_of(arm)
             if i < len(of_arm):
                 need_run(get_arm(arm), of_arm[i])
+    for analysis in (ANALYSES[name] for name in analyses):
+        for seed in (seed for seed in analysis.seeds(scale) if not seeds or seed in seeds):
+            reads = analysis.runs(scale, seed)
+            needs = [model for arm in analysis.arms for model in need_models(get_arm(arm))]
+            if analysis.trained:
+                needs += [need_run(get_arm(arm), of_seed) for arm, of_seed in reads]
+            jobs[f"{analysis.name}-seed{seed}"] = Job(analysis.name, seed, tuple(needs))
     return list(jobs.values())
 
 
@@ -109,11 +131,15 @@ def _count(steps: int) -> None:
 
 def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
     scale = SCALES[scale_name]
-    run = train(job.arm, job.seed, scale, home=home, on_steps=_count)
+    if job.what in ANALYSES:
+        write_record(job.what, job.seed, scale, home)
+        _count(job.steps(scale))
+        return
+    run = train(job.what, job.seed, scale, home=home, on_steps=_count)
     if job.makes:
         install_model(run, home, scale, job.makes)
-    if record and job.arm in RECORDED:
-        write_record(job.arm, job.seed, scale, home)
+    if record and job.what in RECORDED:
+        write_record(job.what, job.seed, scale, home)
 
 
 def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:
@@ -122,11 +148,11 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
-    total = sum(scale.recipe(job.arm).steps for job in jobs)
+    total = sum(job.steps(scale) for job in jobs)
     counter = CONTEXT.Value("q", 0)
     waiting, running, made = list(jobs), {}, set()
     with (
-        tqdm(total=total, unit="step", desc=f"{len(jobs)} runs at {scale.name}") as bar,
+        tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {scale.name}") as bar,
         workers(processes, _take, counter) as pool,
     ):
         while waiting or running:
@@ -134,7 +160,7 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
                 waiting.remove(job)
                 running[pool.submit(_work, job, scale.name, home, record)] = job
             if not running:
-                raise OpdlabError(f"nothing makes {', '.join(waiting[0].needs)}, which {waiting[0].arm!r} needs")
+                raise OpdlabError(f"nothing makes {', '.join(waiting[0].needs)}, which {waiting[0].what!r} needs")
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
@@ -142,11 +168,11 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
                     future.result()
                 except BrokenProcessPool as problem:
                     raise OpdlabError(
-                        f"the process of {job.arm} seed {job.seed} was killed, perhaps for lack of memory; the same "
+                        f"the process of {job.what} seed {job.seed} was killed, perhaps for lack of memory; the same "
                         "command goes on from its last checkpoint"
                     ) from problem
                 made |= {job.makes, job.name}
-            bar.set_postfix_str(", ".join(f"{job.arm} {job.seed}" for job in running.values()))
+            bar.set_postfix_str(", ".join(f"{job.what} {job.seed}" for job in running.values()))
             bar.n = counter.value
             bar.refresh()
 
@@ -172,26 +198,36 @@ def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     }
 
 
-def compare(
-    scale: Scale, recorded: Home, repeated: Home, arms: tuple[str, ...], seeds: tuple[int, ...]
-) -> pd.DataFrame:
-    """Compare repeated runs with the record, one row per run and figure; an arm without one of the seeds has no row.
+def _figures(what: str, folder: Path) -> tuple[dict, dict[str, float]]:
+    """Return the description of a record and its figures; those of an analysis are the means of its columns."""
+    if what not in ANALYSES:
+        description, tables = read_record(folder)
+        return description, end_figures(tables)
+    description, tables = read_record(folder, (what,))
+    return description, tables[what].select_dtypes("number").mean().to_dict()
 
-    A run agrees ``bit for bit`` if its last weights are the recorded ones. Elsewhere (another processor or version)
-    training amplifies the first rounding difference, so a figure agrees if it lies ``within the spread``: the 99 %
-    prediction interval of the recorded seeds. Anything else is ``outside``.
+
+def compare(
+    scale: Scale, recorded: Home, repeated: Home, names: tuple[str, ...], seeds: tuple[int, ...]
+) -> pd.DataFrame:
+    """Compare repeated runs and analyses with the record, one row for each figure of each that has one of the seeds.
+
+    A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is. Elsewhere
+    (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
+    ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``.
     """
     rows = []
-    for arm in arms:
-        of_arm = scale.seeds_of(arm)
-        records = {seed: read_record(recorded.records(scale) / f"{arm}-seed{seed}") for seed in of_arm}
-        figures = {seed: end_figures(tables) for seed, (_, tables) in records.items()}
-        for seed in (seed for seed in seeds if seed in of_arm):
-            description, tables = read_record(find_tables(arm, seed, scale, repeated))
-            same_bits = description["weights"] == records[seed][0]["weights"]
+    for what in names:
+        of_all = ANALYSES[what].seeds(scale) if what in ANALYSES else scale.seeds_of(what)
+        records = {seed: _figures(what, recorded.records(scale) / f"{what}-seed{seed}") for seed in of_all}
+        for seed in (seed for seed in seeds if seed in of_all):
+            find = find_analysis if what in ANALYSES else find_tables
+            description, figures = _figures(what, find(what, seed, scale, repeated))
+            digest = "table" if what in ANALYSES else "weights"
+            same_bits = description[digest] == records[seed][0][digest]
             same_machine = description["provenance"] == records[seed][0]["provenance"]
-            for name, value in end_figures(tables).items():
-                spread = prediction_interval([figures[other][name] for other in of_arm])
+            for name, value in figures.items():
+                spread = prediction_interval([of_seed[name] for _, of_seed in records.values()])
                 verdict = "outside"
                 if same_bits:
                     verdict = "bit for bit"
@@ -199,9 +235,9 @@ def compare(
                     verdict = "within the spread"
                 rows.append(
                     {
-                        "run": f"{arm} seed {seed}",
+                        "run": f"{what} seed {seed}",
                         "figure": name,
-                        "recorded": figures[seed][name],
+                        "recorded": records[seed][1][name],
                         "repeated": value,
                         "low": spread.low,
                         "high": spread.high,

@@ -119,7 +119,7 @@ class Learner:
             logits = part.logits(student)
             with torch.no_grad():
                 teacher = part.logits(self.teacher) if arm.listens_to_teacher else None
-            losses = self._losses(part, logits, teacher, rollouts.tokens, random)
+            losses = self.losses(part, logits, teacher, rollouts.tokens, random)
             self._accumulate(losses)
             with torch.no_grad():
                 loss += sum(arm.signals[name] * value.item() for name, value in losses.items())
@@ -153,7 +153,7 @@ class Learner:
             "seconds": round(time.perf_counter() - began, 4),
         } | shares
 
-    def _losses(
+    def losses(
         self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int, random: torch.Generator
     ) -> dict[str, Tensor]:
         """Return the loss of each of the arm's signals, a scalar, as its share of the loss of the whole batch."""

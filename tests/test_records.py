@@ -68,7 +68,7 @@ def test_the_configuration_decides_the_key(scale, home):
 
 def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
     empty = plan(TINY, Home(tmp_path), ("sft", "opd"), (0, 1))
-    assert [(job.arm, job.seed, job.makes) for job in empty] == [
+    assert [(job.what, job.seed, job.makes) for job in empty] == [
         ("base", 0, "base"),
         ("sft", 0, "anchor"),
         ("teacher", 0, "teacher"),
@@ -76,8 +76,8 @@ def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
         ("sft", 1, ""),
         ("opd", 1, ""),
     ]
-    assert [job.arm for job in plan(TINY, Home(tmp_path), ("sft",), (0,))] == ["base", "sft"]
-    assert [job.arm for job in plan(scale, home, ("opd",), (0,))] == ["opd"]
+    assert [job.what for job in plan(TINY, Home(tmp_path), ("sft",), (0,))] == ["base", "sft"]
+    assert [job.what for job in plan(scale, home, ("opd",), (0,))] == ["opd"]
     # Directions of another run: that run first.
     other = plan(TINY, home, ("opd_of_seed4", "opd_of_rlvr4"), (2,))
     assert [job.name for job in other[:4]] == [

@@ -35,6 +35,8 @@ class Value:
     Attributes:
         column: of the records' ``matrices``, or of their ``trajectory`` where ``progress`` is given; "sampled" and
             "greedy" are the accuracies of their ``evaluations``.
+        analysis: the column is of this analysis instead (:data:`opdlab.analyses.ANALYSES`).
+        where: of an analysis, only rows with these entries.
         progress: share of the training; the snapshot nearest to it.
         since: the change since that share of the training, instead of the value itself.
         block: "attention" leaves the MLP out, as the paper does for trajectories.
@@ -42,17 +44,25 @@ class Value:
     """
 
     column: str
+    analysis: str = ""
+    where: dict[str, object] = field(default_factory=dict)
     progress: float | None = None
     since: float | None = None
     block: str = ""
     log: bool = False
 
     def of(self, records: Records, arm: str) -> pd.Series:
-        """Return the value of an arm's runs, by seed."""
+        """Return the value of an arm's runs, by seed; of all rows if ``arm`` is ""."""
         table = records.matrices if self.progress is None else records.trajectory
         if self.column in ("sampled", "greedy"):
             table = records.evaluations
-        rows = table[table["arm"] == arm]
+        if self.analysis:
+            if self.analysis not in records.analyses:
+                raise OpdlabError(f"the records were loaded without the analysis {self.analysis!r}")
+            table = records.analyses[self.analysis]
+        rows = table[table["arm"] == arm] if arm else table
+        for column, entry in self.where.items():
+            rows = rows[rows[column] == entry]
         if self.block:
             rows = rows[rows["block"] == self.block]
         if rows.empty or self.column not in rows:
@@ -101,8 +111,15 @@ class Difference:
         return self.size * difference.abs() if self.size else difference
 
     @property
+    def values(self) -> tuple[Value, ...]:
+        """The values that it is made of."""
+        return (self.value, self.minus) if isinstance(self.minus, Value) else (self.value,)
+
+    @property
     def arms(self) -> set[str]:
-        """The arms that it is about."""
+        """The arms whose runs it needs records of."""
+        if all(value.analysis for value in self.values):
+            return set()
         return {self.arm, self.minus_arm or self.arm}
 
 
@@ -133,7 +150,16 @@ class Claim:
     @property
     def arms(self) -> set[str]:
         """The arms that it needs records of."""
-        return set().union(*(part.arms for part in (self.effect, *self.controls.values(), *self.rivals.values())))
+        return set().union(*(part.arms for part in self._parts))
+
+    @property
+    def analyses(self) -> set[str]:
+        """The analyses that it needs records of."""
+        return {value.analysis for part in self._parts for value in part.values if value.analysis}
+
+    @property
+    def _parts(self) -> tuple[Difference, ...]:
+        return self.effect, *self.controls.values(), *self.rivals.values()
 
 
 @dataclass(frozen=True)

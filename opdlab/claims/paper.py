@@ -1,8 +1,9 @@
 """The claims of the paper (2606.07082), as data.
 
-The criteria are committed before the runs that they judge, which the history of this file shows, with one exception:
-seeds 0 to 2 of the paper's arms and matched SFT were known when theirs were written. Those are a pilot; the seeds after
-them are the test.
+The criteria are committed before the runs that they judge, which the history of this file shows, with two exceptions.
+Seeds 0 to 2 of the paper's arms and matched SFT were known when theirs were written: those are a pilot, the seeds after
+them the test. And a batch of 16 completions had been seen when those of the gradients were committed, which are judged
+on 128.
 """
 
 from __future__ import annotations
@@ -123,6 +124,67 @@ _VARIANTS = (
           rivals={"RLVR, whose stable rank is as near": _near(_SHORT_RANK, "rlvr_short", "opd_full_short")}),
 )  # fmt: skip
 
+# --- analyses of finished runs ---
+
+
+def _end_similarity(other: str, minus: str) -> Difference:
+    """Return how much more of OPD's final subspace another run has than a third, both with the next seed."""
+    first, second = (
+        Value("sim_right_K16", "similarity", {"other": name, "next_seed": True, "block": "attention"})
+        for name in (other, minus)
+    )
+    return Difference(first, "opd", minus=second)
+
+
+def _outside(basis: str, minus: str = "") -> Difference:
+    """Return the share of OPD's update outside the span of two others (minus that outside two others still)."""
+    value = Value("residual", "span", {"basis": basis})
+    return Difference(value, "opd", minus=replace(value, where={"basis": minus}) if minus else 0.0)
+
+
+def _gradients(arm: str, minus_arm: str = "") -> Difference:
+    """Return how much of OPD's gradient subspace another loss has, above chance or above a third loss."""
+    value = Value("sim_right_K16", "gradients", {"block": "attention"})
+    if minus_arm:
+        return Difference(value, arm, minus_arm)
+    return Difference(value, arm, minus=replace(value, column="sim_right_random_K16"))
+
+
+def _stretched(arm: str) -> Difference:
+    where = {"kind": "stretched", "progress": 0.1, "factor": 1.0}
+    return Difference(Value("recovered", "extrapolation", where), arm, minus=0.0)
+
+
+_OF_RUNS = (
+    Claim("channel-own", "locking", "Two seeds of OPD share more of their final subspaces than OPD and RLVR do",
+          "Section 4: a channel of OPD's; no two runs are compared", _end_similarity("opd", "rlvr"), 0.05,
+          {"matched SFT, which shares it as well": _end_similarity("opd", "sft_matched")}),
+    Claim("span", "interpolation", "OPD's update lies outside the span of SFT's and RLVR's",
+          "Section 7: more than an interpolation", _outside("SFT and RLVR"), 0.5,
+          {"the chance of a seed": _outside("SFT and RLVR", "two other seeds")}),
+    Claim("span-matched", "interpolation", "OPD's update lies outside the span of matched SFT's and RLVR's",
+          "The same, with OPD's origin and recipe", _outside("matched SFT and RLVR"), 0.5,
+          {"the chance of a seed": _outside("matched SFT and RLVR of another seed", "two other seeds")}),
+    Claim("between", "interpolation", "OPD solves more than the point halfway between matched SFT and RLVR",
+          "Section 7: more than an interpolation",
+          Difference(Value("sampled", "landscape", {"path": "opd", "opd": 1.0}), "",
+                     minus=Value("sampled", "landscape", {"path": "sft_matched to rlvr", "rlvr": 0.5})), POINTS),
+    Claim("gradients-top", "mechanism", "The top quarter of the tokens has gradients in OPD's subspace",
+          "Section 6: a shared dominant subspace", _gradients("opd_top25"), 0.5,
+          rivals={"RLVR's gradients, which lie there as well": _gradients("rlvr"),
+                  "random credits, whose gradients lie there as well": _gradients("random signs")}),
+    Claim("gradients-rlvr", "mechanism", "RLVR's gradients lie in another subspace than OPD's",
+          "Section 6: a different source", _gradients("opd, another batch", "rlvr"), 0.1),
+    Claim("entries", "mechanism", "OPD confined to an eighth of the entries, those it moved first, loses nothing",
+          "2505.11711: a small subnetwork", Difference(_ACCURACY, "opd_entries", "opd_short"), -POINTS,
+          rivals={"a random eighth, which loses nothing either":
+                  Difference(_ACCURACY, "opd_random_entries", "opd_short")}),
+    Claim("stretched", "mechanism", "A tenth of OPD's training, stretched to the final size, has most of its gain",
+          "2605.11739: about 80 % of the score", _stretched("opd"), 0.5,
+          rivals={"matched SFT, which has it as well": _stretched("sft_matched"),
+                  "RLVR, which has it as well": _stretched("rlvr")}),
+)  # fmt: skip
+
 #: All claims.
 CLAIMS = (
     _order("sparsity-opd-sft", "OPD leaves more weights unchanged than SFT", _SPARSITY, "opd", "sft", 0.01,
@@ -156,4 +218,5 @@ CLAIMS = (
           Difference(_EARLY, "opd", "sft"), 0.05,
           {"SFT's own recipe": Difference(_EARLY, "opd", "sft_matched")}),
     *_VARIANTS,
+    *_OF_RUNS,
 )  # fmt: skip
