@@ -122,9 +122,9 @@ _MAKERS = (
     _pretrained("teacher_difference", "teacher of the second task", "difference_mixture"),
     _pretrained("base_small", "pretraining, smaller", "short_tasks"),
     Arm("sft_small", "SFT, smaller", start="base_small", sequences="task", signal="cross_entropy",
-        budget="sft", makes="anchor_small"),
+        budget="sft_long", makes="anchor_small"),
     Arm("sft_difference", "SFT, second task", start="base", sequences="task", signal="cross_entropy",
-        task="running_difference", budget="sft", makes="anchor_difference"),
+        task="running_difference", budget="sft_long", makes="anchor_difference"),
 )  # fmt: skip
 
 #: All arms, by name.

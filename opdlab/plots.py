@@ -7,7 +7,7 @@ Nothing is computed here but means and intervals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,9 +21,30 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from opdlab.arms import ARMS
 from opdlab.stats import mean_interval
 
+# A variant has the colour and the marker of the paper's arm that it descends from, unless a figure gives it another.
 COLOURS = {"sft": "#0072B2", "opd": "#D55E00", "opd_full": "#CC79A7", "rlvr": "#009E73", "sft_matched": "#56B4E9"}
 MARKERS = {"sft": "s", "opd": "o", "opd_full": "D", "rlvr": "^", "sft_matched": "v"}
 NULL = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
+
+
+def colour_of(arm: str) -> str:
+    """Return the colour of an arm, which a variant has from the paper's arm that it descends from."""
+    return COLOURS[arm if arm in COLOURS else ARMS[arm].ancestor]
+
+
+def marker_of(arm: str) -> str:
+    """Return the marker of an arm."""
+    return MARKERS[arm if arm in MARKERS else ARMS[arm].ancestor]
+
+
+def shades(arms: Sequence[str], **fixed: str) -> dict[str, str]:
+    """Return colours for arms in an order, from dark to light; those named in ``fixed`` have the colour of that arm.
+
+    >>> shades(["opd_mix75", "opd_mix50"], opd_short="opd")["opd_short"]
+    '#D55E00'
+    """
+    palette = sns.color_palette("viridis", len(arms) + 1).as_hex()
+    return dict(zip(arms, palette, strict=False)) | {arm: COLOURS[like] for arm, like in fixed.items()}
 
 
 def use_style() -> None:
@@ -66,7 +87,15 @@ def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9
 
 
 def draw_curves(
-    axis: Axes, table: pd.DataFrame, x: str, y: str, *, null: str | None = None, labels: bool = True, smooth: int = 1
+    axis: Axes,
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    null: str | None = None,
+    labels: bool = True,
+    smooth: int = 1,
+    colours: Mapping[str, str] | None = None,
 ) -> None:
     """Draw ``y`` against ``x`` for each arm: seeds, mean and interval, and dashed the mean of the column ``null``.
 
@@ -78,37 +107,45 @@ def draw_curves(
         null: column with the null of each row.
         labels: write each arm's name at the end of its curve.
         smooth: width of a running mean over rows, for noisy histories.
+        colours: of arms that should not have their own (:func:`shades`).
     """
     ends = []
     for arm, rows in table.groupby("arm", sort=False):
+        colour, marker = (colours or {}).get(arm) or colour_of(arm), marker_of(arm)
         wide = rows.pivot_table(index=x, columns="seed", values=y)
         if smooth > 1:
             wide = wide.rolling(smooth, min_periods=1).mean()
-        axis.plot(wide.index, wide, color=COLOURS[arm], linewidth=0.7, alpha=0.5)
+        axis.plot(wide.index, wide, color=colour, linewidth=0.7, alpha=0.5)
         intervals = [mean_interval(row) for row in wide.to_numpy()] if smooth == 1 else None
         mean = wide.mean(axis=1)
-        axis.plot(wide.index, mean, color=COLOURS[arm], linewidth=2, marker=MARKERS[arm] if smooth == 1 else None, ms=4)
+        axis.plot(wide.index, mean, color=colour, linewidth=2, marker=marker if smooth == 1 else None, ms=4)
         if intervals is not None and wide.shape[1] > 1:
             low, high = [i.low for i in intervals], [i.high for i in intervals]
-            axis.fill_between(wide.index, low, high, color=COLOURS[arm], alpha=0.12, linewidth=0)
+            axis.fill_between(wide.index, low, high, color=colour, alpha=0.12, linewidth=0)
         if null:
-            axis.plot(rows.groupby(x)[null].mean(), **NULL | {"color": COLOURS[arm]}, zorder=0)
+            axis.plot(rows.groupby(x)[null].mean(), **NULL | {"color": colour}, zorder=0)
         ends.append((float(mean.iloc[-1]), arm))
     # Room for every seed; a band or a null may leave the panel.
     low, high = float(table[y].min()), float(table[y].max())
     margin = 0.06 * (high - low or 1.0)
     axis.set_ylim(low - margin, high + margin)
     if labels:
-        label_ends(axis, ends)
+        label_ends(axis, ends, colours=colours)
 
 
-def label_ends(axis: Axes, ends: Sequence[tuple[float, str]], gap: float = 0.075) -> None:
+def label_ends(
+    axis: Axes,
+    ends: Sequence[tuple[float, str]],
+    gap: float = 0.075,
+    colours: Mapping[str, str] | None = None,
+) -> None:
     """Write arms' names at the right of their curves, pushed apart where they would overlap.
 
     Args:
         axis: where to write.
         ends: height of the end in data units, and arm, of each curve.
         gap: smallest distance between two names, as a share of the axis.
+        colours: of arms that should not have their own.
     """
     low, high = axis.get_ylim()
     places: list[float] = []
@@ -121,7 +158,7 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, str]], gap: float = 0.075
             ARMS[arm].label,
             (1.02, place),
             xycoords="axes fraction",
-            color=COLOURS[arm],
+            color=(colours or {}).get(arm) or colour_of(arm),
             fontsize=9,
             va="center",
             annotation_clip=False,
@@ -133,9 +170,9 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
     arms = list(dict.fromkeys(table["arm"]))
     for i, arm in enumerate(arms):
         rows = table[table["arm"] == arm]
-        axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=COLOURS[arm], linewidth=2)
+        axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=colour_of(arm), linewidth=2)
         spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else [0.0]
-        axis.plot(i + np.asarray(spread), rows[y], MARKERS[arm], color=COLOURS[arm], ms=5, alpha=0.8)
+        axis.plot(i + np.asarray(spread), rows[y], marker_of(arm), color=colour_of(arm), ms=5, alpha=0.8)
         if null:
             axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
     axis.set_xticks(range(len(arms)), [ARMS[arm].label.replace(" ", "\n", 1) for arm in arms], fontsize=8)
@@ -155,7 +192,7 @@ def set_log(axis: Axis) -> None:
 def draw_points(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """Draw one point per row in the plane of ``x`` and ``y``, both logarithmic."""
     for arm, rows in table.groupby("arm", sort=False):
-        axis.scatter(rows[x], rows[y], s=14, color=COLOURS[arm], marker=MARKERS[arm], alpha=0.6, linewidths=0)
+        axis.scatter(rows[x], rows[y], s=14, color=colour_of(arm), marker=marker_of(arm), alpha=0.6, linewidths=0)
     set_log(axis.xaxis)
     set_log(axis.yaxis)
 
@@ -163,14 +200,53 @@ def draw_points(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
 def draw_paths(axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
     """Draw where each run went in the plane of ``x`` (logarithmic) and ``y``: a line per seed, from early to late."""
     for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
-        axis.plot(rows[x], rows[y], color=COLOURS[arm], marker=MARKERS[arm], ms=3.5, linewidth=0.9, alpha=0.8)
+        axis.plot(rows[x], rows[y], color=colour_of(arm), marker=marker_of(arm), ms=3.5, linewidth=0.9, alpha=0.8)
     set_log(axis.xaxis)
 
 
-def arm_legend(axis: Axes, arms: Sequence[str], *, null: str | None = None, **options: object) -> None:
+def draw_rows(
+    axis: Axes,
+    table: pd.DataFrame,
+    *,
+    names: bool = True,
+    counts: float = 0.0,
+    colours: Mapping[str, str] | None = None,
+) -> None:
+    """Draw one row per arm: a small dot per seed, the mean and its 95 % interval; dashes at zero.
+
+    Args:
+        axis: where to draw.
+        table: one column per arm, one row per seed (:func:`opdlab.claims.differences`).
+        names: write the arms' names at the left.
+        counts: shade what lies closer to zero than this.
+        colours: of arms that should not have their own.
+    """
+    for row, (arm, values) in enumerate(table.items()):
+        colour, values = (colours or {}).get(arm) or colour_of(arm), values.dropna()
+        found = mean_interval(values)
+        axis.plot(values, np.full(len(values), row), "o", color=colour, ms=3, alpha=0.5)
+        axis.plot([found.low, found.high], [row, row], color=colour, linewidth=2)
+        axis.plot(found.mean, row, marker_of(arm), color=colour, ms=6)
+    axis.axvline(0, **NULL)
+    if counts:
+        axis.axvspan(-counts, counts, color="0.93", zorder=0, linewidth=0)
+    axis.set_yticks(range(table.shape[1]), [ARMS[arm].label for arm in table] if names else [])
+    axis.set_ylim(table.shape[1] - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+
+
+def arm_legend(
+    axis: Axes,
+    arms: Sequence[str],
+    *,
+    null: str | None = None,
+    colours: Mapping[str, str] | None = None,
+    **options: object,
+) -> None:
     """Add a legend with the arms, and the null under the name ``null``; an empty panel is given up to it."""
+    colours = {arm: colour_of(arm) for arm in arms} | dict(colours or {})
     handles = [
-        plt.Line2D([], [], color=COLOURS[arm], marker=MARKERS[arm], linewidth=2, ms=5, label=ARMS[arm].label)
+        plt.Line2D([], [], color=colours[arm], marker=marker_of(arm), linewidth=2, ms=5, label=ARMS[arm].label)
         for arm in arms
     ]
     if null:

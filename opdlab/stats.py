@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +11,20 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """An estimate with the two ends of its interval."""
+    """An estimate with the two ends of its interval; a format holds for all three numbers.
+
+    >>> f"{Interval(0.5, 0.25, 0.75):+.2f}"
+    '+0.50 [+0.25, +0.75]'
+    """
 
     mean: float
     low: float
     high: float
+
+    def __format__(self, spec: str) -> str:
+        """Write the mean and, if they are known, the ends in brackets."""
+        ends = "" if isnan(self.low) else f" [{self.low:{spec}}, {self.high:{spec}}]"
+        return f"{self.mean:{spec}}{ends}"
 
 
 def proportion_interval(share: float, count: int, confidence: float = 0.95) -> Interval:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan, nan
+from math import nan
 
 import numpy as np
 import pandas as pd
@@ -121,6 +121,11 @@ class Difference:
         if all(value.analysis for value in self.values):
             return set()
         return {self.arm, self.minus_arm or self.arm}
+
+
+def differences(records: Records, value: Value, arms: Sequence[str], baseline: str) -> pd.DataFrame:
+    """Return what arms have of ``value`` beyond ``baseline``: one column per arm, one row per seed that both have."""
+    return pd.DataFrame({arm: Difference(value, arm, baseline).of(records) for arm in arms})
 
 
 @dataclass(frozen=True)
@@ -251,13 +256,11 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Return the verdicts as a table, one row per claim."""
     rows = []
     for found in verdicts:
-        effect = found.effect
-        spread = "" if isnan(effect.low) else f" [{effect.low:+.3g}, {effect.high:+.3g}]"
         rows.append(
             {
                 "claim": found.claim.statement,
                 "paper": found.claim.source,
-                "effect": f"{effect.mean:+.3g}{spread}",
+                "effect": f"{found.effect:+.3g}",
                 "bootstrap": f"[{found.bootstrap.low:+.3g}, {found.bootstrap.high:+.3g}]",
                 "counts from": f"{found.claim.smallest:.3g}",
                 "p": f"{found.p:.2g}",
