@@ -169,10 +169,10 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
     """Draw one dot per seed and the mean of ``y`` for each arm, with the null as grey dashes beside it."""
     arms = list(dict.fromkeys(table["arm"]))
     for i, arm in enumerate(arms):
-        rows = table[table["arm"] == arm]
-        axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=colour_of(arm), linewidth=2)
+        rows, colour = table[table["arm"] == arm], colour_of(arm)
+        axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=colour, linewidth=2)
         spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else [0.0]
-        axis.plot(i + np.asarray(spread), rows[y], marker_of(arm), color=colour_of(arm), ms=5, alpha=0.8)
+        axis.plot(i + np.asarray(spread), rows[y], marker_of(arm), color=colour, ms=5, alpha=0.8)
         if null:
             axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
     axis.set_xticks(range(len(arms)), [ARMS[arm].label.replace(" ", "\n", 1) for arm in arms], fontsize=8)

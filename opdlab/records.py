@@ -42,7 +42,7 @@ class Records:
     """The tables of several runs, one below the other, each with the columns ``arm``, ``label`` and ``seed``.
 
     Attributes:
-        history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds).
+        history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds of CPU).
         evaluations: one row per evaluation (greedy and sampled accuracy, entropy, KL to the teacher).
         matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_pair`).
         trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices
@@ -185,14 +185,14 @@ def find_analysis(name: str, seed: int, scale: Scale, home: Home, progress: bool
     for folder in (home.records(scale) / f"{name}-seed{seed}", here):
         if is_recorded(folder, key):
             return folder
-    began = time.perf_counter()
+    began = time.process_time()
     with cpu_threads(scale.threads):
         table = analysis.measure(Study(scale, home, seed, progress=progress))
     if analysis.keys:
         table = by_block(table, analysis.keys)
     _write_table(here / f"{name}.csv", table)
     digest = hashlib.sha256((here / f"{name}.csv").read_bytes()).hexdigest()[:16]
-    seconds = round(time.perf_counter() - began, 1)
+    seconds = round(time.process_time() - began, 1)
     geometry = asdict(scale.geometry)
     description = {"key": key, "table": digest, "seconds": seconds, "provenance": provenance(), "config": config}
     write_json(here / "record.json", description | {"geometry": geometry})

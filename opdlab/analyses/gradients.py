@@ -93,11 +93,11 @@ def measure(study: Study) -> pd.DataFrame:
     names |= {"opd, another batch": ("opd", study.later(), False), "random signs": ("opd", study.seed, True)}
     found = {name: _moments(study, *names[name]) for name in study.follow(names, "gradients")}
     squares, means = found["opd"]
-    bases = {name: torch.linalg.eigh(square).eigenvectors.flip(1) for name, square in squares.items()}
+    bases = {name: _directions(square) for name, square in squares.items()}
     rows = []
     for arm, (other_squares, other_means) in found.items():
         for name, square in other_squares.items():
-            basis, n = torch.linalg.eigh(square).eigenvectors.flip(1), len(square)
+            basis, n = _directions(square), len(square)
             row = {"arm": arm, **describe(name)._asdict(), "parameters": means[name].numel()}
             row["cosine"] = float(
                 torch.nn.functional.cosine_similarity(means[name].flatten(), other_means[name].flatten(), dim=0)
@@ -109,6 +109,12 @@ def measure(study: Study) -> pd.DataFrame:
                 row[f"sim_right_random_K{k}"] = k / n
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _directions(square: Tensor) -> Tensor:
+    """Return the eigenvectors (n, n), those of the largest eigenvalues first; NaN where there is no gradient at all."""
+    vectors = torch.linalg.eigh(square).eigenvectors.flip(1)
+    return vectors if square.any() else torch.full_like(vectors, torch.nan)
 
 
 GRADIENTS = Analysis(
