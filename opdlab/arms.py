@@ -189,8 +189,8 @@ _confine("opd_short", "opd_weights4", "4 of W0", k=4, space="weights")
 _confine("opd_short", "opd_final4", "4 of its end", k=4, final=True)
 _confine("opd_short", "opd_of_rlvr4", "4 of RLVR", k=4, arm="rlvr_short")
 _confine("opd_short", "opd_of_seed4", "4 of another seed", k=4, other_seed=True)
-_confine("opd_short", "opd_from5", "from 5 %", k=4, start=0.05)
-_confine("opd_short", "opd_from40", "from 40 %", k=4, start=0.4)
+for _share in (5, 10, 40):
+    _confine("opd_short", f"opd_from{_share}", f"from {_share} %", k=4, start=_share / 100)
 for _name in ("sft", "sft_matched_short", "rlvr_short"):
     _stem = _name.removesuffix("_short")
     _confine(_name, f"{_stem}_gradient16", "gradients in 16", acts_on="gradient")

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from opdlab.analyses import ANALYSES
 from opdlab.arms import PAPER, RECORDED
-from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, holm, judge, scorecard
+from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, differences, holm, judge, scorecard
 from opdlab.errors import OpdlabError
 from opdlab.records import Records, load_records
 
@@ -107,3 +108,34 @@ def test_the_paper_s_claims_can_be_judged_from_the_records():
     assert all(found.verdict in VERDICTS and bool(found.by) == (found.verdict == "explained") for found in verdicts)
     table = scorecard(verdicts)
     assert table["verdict"].str.len().min() > 0 and len(table) == len(of_paper)
+
+
+def test_values_of_an_analysis():
+    table = pd.DataFrame(
+        [{"seed": seed, "arm": "a", "other": other, "x": seed + len(other)} for seed in (0, 1) for other in ("b", "cc")]
+    )
+    made = replace(records(a=5, b=2), analyses={"pairs": table})
+    value = Value("x", "pairs", {"other": "cc"})
+    assert value.of(made, "a").to_dict() == {0: 2, 1: 3}
+    difference = Difference(value, "a", minus=replace(value, where={"other": "b"}))
+    assert difference.of(made).tolist() == [1, 1] and difference.arms == set()
+    # Of all arms, where a table is about none.
+    assert value.of(replace(made, analyses={"pairs": table.drop(columns="arm")}), "").to_dict() == {0: 2, 1: 3}
+    claim = Claim("of-pairs", "locking", "A is more like C than like B", "nowhere", difference, 0.5)
+    assert claim.analyses == {"pairs"} and claim.arms == set()
+    with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
+        judge([claim], records(a=5, b=2))
+    with pytest.raises(OpdlabError, match="no 'x' of the arm 'z'"):
+        value.of(made, "z")
+
+
+def test_differences_are_one_column_per_arm():
+    made = records(a=5, b=2, c=2)
+    table = differences(made, Value("x"), ("a", "c"), "b")
+    assert list(table) == ["a", "c"] and len(table) == 5
+    assert table["a"].tolist() == Difference(Value("x"), "a", "b").of(made).tolist()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_claims_name_arms_and_analyses_that_exist(claim):
+    assert claim.arms <= set(RECORDED) and claim.analyses <= set(ANALYSES)

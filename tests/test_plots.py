@@ -73,3 +73,31 @@ def test_points_and_paths_hold_every_row(table):
 def test_panels_has_no_empty_panel():
     figure, axes = plots.panels(4)
     assert len(axes) == len(figure.axes) == 4
+
+
+def test_rows_draw_seeds_mean_and_interval():
+    effects = pd.DataFrame({"opd_top25": [0.1, 0.2, 0.3], "rlvr_short": [1.0, 1.0, np.nan]})
+    _, (axis,) = plots.panels(1)
+    plots.draw_rows(axis, effects, counts=0.25)
+    seeds, interval, mean = axis.lines[:3]
+    assert seeds.get_xdata().tolist() == [0.1, 0.2, 0.3] and mean.get_xdata() == pytest.approx([0.2])
+    assert interval.get_xdata() == pytest.approx([-0.048, 0.448], abs=1e-3)
+    assert len(axis.lines[3].get_xdata()) == 2  # a seed that is missing is not drawn
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["top 25 %", "RLVR"]
+    # The first arm is on top.
+    assert axis.get_ylim() == (1.5, -0.5)
+    # A single seed has no interval, and does no harm.
+    plots.draw_rows(axis, effects.iloc[:1], names=False)
+
+
+def test_a_variant_looks_like_the_arm_that_it_descends_from(table):
+    assert plots.colour_of("opd_top25_update4") == plots.COLOURS["opd"]
+    assert plots.marker_of("rlvr_short") == plots.MARKERS["rlvr"]
+    colours = plots.shades(("opd_top50", "opd_top25"), opd_short="opd")
+    assert colours["opd_short"] == plots.COLOURS["opd"] and len(set(colours.values())) == 3
+    _, (axis,) = plots.panels(1)
+    plots.draw_curves(axis, table.replace({"arm": {"opd": "opd_top50"}}), "step", "value", colours=colours)
+    assert [text.get_text() for text in axis.texts] == ["SFT", "top 50 %"]
+    assert axis.lines[-1].get_color() == colours["opd_top50"]
+    plots.arm_legend(axis, ("opd_top50", "sft"), colours=colours)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["top 50 %", "SFT"]
