@@ -8,6 +8,7 @@ Nothing is computed here but means and intervals.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -175,7 +176,7 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
         axis.plot(i + np.asarray(spread), rows[y], marker_of(arm), color=colour, ms=5, alpha=0.8)
         if null:
             axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
-    axis.set_xticks(range(len(arms)), [ARMS[arm].label.replace(" ", "\n", 1) for arm in arms], fontsize=8)
+    axis.set_xticks(range(len(arms)), [fill(ARMS[arm].label, 11) for arm in arms], fontsize=8)
     axis.set_xlim(-0.6, len(arms) - 0.4)
     if log:
         set_log(axis.yaxis)

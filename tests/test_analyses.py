@@ -131,6 +131,9 @@ def test_landscape_visits_the_ends_and_the_way_between(made):
     assert sft[-1.0] == pytest.approx(total["base"]) and sft[0.0] == pytest.approx(total["anchor"])
     between = paths.loc["sft_matched to rlvr"].set_index("rlvr")["sampled"][0.5]
     assert between == pytest.approx(total["anchor"] + (ends["sft_matched"] + ends["rlvr"]) / 2)
+    averaged = paths.loc["opd to opd of the next seed", "sampled"]
+    other = sum(float(w.sum()) for w in made.runs["opd", 1].values())
+    assert averaged == pytest.approx(total["anchor"] + (ends["opd"] + other) / 2)
     plane = paths.loc["plane"].set_index(["opd", "rlvr"])["sampled"]
     assert plane[(0.5, 0.25)] == pytest.approx(total["anchor"] + 0.5 * ends["opd"] + 0.25 * ends["rlvr"])
 

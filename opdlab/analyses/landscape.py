@@ -23,6 +23,7 @@ def _points() -> Iterator[dict]:
     yield from ({"path": "sft", "sft": share - 1} for share in (*_FIFTHS, 1.25))
     for first, second in (("opd", "rlvr"), ("opd", "sft_matched"), ("sft_matched", "rlvr")):
         yield from ({"path": f"{first} to {second}", first: 1 - share, second: share} for share in _FIFTHS)
+    yield {"path": "opd to opd of the next seed", "opd": 0.5, "opd_next": 0.5}
 
 
 def measure_landscape(study: Study) -> pd.DataFrame:
@@ -30,10 +31,12 @@ def measure_landscape(study: Study) -> pd.DataFrame:
 
     The paths: each arm's own straight way from the anchor and beyond its end ("sft" is the way from the base to the
     anchor, whose share is counted from the anchor), the straight ways between the ends, and the plane through the
-    anchor, which is SFT's end, and the ends of OPD and RLVR.
+    anchor, which is SFT's end, and the ends of OPD and RLVR; and the point halfway between OPD's end and that of its
+    run with the next seed ("opd_next"), which shows what averaging does to two runs of one arm.
     """
     anchor, base = study.model("anchor"), study.model("base")
     updates = {arm: study.update(arm) for arm in _ARMS} | {"sft": add(anchor, (-1.0, base))}
+    updates["opd_next"] = study.update("opd", seed=study.later())
     rows = []
     for point in study.follow(list(_points()), "landscape"):
         terms = [(point[arm], update) for arm, update in updates.items() if point.get(arm)]
@@ -79,7 +82,12 @@ def _to_norm(update: Weights, like: Weights) -> Weights:
 
 
 LANDSCAPE = Analysis(
-    "landscape", "how well the weights between the ends of runs do", measure_landscape, _ARMS, few_seeds=True
+    "landscape",
+    "how well the weights between the ends of runs do",
+    measure_landscape,
+    _ARMS,
+    (("opd", 1),),
+    few_seeds=True,
 )
 EXTRAPOLATION = Analysis(
     "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, few_seeds=True

@@ -39,7 +39,8 @@ def measure(study: Study) -> pd.DataFrame:
     """Return one row per update and pair of updates that should explain it.
 
     Columns: ``arm``, ``basis``, the ``residual`` with one pair of coefficients for the whole model and
-    ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients, and the two cosines.
+    ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients; and the cosines of the
+    update with each of the two, and between these.
     """
     base, anchor = study.model("base"), study.model("anchor")
     sft = layers({name: anchor[name] - base[name] for name in anchor})
@@ -75,6 +76,7 @@ def measure(study: Study) -> pd.DataFrame:
                     "coefficient_second": c_second,
                     "cosine_first": cosine(whole, _flat(first)),
                     "cosine_second": cosine(whole, _flat(second)),
+                    "cosine_between": cosine(_flat(first), _flat(second)),
                 }
             )
     return pd.DataFrame(rows)
