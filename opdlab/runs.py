@@ -103,10 +103,7 @@ def source_of(arm: Arm, seed: int, scale: Scale) -> tuple[str, int] | None:
     constraint = arm.constraint
     if constraint is None or not (constraint.arm or constraint.other_seed or constraint.final):
         return None
-    seeds = scale.seeds_of(arm.name)
-    if constraint.other_seed:
-        seed = seeds[(seeds.index(seed) + 1) % len(seeds)] if seed in seeds else seed + 1
-    return constraint.arm or arm.like, seed
+    return constraint.arm or arm.like, scale.later_seed(seed) if constraint.other_seed else seed
 
 
 def _directions(scale: Scale, arm: Arm, seed: int, home: Home) -> dict:

@@ -86,6 +86,10 @@ class Scale:
         """Return the seeds that an arm is recorded with."""
         return self.variant_seeds if get_arm(arm).like else self.seeds
 
+    def later_seed(self, seed: int, count: int = 1) -> int:
+        """Return the seed that comes ``count`` after ``seed``, beginning again after the last."""
+        return self.seeds[(self.seeds.index(seed) + count) % len(self.seeds)] if seed in self.seeds else seed + count
+
     def snapshots_of(self, arm: str) -> tuple[float, ...]:
         """Return the shares of its training at which an arm's weights are kept."""
         return self.variant_snapshots if get_arm(arm).like else self.snapshots

@@ -24,11 +24,6 @@ Weights = dict[str, Tensor]
 Item = TypeVar("Item")
 
 
-def later_seed(scale: Scale, seed: int, count: int) -> int:
-    """Return the seed of ``scale`` that comes ``count`` after ``seed``, beginning again after the last."""
-    return scale.seeds[(scale.seeds.index(seed) + count) % len(scale.seeds)]
-
-
 class Study:
     """The runs of one seed at a scale; what is not trained yet is trained when it is asked for."""
 
@@ -42,7 +37,7 @@ class Study:
 
     def later(self, count: int = 1) -> int:
         """Return the seed that comes ``count`` after this one."""
-        return later_seed(self.scale, self.seed, count)
+        return self.scale.later_seed(self.seed, count)
 
     def run(self, arm: str, seed: int | None = None) -> Run:
         """Return the finished run of an arm, with this seed or another."""
@@ -125,4 +120,4 @@ class Analysis:
     def runs(self, scale: Scale, seed: int) -> list[tuple[str, int]]:
         """Return the runs that it reads, as arms and seeds."""
         here = [(arm, seed) for arm in self.arms if seed in scale.seeds_of(arm)]
-        return here + [(arm, later_seed(scale, seed, count)) for arm, count in self.later]
+        return here + [(arm, scale.later_seed(seed, count)) for arm, count in self.later]
