@@ -217,7 +217,7 @@ def draw_rows(
 
     Args:
         axis: where to draw.
-        table: one column per arm, one row per seed (:func:`opdlab.claims.differences`).
+        table: one column per arm, one row per seed (:func:`opdlab.claims.judging.differences`).
         names: write the arms' names at the left.
         counts: shade what lies closer to zero than this.
         colours: of arms that should not have their own.

@@ -12,7 +12,7 @@ from opdlab.geometry import Svd, cosine, describe, sim_k, svd, top_left, top_rig
 
 #: Arms whose runs are compared with each other, with the same seed and with the next.
 WHOLE = ("opd", "opd_full", "rlvr", "sft_matched")
-#: Arms whose runs are compared with short OPD: all that start where it does, are as long, and are free to move.
+#: Arms whose runs are compared with short OPD, all that start where it does, are as long, and are free to move.
 SHORT = tuple(
     arm.name
     for arm in ARMS.values()

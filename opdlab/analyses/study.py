@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -21,7 +20,6 @@ from opdlab.tasks import TASKS
 from opdlab.training import Learner, train
 
 Weights = dict[str, Tensor]
-Item = TypeVar("Item")
 
 
 class Study:
@@ -31,7 +29,7 @@ class Study:
         """Take the runs of ``seed`` under ``home``; ``progress`` shows a bar."""
         self.scale, self.home, self.seed, self.progress = scale, home, seed, progress
 
-    def follow(self, items: Collection[Item], what: str) -> Iterator[Item]:
+    def follow(self, items: Collection, what: str) -> Iterator:
         """Go through ``items`` under a bar called ``what``."""
         yield from tqdm(items, desc=f"{what}, seed {self.seed}", disable=not self.progress)
 
