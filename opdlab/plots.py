@@ -111,6 +111,10 @@ def draw_curves(
         colours: of arms that should not have their own (:func:`shades`).
     """
     ends = []
+    # What is undefined has no curve, as where an arm gained nothing that could be recovered.
+    table = table.dropna(subset=[y])
+    if table.empty:
+        return
     for arm, rows in table.groupby("arm", sort=False):
         colour, marker = (colours or {}).get(arm) or colour_of(arm), marker_of(arm)
         wide = rows.pivot_table(index=x, columns="seed", values=y)

@@ -44,6 +44,13 @@ def test_curves_draw_seeds_means_and_nulls(table):
     assert [text.get_text() for text in axis.texts] == ["SFT", "OPD"]
 
 
+def test_what_is_undefined_has_no_curve(table):
+    _, (axis,) = plots.panels(1)
+    plots.draw_curves(axis, table.assign(value=table["value"].where(table["arm"] == "sft")), "step", "value")
+    assert [text.get_text() for text in axis.texts] == ["SFT"]
+    plots.draw_curves(axis, table.assign(value=np.nan), "step", "value")
+
+
 def test_labels_never_overlap(table):
     _, (axis,) = plots.panels(1)
     axis.set_ylim(0, 1)
