@@ -38,14 +38,19 @@ def marker_of(arm: str) -> str:
     return MARKERS[arm if arm in MARKERS else ARMS[arm].ancestor]
 
 
-def shades(arms: Sequence[str], **fixed: str) -> dict[str, str]:
+def shades(arms: Sequence[str], palette: str = "viridis", **fixed: str) -> dict[str, str]:
     """Return colours for arms in an order, from dark to light; those named in ``fixed`` have the colour of that arm.
+
+    Args:
+        arms: in order.
+        palette: name of a seaborn palette, which begins dark.
+        fixed: arms with the colour of one of the paper's.
 
     >>> shades(["opd_mix75", "opd_mix50"], opd_short="opd")["opd_short"]
     '#D55E00'
     """
-    palette = sns.color_palette("viridis", len(arms) + 1).as_hex()
-    return dict(zip(arms, palette, strict=False)) | {arm: COLOURS[like] for arm, like in fixed.items()}
+    colours = sns.color_palette(palette, len(arms) + 1).as_hex()
+    return dict(zip(arms, colours, strict=False)) | {arm: COLOURS[like] for arm, like in fixed.items()}
 
 
 def use_style() -> None:
@@ -110,7 +115,7 @@ def draw_curves(
         smooth: width of a running mean over rows, for noisy histories.
         colours: of arms that should not have their own (:func:`shades`).
     """
-    ends = []
+    ends, lowest, highest = [], np.inf, -np.inf
     # What is undefined has no curve, as where an arm gained nothing that could be recovered.
     table = table.dropna(subset=[y])
     if table.empty:
@@ -120,6 +125,7 @@ def draw_curves(
         wide = rows.pivot_table(index=x, columns="seed", values=y)
         if smooth > 1:
             wide = wide.rolling(smooth, min_periods=1).mean()
+        lowest, highest = min(lowest, wide.min(axis=None)), max(highest, wide.max(axis=None))
         axis.plot(wide.index, wide, color=colour, linewidth=0.7, alpha=0.5)
         intervals = [mean_interval(row) for row in wide.to_numpy()] if smooth == 1 else None
         mean = wide.mean(axis=1)
@@ -131,9 +137,8 @@ def draw_curves(
             axis.plot(rows.groupby(x)[null].mean(), **NULL | {"color": colour}, zorder=0)
         ends.append((float(mean.iloc[-1]), arm))
     # Room for every seed; a band or a null may leave the panel.
-    low, high = float(table[y].min()), float(table[y].max())
-    margin = 0.06 * (high - low or 1.0)
-    axis.set_ylim(low - margin, high + margin)
+    margin = 0.06 * (highest - lowest or 1.0)
+    axis.set_ylim(lowest - margin, highest + margin)
     if labels:
         label_ends(axis, ends, colours=colours)
 
@@ -154,11 +159,17 @@ def label_ends(
     """
     low, high = axis.get_ylim()
     places: list[float] = []
-    for y, arm in sorted(ends):
+    for y, _ in sorted(ends):
         place = (y - low) / (high - low)
         if places:
             place = max(place, places[-1] + gap)
         places.append(place)
+    # From the top down, what has been pushed out of the panel is pushed back.
+    ceiling = 1.0
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], ceiling)
+        ceiling = places[i] - gap
+    for place, (_, arm) in zip(places, sorted(ends), strict=True):
         axis.annotate(
             ARMS[arm].label,
             (1.02, place),
@@ -238,6 +249,7 @@ def draw_rows(
     axis.set_yticks(range(table.shape[1]), [ARMS[arm].label for arm in table] if names else [])
     axis.set_ylim(table.shape[1] - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
+    axis.locator_params(axis="x", nbins=4)
 
 
 def arm_legend(

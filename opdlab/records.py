@@ -246,6 +246,12 @@ def load_records(
     return Records(**joined, analyses=found)
 
 
+def nearest(table: pd.DataFrame, progress: float) -> pd.DataFrame:
+    """Return, of a table with the columns ``arm`` and ``progress``, each arm's rows nearest to a share of training."""
+    gap = (table["progress"] - progress).abs()
+    return table[gap == gap.groupby(table["arm"]).transform("min")]
+
+
 def by_block(table: pd.DataFrame, keys: tuple[str, ...] = ("step",)) -> pd.DataFrame:
     """Average over the matrices of each block, as :func:`per_run` does, keeping apart what differs in ``keys``."""
     return _means(table, [*keys, "block"])

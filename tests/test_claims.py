@@ -9,6 +9,7 @@ import pytest
 from opdlab.analyses import ANALYSES
 from opdlab.arms import PAPER, RECORDED
 from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, differences, holm, judge, scorecard
+from opdlab.claims.judging import KNOWN
 from opdlab.errors import OpdlabError
 from opdlab.records import Records, load_records
 
@@ -139,3 +140,4 @@ def test_differences_are_one_column_per_arm():
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
 def test_claims_name_arms_and_analyses_that_exist(claim):
     assert claim.arms <= set(RECORDED) and claim.analyses <= set(ANALYSES)
+    assert claim.known in KNOWN

@@ -59,6 +59,21 @@ def test_labels_never_overlap(table):
     assert min(np.diff(heights)) >= 0.074
 
 
+def test_labels_stay_in_the_panel():
+    _, (axis,) = plots.panels(1)
+    plots.label_ends(axis, [(0.98, "sft"), (0.99, "opd"), (1.0, "rlvr")])
+    assert [text.xy[1] for text in axis.texts] == pytest.approx([0.85, 0.925, 1.0])
+
+
+def test_smoothed_curves_fill_the_panel(table):
+    _, (axis,) = plots.panels(1)
+    noisy = table.assign(value=table["value"] * (-1) ** table["step"])
+    plots.draw_curves(axis, noisy, "step", "value", smooth=2)
+    low, high = axis.get_ylim()
+    drawn = np.concatenate([line.get_ydata() for line in axis.lines])
+    assert low < drawn.min() < low + 0.1 * (high - low) and high > drawn.max() > high - 0.1 * (high - low)
+
+
 def test_dots_draw_each_seed(table):
     _, (axis,) = plots.panels(1)
     plots.draw_dots(axis, table[table["step"] == 3], "value", null="null")

@@ -12,7 +12,9 @@ from opdlab.geometry import Svd, cosine, describe, sim_k, svd, top_left, top_rig
 
 #: Arms whose runs are compared with each other, with the same seed and with the next.
 WHOLE = ("opd", "opd_full", "rlvr", "sft_matched")
-#: Arms whose runs are compared with short OPD, all that start where it does, are as long, and are free to move.
+#: Short arms whose runs are compared with all of ``SHORT``.
+BASES = ("opd_short", "rlvr_short", "sft_matched_short")
+#: The short arms: all that start where short OPD does, are as long, and are free to move.
 SHORT = tuple(
     arm.name
     for arm in ARMS.values()
@@ -27,7 +29,7 @@ def _pairs(study: Study) -> Iterator[tuple[str, str, int]]:
             if other != arm:
                 yield arm, other, study.seed
     if study.seed in study.scale.variant_seeds:
-        yield from (("opd_short", other, study.seed) for other in SHORT if other != "opd_short")
+        yield from ((base, other, study.seed) for base in BASES for other in SHORT if other != base)
 
 
 def measure(study: Study) -> pd.DataFrame:

@@ -21,11 +21,15 @@ import pandas as pd
 from scipy import stats
 
 from opdlab.errors import OpdlabError
-from opdlab.records import Records, per_run
+from opdlab.records import Records, nearest, per_run
 from opdlab.stats import Interval, bootstrap_interval, mean_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
+#: How sure the paper's number is: printed in it, or in a neighbour's text; stated in words without a number; in a
+#: draft's comments, not in the published text; or secondary, as others read it off a figure.
+KNOWN = ("printed", "words", "draft", "secondary")
+_EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Value:
 
     Attributes:
         column: of the records' ``matrices``, or of their ``trajectory`` where ``progress`` is given; "sampled" and
-            "greedy" are the accuracies of their ``evaluations``.
+            "greedy" (accuracy), "entropy" and "kl_teacher" are of their ``evaluations``.
         analysis: the column is of this analysis instead (:data:`opdlab.analyses.ANALYSES`).
         where: of an analysis, only rows with these entries.
         progress: share of the training; the snapshot nearest to it.
@@ -54,7 +58,7 @@ class Value:
     def of(self, records: Records, arm: str) -> pd.Series:
         """Return the value of an arm's runs, by seed; of all rows if ``arm`` is ""."""
         table = records.matrices if self.progress is None else records.trajectory
-        if self.column in ("sampled", "greedy"):
+        if self.column in _EVALUATED:
             table = records.evaluations
         if self.analysis:
             if self.analysis not in records.analyses:
@@ -76,10 +80,7 @@ class Value:
 
 
 def _at(runs: pd.DataFrame, column: str, progress: float | None) -> pd.Series:
-    if progress is not None:
-        gap = (runs["progress"] - progress).abs()
-        runs = runs[gap == gap.min()]
-    return runs.set_index("seed")[column]
+    return (runs if progress is None else nearest(runs, progress)).set_index("seed")[column]
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Claim:
         smallest: the smallest effect that counts, in its units.
         controls: by what could explain it: what is then left of the effect.
         rivals: by where the paper's explanation does not apply: the same statistic there.
+        known: how sure the paper's number is, one of :data:`opdlab.claims.judging.KNOWN`.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Claim:
     smallest: float
     controls: dict[str, Difference] = field(default_factory=dict)
     rivals: dict[str, Difference] = field(default_factory=dict)
+    known: str = "words"
 
     @property
     def arms(self) -> set[str]:
@@ -260,6 +263,7 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
             {
                 "claim": found.claim.statement,
                 "paper": found.claim.source,
+                "known": found.claim.known,
                 "effect": f"{found.effect:+.3g}",
                 "bootstrap": f"[{found.bootstrap.low:+.3g}, {found.bootstrap.high:+.3g}]",
                 "counts from": f"{found.claim.smallest:.3g}",

@@ -33,7 +33,7 @@ def _order(name: str, what: str, value: Value, high: str, low: str, smallest: fl
         controls["SFT's own recipe"] = Difference(value, "sft_matched", low)
     if low == "sft":
         controls["SFT's own recipe"] = Difference(value, high, "sft_matched")
-    return Claim(name, "regime", what, source, Difference(value, high, low), smallest, controls)
+    return Claim(name, "regime", what, source, Difference(value, high, low), smallest, controls, known="printed")
 
 
 def _masked(arm: str, label: str) -> tuple[Claim, Claim]:
@@ -54,6 +54,7 @@ def _masked(arm: str, label: str) -> tuple[Claim, Claim]:
             "noise of the same density": Difference(_LOW, arm, minus=Value("low_overlap_a30_noise")),
             "the permuted update": Difference(_LOW, arm, minus=Value("low_overlap_a30_null")),
         },
+        known="printed",
     )  # fmt: skip
     return principal, low
 
@@ -74,7 +75,7 @@ def _same_sparsity(arm: str, what: str) -> Claim:
     return Claim(f"sparsity-{arm}", "regime", f"OPD with {what} leaves as many weights unchanged",
                  "Table 1: 48.6 to 57.1 %", _near(_SPARSITY, arm, "opd_short"), -0.01,
                  rivals={"matched SFT, which is as near": _near(_SPARSITY, "sft_matched_short", "opd_short")},
-                 )  # fmt: skip
+                 known="printed")  # fmt: skip
 
 
 def _same_rank(arm: str, finding: str, what: str, source: str) -> Claim:
@@ -83,9 +84,10 @@ def _same_rank(arm: str, finding: str, what: str, source: str) -> Claim:
                  _near(_SHORT_RANK, arm, "opd_short"), -0.25, rivals=rivals)  # fmt: skip
 
 
-def _unharmed(name: str, what: str, arm: str, source: str, rivals: dict[str, str]) -> Claim:
+def _unharmed(name: str, what: str, arm: str, source: str, rivals: dict[str, str], known: str = "words") -> Claim:
     others = {label: Difference(_ACCURACY, rival, "opd_short") for label, rival in rivals.items()}
-    return Claim(name, "sufficiency", what, source, Difference(_ACCURACY, arm, "opd_short"), -POINTS, rivals=others)
+    effect = Difference(_ACCURACY, arm, "opd_short")
+    return Claim(name, "sufficiency", what, source, effect, -POINTS, rivals=others, known=known)
 
 
 _VARIANTS = (
@@ -94,7 +96,8 @@ _VARIANTS = (
     _same_sparsity("opd_small", "a smaller student"),
     _same_sparsity("opd_difference", "a second task"),
     _unharmed("sufficiency-opd", "OPD with gradients in its early 16 directions loses nothing", "opd_gradient16",
-              "Figure 6: 64.2 against 63.3 %", {"16 random directions, which lose nothing either": "opd_random16"}),
+              "Figure 6: 64.2 against 63.3 %", {"16 random directions, which lose nothing either": "opd_random16"},
+              known="draft"),
     _unharmed("sufficiency-strict", "OPD with updates in its early 4 directions loses nothing", "opd_update4",
               "Section 4, made strict", {"4 random directions, which lose nothing either": "opd_random4",
                                          "4 principal directions of W0": "opd_weights4"}),
@@ -105,7 +108,7 @@ _VARIANTS = (
            "the size of the confined updates": Difference(_ACCURACY, "opd_rescaled4", "opd_random_rescaled4")}),
     Claim("sufficiency-sft", "sufficiency", "SFT with gradients in its early 16 directions loses",
           "Figure 6: 45.6 against 55.5 %", Difference(_ACCURACY, "sft", "sft_gradient16"), POINTS,
-          {"SFT's own recipe": Difference(_ACCURACY, "sft_matched_short", "sft_matched_gradient16")}),
+          {"SFT's own recipe": Difference(_ACCURACY, "sft_matched_short", "sft_matched_gradient16")}, known="draft"),
     _same_rank("opd_top50", "tokens", "The half of the tokens with the largest log-ratio", "Figure 7"),
     _same_rank("opd_top25", "tokens", "The quarter of the tokens with the largest log-ratio", "Figure 7"),
     _same_rank("opd_random50", "tokens", "A random half of the tokens", "Figure 7"),
@@ -178,11 +181,11 @@ _OF_RUNS = (
     Claim("entries", "mechanism", "OPD confined to an eighth of the entries, those it moved first, loses nothing",
           "2505.11711: a small subnetwork", Difference(_ACCURACY, "opd_entries", "opd_short"), -POINTS,
           rivals={"a random eighth, which loses nothing either":
-                  Difference(_ACCURACY, "opd_random_entries", "opd_short")}),
+                  Difference(_ACCURACY, "opd_random_entries", "opd_short")}, known="printed"),
     Claim("stretched", "mechanism", "A tenth of OPD's training, stretched to the final size, has most of its gain",
           "2605.11739: about 80 % of the score", _stretched("opd"), 0.5,
           rivals={"matched SFT, which has it as well": _stretched("sft_matched"),
-                  "RLVR, which has it as well": _stretched("rlvr")}),
+                  "RLVR, which has it as well": _stretched("rlvr")}, known="printed"),
 )  # fmt: skip
 
 #: All claims.
@@ -202,15 +205,15 @@ CLAIMS = (
     *_masked("opd", "OPD"),
     *_masked("rlvr", "RLVR"),
     Claim("rank-sft-rises", "rank", "The stable rank of SFT rises", "Figure 4: from 20 to 75",
-          Difference(_RISE, "sft", minus=0.0), 0.25),
+          Difference(_RISE, "sft", minus=0.0), 0.25, known="secondary"),
     Claim("rank-rlvr-falls", "rank", "The stable rank of RLVR falls", "Figure 4",
           Difference(Value("stable_rank", progress=0.1, block="attention"), "rlvr", minus=Value("stable_rank", **_END)),
           0.25),
     Claim("rank-opd-flat", "rank", "The stable rank of OPD changes less than that of SFT", "Figure 4: 20 to 30",
           Difference(_RISE, "sft", "opd"), 0.25,
-          {"SFT's own recipe": Difference(_RISE, "sft_matched", "opd")}),
+          {"SFT's own recipe": Difference(_RISE, "sft_matched", "opd")}, known="secondary"),
     Claim("norm-opd-rlvr", "rank", "OPD moves further than RLVR", "Figure 4: norms of 0.45 and 0.17",
-          Difference(Value("frobenius", log=True, **_END), "opd", "rlvr"), log(1.2)),
+          Difference(Value("frobenius", log=True, **_END), "opd", "rlvr"), log(1.2), known="draft"),
     Claim("locking-opd", "locking", "OPD's final subspace is there at 20 % of the training", "Figure 5",
           Difference(_EARLY, "opd", minus=replace(_EARLY, column="sim_right_K16_null")), 0.1,
           {"matched SFT, which has it as well": Difference(_EARLY, "opd", "sft_matched")}),
