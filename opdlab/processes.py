@@ -36,6 +36,17 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Run with ``count`` CPU threads, and put the old number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def workers(count: int, prepare: Callable | None = None, *arguments: object) -> Iterator[ProcessPoolExecutor]:
     """Open ``count`` processes of one thread each, and end them at once if anything goes wrong, Ctrl-C included.
 

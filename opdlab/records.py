@@ -20,6 +20,7 @@ from opdlab.analyses import ANALYSES, Study
 from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair, measure_trajectory
+from opdlab.processes import cpu_threads
 from opdlab.runs import (
     Home,
     Run,
@@ -32,7 +33,7 @@ from opdlab.runs import (
     write_whole,
 )
 from opdlab.scales import Scale, get_scale
-from opdlab.training import cpu_threads, train
+from opdlab.training import train
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
 

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -33,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opdlab.arms import Arm, get_arm
+from opdlab.arms import ARMS, Arm, get_arm
 from opdlab.checkpoints import weights_digest
 from opdlab.errors import OpdlabError
 from opdlab.scales import Scale
@@ -104,6 +105,12 @@ def source_of(arm: Arm, seed: int, scale: Scale) -> tuple[str, int] | None:
     if constraint is None or not (constraint.arm or constraint.other_seed or constraint.final):
         return None
     return constraint.arm or arm.like, scale.later_seed(seed) if constraint.other_seed else seed
+
+
+def switches(arm: str, scale: Scale) -> set[int]:
+    """Return the steps at which projected runs part from the free runs of an arm."""
+    starts = {other.constraint.start for other in ARMS.values() if other.like == arm and other.constraint}
+    return set(scale.steps_at(arm, tuple(starts)))
 
 
 def _directions(scale: Scale, arm: Arm, seed: int, home: Home) -> dict:
@@ -225,6 +232,27 @@ class Run:
     def snapshot(self, step: int) -> dict[str, Tensor]:
         """Return the weights after ``step`` updates."""
         return load_tensors(self.snapshot_path(step))[0]
+
+    def state_path(self, step: int) -> Path:
+        """Return the file with all that training needs to go on after ``step`` updates, kept where other runs part."""
+        return self.folder / "states" / f"step-{step:06d}.safetensors"
+
+    def begin_like(self, other: Run, step: int) -> None:
+        """Take over the first ``step`` steps of a run that is the same until then, if it kept its state there."""
+        snapshots = [s for s in self.config["snapshots"] if s <= step]
+        if not (other.state_path(step).exists() and all(other.snapshot_path(s).exists() for s in snapshots)):
+            return
+        if json.loads((other.folder / "provenance.json").read_text()) != provenance():
+            return
+        copies = [(other.snapshot_path(s), self.snapshot_path(s)) for s in snapshots]
+        # Last: with a checkpoint the run counts as begun.
+        copies.append((other.state_path(step), self.folder / "checkpoint.safetensors"))
+        for name in ("history", "evaluations"):
+            for line in other.lines(name):
+                if line["step"] <= step and (name == "history" or line["step"] in self.config["evaluations"]):
+                    self.append(name, line)
+        for source, target in copies:
+            write_whole(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,9 @@ from opdlab.constraints import Confinement
 from opdlab.errors import OpdlabError
 from opdlab.models import character_tokenizer, check_same_vocabulary, load_model, load_tokenizer, new_model, save_model
 from opdlab.optimizers import load_moments, make_optimizers, moments
+from opdlab.processes import cpu_threads
 from opdlab.rollouts import Rollouts, encode_prompts, sample
-from opdlab.runs import Home, Run, default_home, load_tensors, provenance, save_tensors, write_json
+from opdlab.runs import Home, Run, default_home, load_tensors, provenance, save_tensors, switches, write_json
 from opdlab.scales import Recipe, Scale, get_scale
 from opdlab.signals import SIGNALS, token_ranking, token_weights
 from opdlab.tasks import TASKS, Task
@@ -281,17 +281,6 @@ class Learner:
         load_moments(self.optimizers, weights, tensors)
 
 
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` CPU threads, and put the old number back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def train(
     arm: str,
     seed: int = 0,
@@ -324,15 +313,18 @@ def train(
     with cpu_threads(scale.threads):
         learner = Learner(scale, ARMS[arm], scale.recipe(arm), TASKS[config["task"]], home.models(scale), seed)
         done = 0
+        if not checkpoint.exists():
+            write_json(run.folder / "config.json", config)
+            write_json(run.folder / "provenance.json", provenance())
+            run.forget_after(-1)  # of a run killed before its first checkpoint nothing counts, not even step 0
+            if "constraint" in config:
+                # Until the switch a projected run is its free run: where that one is there, a part of the work is done.
+                run.begin_like(Run.of(scale, ARMS[arm].like, seed, home), config["constraint"]["begin"])
         if checkpoint.exists():
             tensors, metadata = load_tensors(checkpoint)
             learner.restore(tensors)
             done = int(metadata["step"])
             run.forget_after(done)
-        else:
-            write_json(run.folder / "config.json", config)
-            write_json(run.folder / "provenance.json", provenance())
-            run.forget_after(-1)  # of a run killed before its first checkpoint nothing counts, not even step 0
         on_steps(done)
         steps = config["recipe"]["steps"]
         bar = tqdm(total=steps, initial=done, desc=f"{arm} seed {seed}", disable=not progress, unit="step")
@@ -347,12 +339,13 @@ def train(
         def save(step: int) -> None:
             save_tensors(checkpoint, learner.state(), step=str(step))
 
-        if done == 0:
-            if 0 in config["snapshots"]:
-                save_tensors(run.snapshot_path(0), dict(learner.student.named_parameters()))
-            evaluate(0)
+        if done == 0 and 0 in config["snapshots"]:
+            save_tensors(run.snapshot_path(0), dict(learner.student.named_parameters()))
+        if done in config["evaluations"] and done not in {line["step"] for line in run.lines("evaluations")}:
+            evaluate(done)
         saved = time.monotonic()
         begin = config.get("constraint", {}).get("begin", steps)
+        parting = switches(arm, scale)
         try:
             for step in range(done, steps):
                 if step >= begin and learner.confinement is None:
@@ -364,6 +357,8 @@ def train(
                     evaluate(done)
                 if done in config["snapshots"]:
                     save_tensors(run.snapshot_path(done), dict(learner.student.named_parameters()))
+                if done in parting:
+                    save_tensors(run.state_path(done), learner.state(), step=str(done))
                 if done < steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save(done)
                     saved = time.monotonic()

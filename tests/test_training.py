@@ -12,7 +12,7 @@ from opdlab import training
 from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.records import tensors_digest
-from opdlab.runs import Home, Run
+from opdlab.runs import Home, Run, write_json
 from opdlab.signals import SIGNALS
 from opdlab.tasks import TASKS
 from opdlab.training import Learner, train
@@ -195,6 +195,26 @@ def test_a_mixture_is_the_sum_of_its_gradients(scale, home):
     assert line["grad_norm_opd_sampled"] == pytest.approx(float(opd.norm()), rel=1e-4)
     assert line["grad_norm_grpo"] == pytest.approx(float(rlvr.norm()), rel=1e-4)
     assert line["grad_cosine"] == pytest.approx(float(opd @ rlvr / opd.norm() / rlvr.norm()), abs=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["opd_reset16", "opd_of_seed4", "rlvr_update4"])
+def test_a_confined_run_goes_on_from_its_free_run_if_that_is_there(arm, scale, home, tmp_path):
+    alone, beside, counts = copy_of(home, tmp_path / "alone"), copy_of(home, tmp_path / "beside"), []
+    train(ARMS[arm].like, 0, scale, home=beside)
+    begin = train(arm, 0, scale, home=beside, on_steps=counts.append).config["constraint"]["begin"]
+    assert counts[0] == begin and sum(counts) == 12
+    runs = [train(arm, 0, scale, home=at) for at in (alone, beside)]
+    assert last_weights(runs[0]) == last_weights(runs[1])
+    assert runs[0].lines("evaluations") == runs[1].lines("evaluations")
+    history = [[line | {"seconds": 0} for line in run.lines("history")] for run in runs]
+    assert history[0] == history[1]
+    # Another machine's free run is not the same bit for bit, so it is not taken over.
+    elsewhere = copy_of(home, tmp_path / "elsewhere")
+    free = train(ARMS[arm].like, 0, scale, home=elsewhere)
+    write_json(free.folder / "provenance.json", {"processor": "another"})
+    counts.clear()
+    train(arm, 0, scale, home=elsewhere, on_steps=counts.append)
+    assert counts[0] == 0
 
 
 @pytest.mark.parametrize("arm", ["opd_update2", "opd_rescaled4", "opd_gradient16", "opd_entries", "opd_attention16"])
