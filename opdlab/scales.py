@@ -65,7 +65,7 @@ class Scale:
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     # Of the variants there are many more, so each has fewer seeds, snapshots and evaluations.
-    variant_seeds: tuple[int, ...] = (0,)
+    variant_seeds: tuple[int, ...] = (0, 1, 2)
     variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     variant_evaluations: tuple[float, ...] = (0.2, 1.0)
     # CPU threads of a run: small matrices gain nothing from a second one, and with one the sums keep their order.
