@@ -14,7 +14,7 @@ from opdlab.geometry import Svd, cosine, describe, sim_k, svd, top_left, top_rig
 WHOLE = ("opd", "opd_full", "rlvr", "sft_matched")
 #: Short arms whose runs are compared with all of ``SHORT``.
 BASES = ("opd_short", "rlvr_short", "sft_matched_short")
-#: The short arms: all that start where short OPD does, are as long, and are free to move.
+#: The short arms, all that start where short OPD does, are as long, and are free to move.
 SHORT = tuple(
     arm.name
     for arm in ARMS.values()

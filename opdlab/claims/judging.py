@@ -26,8 +26,8 @@ from opdlab.stats import Interval, bootstrap_interval, mean_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
-#: How sure the paper's number is: printed in it, or in a neighbour's text; stated in words without a number; in a
-#: draft's comments, not in the published text; or secondary, as others read it off a figure.
+#: How sure the paper's number is. Printed in it, or in a neighbour's text; said in words without a number; in a draft's
+#: comments, not in the published text; or secondary, as others read it off a figure.
 KNOWN = ("printed", "words", "draft", "secondary")
 _EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 
