@@ -21,7 +21,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # Two processes where make can keep their outputs apart (GNU make 4 and later).
 SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=target)
-NBVAL := $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
+# nbval reads what a cell prints when the cell has ended, and past a thousand messages or so some are lost: hence slow bars.
+NBVAL := TQDM_MININTERVAL=10 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
 
 .PHONY: help book test chapters chapters-tiny chapters-smoke reproduce lab execute parity clean
 

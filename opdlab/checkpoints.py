@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -65,8 +66,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weights_digest(folder: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of the weights in ``folder``: the identity of a start point."""
+    return _digest(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(folder)))
+
+
+@lru_cache
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    # Asked for once per run, of a few models; time and size are in the key so that a file that changed is read again.
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    for path, *_ in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -149,13 +149,13 @@ TINY = Scale(
 SMOKE = replace(
     TINY,
     name="smoke",
-    summary="the models of tiny, a dozen steps per run; seconds, to see that everything works",
+    summary="the models of tiny, six steps per run; seconds, to see that everything works",
     recipes={
-        arm: replace(recipe, steps=12, prompts=8, samples=min(recipe.samples, 2), warmup=2)
+        arm: replace(recipe, steps=6, prompts=8, samples=min(recipe.samples, 2), warmup=2)
         for arm, recipe in TINY.recipes.items()
     },
-    max_new_tokens=32,
-    evaluation_prompts=32,
+    max_new_tokens=16,
+    evaluation_prompts=16,
     seeds=(0, 1, 2),
     snapshots=(0.1, 0.25, 0.5, 0.75, 1.0),
     evaluations=(0.5, 1.0),

@@ -363,7 +363,8 @@ def train(
                     save(done)
                     saved = time.monotonic()
                 accuracy = line["accuracy"] if line["accuracy"] is not None else accuracy
-                bar.set_postfix(loss=f"{line['loss']:.3f}", accuracy="?" if accuracy is None else f"{accuracy:.0%}")
+                shown = {"loss": f"{line['loss']:.3f}", "accuracy": "?" if accuracy is None else f"{accuracy:.0%}"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
                 on_steps(1)
         finally:

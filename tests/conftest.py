@@ -36,7 +36,7 @@ def scale():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory, scale):
-    """A home whose base, teacher and anchor were trained for a dozen steps."""
+    """A home whose base, teacher and anchor were trained for six steps."""
     home = Home(tmp_path_factory.mktemp("home"))
     for arm, name in (("base", "base"), ("teacher", "teacher"), ("sft", "anchor")):
         install_model(train(arm, 0, scale, home=home), home, scale, name)
