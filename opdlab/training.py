@@ -306,10 +306,11 @@ def train(
     """
     scale, home = scale or get_scale(), home or default_home()
     run = Run.of(scale, arm, seed, home)
-    if run.finished:
-        on_steps(run.config["recipe"]["steps"])
-        return run
     config, checkpoint = run.config, run.folder / "checkpoint.safetensors"
+    if run.finished:
+        checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
+        on_steps(config["recipe"]["steps"])
+        return run
     with cpu_threads(scale.threads):
         learner = Learner(scale, ARMS[arm], scale.recipe(arm), TASKS[config["task"]], home.models(scale), seed)
         done = 0

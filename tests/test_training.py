@@ -13,9 +13,12 @@ from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.records import tensors_digest
 from opdlab.runs import Home, Run, write_json
+from opdlab.scales import SMOKE
 from opdlab.signals import SIGNALS
 from opdlab.tasks import TASKS
 from opdlab.training import Learner, train
+
+STEPS = SMOKE.recipe("opd").steps
 
 
 def last_weights(run):
@@ -37,8 +40,8 @@ def learner(scale, arm, home):
 def test_every_arm_trains_and_is_deterministic(arm, scale, home, tmp_path):
     run = train(arm, 0, scale, home=home)
     history, evaluations = run.lines("history"), run.lines("evaluations")
-    assert [line["step"] for line in history] == list(range(1, 13))
-    assert [line["step"] for line in evaluations] == [0, 6, 12]
+    assert [line["step"] for line in history] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in evaluations] == [0, STEPS // 2, STEPS]
     assert all(torch.isfinite(torch.tensor(line["grad_norm"])) for line in history)
     norms = [line["update_norm"] for line in history]
     assert norms[-1] > 0 or all(line["skipped"] for line in history)
@@ -100,8 +103,6 @@ def test_a_process_killed_at_any_moment_resumes_bit_for_bit(home, tmp_path):
         "print('ready', flush=True);"
         "training.train('opd', 0, replace(SMOKE, evaluation_prompts=8), home=Home(Path(sys.argv[1])))"
     )
-    from opdlab.scales import SMOKE
-
     scale = replace(SMOKE, evaluation_prompts=8)
     killed = copy_of(home, tmp_path / "killed")
     run, kills = Run.of(scale, "opd", 0, killed), 0
@@ -202,7 +203,7 @@ def test_a_confined_run_goes_on_from_its_free_run_if_that_is_there(arm, scale, h
     alone, beside, counts = copy_of(home, tmp_path / "alone"), copy_of(home, tmp_path / "beside"), []
     train(ARMS[arm].like, 0, scale, home=beside)
     begin = train(arm, 0, scale, home=beside, on_steps=counts.append).config["constraint"]["begin"]
-    assert counts[0] == begin and sum(counts) == 12
+    assert counts[0] == begin and sum(counts) == STEPS
     runs = [train(arm, 0, scale, home=at) for at in (alone, beside)]
     assert last_weights(runs[0]) == last_weights(runs[1])
     assert runs[0].lines("evaluations") == runs[1].lines("evaluations")
@@ -223,7 +224,7 @@ def test_a_confined_run_is_like_its_parent_until_it_begins(arm, scale, home):
     begin = run.config["constraint"]["begin"]
     before, theirs = run.snapshot(begin), parent.snapshot(begin)
     assert all(torch.equal(before[name], theirs[name]) for name in before)
-    after = run.snapshot(12)
+    after = run.snapshot(STEPS)
     for name, weight in before.items():
         step = (after[name] - weight).double()
         if "self_attn.q_proj" in name and ARMS[arm].constraint.acts_on == "update":
@@ -245,5 +246,5 @@ def test_who_writes(scale, home):
 
 
 def test_weights_can_be_stored_in_bfloat16(scale, home):
-    weights = train("opd_bf16", 0, scale, home=home).snapshot(12)
+    weights = train("opd_bf16", 0, scale, home=home).snapshot(STEPS)
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
