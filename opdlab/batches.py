@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from opdlab.rollouts import Rollouts
 
@@ -41,7 +41,7 @@ class MicroBatch:
     mask: Tensor
     advantages: Tensor | None
 
-    def logits(self, model: PreTrainedModel) -> Tensor:
+    def logits(self, model: transformers.PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""
         packed = model(
             input_ids=self.ids, attention_mask=self.visible, position_ids=self.positions, use_cache=False

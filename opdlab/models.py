@@ -3,6 +3,9 @@
 Everything is opened by ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``, so a model of
 the lab and Qwen3-8B take the same path. Weights are float32 (the bf16 cast is something that diagnostics look at, not
 something that training does), only safetensors are read, and no code from a model folder is ever run.
+
+The library writes ``transformers.AutoModelForCausalLM`` with its module because ``transformers`` imports what is behind
+such a name when it is first used: who only reads records does not wait for it.
 """
 
 from __future__ import annotations
@@ -10,24 +13,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from opdlab.checkpoints import weight_files
 from opdlab.errors import OpdlabError
 from opdlab.tasks import ALPHABET, EOS, PAD
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Build the lab's tokenizer: one token per character of :data:`opdlab.tasks.ALPHABET`, padded on the left.
 
     >>> tokenizer = character_tokenizer()
@@ -37,19 +32,19 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=PAD, padding_side="left"
     )
 
 
-def new_model(shape: dict, seed: int) -> Qwen3ForCausalLM:
+def new_model(shape: dict, seed: int) -> transformers.Qwen3ForCausalLM:
     """Build a randomly initialised Qwen3 model for the character tokenizer.
 
     Args:
         shape: the fields of ``Qwen3Config`` that give its size.
         seed: of the initial weights; the global random state is left as it was.
     """
-    config = Qwen3Config(
+    config = transformers.Qwen3Config(
         vocab_size=len(ALPHABET),
         eos_token_id=ALPHABET.index(EOS),
         pad_token_id=ALPHABET.index(PAD),
@@ -59,10 +54,10 @@ def new_model(shape: dict, seed: int) -> Qwen3ForCausalLM:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config).float()
+        return transformers.Qwen3ForCausalLM(config).float()
 
 
-def load_model(folder: Path | str, device: str = "cpu") -> PreTrainedModel:
+def load_model(folder: Path | str, device: str = "cpu") -> transformers.PreTrainedModel:
     """Open the causal language model in ``folder`` in float32, in evaluation mode.
 
     Raises:
@@ -70,7 +65,7 @@ def load_model(folder: Path | str, device: str = "cpu") -> PreTrainedModel:
     """
     weight_files(Path(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except Exception as problem:
@@ -78,7 +73,7 @@ def load_model(folder: Path | str, device: str = "cpu") -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     """Open the tokenizer in ``folder``, padding on the left.
 
     Raises:
@@ -87,7 +82,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if not any(Path(folder).glob("tokenizer*")):
         raise OpdlabError(f"the model folder {folder} has no tokenizer: it needs tokenizer.json and its configuration")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as problem:
         raise OpdlabError(f"the tokenizer in {folder} cannot be opened ({problem}); restore or remake it") from problem
     if tokenizer.eos_token_id is None:
@@ -95,7 +90,9 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Write an ordinary Hugging Face folder: config, safetensors and tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import transformers
 from torch import Tensor
 from torch.optim import SGD, AdamW, Muon, Optimizer
-from transformers import PreTrainedModel
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import weight_matrices
@@ -18,7 +18,7 @@ from opdlab.scales import Recipe
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
-def make_optimizers(model: PreTrainedModel, recipe: Recipe, name: str) -> list[Optimizer]:
+def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: str) -> list[Optimizer]:
     """Return the optimizers of a model, together one for each of its weights. The learning rate is set at each step.
 
     Args:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,13 @@ class Records:
     trajectory: pd.DataFrame
     sources: pd.DataFrame
     analyses: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def of_seeds(self, seeds: Sequence[int]) -> Records:
+        """Return only what is of these seeds."""
+        tables = {name: getattr(self, name) for name in (*TABLES, "sources")}
+        kept = {name: table[table["seed"].isin(seeds)] for name, table in tables.items()}
+        analyses = {name: table[table["seed"].isin(seeds)] for name, table in self.analyses.items()}
+        return Records(**kept, analyses=analyses)
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
@@ -220,18 +228,22 @@ def load_records(
         analyses: names in :data:`opdlab.analyses.ANALYSES`; by default none.
     """
     scale, home = scale or get_scale(), home or default_home()
-    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in (*TABLES, "sources")}
+    parts: dict[str, dict[tuple, pd.DataFrame]] = {name: {} for name in TABLES}
+    sources = []
     wanted = [(arm, seed) for arm in arms for seed in (scale.seeds_of(arm) if seeds is None else seeds)]
     for arm, seed in wanted:
         folder = find_tables(arm, seed, scale, home, progress)
         description, tables = read_record(folder)
-        who = {"arm": arm, "label": ARMS[arm].label, "seed": seed}
-        source = who | {"recorded": folder.is_relative_to(home.records(scale)), "key": description["key"]}
-        source |= {"seconds": description["seconds"], "weights": description["weights"]}
-        tables["sources"] = pd.DataFrame([source | description["provenance"]])
+        recorded = folder.is_relative_to(home.records(scale))
+        source = {"arm": arm, "label": ARMS[arm].label, "seed": seed, "recorded": recorded}
+        source |= {name: description[name] for name in ("key", "seconds", "weights")}
+        sources.append(source | description["provenance"])
         for name, table in tables.items():
-            parts[name].append(table.assign(**{k: v for k, v in who.items() if k not in table}))
-    joined = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+            parts[name][arm, ARMS[arm].label, seed] = table
+    who = ["arm", "label", "seed"]
+    joined = {
+        name: pd.concat(tables, names=who).reset_index(who).reset_index(drop=True) for name, tables in parts.items()
+    }
     steps = {arm: scale.recipe(arm).steps for arm in arms}
     for name in TABLES:
         if "step" in joined[name]:
@@ -244,7 +256,7 @@ def load_records(
                 folder = find_analysis(name, seed, scale, home, progress)
                 tables.append(read_record(folder, (name,))[1][name].assign(seed=seed))
         found[name] = pd.concat(tables, ignore_index=True)
-    return Records(**joined, analyses=found)
+    return Records(**joined, sources=pd.DataFrame(sources), analyses=found)
 
 
 def nearest(table: pd.DataFrame, progress: float) -> pd.DataFrame:
@@ -258,18 +270,20 @@ def by_block(table: pd.DataFrame, keys: tuple[str, ...] = ("step",)) -> pd.DataF
     return _means(table, [*keys, "block"])
 
 
-def per_run(table: pd.DataFrame) -> pd.DataFrame:
+def per_run(table: pd.DataFrame, columns: tuple[str, ...] = ()) -> pd.DataFrame:
     """Average over matrices, leaving one row per run of ``matrices``, or per run and snapshot of ``trajectory``.
+
+    All diagnostics are averaged, or only those in ``columns``, which is faster.
 
     The mean is unweighted, the paper's rule for all diagnostics but one: sparsity weighs a matrix by its parameters
     (2606.07082, Appendix C.3). ``matrices`` counts what was averaged.
     """
-    return _means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table])
+    return _means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table], columns)
 
 
-def _means(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def _means(table: pd.DataFrame, keys: list[str], columns: tuple[str, ...] = ()) -> pd.DataFrame:
     skipped = [*keys, "layer", "rows", "cols", "matrices", "parameters"]
-    numbers = table.select_dtypes("number").columns.difference(skipped, sort=False)
+    numbers = columns or table.select_dtypes("number").columns.difference(skipped, sort=False)
     groups = [table[key] for key in keys]
     # A row is one matrix, or the mean of several, whose parameters it has in all.
     count = table["matrices"] if "matrices" in table else pd.Series(1, table.index)

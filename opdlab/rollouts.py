@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import OpdlabError
 
@@ -39,7 +39,9 @@ class Rollouts:
         return sum(map(len, self.completions))
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], room: int) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str], room: int
+) -> list[list[int]]:
     """Turn prompts into token ids, leaving ``room`` tokens free after the prompt.
 
     Raises:
@@ -57,8 +59,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], r
 
 @torch.inference_mode()
 def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -96,7 +98,7 @@ def sample(
     out = torch.full((rows, max_new_tokens), tokenizer.eos_token_id, device=device)
     length = torch.full((rows,), max_new_tokens, device=device)
 
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab import objectives
 from opdlab.arms import ARMS, Arm
@@ -48,7 +48,9 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts) -> Tensor:
+def score(
+    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts
+) -> Tensor:
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from."""
     texts = tokenizer.batch_decode(rollouts.completions)
     return torch.tensor([task.reward(prompts[i // rollouts.samples], text) for i, text in enumerate(texts)])
@@ -65,7 +67,7 @@ class Learner:
             self.tokenizer, self.student = load_tokenizer(start), load_model(start)
         else:
             self.tokenizer, self.student = character_tokenizer(), new_model(scale.shapes[arm.name], seed).eval()
-        self.teacher: PreTrainedModel | None = None
+        self.teacher: transformers.PreTrainedModel | None = None
         if arm.teacher:
             check_same_vocabulary(folder / arm.start, folder / arm.teacher)
             self.teacher = load_model(folder / arm.teacher)

@@ -71,7 +71,7 @@ class Value:
             rows = rows[rows["block"] == self.block]
         if rows.empty or self.column not in rows:
             raise OpdlabError(f"the records have no {self.column!r} of the arm {arm!r}; record it first")
-        values = _at(per_run(rows) if "block" in rows else rows, self.column, self.progress)
+        values = _at(per_run(rows, (self.column,)) if "block" in rows else rows, self.column, self.progress)
         if self.log:
             values = np.log(values)
         if self.since is not None:
