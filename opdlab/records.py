@@ -288,10 +288,12 @@ def _means(table: pd.DataFrame, keys: list[str], columns: tuple[str, ...] = ()) 
     # A row is one matrix, or the mean of several, whose parameters it has in all.
     count = table["matrices"] if "matrices" in table else pd.Series(1, table.index)
     weights = {name: table["parameters"] if name.startswith("sparsity") else count for name in numbers}
-    sums = pd.DataFrame({name: table[name] * weights[name] for name in numbers})
-    # What is undefined for a matrix does not count in the mean.
-    counted = pd.DataFrame({name: weights[name].where(table[name].notna(), 0) for name in numbers})
-    totals = counted.groupby(groups, sort=False).sum()
-    means = sums.groupby(groups, sort=False).sum() / totals.where(totals > 0)
-    sizes = pd.DataFrame({"matrices": count, "parameters": table["parameters"]}).groupby(groups, sort=False).sum()
-    return pd.concat([means, sizes], axis=1).reset_index()
+    parts = {
+        "sum": pd.DataFrame({name: table[name] * weights[name] for name in numbers}),
+        # What is undefined for a matrix does not count in the mean.
+        "weight": pd.DataFrame({name: weights[name].where(table[name].notna(), 0) for name in numbers}),
+        "size": pd.DataFrame({"matrices": count, "parameters": table["parameters"]}),
+    }
+    totals = pd.concat(parts, axis=1).groupby(groups, sort=False).sum()
+    means = totals["sum"] / totals["weight"].where(totals["weight"] > 0)
+    return pd.concat([means, totals["size"]], axis=1).reset_index()
