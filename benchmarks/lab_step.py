@@ -1,6 +1,6 @@
 """What could make a training step of the lab faster: each idea beside the step as it is, on one thread.
 
-    python benchmarks/lab_step.py                 # about three minutes on one core
+    python benchmarks/lab_step.py                 # about five minutes on one core
     python benchmarks/lab_step.py --steps 5       # less sure, sooner
 
 What each row means, and what came of it: see the README beside this file.
@@ -16,6 +16,8 @@ from statistics import median
 
 # Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What an earlier run compiled would be found again, and the compilation look cheap.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import torch
 from torch import Tensor, nn
