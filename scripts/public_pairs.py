@@ -29,8 +29,8 @@ from tqdm import tqdm
 from opdlab.checkpoints import open_checkpoint
 from opdlab.errors import OpdlabError, exit_status
 from opdlab.geometry import bf16_equal, describe
-from opdlab.instrument import check_comparable, default_cache
-from opdlab.runs import write_json
+from opdlab.instrument import check_comparable
+from opdlab.runs import default_cache, write_json
 
 TOLERANCE = 1.0  # points: the two papers that measured these pairs differ by up to 0.9 of one
 WANTED = ("*.safetensors", "*.json")
