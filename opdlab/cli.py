@@ -220,7 +220,8 @@ def _run(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status (:func:`opdlab.errors.exit_status`)."""
     options = _parser().parse_args(arguments)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if options.command != "fetch":  # the one command that downloads: its bars are worth seeing
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return exit_status("opdlab", lambda: _run(options))
 
 

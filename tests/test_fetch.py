@@ -158,10 +158,12 @@ def test_what_is_not_as_published_is_not_kept(tmp_path, published, monkeypatch):
 
 def test_bad_input_gets_one_sentence(tmp_path, published, capsys):
     (tmp_path / "other").mkdir()
+    (tmp_path / "file").touch()
     for arguments, said in (
         (["nothing"], "no model 'nothing'"),
         (["small", "--out", str(tmp_path / "other")], "was not fetched by opdlab"),
         (["small", "--out", str(tmp_path / "new"), "--source", "hub"], "cannot be taken from the hub"),
+        (["small", "--out", str(tmp_path / "file" / "new")], "could not be fetched"),
     ):
         assert main(["fetch", *arguments]) == 2
         assert said in capsys.readouterr().err

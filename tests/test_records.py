@@ -59,6 +59,23 @@ def test_a_record_reads_back_what_was_measured(scale, home):
     shutil.rmtree(folder)
 
 
+def test_the_mean_of_a_few_columns_is_that_of_all(records):
+    everything = per_run(records.matrices)
+    few = per_run(records.matrices, ("sparsity", "nss"))
+    pd.testing.assert_frame_equal(few, everything[few.columns])
+    assert {"arm", "seed", "sparsity", "nss", "matrices", "parameters"} <= set(few.columns)
+
+
+def test_records_of_some_seeds_are_those_that_are_loaded_alone(records):
+    seed = int(records.sources["seed"].iloc[0])
+    chosen = records.of_seeds((seed,))
+    for name in (*TABLES, "sources"):
+        table = getattr(chosen, name)
+        assert set(table["seed"]) == {seed}
+        assert len(table) == (getattr(records, name)["seed"] == seed).sum()
+    assert records.of_seeds(set(records.sources["seed"])).colophon() == records.colophon()
+
+
 def test_the_configuration_decides_the_key(scale, home):
     config = resolve(scale, "opd", 0, home)
     assert config_key(config) == config_key(json.loads(json.dumps(config)))

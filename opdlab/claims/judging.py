@@ -262,6 +262,7 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
         rows.append(
             {
                 "claim": found.claim.statement,
+                "verdict": f"{found.verdict} by {found.by}" if found.by else found.verdict,
                 "paper": found.claim.source,
                 "known": found.claim.known,
                 "effect": f"{found.effect:+.3g}",
@@ -269,7 +270,6 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
                 "counts from": f"{found.claim.smallest:.3g}",
                 "p": f"{found.p:.2g}",
                 "seeds": found.seeds,
-                "verdict": f"{found.verdict} by {found.by}" if found.by else found.verdict,
             }
         )
     return pd.DataFrame(rows)
