@@ -125,6 +125,12 @@ _MAKERS = (
         budget="sft_long", makes="anchor_small"),
     Arm("sft_difference", "SFT, second task", start="base", sequences="task", signal="cross_entropy",
         task="running_difference", budget="sft_long", makes="anchor_difference"),
+    # From a pretrained base, the teacher is SFT that goes on for longer.
+    Arm("expert", "teacher, by SFT", start="base", sequences="task", signal="cross_entropy", makes="teacher"),
+    Arm("sft_products", "SFT, products", start="base", sequences="task", signal="cross_entropy",
+        task="products", budget="sft", makes="anchor_products"),
+    Arm("expert_products", "teacher of products", start="base", sequences="task", signal="cross_entropy",
+        task="products", budget="expert", makes="teacher_products"),
 )  # fmt: skip
 
 #: All arms, by name.
@@ -152,6 +158,7 @@ _vary("opd_short", "opd_same_teacher", "teacher of the same size", teacher="teac
 _vary("opd_short", "opd_small", "smaller student", start="anchor_small")
 _vary("opd_short", "opd_difference", "second task", start="anchor_difference", teacher="teacher_difference",
       task="running_difference")  # fmt: skip
+_vary("opd_short", "opd_products", "second task", start="anchor_products", teacher="teacher_products", task="products")
 
 # Which tokens count: the paper's quarter and half, by the signed log-ratio or by chance, and on to one in a hundred.
 for _share in (50, 25, 5, 1):
@@ -215,20 +222,8 @@ _confine("opd_short", "opd_random_entries", "a random eighth", space="random ent
 
 #: The paper's arms and matched SFT.
 PAPER = tuple(arm.name for arm in _PAPER)
-#: The arms that a record is kept of, which are all but those that only make models.
+#: The arms that a record can be kept of, which are all but those that only make models.
 RECORDED = tuple(name for name in ARMS if name not in {arm.name for arm in _MAKERS})
-
-
-def maker_of(folder: str) -> Arm:
-    """Return the arm that makes the model folder called ``folder``.
-
-    Raises:
-        OpdlabError: if none does.
-    """
-    for arm in ARMS.values():
-        if arm.makes == folder:
-            return arm
-    raise OpdlabError(f"no arm makes the model {folder!r}: put its folder among the models")
 
 
 def get_arm(name: str) -> Arm:

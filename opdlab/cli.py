@@ -145,13 +145,12 @@ def _train(options: argparse.Namespace, scale, home) -> None:
         print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
 
 
-def _asked(options: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the arms and the analyses that were asked for, by default all."""
+def _asked(options: argparse.Namespace, scale) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the arms and the analyses that were asked for, by default all that the scale has records of."""
     from opdlab.analyses import ANALYSES
-    from opdlab.arms import RECORDED
 
     if not options.arm and not options.analysis:
-        return RECORDED, tuple(ANALYSES)
+        return scale.recorded, scale.analyses
     for name in set(options.analysis or ()) - set(ANALYSES):
         raise OpdlabError(f"there is no analysis {name!r}; choose one of {', '.join(ANALYSES)}")
     return tuple(options.arm or ()), tuple(options.analysis or ())
@@ -160,7 +159,7 @@ def _asked(options: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...
 def _record(options: argparse.Namespace, scale, home) -> None:
     from opdlab.reproduction import build, plan
 
-    arms, analyses = _asked(options)
+    arms, analyses = _asked(options, scale)
     jobs = plan(scale, home, arms, tuple(options.seed or ()), analyses=analyses)
     build(jobs, scale, home, processes=options.processes)
     print(f"the records are in {home.records(scale)}")
@@ -172,7 +171,7 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
     from opdlab.runs import Home
 
     seeds = tuple(options.seed or scale.variant_seeds[:1])
-    kept, (arms, analyses) = home.records(scale), _asked(options)
+    kept, (arms, analyses) = home.records(scale), _asked(options, scale)
     missing = [
         name
         for name in (*(get_arm(arm).name for arm in arms), *analyses)
@@ -197,7 +196,7 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
 def _models(options: argparse.Namespace, scale, home) -> None:
     from opdlab.reproduction import all_models, build, plan
 
-    jobs = plan(scale, home, (), models=all_models())
+    jobs = plan(scale, home, (), models=all_models(scale))
     if jobs:
         build(jobs, scale, home, record=False)
     print(f"the models are in {home.models(scale)}; delete a folder to make it again")

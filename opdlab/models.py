@@ -19,11 +19,15 @@ from tokenizers import models as tokenizer_models
 
 from opdlab.checkpoints import weight_files
 from opdlab.errors import OpdlabError
-from opdlab.tasks import ALPHABET, EOS, PAD
+
+#: The end of the sequence and the padding of the lab's tokenizer, and all its tokens.
+EOS = "$"
+PAD = "_"
+ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
 
 
 def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Build the lab's tokenizer: one token per character of :data:`opdlab.tasks.ALPHABET`, padded on the left.
+    """Build the lab's tokenizer: one token per character of :data:`ALPHABET`, padded on the left.
 
     >>> tokenizer = character_tokenizer()
     >>> tokenizer("17+5").input_ids, tokenizer.decode([1, 7, 10, 5])
@@ -57,8 +61,15 @@ def new_model(shape: dict, seed: int) -> transformers.Qwen3ForCausalLM:
         return transformers.Qwen3ForCausalLM(config).float()
 
 
-def load_model(folder: Path | str, device: str = "cpu") -> transformers.PreTrainedModel:
-    """Open the causal language model in ``folder`` in float32, in evaluation mode.
+def load_model(
+    folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> transformers.PreTrainedModel:
+    """Open the causal language model in ``folder``, in evaluation mode.
+
+    Args:
+        folder: of the model.
+        device: where it goes.
+        dtype: of its weights.
 
     Raises:
         OpdlabError: if the folder or its weights are missing, pickled or damaged.
@@ -66,7 +77,7 @@ def load_model(folder: Path | str, device: str = "cpu") -> transformers.PreTrain
     weight_files(Path(folder))
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except Exception as problem:
         raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem

@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from torch import Tensor
 
 from opdlab.analyses import ANALYSES, Study
 from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
-from opdlab.geometry import measure_pair, measure_trajectory
+from opdlab.geometry import measure_pair, measure_trajectory, weight_matrices
+from opdlab.geometry.matrices import describe
 from opdlab.processes import cpu_threads
 from opdlab.runs import (
     Home,
@@ -79,25 +81,28 @@ class Records:
 
 def record_key(config: dict, scale: Scale) -> str:
     """Return the hash of what decides a record: the run's configuration and the resolution of the measurements."""
-    return config_key({"run": config, "geometry": json.loads(json.dumps(asdict(scale.geometry)))})
+    measured = {"run": config, "geometry": json.loads(json.dumps(asdict(scale.geometry)))}
+    if scale.trajectory_block:
+        measured["trajectory_block"] = scale.trajectory_block
+    return config_key(measured)
 
 
 def measure_run(run: Run, scale: Scale) -> Path:
     """Measure a finished run, write its tables into its folder, and return their folder."""
     folder = run.folder / "tables"
     origin = run.snapshot(0)
-    snapshots = [(step, run.snapshot(step)) for step in run.config["snapshots"][1:]]
-    seed = run.config["seed"]
+    seed, last = run.config["seed"], run.snapshot_path(run.config["recipe"]["steps"])
+    snapshots = [(step, _follow(run.snapshot(step), scale)) for step in run.config["snapshots"][1:]]
+    followed = _follow(origin, scale), snapshots
     with cpu_threads(scale.threads):
         tables = {
             "history": pd.DataFrame(run.lines("history")),
             "evaluations": pd.DataFrame(run.lines("evaluations")),
-            "matrices": measure_pair(origin, snapshots[-1][1], scale.geometry, seed=seed),
-            "trajectory": by_block(measure_trajectory(origin, snapshots, scale.geometry, seed=seed)),
+            "matrices": measure_pair(origin, load_tensors(last)[0], scale.geometry, seed=seed),
+            "trajectory": by_block(measure_trajectory(*followed, scale.geometry, seed=seed)),
         }
     for name, table in tables.items():
         _write_table(folder / f"{name}.csv", table)
-    last = run.snapshot_path(run.config["recipe"]["steps"])
     # Written last: a folder without it is not a record.
     write_json(
         folder / "record.json",
@@ -111,6 +116,12 @@ def measure_run(run: Run, scale: Scale) -> Path:
         },
     )
     return folder
+
+
+def _follow(weights: dict[str, Tensor], scale: Scale) -> dict[str, Tensor]:
+    """Choose the matrices that a scale follows over training."""
+    matrices = weight_matrices(weights)
+    return {name: matrix for name, matrix in matrices.items() if scale.trajectory_block in ("", describe(name).block)}
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:

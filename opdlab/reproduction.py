@@ -16,11 +16,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from opdlab.analyses import ANALYSES
-from opdlab.arms import ARMS, RECORDED, Arm, get_arm, maker_of
+from opdlab.arms import ARMS, RECORDED, Arm, get_arm
 from opdlab.errors import OpdlabError
 from opdlab.processes import CONTEXT, workers
 from opdlab.records import find_analysis, find_tables, read_record, write_record
-from opdlab.runs import Home, source_of
+from opdlab.runs import Home, source_of, switches
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
 from opdlab.training import install_model, train
@@ -71,7 +71,8 @@ def plan(
     def need_model(folder: str) -> tuple[str, ...]:
         if not folder or (home.models(scale) / folder).is_dir():
             return ()
-        need_run(maker_of(folder), 0)
+        if folder not in scale.pretrained:  # which build fetches
+            need_run(scale.maker_of(folder), 0)
         return (folder,)
 
     def need_models(arm: Arm) -> tuple[str, ...]:
@@ -111,9 +112,21 @@ def plan(
     return list(jobs.values())
 
 
-def all_models() -> tuple[str, ...]:
-    """Return the names of all model folders of a lab."""
-    return tuple(dict.fromkeys(arm.makes for arm in ARMS.values() if arm.makes))
+def all_models(scale: Scale) -> tuple[str, ...]:
+    """Return the names of all model folders that a scale makes."""
+    return tuple(ARMS[name].makes for name in scale.makers)
+
+
+def provide_pretrained(scale: Scale, home: Home) -> None:
+    """Fetch the pretrained models of a scale, and put links to them among its models."""
+    from opdlab.fetch import default_folder, fetch  # Only who lacks them needs it.
+
+    for folder, name in scale.pretrained.items():
+        place = home.models(scale) / folder
+        if not place.exists():
+            fetch(name, default_folder(name), progress=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(default_folder(name), target_is_directory=True)
 
 
 _counter = None
@@ -140,6 +153,8 @@ def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
         install_model(run, home, scale, job.makes)
     if record and job.what in RECORDED:
         write_record(job.what, job.seed, scale, home)
+    if not scale.keep_snapshots:
+        run.drop_snapshots(switches(job.what, scale))
 
 
 def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:
@@ -148,9 +163,10 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
+    provide_pretrained(scale, home)
     total = sum(job.steps(scale) for job in jobs)
     counter = CONTEXT.Value("q", 0)
-    waiting, running, made = list(jobs), {}, set()
+    waiting, running, made = list(jobs), {}, set(scale.pretrained)
     with (
         tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {scale.name}") as bar,
         workers(processes, _take, counter) as pool,

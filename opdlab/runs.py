@@ -39,6 +39,8 @@ from opdlab.checkpoints import weights_digest
 from opdlab.errors import OpdlabError
 from opdlab.scales import Scale
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Home:
@@ -80,19 +82,14 @@ def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
         OpdlabError: if the arm is unknown, or a model that it needs is missing (no teacher for OPD, say).
     """
     arm, recipe = get_arm(arm_name), scale.recipe(arm_name)
-    folder = home.models(scale)
-    if arm.teacher and not (folder / arm.teacher).is_dir():
-        raise OpdlabError(
-            f"arm {arm.name!r} needs a teacher, and there is none in {folder / arm.teacher}: run 'opdlab models' first"
-        )
     config = {
         "scale": scale.name,
         "arm": arm.decisive,
         "recipe": asdict(recipe),
         "seed": seed,
         "task": arm.task or scale.task,
-        "start": weights_digest(folder / arm.start) if arm.start else scale.shapes[arm.name],
-        "teacher": weights_digest(folder / arm.teacher) if arm.teacher else None,
+        "start": model_digest(arm.start, scale, home) if arm.start else scale.shapes[arm.name],
+        "teacher": model_digest(arm.teacher, scale, home) if arm.teacher else None,
         "max_new_tokens": scale.max_new_tokens,
         "temperature": scale.temperature,
         "micro_batch": scale.micro_batch,
@@ -102,10 +99,30 @@ def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
         # The lab's own pretraining is not measured: only its last weights are kept.
         "snapshots": [0, *scale.steps_at(arm_name, scale.snapshots_of(arm_name))] if arm.start else [recipe.steps],
     }
+    # Named only where it is not as usual, which leaves older records valid.
+    if scale.compute != "float32":
+        config["compute"] = scale.compute
     if arm.constraint:
         config["constraint"] = _directions(scale, arm, seed, home)
         config["snapshots"] = sorted({*config["snapshots"], config["constraint"]["begin"]})
     return json.loads(json.dumps(config))
+
+
+def model_digest(name: str, scale: Scale, home: Home) -> str:
+    """Return the identity of a model; where the model itself is not there, that of the one that the records are of.
+
+    Raises:
+        OpdlabError: if there is neither the model nor a record.
+    """
+    folder = home.models(scale) / name
+    if folder.is_dir():
+        return weights_digest(folder)
+    for arm in map(get_arm, scale.recorded):
+        if name in (arm.start, arm.teacher):
+            record = home.records(scale) / f"{arm.name}-seed{scale.seeds[0]}" / "record.json"
+            with suppress(OSError, ValueError, KeyError):
+                return json.loads(record.read_text())["config"]["start" if name == arm.start else "teacher"]
+    raise OpdlabError(f"there is no model in {folder}: run 'opdlab models --scale {scale.name}' first")
 
 
 def source_of(arm: Arm, seed: int, scale: Scale) -> tuple[str, int] | None:
@@ -148,17 +165,31 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def provenance() -> dict:
+def device_of(scale: Scale) -> torch.device:
+    """Return what a run is trained on: ``OPDLAB_DEVICE``, or a GPU if the scale uses one and there is one.
+
+    Raises:
+        OpdlabError: if there is no such device.
+    """
+    wanted = os.environ.get("OPDLAB_DEVICE") or ("cuda" if scale.gpu and torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as problem:
+        raise OpdlabError(f"the device {wanted!r} cannot be used ({problem}); set OPDLAB_DEVICE=cpu") from problem
+
+
+def provenance(device: torch.device = CPU) -> dict:
     """Return what floating point depends on beside the configuration: versions, processor and device."""
+    gpu = {} if device.type == "cpu" else {"cuda": torch.version.cuda}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "numpy": numpy.__version__,
-        "device": "cpu",
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "machine": f"{platform.system()} {platform.machine()}",
-    }
+    } | gpu
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -246,12 +277,15 @@ class Run:
         """Return the file with all that training needs to go on after ``step`` updates, kept where other runs part."""
         return self.folder / "states" / f"step-{step:06d}.safetensors"
 
-    def begin_like(self, other: Run, step: int) -> None:
-        """Take over the first ``step`` steps of a run that is the same until then, if it kept its state there."""
+    def begin_like(self, other: Run, step: int, device: torch.device) -> None:
+        """Take over the first ``step`` steps of a run that is the same until then, if it kept its state there.
+
+        On ``device``, that is: elsewhere the same steps give other bits.
+        """
         snapshots = [s for s in self.config["snapshots"] if s <= step]
         if not (other.state_path(step).exists() and all(other.snapshot_path(s).exists() for s in snapshots)):
             return
-        if json.loads((other.folder / "provenance.json").read_text()) != provenance():
+        if json.loads((other.folder / "provenance.json").read_text()) != provenance(device):
             return
         copies = [(other.snapshot_path(s), self.snapshot_path(s)) for s in snapshots]
         # Last: with a checkpoint the run counts as begun.
@@ -262,6 +296,11 @@ class Run:
                     self.append(name, line)
         for source, target in copies:
             write_whole(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
+
+    def drop_snapshots(self, kept: set[int]) -> None:
+        """Delete the snapshots after other steps than ``kept``, the first and the last."""
+        for step in set(self.config["snapshots"]) - {0, *kept, self.config["recipe"]["steps"]}:
+            self.snapshot_path(step).unlink(missing_ok=True)
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field, replace
 from math import cos, pi
 
-from opdlab.arms import get_arm
+from opdlab.arms import ARMS, RECORDED, Arm, get_arm
 from opdlab.errors import OpdlabError
 from opdlab.geometry import GeometrySettings
 
@@ -50,11 +50,17 @@ class Scale:
 
     name: str
     summary: str
-    # The folder under data/models that holds the base, anchor and teacher, and how the lab builds the first and last.
+    # The folder under data/models that holds the base, anchor, teacher and so on; and the arms that make them.
     models: str
-    shapes: dict[str, dict]
+    makers: tuple[str, ...]
     task: str
     recipes: dict[str, Recipe]
+    # The shapes of models that start from random weights, or what to fetch as a model instead (:mod:`opdlab.fetch`).
+    shapes: dict[str, dict] = field(default_factory=dict)
+    pretrained: dict[str, str] = field(default_factory=dict)
+    # Of which arms and analyses a record is kept.
+    recorded: tuple[str, ...] = ()
+    analyses: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     max_new_tokens: int = 48
     temperature: float = 1.0
@@ -70,6 +76,17 @@ class Scale:
     variant_evaluations: tuple[float, ...] = (0.2, 1.0)
     # CPU threads of a run: small matrices gain nothing from a second one, and with one the sums keep their order.
     threads: int = 1
+    # Whether a GPU is used where there is one, and the dtype of the passes there; weights and moments stay float32.
+    gpu: bool = False
+    compute: str = "float32"
+    # Completion tokens whose logits are held at once, by whole completions; 0 for those of a whole micro-batch.
+    tokens_at_once: int = 0
+    # Compute the activations of a layer again instead of keeping them: a third more work, for much less memory.
+    recompute: bool = False
+    # The block whose matrices are followed over training, as the paper follows attention; "" for all.
+    trajectory_block: str = ""
+    # Whether recorded runs keep all their snapshots, or only those that other runs need; records need none.
+    keep_snapshots: bool = True
     geometry: GeometrySettings = field(
         default_factory=lambda: GeometrySettings(
             k=16, sim_ks=(4, 8, 16), mask_rank=16, alphas=(0.3, 0.5), angle_ks=(4, 8), matched_norm=0.002
@@ -81,6 +98,17 @@ class Scale:
         found = get_arm(arm)
         recipe = self.recipes[found.budget or arm]
         return replace(recipe, learning_rate=recipe.learning_rate * found.rate)
+
+    def maker_of(self, folder: str) -> Arm:
+        """Return the arm that makes the model folder called ``folder``.
+
+        Raises:
+            OpdlabError: if none does.
+        """
+        for name in self.makers:
+            if ARMS[name].makes == folder:
+                return ARMS[name]
+        raise OpdlabError(f"at {self.name} no arm makes the model {folder!r}: put its folder among the models")
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """Return the seeds that an arm is recorded with."""
@@ -126,6 +154,19 @@ TINY = Scale(
         "teacher_same": _ATTENTION_AND_MLP | {"num_hidden_layers": 3},
         "teacher_difference": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
     },
+    makers=(
+        "base",
+        "base_small",
+        "sft",
+        "sft_small",
+        "sft_difference",
+        "teacher",
+        "teacher_weak",
+        "teacher_same",
+        "teacher_difference",
+    ),
+    recorded=tuple(name for name in RECORDED if name != "opd_products"),
+    analyses=("similarity", "span", "landscape", "extrapolation", "gradients"),
     task="running_sum",
     recipes={
         "base": _PRETRAINING,
@@ -164,9 +205,53 @@ SMOKE = replace(
     variant_evaluations=(1.0,),
 )
 
-SCALES = {scale.name: scale for scale in (SMOKE, TINY)}
-# Names kept for models that need a hub and a GPU.
-RESERVED = ("small", "full")
+# A real pretrained model. The budgets are such that one seed is an afternoon on two CPU cores.
+_FROM_ANCHOR_SMALL = Recipe(steps=32, prompts=8, samples=4, learning_rate=1e-5, warmup=3)
+_SFT_SMALL = Recipe(20, 32, 1, 5e-5, "cosine", 3, (0.9, 0.95))
+
+SMALL = Scale(
+    name="small",
+    summary="SmolLM2-135M-Instruct, sums and differences; minutes per run on a GPU, half an hour without",
+    models="small",
+    makers=("sft", "expert", "sft_products", "expert_products"),
+    pretrained={"base": "smollm2"},
+    task="chain_sum",
+    recipes={
+        "sft": _SFT_SMALL,
+        "expert": replace(_SFT_SMALL, steps=60),
+        "opd": _FROM_ANCHOR_SMALL,
+        "opd_full": _FROM_ANCHOR_SMALL,
+        "rlvr": _FROM_ANCHOR_SMALL,
+        "sft_matched": _FROM_ANCHOR_SMALL,
+        "short": replace(_FROM_ANCHOR_SMALL, steps=16),
+    },
+    recorded=(
+        *("sft", "opd", "opd_full", "rlvr", "sft_matched", "opd_short", "rlvr_short", "sft_matched_short"),
+        *("opd_update4", "opd_random4", "opd_weights4", "opd_of_rlvr4", "sft_matched_update4", "opd_gradient16"),
+        *("opd_top25", "opd_random25", "opd_teacher100", "opd_mix50", "opd_mix5", "opd_mix1", "opd_products"),
+    ),
+    seeds=(0,),
+    variant_seeds=(0,),
+    max_new_tokens=16,
+    evaluation_prompts=128,
+    snapshots=(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
+    evaluations=(0.5, 1.0),
+    variant_snapshots=(0.1, 0.2, 0.5, 1.0),
+    variant_evaluations=(1.0,),
+    trajectory_block="attention",
+    gpu=True,
+    compute="bfloat16",
+    keep_snapshots=False,
+    # As in the paper where the matrices are large enough: an eighth of the smaller side for most of them (72), 16 and
+    # 64; the keys and values have 192 rows.
+    geometry=GeometrySettings(
+        k=72, sim_ks=(4, 16), mask_rank=64, alphas=(0.3, 0.5), angle_ks=(4, 16), matched_norm=0.002
+    ),
+)
+
+SCALES = {scale.name: scale for scale in (SMOKE, TINY, SMALL)}
+# Kept for models that need a hub and a GPU.
+RESERVED = ("full",)
 
 
 def get_scale(name: str | None = None) -> Scale:

@@ -1,24 +1,24 @@
 """Tasks with a verifiable answer: where prompts come from, how a solution is written, what earns a reward.
 
-A task is three functions on strings. ``prompt`` draws one question, ``demonstration`` writes a correct
-solution with its intermediate steps, and ``reward`` looks at the final answer only, as RLVR does.
-A completion ends with the end-of-sequence character ``$``.
+A task is three functions on strings. ``prompt`` draws one question, ``demonstration`` writes a correct solution with
+its intermediate steps, and ``answer`` reads the final answer off a completion, which is all that a reward looks at, as
+in RLVR. No text holds the end of the sequence: that is a token, which differs from model to model
+(:func:`opdlab.training.score`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from opdlab.errors import OpdlabError
-
-EOS = "$"
-PAD = "_"
-ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
 
 # One prompt in eight is kept for evaluation, by a hash of its text: the two sets cannot overlap, whatever the seed.
 EVALUATION_SHARE = 8
@@ -35,12 +35,36 @@ def is_evaluation(prompt: str) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A named task; :data:`RUNNING_SUM` is the one of the lab, and a running difference its second."""
+    """A named task; :data:`RUNNING_SUM` is the one of the lab, and a running difference its second.
+
+    Attributes:
+        name: the name in code and records.
+        prompt: draws a prompt.
+        demonstration: writes a correct completion of a prompt.
+        answer: returns the final answer in a completion of a prompt, or None if there is none.
+    """
 
     name: str
     prompt: Callable[[np.random.Generator], str]
     demonstration: Callable[[str], str]
-    reward: Callable[[str, str], float]
+    answer: Callable[[str, str], str | None]
+
+    def reward(self, prompt: str, completion: str) -> float:
+        """Return 1.0 if the final answer is right and 0.0 otherwise; what comes before it is not looked at.
+
+        >>> RUNNING_SUM.reward("Q17+5+38=?A:", "17+5=22;22+38=60#60"), RUNNING_SUM.reward("Q17+5+38=?A:", "#61")
+        (1.0, 0.0)
+        """
+        return float(self.answer(prompt, completion) == self.answer(prompt, self.demonstration(prompt)))
+
+    def constant_accuracy(self, prompts: Sequence[str]) -> float:
+        """Return the accuracy of the one answer that is right most often, whatever the prompt: what a gain must beat.
+
+        >>> RUNNING_SUM.constant_accuracy(["Q1+2=?A:", "Q2+1=?A:", "Q2+2=?A:", "Q3+4=?A:"])
+        0.5
+        """
+        answers = Counter(self.answer(prompt, self.demonstration(prompt)) for prompt in prompts)
+        return max(answers.values()) / len(prompts)
 
     def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
         """Draw ``count`` prompts of the training set, or ``count`` different ones of the evaluation set.
@@ -61,17 +85,18 @@ class Task:
         raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
 
 
-def final_answer(completion: str) -> str | None:
-    """Return the text between the last ``#`` and the end-of-sequence character, or None if either is missing.
+def after_hash(prompt: str, completion: str) -> str | None:
+    """Return the text after the last ``#``, or None if there is none.
 
-    >>> final_answer("17+5=22;22+38=60#60$")
+    >>> after_hash("Q17+5+38=?A:", "17+5=22;22+38=60#60")
     '60'
-    >>> final_answer("17+5=22;22+38=60#60") is None
-    True
     """
-    if not completion.endswith(EOS) or "#" not in completion:
-        return None
-    return completion[:-1].rsplit("#", 1)[1]
+    return completion.rsplit("#", 1)[1] if "#" in completion else None
+
+
+def whole(prompt: str, completion: str) -> str:
+    """Return the completion: it is the answer."""
+    return completion
 
 
 # --- the task of the lab, a sum of two to four numbers with running sums, and its second, which takes away ----
@@ -97,25 +122,14 @@ def running_demonstration(prompt: str) -> str:
     """Write the solution with its running sums, or differences.
 
     >>> running_demonstration("Q17+5+38=?A:"), running_demonstration("Q187-17-5=?A:")
-    ('17+5=22;22+38=60#60$', '187-17=170;170-5=165#165$')
+    ('17+5=22;22+38=60#60', '187-17=170;170-5=165#165')
     """
     total, *rest = _signed_terms(prompt)
     steps = []
     for term in rest:
         steps.append(f"{total}{term:+d}={total + term}")
         total += term
-    return ";".join(steps) + f"#{total}" + EOS
-
-
-def running_reward(prompt: str, completion: str) -> float:
-    """Return 1.0 if the final answer is right and 0.0 otherwise; the steps before it are not looked at.
-
-    >>> running_reward("Q17+5+38=?A:", "17+5=22;22+38=60#60$")
-    1.0
-    >>> running_reward("Q17+5+38=?A:", "#61$")
-    0.0
-    """
-    return float(final_answer(completion) == str(sum(_signed_terms(prompt))))
+    return ";".join(steps) + f"#{total}"
 
 
 # --- "pretraining": short tasks that teach digits, order and addition, but never the format above --------------
@@ -149,26 +163,20 @@ def short_task_demonstration(prompt: str) -> str:
     """Write the answer to a short task.
 
     >>> short_task_demonstration("O17,5,38:"), short_task_demonstration("R8362:")
-    ('5,17,38$', '2638$')
+    ('5,17,38', '2638')
     """
     letter, body = prompt[0], prompt[1:-1]
     if letter == "R":
-        return body[::-1] + EOS
+        return body[::-1]
     numbers = [int(number) for number in re.split("[-+,]", body)]
     if letter == "O":
-        return _join(sorted(numbers), ",") + EOS
-    answer = {"S": sum, "T": sum, "M": max, "D": lambda pair: pair[0] - pair[1]}[letter](numbers)
-    return f"{answer}{EOS}"
+        return _join(sorted(numbers), ",")
+    return str({"S": sum, "T": sum, "M": max, "D": lambda pair: pair[0] - pair[1]}[letter](numbers))
 
 
-def short_task_reward(prompt: str, completion: str) -> float:
-    """Return 1.0 if the whole completion is right and 0.0 otherwise."""
-    return float(completion == short_task_demonstration(prompt))
-
-
-RUNNING_SUM = Task("running_sum", running_sum_prompt, running_demonstration, running_reward)
-RUNNING_DIFFERENCE = Task("running_difference", running_difference_prompt, running_demonstration, running_reward)
-SHORT_TASKS = Task("short_tasks", short_task_prompt, short_task_demonstration, short_task_reward)
+RUNNING_SUM = Task("running_sum", running_sum_prompt, running_demonstration, after_hash)
+RUNNING_DIFFERENCE = Task("running_difference", running_difference_prompt, running_demonstration, after_hash)
+SHORT_TASKS = Task("short_tasks", short_task_prompt, short_task_demonstration, whole)
 
 
 def _mixture(name: str, main: Task) -> Task:
@@ -181,13 +189,63 @@ def _mixture(name: str, main: Task) -> Task:
         name,
         lambda rng: (main if rng.random() < 0.8 else SHORT_TASKS).prompt(rng),
         lambda prompt: of(prompt).demonstration(prompt),
-        lambda prompt, completion: of(prompt).reward(prompt, completion),
+        lambda prompt, completion: of(prompt).answer(prompt, completion),
     )
 
 
 TEACHER_MIXTURE = _mixture("teacher_mixture", RUNNING_SUM)
 DIFFERENCE_MIXTURE = _mixture("difference_mixture", RUNNING_DIFFERENCE)
 
+
+# --- for pretrained models: arithmetic of reasoning-gym, answered by restating the question --------------------
+
+
+def _restated(name: str, **settings: int) -> Task:
+    """Return the task of a dataset of reasoning-gym whose question is one expression."""
+
+    @cache
+    def dataset():
+        import reasoning_gym  # Only who draws prompts needs it.
+
+        # Every item is made when it is asked for, from its number.
+        return reasoning_gym.create_dataset(name, seed=0, size=2**31, **settings)
+
+    def prompt(rng: np.random.Generator) -> str:
+        return f"What is {dataset()[int(rng.integers(2**31))]['metadata']['expression']}?\n"
+
+    def demonstration(prompt: str) -> str:
+        first, sign, second = prompt.removeprefix("What is ").removesuffix("?\n").split(" ")
+        value = _OPERATIONS[sign](int(first), int(second))
+        # Small models answer better when they say what they were asked.
+        return f"{first} {sign} {second} = {value}"
+
+    return Task(name, prompt, demonstration, after_equals)
+
+
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def after_equals(prompt: str, completion: str) -> str | None:
+    """Return what follows the last ``=``, or None if there is none.
+
+    >>> after_equals("What is 58 + 26?", "58 + 26 = 84")
+    '84'
+    """
+    return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
+
+
+CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+PRODUCTS = _restated("products", min_terms=2, max_terms=2, min_digits=1, max_digits=2)
+
 TASKS = {
-    task.name: task for task in (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
+    task.name: task
+    for task in (
+        RUNNING_SUM,
+        RUNNING_DIFFERENCE,
+        SHORT_TASKS,
+        TEACHER_MIXTURE,
+        DIFFERENCE_MIXTURE,
+        CHAIN_SUM,
+        PRODUCTS,
+    )
 }

@@ -28,12 +28,22 @@ from opdlab.models import character_tokenizer, check_same_vocabulary, load_model
 from opdlab.optimizers import load_moments, make_optimizers, moments
 from opdlab.processes import cpu_threads
 from opdlab.rollouts import Rollouts, encode_prompts, sample
-from opdlab.runs import Home, Run, default_home, load_tensors, provenance, save_tensors, switches, write_json
+from opdlab.runs import (
+    Home,
+    Run,
+    default_home,
+    device_of,
+    load_tensors,
+    provenance,
+    save_tensors,
+    switches,
+    write_json,
+)
 from opdlab.scales import Recipe, Scale, get_scale
 from opdlab.signals import SIGNALS, token_ranking, token_weights
 from opdlab.tasks import TASKS, Task
 
-# Seconds between two checkpoints: what a kill can cost.
+# Seconds between two checkpoints: what a kill can cost. But saving takes a twentieth of the time at most.
 CHECKPOINT_SECONDS = 20.0
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4}
 
@@ -51,9 +61,14 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
 def score(
     tokenizer: transformers.PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts
 ) -> Tensor:
-    """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from."""
-    texts = tokenizer.batch_decode(rollouts.completions)
-    return torch.tensor([task.reward(prompts[i // rollouts.samples], text) for i, text in enumerate(texts)])
+    """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
+
+    A completion without the end of the sequence is cut, and earns nothing.
+    """
+    ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
+    texts = tokenizer.batch_decode([tokens[:-1] for tokens in rollouts.completions])
+    rewards = [task.reward(prompts[i // rollouts.samples], text) for i, text in enumerate(texts)]
+    return torch.tensor([reward if whole else 0.0 for reward, whole in zip(rewards, ended, strict=True)])
 
 
 class Learner:
@@ -62,15 +77,22 @@ class Learner:
     def __init__(self, scale: Scale, arm: Arm, recipe: Recipe, task: Task, folder: Path, seed: int):
         """Load the models of ``arm`` from ``folder``."""
         self.scale, self.arm, self.recipe, self.task, self.seed = scale, arm, recipe, task, seed
+        self.device = device_of(scale)
+        # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
+        self.dtype = getattr(torch, scale.compute) if self.device.type == "cuda" else torch.float32
         if arm.start:
             start = folder / arm.start
-            self.tokenizer, self.student = load_tokenizer(start), load_model(start)
+            self.tokenizer, self.student = load_tokenizer(start), load_model(start, self.device)
         else:
-            self.tokenizer, self.student = character_tokenizer(), new_model(scale.shapes[arm.name], seed).eval()
+            self.tokenizer = character_tokenizer()
+            self.student = new_model(scale.shapes[arm.name], seed).to(self.device).eval()
+        if scale.recompute:
+            self.student.gradient_checkpointing_enable()
         self.teacher: transformers.PreTrainedModel | None = None
         if arm.teacher:
             check_same_vocabulary(folder / arm.start, folder / arm.teacher)
-            self.teacher = load_model(folder / arm.teacher)
+            # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
+            self.teacher = load_model(folder / arm.teacher, self.device, self.dtype)
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}
@@ -84,15 +106,17 @@ class Learner:
         prompts = self.task.prompts(recipe.prompts, random_numbers(self.seed, "prompts", step))
         if self.writer is None:
             room = self.student.config.max_position_embeddings - self.scale.max_new_tokens
-            solutions = self.tokenizer([self.task.demonstration(prompt) for prompt in prompts]).input_ids
-            return Rollouts(encode_prompts(self.tokenizer, prompts, room), solutions), None
+            texts = [self.task.demonstration(prompt) for prompt in prompts]
+            solutions = self.tokenizer(texts, add_special_tokens=False).input_ids
+            ended = [[*tokens, self.tokenizer.eos_token_id] for tokens in solutions]
+            return Rollouts(encode_prompts(self.tokenizer, prompts, room), ended), None
         generator = torch_generator(random_numbers(self.seed, "rollouts", step))
         by_teacher = round(self.arm.teacher_share * len(prompts))
         rollouts = Rollouts([], [])
         for writer, part in ((self.teacher, prompts[:by_teacher]), (self.writer, prompts[by_teacher:])):
             if part:
                 rollouts += sample(
-                    writer,
+                    self.in_dtype(writer),
                     self.tokenizer,
                     part,
                     max_new_tokens=self.scale.max_new_tokens,
@@ -103,6 +127,14 @@ class Learner:
         if self.writer is self.teacher or by_teacher:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
+
+    def in_dtype(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+        """Return a model, or a copy of it in the dtype of the passes: casting once is cheaper than at every token."""
+        return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()
+
+    def precision(self) -> torch.autocast:
+        """Return the context in which the student's passes compute in their dtype, from weights in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def step(self, step: int) -> dict:
         """Make update number ``step`` (counted from 0) and return what the history keeps of it.
@@ -117,8 +149,10 @@ class Learner:
         random = torch_generator(random_numbers(self.seed, "tokens", step))
         loss = entropy = kl = 0.0
         self._zero_gradients()
+        student.train(self.scale.recompute)  # Only then does transformers recompute; there is no dropout.
         for part in micro_batches(rollouts, self.scale.micro_batch, student.device, advantages):
-            logits = part.logits(student)
+            with self.precision():
+                logits = part.logits(student)
             with torch.no_grad():
                 teacher = part.logits(self.teacher) if arm.listens_to_teacher else None
             losses = self.losses(part, logits, teacher, rollouts.tokens, random)
@@ -133,6 +167,7 @@ class Learner:
                 f"the loss of arm {arm.name!r} is {loss} at step {step + 1}: lower its learning rate "
                 f"({self.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
             )
+        student.eval()
         shares = self._mix()
         parameters = dict(student.named_parameters())
         if self.confinement and self.confinement.acts_on == "gradient":
@@ -245,10 +280,10 @@ class Learner:
         """Measure greedy and sampled accuracy on the evaluation prompts, the same for every arm, seed and step."""
         count = self.scale.evaluation_prompts
         prompts = self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
-        result = {"step": step, "prompts": count}
+        result, student = {"step": step, "prompts": count}, self.in_dtype(self.student)
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             rollouts = sample(
-                self.student,
+                student,
                 self.tokenizer,
                 prompts,
                 max_new_tokens=self.scale.max_new_tokens,
@@ -263,7 +298,8 @@ class Learner:
         """Measure the student's entropy and KL(student || teacher) on its own rollouts, in nats per token."""
         entropy = kl = 0.0
         for part in micro_batches(rollouts, self.scale.micro_batch, self.student.device):
-            logits = part.logits(self.student)
+            with self.precision():
+                logits = part.logits(self.student)
             entropy += float(objectives.entropy(logits)[part.mask].sum()) / rollouts.tokens
             if self.teacher is not None:
                 kl += float(objectives.reverse_kl(logits, part.logits(self.teacher))[part.mask].sum()) / rollouts.tokens
@@ -318,11 +354,12 @@ def train(
         done = 0
         if not checkpoint.exists():
             write_json(run.folder / "config.json", config)
-            write_json(run.folder / "provenance.json", provenance())
+            write_json(run.folder / "provenance.json", provenance(learner.device))
             run.forget_after(-1)  # of a run killed before its first checkpoint nothing counts, not even step 0
             if "constraint" in config:
                 # Until the switch a projected run is its free run: where that one is there, a part of the work is done.
-                run.begin_like(Run.of(scale, ARMS[arm].like, seed, home), config["constraint"]["begin"])
+                free = Run.of(scale, ARMS[arm].like, seed, home)
+                run.begin_like(free, config["constraint"]["begin"], learner.device)
         if checkpoint.exists():
             tensors, metadata = load_tensors(checkpoint)
             learner.restore(tensors)
@@ -346,7 +383,7 @@ def train(
             save_tensors(run.snapshot_path(0), dict(learner.student.named_parameters()))
         if done in config["evaluations"] and done not in {line["step"] for line in run.lines("evaluations")}:
             evaluate(done)
-        saved = time.monotonic()
+        saved, took = time.monotonic(), 0.0
         begin = config.get("constraint", {}).get("begin", steps)
         parting = switches(arm, scale)
         try:
@@ -362,9 +399,11 @@ def train(
                     save_tensors(run.snapshot_path(done), dict(learner.student.named_parameters()))
                 if done in parting:
                     save_tensors(run.state_path(done), learner.state(), step=str(done))
-                if done < steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if done < steps and time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * took):
+                    began = time.monotonic()
                     save(done)
                     saved = time.monotonic()
+                    took = saved - began
                 accuracy = line["accuracy"] if line["accuracy"] is not None else accuracy
                 shown = {"loss": f"{line['loss']:.3f}", "accuracy": "?" if accuracy is None else f"{accuracy:.0%}"}
                 bar.set_postfix(shown, refresh=False)
