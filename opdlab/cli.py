@@ -121,11 +121,11 @@ def _fetch(options: argparse.Namespace) -> None:
 
 def _scales(_: argparse.Namespace) -> None:
     from opdlab.arms import ARMS
-    from opdlab.scales import RESERVED, SCALES
+    from opdlab.scales import SCALES
 
     for scale in SCALES.values():
-        print(f"{scale.name:8} {scale.summary}")
-    print(f"{', '.join(RESERVED)}: reserved for real models\n")
+        print(f"{scale.name:10} {scale.summary}")
+    print()
     for arm in ARMS.values():
         start = arm.start or "random weights"
         what = f"like {arm.like}" if arm.like else f"from {start}, on sequences of the {arm.sequences}, by {arm.signal}"

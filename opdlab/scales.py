@@ -249,9 +249,74 @@ SMALL = Scale(
     ),
 )
 
-SCALES = {scale.name: scale for scale in (SMOKE, TINY, SMALL)}
-# Kept for models that need a hub and a GPU.
-RESERVED = ("full",)
+# One GPU of 80 GB. The recipes have the paper's rates, with fewer and shorter rollouts.
+_FROM_ANCHOR_FULL = Recipe(steps=200, prompts=16, samples=4, learning_rate=1e-6, weight_decay=0.1)
+_SFT_FULL = Recipe(400, 64, 1, 1e-5, "cosine", 40, (0.9, 0.95), weight_decay=0.1)
+
+FULL = Scale(
+    name="full",
+    summary="Qwen3-1.7B taught by Qwen3-8B, competition mathematics; a day on one GPU of 80 GB",
+    models="full",
+    makers=("sft",),
+    pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"},
+    task="math",
+    recipes={
+        "sft": _SFT_FULL,
+        "opd": _FROM_ANCHOR_FULL,
+        "opd_full": _FROM_ANCHOR_FULL,
+        "rlvr": _FROM_ANCHOR_FULL,
+        "sft_matched": _FROM_ANCHOR_FULL,
+        "short": replace(_FROM_ANCHOR_FULL, steps=50),
+    },
+    recorded=SMALL.recorded[:-1],
+    seeds=(0,),
+    variant_seeds=(0,),
+    max_new_tokens=1024,
+    micro_batch=4,
+    evaluation_prompts=256,
+    snapshots=SMALL.snapshots,
+    evaluations=SMALL.evaluations,
+    variant_snapshots=SMALL.variant_snapshots,
+    variant_evaluations=SMALL.variant_evaluations,
+    trajectory_block="attention",
+    gpu=True,
+    compute="bfloat16",
+    tokens_at_once=2048,
+    recompute=True,
+    keep_snapshots=False,
+    # The paper's: 16 directions over training, masks of rank 64; an eighth of 2048 singular vectors in the angles.
+    geometry=GeometrySettings(k=256, sim_ks=(4, 16), mask_rank=64, alphas=(0.3, 0.5), angle_ks=(16, 64)),
+)
+
+FULL_SMALLER = replace(
+    FULL,
+    name="full-0.6b",
+    summary="Qwen3-0.6B taught by Qwen3-1.7B, as full",
+    models="full-0.6b",
+    pretrained={"base": "Qwen/Qwen3-0.6B-Base", "teacher": "Qwen/Qwen3-1.7B"},
+    geometry=replace(FULL.geometry, k=128),
+)
+
+# The paper's own recipes (2606.07082, Tables 3 to 5), for an engine that trains on many GPUs.
+PAPER = replace(
+    FULL,
+    name="paper",
+    summary="Qwen3-8B taught by Qwen3-32B, the paper's recipes; many GPUs, by --engine trl",
+    models="paper",
+    pretrained={"base": "Qwen/Qwen3-8B-Base", "teacher": "Qwen/Qwen3-32B"},
+    recipes={
+        "sft": Recipe(5375, 256, 1, 1e-5, "cosine", 537, (0.9, 0.95), weight_decay=0.1),
+        "opd": Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1),
+        "opd_full": Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1),
+        "rlvr": Recipe(1024, 64, 8, 1e-6, warmup=0, weight_decay=0.1),
+        "sft_matched": Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1),
+    },
+    recorded=("sft", "opd", "opd_full", "rlvr", "sft_matched"),
+    max_new_tokens=16384,
+    geometry=replace(FULL.geometry, k=512),
+)
+
+SCALES = {scale.name: scale for scale in (SMOKE, TINY, SMALL, FULL, FULL_SMALLER, PAPER)}
 
 
 def get_scale(name: str | None = None) -> Scale:
@@ -264,8 +329,6 @@ def get_scale(name: str | None = None) -> Scale:
     'running_sum'
     """
     name = name or os.environ.get("OPDLAB_SCALE") or TINY.name
-    if name in RESERVED:
-        raise OpdlabError(f"the scale {name!r} is reserved for real models and cannot run yet; use {', '.join(SCALES)}")
     if name not in SCALES:
         raise OpdlabError(f"there is no scale {name!r}; choose one of {', '.join(SCALES)}")
     return SCALES[name]

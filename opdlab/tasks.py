@@ -237,6 +237,63 @@ def after_equals(prompt: str, completion: str) -> str | None:
 CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
 PRODUCTS = _restated("products", min_terms=2, max_terms=2, min_digits=1, max_digits=2)
 
+
+# --- for large models: competition mathematics, from the Hugging Face hub --------------------------------------
+
+_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+             "precalculus")  # fmt: skip
+
+
+@cache
+def _competition() -> dict[str, str]:
+    """Return the problems of MATH (2103.03874) and their worked solutions, whose answers are in a box."""
+    try:
+        from datasets import load_dataset
+
+        parts = [load_dataset("EleutherAI/hendrycks_math", subject, split="train+test") for subject in _SUBJECTS]
+    except Exception as problem:  # The library has an error of its own for each way to fail.
+        raise OpdlabError(
+            f"the problems of the task 'math' cannot be had ({problem}): install opdlab[real], and check the network "
+            "and HF_HUB_OFFLINE"
+        ) from problem
+    return {
+        f"{row['problem']}\nPut the final answer in \\boxed{{}}.\n": row["solution"] for part in parts for row in part
+    }
+
+
+def _math_prompt(rng: np.random.Generator) -> str:
+    problems = list(_competition())
+    return problems[int(rng.integers(len(problems)))]
+
+
+def _boxed(prompt: str, completion: str) -> str | None:
+    """Return the last boxed expression of a completion, or what the one in the solution is if the two are equal."""
+    found = _last_box(completion)
+    right = _last_box(_competition()[prompt])
+    if found is None or found == right:
+        return found
+    from math_verify import parse, verify
+
+    return right if verify(parse(f"${right}$"), parse(f"${found}$")) else found
+
+
+def _last_box(text: str) -> str | None:
+    """Return what is in the last ``\\boxed{}``, whose braces may nest, or None.
+
+    >>> _last_box(r"so \\boxed{\\frac{1}{2}} it is")
+    '\\\\frac{1}{2}'
+    """
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for i, character in enumerate(text[start:], start):
+        depth += (character == "{") - (character == "}")
+        if start >= 0 and character == "}" and depth == 0:
+            return text[start + len("\\boxed{") : i]
+    return None
+
+
+MATH = Task("math", _math_prompt, lambda prompt: _competition()[prompt], _boxed)
+
 TASKS = {
     task.name: task
     for task in (
@@ -247,5 +304,6 @@ TASKS = {
         DIFFERENCE_MIXTURE,
         CHAIN_SUM,
         PRODUCTS,
+        MATH,
     )
 }
