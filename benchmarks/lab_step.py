@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from opdlab.analyses import Study
 from opdlab.batches import micro_batches
+from opdlab.learner import Learner, random_numbers, torch_generator
 from opdlab.objectives import reverse_kl, token_mean
 from opdlab.rollouts import Rollouts, sample
 from opdlab.runs import default_home
 from opdlab.scales import TINY
-from opdlab.training import Learner, random_numbers, torch_generator
 
 Row = tuple[str, float]
 

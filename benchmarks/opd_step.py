@@ -37,12 +37,12 @@ from transformers.utils import logging
 from opdlab.arms import ARMS
 from opdlab.checkpoints import weight_files
 from opdlab.errors import OpdlabError
+from opdlab.learner import Learner, random_numbers
 from opdlab.models import load_model, load_tokenizer, new_model, save_model
 from opdlab.rollouts import Rollouts
 from opdlab.runs import default_home, write_json
 from opdlab.scales import TINY, Recipe, Scale
 from opdlab.tasks import TASKS
-from opdlab.training import Learner, random_numbers
 
 PARTS = ("rollout", "teacher", "student", "optimizer", "rest")
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}

@@ -8,7 +8,7 @@ and completion alone, at a fraction of the tokens. No cache is involved, so grad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -43,10 +43,36 @@ class MicroBatch:
 
     def logits(self, model: transformers.PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""
-        packed = model(
-            input_ids=self.ids, attention_mask=self.visible, position_ids=self.positions, use_cache=False
-        ).logits
-        return packed[self.row, self.source]
+        return self._packed(model).logits[self.row, self.source]
+
+    def hidden(self, model: transformers.PreTrainedModel) -> Tensor:
+        """Return what ``model`` makes logits of (C, T, H): its output layer is left out, since V is much larger than H.
+
+        The two agree but for rounding, and :meth:`logits` also reads the output of the prompts' tokens.
+        """
+        return self._packed(model.base_model).last_hidden_state[self.row, self.source]
+
+    def _packed(self, model: transformers.PreTrainedModel) -> transformers.utils.ModelOutput:
+        return model(input_ids=self.ids, attention_mask=self.visible, position_ids=self.positions, use_cache=False)
+
+    def pieces(self, tokens: int) -> Iterator[tuple[slice, MicroBatch]]:
+        """Split the completions, not their packed rows: a piece has about ``tokens`` tokens, padding counted."""
+        completions, longest = self.tokens.shape
+        size = max(1, tokens // longest)
+        for start in range(0, completions, size):
+            part = slice(start, start + size)
+            advantages = None if self.advantages is None else self.advantages[part]
+            yield (
+                part,
+                replace(
+                    self,
+                    row=self.row[part],
+                    source=self.source[part],
+                    tokens=self.tokens[part],
+                    mask=self.mask[part],
+                    advantages=advantages,
+                ),
+            )
 
 
 def micro_batches(

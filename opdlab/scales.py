@@ -87,6 +87,8 @@ class Scale:
     trajectory_block: str = ""
     # Whether recorded runs keep all their snapshots, or only those that other runs need; records need none.
     keep_snapshots: bool = True
+    # What trains it, if it is too large for the loop of opdlab.training: "trl" (opdlab.engines).
+    engine: str = ""
     geometry: GeometrySettings = field(
         default_factory=lambda: GeometrySettings(
             k=16, sim_ks=(4, 8, 16), mask_rank=16, alphas=(0.3, 0.5), angle_ks=(4, 8), matched_norm=0.002
@@ -218,7 +220,7 @@ SMALL = Scale(
     task="chain_sum",
     recipes={
         "sft": _SFT_SMALL,
-        "expert": replace(_SFT_SMALL, steps=60),
+        "expert": replace(_SFT_SMALL, steps=100, learning_rate=1e-4, warmup=5),
         "opd": _FROM_ANCHOR_SMALL,
         "opd_full": _FROM_ANCHOR_SMALL,
         "rlvr": _FROM_ANCHOR_SMALL,
@@ -313,6 +315,7 @@ PAPER = replace(
     },
     recorded=("sft", "opd", "opd_full", "rlvr", "sft_matched"),
     max_new_tokens=16384,
+    engine="trl",
     geometry=replace(FULL.geometry, k=512),
 )
 

@@ -72,8 +72,12 @@ OF_REWARDS = ("grpo",)
 RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random")
 
 
-def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Tensor, random: torch.Generator) -> Tensor:
+def token_ranking(
+    ranking: str, student: Tensor, tokens: Tensor, teacher: Tensor, noise: Tensor | None = None
+) -> Tensor:
     """Return the key (B, T) by which tokens are ranked, largest first; arguments as for a signal.
+
+    ``noise`` (B, T) is the key where chance ranks. It is drawn by who calls, so that it can be used twice.
 
     Raises:
         OpdlabError: if ``ranking`` is none of :data:`opdlab.signals.RANKINGS`.
@@ -81,7 +85,7 @@ def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Tensor
     if ranking == "entropy":
         return objectives.entropy(student)
     if ranking == "random":
-        return torch.rand(tokens.shape, generator=random).to(student.device)
+        return noise
     if ranking not in RANKINGS:
         raise OpdlabError(f"there is no ranking {ranking!r} of tokens; choose one of {', '.join(RANKINGS)}")
     ratio = objectives.token_logps(student, tokens) - objectives.token_logps(teacher, tokens)

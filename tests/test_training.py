@@ -11,12 +11,13 @@ import torch
 from opdlab import training
 from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
+from opdlab.learner import Learner
 from opdlab.records import tensors_digest
 from opdlab.runs import Home, Run, write_json
 from opdlab.scales import SMOKE
 from opdlab.signals import SIGNALS
 from opdlab.tasks import TASKS
-from opdlab.training import Learner, train
+from opdlab.training import train
 
 STEPS = SMOKE.recipe("opd").steps
 

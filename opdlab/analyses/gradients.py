@@ -16,8 +16,8 @@ from opdlab import objectives
 from opdlab.analyses.study import Analysis, Study, layers
 from opdlab.batches import MicroBatch, micro_batches
 from opdlab.geometry import describe, sim_k
+from opdlab.learner import Learner, random_numbers, torch_generator
 from opdlab.rollouts import Rollouts
-from opdlab.training import Learner, random_numbers, torch_generator
 
 #: The arms whose losses are compared with that of OPD on all tokens.
 LOSSES = (
@@ -67,9 +67,8 @@ def _moments(study: Study, arm: str, seed: int, random_signs: bool = False) -> t
     random = torch_generator(random_numbers(seed, "tokens", 0))
 
     def own(part: MicroBatch) -> Tensor:
-        with torch.no_grad():
-            teacher = part.logits(learner.teacher) if learner.arm.listens_to_teacher else None
-        (loss,) = learner.losses(part, part.logits(learner.student), teacher, int(part.mask.sum()), random).values()
+        losses, _ = learner.read(part, int(part.mask.sum()), random)
+        (loss,) = losses.values()
         return loss
 
     def signs(part: MicroBatch) -> Tensor:

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from opdlab.arms import ARMS
 from opdlab.geometry import weight_matrices
+from opdlab.learner import Learner
 from opdlab.models import load_model
 from opdlab.runs import Home, Run
 from opdlab.scales import Scale
 from opdlab.tasks import TASKS
-from opdlab.training import Learner, train
+from opdlab.training import train
 
 Weights = dict[str, Tensor]
 
