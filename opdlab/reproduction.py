@@ -153,8 +153,8 @@ def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
         install_model(run, home, scale, job.makes)
     if record and job.what in RECORDED:
         write_record(job.what, job.seed, scale, home)
-    if not scale.keep_snapshots:
-        run.drop_snapshots(switches(job.what, scale))
+        if not scale.keep_snapshots:
+            run.drop_snapshots(switches(job.what, scale))
 
 
 def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:

@@ -114,15 +114,26 @@ def model_digest(name: str, scale: Scale, home: Home) -> str:
     Raises:
         OpdlabError: if there is neither the model nor a record.
     """
-    folder = home.models(scale) / name
-    if folder.is_dir():
-        return weights_digest(folder)
+    if (home.models(scale) / name).is_dir():
+        return weights_digest(home.models(scale) / name)
     for arm in map(get_arm, scale.recorded):
         if name in (arm.start, arm.teacher):
             record = home.records(scale) / f"{arm.name}-seed{scale.seeds[0]}" / "record.json"
             with suppress(OSError, ValueError, KeyError):
                 return json.loads(record.read_text())["config"]["start" if name == arm.start else "teacher"]
-    raise OpdlabError(f"there is no model in {folder}: run 'opdlab models --scale {scale.name}' first")
+    return weights_digest(model_folder(name, scale, home))
+
+
+def model_folder(name: str, scale: Scale, home: Home) -> Path:
+    """Return the folder of a model.
+
+    Raises:
+        OpdlabError: if it is not there.
+    """
+    folder = home.models(scale) / name
+    if not folder.is_dir():
+        raise OpdlabError(f"there is no model in {folder}: run 'opdlab models --scale {scale.name}' first")
+    return folder
 
 
 def source_of(arm: Arm, seed: int, scale: Scale) -> tuple[str, int] | None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from opdlab.arms import ARMS
 from opdlab.learner import Learner
 from opdlab.models import character_tokenizer, load_model, load_tokenizer, new_model, save_model
+from opdlab.planning import check_room
 from opdlab.processes import cpu_threads
 from opdlab.runs import (
     Home,
@@ -20,6 +21,7 @@ from opdlab.runs import (
     config_key,
     default_home,
     load_tensors,
+    model_folder,
     provenance,
     save_tensors,
     switches,
@@ -62,6 +64,9 @@ def train(
         checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
         on_steps(config["recipe"]["steps"])
         return run
+    for name in filter(None, (ARMS[arm].start, ARMS[arm].teacher)):
+        model_folder(name, scale, home)
+    check_room(scale, arm, home)
     with cpu_threads(scale.threads):
         learner = Learner(scale, ARMS[arm], scale.recipe(arm), TASKS[config["task"]], home.models(scale), seed)
         done = 0

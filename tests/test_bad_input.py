@@ -62,7 +62,7 @@ def test_no_models(scale, tmp_path):
 
 def test_no_teacher_for_opd(scale, own):
     shutil.rmtree(own.models(scale) / "teacher")
-    with pytest.raises(OpdlabError, match=r"arm 'opd' needs a teacher, and there is none in .*teacher: run"):
+    with pytest.raises(OpdlabError, match=r"there is no model in .*teacher: run 'opdlab models --scale"):
         train("opd", 0, scale, home=own)
 
 

@@ -70,8 +70,7 @@ def test_what_a_gain_has_to_beat():
 
 
 def test_competition_mathematics(monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     rows = [
         {"problem": f"What is {n}/2?", "solution": rf"Half of it: \boxed{{\frac{{{n}}}{{2}}}}."}
         for n in range(1, 60, 2)

@@ -3,7 +3,30 @@
 :mod:`~opdlab.claims.judging` says what a verdict is, :mod:`~opdlab.claims.paper` holds the claims.
 """
 
-from opdlab.claims.judging import VERDICTS, Claim, Difference, Value, Verdict, differences, holm, judge, scorecard
+from opdlab.claims.judging import (
+    VERDICTS,
+    Claim,
+    Difference,
+    Value,
+    Verdict,
+    differences,
+    effects,
+    holm,
+    judge,
+    scorecard,
+)
 from opdlab.claims.paper import CLAIMS
 
-__all__ = ["CLAIMS", "VERDICTS", "Claim", "Difference", "Value", "Verdict", "differences", "holm", "judge", "scorecard"]
+__all__ = [
+    "CLAIMS",
+    "VERDICTS",
+    "Claim",
+    "Difference",
+    "Value",
+    "Verdict",
+    "differences",
+    "effects",
+    "holm",
+    "judge",
+    "scorecard",
+]

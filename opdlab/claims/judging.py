@@ -218,6 +218,15 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     return verdicts
 
 
+def effects(claims: Sequence[Claim], records: Records) -> dict[str, Interval]:
+    """Return the effect of each claim whose arms and analyses the records have, by the claim's name."""
+    arms, found = set(records.sources["arm"]), {}
+    for claim in claims:
+        if claim.arms <= arms and claim.analyses <= set(records.analyses):
+            found[claim.name] = mean_interval(claim.effect.of(records))
+    return found
+
+
 def _verdict(
     effect: pd.Series, smallest: float, p: float, left: dict[str, pd.Series], rivals: dict[str, pd.Series]
 ) -> tuple[str, str]:
