@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from opdlab.checkpoints import plain_name
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
+from opdlab.runs import save_tensors
 
 
 class GeometryCallback(TrainerCallback):
@@ -34,10 +37,14 @@ class GeometryCallback(TrainerCallback):
         matrices: regular expression, searched for in the names of the weights that are matrices. By default those of
             attention, which the paper follows over training.
         k: dimension of the subspaces; the paper's 16.
+        snapshots: folder for the model's weights at some steps, one whole file for each, which the main process writes:
+            ``opdlab measure BASE --trajectory SNAPSHOTS`` reads them.
+        snapshot_steps: those steps.
 
     Raises:
         OpdlabError: when training begins, if no trained matrix is chosen, k exceeds a side of one, or training is
             resumed (the update would be counted from there: measure its checkpoints with ``opdlab measure`` instead).
+            During training, if a snapshot cannot be written.
 
     Example::
 
@@ -46,7 +53,15 @@ class GeometryCallback(TrainerCallback):
         trainer.train()
     """
 
-    def __init__(self, trainer: Trainer, every: int = 50, matrices: str = "attn|attention", k: int = 16):
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int = 50,
+        matrices: str = "attn|attention",
+        k: int = 16,
+        snapshots: Path | None = None,
+        snapshot_steps: Collection[int] = (),
+    ):
         """Prepare to measure; nothing is kept before training begins."""
         if not all(isinstance(number, int) and number >= 1 for number in (every, k)):
             raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
@@ -55,6 +70,7 @@ class GeometryCallback(TrainerCallback):
         except re.error as problem:
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         self.trainer, self.every, self.k = trainer, every, k
+        self.snapshots, self.snapshot_steps = snapshots, frozenset(snapshot_steps if snapshots else ())
         self._origin: dict[str, Tensor] = {}
         self._last: dict[str, Svd] = {}
         self._measured = 0
@@ -83,7 +99,9 @@ class GeometryCallback(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, model: nn.Module, **_) -> None:
-        """Measure and log, if it is time."""
+        """Measure and log, and write a snapshot, if it is time."""
+        if state.global_step in self.snapshot_steps:
+            self._snapshot(state, model)
         if state.global_step % self.every == 0:
             self._log(state, control, model)
 
@@ -91,6 +109,15 @@ class GeometryCallback(TrainerCallback):
         """Measure the last step, unless it was."""
         if state.global_step > self._measured:
             self._log(state, control, model)
+
+    def _snapshot(self, state, model: nn.Module) -> None:
+        weights = {}
+        for name, weight in model.named_parameters():
+            whole = _whole(weight)  # in every process, or those that ask would wait for the others
+            if state.is_world_process_zero:
+                weights[plain_name(name)] = whole.cpu()
+        if state.is_world_process_zero:
+            save_tensors(self.snapshots / f"step-{state.global_step:06d}.safetensors", weights)
 
     def _log(self, state, control, model: nn.Module) -> None:
         self._measured, start = state.global_step, time.perf_counter()

@@ -12,7 +12,9 @@ from opdlab import callback
 from opdlab import geometry as g
 from opdlab.callback import GeometryCallback
 from opdlab.errors import OpdlabError
+from opdlab.instrument import find_trajectory
 from opdlab.models import new_model
+from opdlab.runs import load_tensors
 
 
 @pytest.fixture
@@ -74,6 +76,16 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         """Stop after three steps."""
         control.should_training_stop = state.global_step == 3
+
+
+def test_snapshots_are_whole_and_can_be_measured(trainer, tmp_path):
+    snapshots = tmp_path / "snapshots"
+    trainer.add_callback(GeometryCallback(trainer, every=5, k=4, snapshots=snapshots, snapshot_steps=[2, 5]))
+    trainer.train()
+    assert [path.name for path in find_trajectory(snapshots)] == ["step-000002.safetensors", "step-000005.safetensors"]
+    last = load_tensors(snapshots / "step-000005.safetensors")[0]
+    weights = dict(trainer.model.named_parameters())
+    assert last.keys() == weights.keys() and all(last[name].equal(weight) for name, weight in weights.items())
 
 
 def test_training_that_stops_early_or_freezes(trainer):
