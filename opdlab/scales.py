@@ -63,6 +63,8 @@ class Scale:
     analyses: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     max_new_tokens: int = 48
+    # Tokens of a prompt and of a completion, about: what plans reckon with.
+    typical_tokens: tuple[int, int] = (12, 20)
     temperature: float = 1.0
     # Sequences in one forward pass: like lengths go together, and the loss does not depend on the split.
     micro_batch: int = 32
@@ -78,6 +80,7 @@ class Scale:
     threads: int = 1
     # Whether a GPU is used where there is one, and the dtype of the passes there; weights and moments stay float32.
     gpu: bool = False
+    gpu_only: bool = False
     compute: str = "float32"
     # Completion tokens whose logits are held at once, by whole completions; 0 for those of a whole micro-batch.
     tokens_at_once: int = 0
@@ -235,6 +238,7 @@ SMALL = Scale(
     seeds=(0,),
     variant_seeds=(0,),
     max_new_tokens=16,
+    typical_tokens=(11, 11),
     evaluation_prompts=128,
     snapshots=(0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
     evaluations=(0.5, 1.0),
@@ -257,7 +261,7 @@ _SFT_FULL = Recipe(400, 64, 1, 1e-5, "cosine", 40, (0.9, 0.95), weight_decay=0.1
 
 FULL = Scale(
     name="full",
-    summary="Qwen3-1.7B taught by Qwen3-8B, competition mathematics; a day on one GPU of 80 GB",
+    summary="Qwen3-1.7B taught by Qwen3-8B, competition mathematics; an hour or less per run on one GPU of 80 GB",
     models="full",
     makers=("sft",),
     pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"},
@@ -274,6 +278,7 @@ FULL = Scale(
     seeds=(0,),
     variant_seeds=(0,),
     max_new_tokens=1024,
+    typical_tokens=(120, 600),
     micro_batch=4,
     evaluation_prompts=256,
     snapshots=SMALL.snapshots,
@@ -282,6 +287,7 @@ FULL = Scale(
     variant_evaluations=SMALL.variant_evaluations,
     trajectory_block="attention",
     gpu=True,
+    gpu_only=True,
     compute="bfloat16",
     tokens_at_once=2048,
     recompute=True,
@@ -315,6 +321,7 @@ PAPER = replace(
     },
     recorded=("sft", "opd", "opd_full", "rlvr", "sft_matched"),
     max_new_tokens=16384,
+    typical_tokens=(150, 6000),
     engine="trl",
     geometry=replace(FULL.geometry, k=512),
 )
