@@ -24,7 +24,7 @@ SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=t
 # nbval reads what a cell prints when the cell has ended, and past a thousand messages or so some are lost: hence slow bars.
 NBVAL := TQDM_MININTERVAL=10 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
 
-.PHONY: help book test chapters chapters-tiny chapters-smoke reproduce lab execute parity clean
+.PHONY: help book test chapters chapters-tiny chapters-smoke reproduce lab execute trl clean
 
 help:  ## list these commands
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -62,7 +62,7 @@ execute: $(READY)  ## run the chapters and store their outputs: what the site sh
 	@$(BIN)/ruff format --quiet book
 	@$(BIN)/python scripts/execute_book.py $(NOTEBOOKS)
 
-parity: $(VENV)/.parity  ## install TRL, which the losses are compared with
+trl: $(VENV)/.trl  ## install TRL, which the losses are compared with, and which trains on many GPUs
 
 clean:  ## remove what was built; .venv and runs stay
 	@rm -rf _build .pytest_cache .ruff_cache .hypothesis
@@ -79,6 +79,6 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 # Extras must not move what requirements.txt pins.
-$(VENV)/.lab $(VENV)/.parity: $(VENV)/.%: $(READY)
+$(VENV)/.lab $(VENV)/.trl: $(VENV)/.%: $(READY)
 	@$(PIP) --constraint requirements.txt --editable '.[$*]'
 	@touch $@

@@ -445,7 +445,7 @@ def main() -> None:
     for name, case in report["cases"].items():
         print(*rows(name, case), sep="\n")
     if "trl" not in report["versions"]:
-        print("\nTRL is not installed, so there is nothing to compare with: pip install -e .[parity]")
+        print("\nTRL is not installed, so there is nothing to compare with: pip install -e .[trl]")
     if options.out:
         write_json(options.out, report)
 
