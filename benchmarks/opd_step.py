@@ -2,6 +2,7 @@
 
     python benchmarks/opd_step.py                        # three cases, a few minutes on one core
     python benchmarks/opd_step.py --cases tiny-own --steps 20 --out result.json
+    python benchmarks/opd_step.py --cases small-16x4     # SmolLM2, after 'opdlab models --scale small'; on a GPU if any
 
 What is the same on both sides, what is timed and how tokens are counted: see the README beside this file.
 """
@@ -9,6 +10,7 @@ What is the same on both sides, what is timed and how tokens are counted: see th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import tempfile
@@ -40,12 +42,21 @@ from opdlab.errors import OpdlabError
 from opdlab.learner import Learner, random_numbers
 from opdlab.models import load_model, load_tokenizer, new_model, save_model
 from opdlab.rollouts import Rollouts
-from opdlab.runs import default_home, write_json
-from opdlab.scales import TINY, Recipe, Scale
+from opdlab.runs import default_home, device_of, write_json
+from opdlab.scales import SMALL, TINY, Recipe, Scale
 from opdlab.tasks import TASKS
 
 PARTS = ("rollout", "teacher", "student", "optimizer", "rest")
-CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+
+
+def wall() -> float:
+    """Return the time on the clock, once a GPU has done all that it was told to."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CLOCKS = {"cpu": time.process_time, "wall": wall}
 # Steps of either side before its clock counts.
 WARM_UP = 2
 # AdamW does all its work, but the student stays as it is: its completions are as long at the end as at the start.
@@ -80,12 +91,17 @@ class Case:
         return replace(recipe, prompts=self.prompts, samples=self.samples, learning_rate=LEARNING_RATE)
 
 
-# Called after the models and the batch; "own" is the batch that the scale's recipe has.
-OWN = TINY.recipes["opd_full"]
+def own(scale: Scale) -> tuple[int, int]:
+    """Return the batch that the scale's recipe has."""
+    recipe = scale.recipes["opd_full"]
+    return recipe.prompts, recipe.samples
+
+
+# Called after the models and the batch.
 CASES = {
-    f"{scale.name}-{name}": Case(scale, prompts, samples)
-    for scale in (TINY, WIDE)
-    for name, prompts, samples in (("16x4", 16, 4), ("own", OWN.prompts, OWN.samples))
+    f"{scale.name}-{name}": Case(scale, *batch)
+    for scale in (TINY, WIDE, SMALL)
+    for name, batch in (("16x4", (16, 4)), ("own", own(scale)))
 }
 DEFAULT_CASES = ("tiny-16x4", "tiny-own", "wide-16x4")
 
@@ -147,12 +163,22 @@ class Stopwatch:
         self.wrap(teacher.base_model, "forward", "teacher")
 
 
+class TimedLearner(Learner):
+    """A learner whose copies are not wrapped, or they would call the model that they are copies of."""
+
+    def in_dtype(self, model: PreTrainedModel) -> PreTrainedModel:
+        found = super().in_dtype(model)
+        if found is not model:
+            found.base_model.__dict__.pop("forward", None)
+        return found
+
+
 # --- the two sides ----------------------------------------------------------------------------------------------------
 
 
 def our_side(case: Case, folder: Path, watch: Stopwatch) -> Callable[[int], None]:
     """Return the function that makes one of our steps."""
-    learner = Learner(case.scale, ARMS["opd_full"], case.recipe, TASKS[case.scale.task], folder, seed=0)
+    learner = TimedLearner(case.scale, ARMS["opd_full"], case.recipe, TASKS[case.scale.task], folder, seed=0)
 
     def note(result: tuple[Rollouts, Tensor]) -> dict:
         rollouts, _ = result
@@ -164,7 +190,7 @@ def our_side(case: Case, folder: Path, watch: Stopwatch) -> Callable[[int], None
 
     watch.wrap(learner, "batch", "rollout", note)
     watch.wrap_models(learner.student, learner.teacher)
-    watch.wrap(learner.optimizer, "step", "optimizer")
+    watch.wrap(learner.optimizers[0], "step", "optimizer")
 
     def step(number: int) -> None:
         watch.begin()
@@ -206,7 +232,10 @@ def train_with_trl(
     recipe, task = case.recipe, TASKS[case.scale.task]
     micro_batch = min(case.scale.micro_batch, recipe.sequences)
     prompts = [task.prompts(recipe.prompts, random_numbers(0, "prompts", step)) for step in range(steps)]
-    student, teacher = load_model(folder / "anchor"), load_model(folder / "teacher")
+    device = device_of(case.scale)
+    half = device.type == "cuda" and case.scale.compute == "bfloat16"
+    student = load_model(folder / "anchor")
+    teacher = load_model(folder / "teacher", dtype=torch.bfloat16 if half else torch.float32)
     trainer = Trainer(
         model=student,
         teacher_model=teacher,
@@ -229,8 +258,8 @@ def train_with_trl(
             adam_beta2=recipe.betas[1],
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.clip,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=device.type == "cpu",
+            bf16=half,
             # Nothing beside it.
             gradient_checkpointing=False,
             logging_strategy="no",
@@ -284,7 +313,8 @@ def forward_flops(model: PreTrainedModel, prompts: Tensor, completions: Tensor) 
     """
     config = model.config
     weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * config.num_attention_heads * heads
     tokens = prompts.sum() + completions.sum()
     pairs = prompts.square().sum() / 2 + (prompts[:, None] * completions + completions.square() / 2).sum()
     # Two a weight and token; and scores and values, each two an entry, for each pair of positions.
@@ -301,11 +331,13 @@ def flops(student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, c
     }
 
 
-def matmul_rate(shape: dict, clock: str) -> float:
-    """Return the best FLOP/s of this machine on products of the size of a feed-forward layer."""
+def matmul_rate(folder: Path, scale: Scale, clock: str) -> float:
+    """Return the best FLOP/s of this device on products of the size of a feed-forward layer, in the passes' dtype."""
+    shape, device = json.loads((folder / "anchor" / "config.json").read_text()), device_of(scale)
+    kind = {"device": device, "dtype": getattr(torch, scale.compute) if device.type == "cuda" else torch.float32}
     rows, width, inner = 1024, shape["hidden_size"], shape["intermediate_size"]
-    left, right = torch.randn(rows, width), torch.randn(width, inner)
-    out, best = torch.empty(rows, inner), float("inf")
+    left, right = torch.randn(rows, width, **kind), torch.randn(width, inner, **kind)
+    out, best = torch.empty(rows, inner, **kind), float("inf")
     for _ in range(50):
         began = CLOCKS[clock]()
         for _ in range(4):
@@ -368,6 +400,8 @@ def rows(name: str, case: dict) -> Iterator[str]:
         f"| {name} | arithmetic, {case['GFLOP']:.1f} GFLOP at {case['GFLOP/s']:.0f}/s | {parts} | "
         f"{1000 * sum(bound.values()):.0f} | | | | | |"
     )
+    ours = case["sides"]["opdlab"]["seconds"]["step"]["median"]
+    yield f"| {name} | arithmetic / step of opdlab | | | | | | {sum(bound.values()) / ours:.0%} | | | | | |"
 
 
 def processor() -> str:
@@ -390,7 +424,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, help="for the table (default: cpu on one thread, otherwise wall)")
     parser.add_argument("--out", type=Path, help="write all that was measured to this JSON file too")
     options = parser.parse_args()
-    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
+    clock = options.clock or ("cpu" if options.threads == 1 and not torch.cuda.is_available() else "wall")
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # TRL's own, about transformers 6
@@ -398,6 +432,7 @@ def main() -> None:
     packages = ["opdlab", "torch", "transformers", "numpy"] + (["trl"] if find_spec("trl") else [])
     report = {
         "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "threads": options.threads,
@@ -420,7 +455,7 @@ def main() -> None:
             if options.micro_batch:
                 case = replace(case, scale=replace(case.scale, micro_batch=options.micro_batch))
             bar.set_description(name)
-            rate = matmul_rate(case.scale.shapes["base"], clock)
+            rate = matmul_rate(folder, case.scale, clock)
             steps = measure(case, folder, options.steps, bar).steps
             steps = {side: steps[side][WARM_UP:] for side in sorted(steps, reverse=True)}
             operations = {
@@ -437,7 +472,7 @@ def main() -> None:
                 "steps": {side: [named(step) for step in taken] for side, taken in steps.items()},
             }
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    print(f"{report['processor']}, {options.threads} thread(s), {versions}\n")
+    print(f"{report['gpu'] or report['processor']}, {options.threads} thread(s), {versions}\n")
     print(f"Milliseconds of {clock} time a step, medians of {options.steps} steps.\n")
     head = ["case", "side", *PARTS, "step (quartiles)", "tokens: completion + prompt"]
     head += ["completion tokens/s", "all tokens/s", "x TRL", "KL, nats/token"]

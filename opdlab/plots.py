@@ -197,6 +197,23 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
         set_log(axis.yaxis)
 
 
+def draw_scales(table: pd.DataFrame, width: float = 4.2, height: float = 2.3) -> Figure:
+    """Draw values at several scales: a row of panels for each value, a panel for each scale, in it a dot per seed.
+
+    Args:
+        table: what :func:`opdlab.beside.at_scales` returns.
+        width: of a panel.
+        height: of a panel.
+    """
+    titles, scales = list(dict.fromkeys(table["title"])), list(dict.fromkeys(table["scale"]))
+    figure, axes = panels(len(titles) * len(scales), len(scales), width, height)
+    for i, axis in enumerate(axes):
+        title, scale = titles[i // len(scales)], scales[i % len(scales)]
+        draw_dots(axis, table[(table["title"] == title) & (table["scale"] == scale)], "value")
+        axis.set_title(f"{title}, {scale}")
+    return figure
+
+
 def set_log(axis: Axis) -> None:
     """Make one axis of a panel logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")

@@ -2,6 +2,7 @@
 
 Every code cell runs, top to bottom, in a fresh kernel. What is written depends on the sources and the results only (no
 times, machine paths or random ids), so executing twice gives the same bytes. A notebook that fails stays as it was.
+When, where and how fast each was executed is noted in data/status.json.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import json
 import os
 import re
 import sys
+import time
+from datetime import date
 from pathlib import Path
 
 import nbformat
@@ -19,7 +23,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
+from opdlab.runs import provenance, write_json
+
 BOOK = Path(__file__).resolve().parent.parent / "book"
+STATUS = BOOK.parent / "data" / "status.json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "name": "python", "pygments_lexer": "ipython3"},
@@ -113,6 +120,14 @@ def execute(path: Path, bar: tqdm) -> bool:
     return True
 
 
+def note_status(path: Path, scale: str, seconds: float) -> None:
+    """Note when, where and how fast a chapter was executed, for the status page."""
+    status = json.loads(STATUS.read_text()) if STATUS.exists() else {}
+    when = {"executed": date.today().isoformat(), "seconds": round(seconds, 1), "scale": scale}
+    status[path.name] = when | provenance()
+    write_json(STATUS, dict(sorted(status.items())))
+
+
 def export_hero() -> None:
     """Write the first figure of the landing page to the file that the README shows."""
     notebook = nbformat.read(BOOK / "index.ipynb", as_version=4)
@@ -146,6 +161,7 @@ def main() -> int:
     with tqdm(total=cells, unit="cell") as bar:
         for path in paths:
             bar.set_description(path.name)
+            began = time.perf_counter()
             try:
                 changed = execute(path, bar)
             except ChapterError as problem:
@@ -153,6 +169,7 @@ def main() -> int:
                 print(f"{problem}; the file is as it was", file=sys.stderr)
                 return 1
             bar.write(f"{path.name}: {'written' if changed else 'unchanged'}")
+            note_status(path, options.scale, time.perf_counter() - began)
             if path == BOOK / "index.ipynb":
                 export_hero()
     return 0

@@ -56,7 +56,7 @@ def test_nothing_to_reproduce(options, what, tmp_path, capsys):
 
 
 def test_no_models(scale, tmp_path):
-    with pytest.raises(OpdlabError, match=r"there is no model folder .*base; run 'opdlab models'"):
+    with pytest.raises(OpdlabError, match=r"there is no model in .*base: run 'opdlab models --scale"):
         train("sft", 0, scale, home=Home(tmp_path))
 
 

@@ -1,0 +1,49 @@
+"""Scales beside each other: the same quantities of the same arms, as far as each scale has records of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from opdlab.arms import ARMS
+from opdlab.claims import Value
+from opdlab.records import Records, load_records, recorded_arms
+from opdlab.runs import Home
+from opdlab.scales import SCALES
+
+#: The scales that the book shows beside each other, whichever a chapter runs at.
+SHOWN = ("tiny", "small")
+
+
+def records_at(name: str, arms: Sequence[str], home: Home | None = None) -> Records | None:
+    """Return the records of those of ``arms`` that a scale has; None if it has none. Nothing is trained."""
+    there = recorded_arms(SCALES[name], home)
+    found = tuple(arm for arm in arms if arm in there)
+    return load_records(found, SCALES[name], home=home, progress=False) if found else None
+
+
+def at_scales(
+    values: Mapping[str, Value], arms: Sequence[str], scales: Sequence[str] = SHOWN, home: Home | None = None
+) -> pd.DataFrame:
+    """Return values of arms at several scales, one row for each scale, value, arm and seed that is recorded.
+
+    Args:
+        values: by title.
+        arms: in order.
+        scales: names of scales.
+        home: by default the repository.
+
+    Returns:
+        A table with the columns scale, title, arm, label, seed and value.
+    """
+    rows = []
+    for scale in scales:
+        records = records_at(scale, arms, home)
+        for title, value in values.items():
+            for arm in arms if records else ():
+                if arm in set(records.sources["arm"]):
+                    found = value.of(records, arm)
+                    who = {"scale": scale, "title": title, "arm": arm, "label": ARMS[arm].label}
+                    rows += [who | {"seed": seed, "value": number} for seed, number in found.items()]
+    return pd.DataFrame(rows, columns=["scale", "title", "arm", "label", "seed", "value"])
