@@ -2,8 +2,9 @@
 
 Read it in this order: :mod:`opdlab.tasks`, :mod:`opdlab.objectives`, :mod:`opdlab.rollouts`, :mod:`opdlab.batches`,
 :mod:`opdlab.signals`, :mod:`opdlab.constraints`, :mod:`opdlab.arms`, :mod:`opdlab.scales`, :mod:`opdlab.learner`,
-:mod:`opdlab.training` for how models are trained; :mod:`opdlab.geometry` for how an update is measured; :mod:`opdlab.runs`,
-:mod:`opdlab.analyses`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are found, kept and repeated;
+:mod:`opdlab.training` for how models are trained; :mod:`opdlab.geometry` for how an update is measured;
+:mod:`opdlab.runs`, :mod:`opdlab.analyses`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are found,
+kept and repeated;
 :mod:`opdlab.claims` for what they say about the paper; :mod:`opdlab.fetch`, :mod:`opdlab.planning`,
 :mod:`opdlab.engines`, :mod:`opdlab.beside` for real pretrained models;
 :mod:`opdlab.engines` for training on many GPUs;

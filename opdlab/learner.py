@@ -73,7 +73,7 @@ class Learner:
             self.tokenizer = character_tokenizer()
             self.student = new_model(scale.shapes[arm.name], seed).to(self.device).eval()
         if scale.recompute:
-            self.student.gradient_checkpointing_enable()
+            self.student.activation_checkpointing_enable()
         self.teacher: transformers.PreTrainedModel | None = None
         if arm.teacher:
             check_same_vocabulary(folder / arm.start, folder / arm.teacher)

@@ -7,6 +7,7 @@ the projected runs that take their directions from another run, and last the ana
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from opdlab.arms import ARMS, RECORDED, Arm, get_arm
 from opdlab.errors import OpdlabError
 from opdlab.processes import CONTEXT, workers
 from opdlab.records import find_analysis, find_tables, read_record, write_record
-from opdlab.runs import Home, source_of, switches
+from opdlab.runs import Home, source_of, switches, write_json
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
 from opdlab.training import install_model, train
@@ -129,6 +130,14 @@ def provide_pretrained(scale: Scale, home: Home) -> None:
             place.symlink_to(default_folder(name), target_is_directory=True)
 
 
+def note_pretrained(scale: Scale, home: Home) -> None:
+    """Write beside the records where a scale's pretrained models are from: hub and package differ in their bits."""
+    sources = {folder: home.models(scale) / folder / "source.json" for folder in scale.pretrained}
+    found = {folder: json.loads(path.read_text()) for folder, path in sources.items() if path.is_file()}
+    if found:
+        write_json(home.records(scale) / "pretrained.json", found)
+
+
 _counter = None
 
 
@@ -164,6 +173,8 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
     provide_pretrained(scale, home)
+    if record:
+        note_pretrained(scale, home)
     total = sum(job.steps(scale) for job in jobs)
     counter = CONTEXT.Value("q", 0)
     waiting, running, made = list(jobs), {}, set(scale.pretrained)

@@ -27,12 +27,10 @@ def own(home, tmp_path):
 
 def test_unknown_scale(capsys):
     assert main(["train", "--arm", "opd", "--scale", "huge"]) == 2
-    assert capsys.readouterr().err == "opdlab: there is no scale 'huge'; choose one of smoke, tiny\n"
-
-
-def test_reserved_scale():
-    with pytest.raises(OpdlabError, match=r"'full' is reserved for real models"):
-        get_scale("full")
+    assert (
+        capsys.readouterr().err
+        == "opdlab: there is no scale 'huge'; choose one of smoke, tiny, small, full, full-0.6b, paper\n"
+    )
 
 
 def test_scale_from_the_environment(monkeypatch):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opdlab.errors import OpdlabError
@@ -44,6 +44,7 @@ def test_a_completion_that_does_not_end_earns_nothing():
 
 
 @pytest.mark.parametrize("name", OF_REASONING_GYM)
+@settings(deadline=None, max_examples=30)  # Its import takes seconds.
 @given(seed=st.integers(0, 2**32), wrong=st.integers(-200, 10_000))
 def test_arithmetic_is_that_of_reasoning_gym(name, seed, wrong):
     """Its own scorer gives 1.0 to our solution's answer, and to another number exactly if our reward does."""
