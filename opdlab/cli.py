@@ -47,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--arm", action="append", help="only this arm (may be repeated)")
         added.add_argument("--analysis", action="append", help="only this analysis (may be repeated)")
         added.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated)")
-        added.add_argument(
-            "--processes", type=int, default=os.cpu_count() or 1, help="one-thread processes side by side"
-        )
+        added.add_argument("--processes", type=int, help="runs side by side (default: as many as fit here)")
     what = "measure the update from one checkpoint to another, or the way through several"
     measure = command("measure", what, scale=False)
     measure.add_argument("base", type=Path, help="model folder or .safetensors file before")
@@ -172,16 +170,18 @@ def _asked(options: argparse.Namespace, scale) -> tuple[tuple[str, ...], tuple[s
 
 
 def _record(options: argparse.Namespace, scale, home) -> None:
+    from opdlab.planning import processes_for
     from opdlab.reproduction import build, plan
 
     arms, analyses = _asked(options, scale)
     jobs = plan(scale, home, arms, tuple(options.seed or ()), analyses=analyses)
-    build(jobs, scale, home, processes=options.processes)
+    build(jobs, scale, home, processes=options.processes or processes_for(scale, home))
     print(f"the records are in {home.records(scale)}")
 
 
 def _reproduce(options: argparse.Namespace, scale, home) -> None:
     from opdlab.arms import get_arm
+    from opdlab.planning import processes_for
     from opdlab.reproduction import build, compare, plan
     from opdlab.runs import Home
 
@@ -197,7 +197,8 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
         raise OpdlabError(f"{kept} has no record of {', '.join(missing[:5])} with seeds {listed}")
     repeated = Home(home.runs(scale).parent / "reproduce")
     print(f"retraining in {repeated.root}")
-    build(plan(scale, repeated, arms, seeds, analyses=analyses), scale, repeated, processes=options.processes)
+    jobs = plan(scale, repeated, arms, seeds, analyses=analyses)
+    build(jobs, scale, repeated, processes=options.processes or processes_for(scale, home))
     table = compare(scale, home, repeated, (*arms, *analyses), seeds)
     print(table.drop(columns="same machine").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(table["verdict"].value_counts().to_string())
@@ -227,11 +228,14 @@ def _plan(options: argparse.Namespace, scale, home) -> None:
 
 
 def _models(options: argparse.Namespace, scale, home) -> None:
-    from opdlab.reproduction import all_models, build, plan
+    from opdlab.planning import processes_for
+    from opdlab.reproduction import all_models, build, plan, provide_pretrained
 
     jobs = plan(scale, home, (), models=all_models(scale))
     if jobs:
-        build(jobs, scale, home, record=False)
+        build(jobs, scale, home, record=False, processes=processes_for(scale, home))
+    else:
+        provide_pretrained(scale, home)
     print(f"the models are in {home.models(scale)}; delete a folder to make it again")
 
 

@@ -27,7 +27,7 @@ ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
 
 
 def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Build the lab's tokenizer: one token per character of :data:`ALPHABET`, padded on the left.
+    """Build the lab's tokenizer: one token per character of :data:`opdlab.models.ALPHABET`, padded on the left.
 
     >>> tokenizer = character_tokenizer()
     >>> tokenizer("17+5").input_ids, tokenizer.decode([1, 7, 10, 5])

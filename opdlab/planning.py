@@ -8,6 +8,7 @@ operations follow from the loop (:mod:`opdlab.learner`); how fast a device makes
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 import transformers
 
-from opdlab.arms import Arm, get_arm
+from opdlab.arms import PAPER, Arm, get_arm
 from opdlab.errors import OpdlabError
 from opdlab.runs import Home, device_of
 from opdlab.scales import Recipe, Scale
@@ -290,19 +291,29 @@ def plan_table(scale: Scale, home: Home, arms: tuple[str, ...], device: Device) 
     return pd.DataFrame(rows)
 
 
-def check_room(scale: Scale, arm: str, home: Home) -> None:
-    """Refuse a run that will not fit, before anything is loaded.
+def check_device(scale: Scale, home: Home) -> None:
+    """Refuse a scale that this machine is not for, before anything is fetched.
 
     Raises:
-        OpdlabError: if the scale needs a GPU and there is none, or the run more memory than the device has.
+        OpdlabError: if the scale needs a GPU and there is none.
     """
-    device = device_of(scale)
-    needed = plan_run(scale, arm, home, DEVICES["cpu" if device.type == "cpu" else "h100"]).peak
-    if scale.gpu_only and device.type == "cpu":
+    if scale.gpu_only and device_of(scale).type == "cpu":
+        needed = max(plan_run(scale, arm, home, DEVICES["h100"]).peak for arm in scale.recorded)
         raise OpdlabError(
             f"the scale {scale.name!r} needs a GPU with about {needed / GB:.0f} GB, and there is none here: use "
             f"--scale small or tiny; 'opdlab plan --scale {scale.name}' says what a run takes"
         )
+
+
+def check_room(scale: Scale, arm: str, home: Home) -> None:
+    """Refuse a run that will not fit, before anything is loaded.
+
+    Raises:
+        OpdlabError: as :func:`check_device`, or if the run needs more memory than the device has.
+    """
+    check_device(scale, home)
+    device = device_of(scale)
+    needed = plan_run(scale, arm, home, DEVICES["cpu" if device.type == "cpu" else "h100"]).peak
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if needed > free:
         raise OpdlabError(
@@ -311,10 +322,18 @@ def check_room(scale: Scale, arm: str, home: Home) -> None:
         )
 
 
+def processes_for(scale: Scale, home: Home) -> int:
+    """Return how many runs of a scale go side by side here: one on a GPU, or as many as cores and memory allow."""
+    if device_of(scale).type != "cpu":
+        return 1
+    largest = max(plan_run(scale, arm, home, DEVICES["cpu"]).peak for arm in PAPER)
+    return max(1, min(os.cpu_count() or 1, int(_free_memory() // largest) if largest else 1))
+
+
 def _free_memory() -> float:
     """Return the bytes that are free for a program, as Linux tells it; elsewhere no limit is known."""
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024.0 * int(fields["MemAvailable"].split()[0])
     except (OSError, ValueError, KeyError):
-        return float("inf")
+        return 1e18

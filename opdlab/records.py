@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from opdlab.analyses import ANALYSES, Study
@@ -29,6 +30,7 @@ from opdlab.runs import (
     Run,
     config_key,
     default_home,
+    device_of,
     load_tensors,
     provenance,
     resolve,
@@ -90,15 +92,16 @@ def record_key(config: dict, scale: Scale) -> str:
 def measure_run(run: Run, scale: Scale) -> Path:
     """Measure a finished run, write its tables into its folder, and return their folder."""
     folder = run.folder / "tables"
-    origin = run.snapshot(0)
+    device = device_of(scale)
+    origin = _on(device, run.snapshot(0))
     seed, last = run.config["seed"], run.snapshot_path(run.config["recipe"]["steps"])
-    snapshots = [(step, _follow(run.snapshot(step), scale)) for step in run.config["snapshots"][1:]]
+    snapshots = [(step, _follow(_on(device, run.snapshot(step)), scale)) for step in run.config["snapshots"][1:]]
     followed = _follow(origin, scale), snapshots
     with cpu_threads(scale.threads):
         tables = {
             "history": pd.DataFrame(run.lines("history")),
             "evaluations": pd.DataFrame(run.lines("evaluations")),
-            "matrices": measure_pair(origin, load_tensors(last)[0], scale.geometry, seed=seed),
+            "matrices": measure_pair(origin, _on(device, load_tensors(last)[0]), scale.geometry, seed=seed),
             "trajectory": by_block(measure_trajectory(*followed, scale.geometry, seed=seed)),
         }
     for name, table in tables.items():
@@ -116,6 +119,10 @@ def measure_run(run: Run, scale: Scale) -> Path:
         },
     )
     return folder
+
+
+def _on(device: torch.device, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.to(device) for name, weight in weights.items()}
 
 
 def _follow(weights: dict[str, Tensor], scale: Scale) -> dict[str, Tensor]:

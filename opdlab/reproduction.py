@@ -19,6 +19,7 @@ from tqdm import tqdm
 from opdlab.analyses import ANALYSES
 from opdlab.arms import ARMS, RECORDED, Arm, get_arm
 from opdlab.errors import OpdlabError
+from opdlab.planning import check_device
 from opdlab.processes import CONTEXT, workers
 from opdlab.records import find_analysis, find_tables, read_record, write_record
 from opdlab.runs import Home, source_of, switches, write_json
@@ -172,6 +173,7 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
+    check_device(scale, home)
     provide_pretrained(scale, home)
     if record:
         note_pretrained(scale, home)

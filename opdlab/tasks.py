@@ -3,7 +3,7 @@
 A task is three functions on strings. ``prompt`` draws one question, ``demonstration`` writes a correct solution with
 its intermediate steps, and ``answer`` reads the final answer off a completion, which is all that a reward looks at, as
 in RLVR. No text holds the end of the sequence: that is a token, which differs from model to model
-(:func:`opdlab.training.score`).
+(:func:`opdlab.learner.score`).
 """
 
 from __future__ import annotations

@@ -134,3 +134,13 @@ def test_a_shape_that_nothing_tells(tmp_path):
     unknown = replace(FULL, pretrained={"base": "someone/model", "teacher": "Qwen/Qwen3-8B"})
     with pytest.raises(OpdlabError, match="shape of 'someone/model' is not known"):
         shape_of("base", unknown, Home(tmp_path))
+
+
+def test_how_many_runs_go_side_by_side(tmp_path, monkeypatch):
+    home = Home(tmp_path)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for free, expected in ((1e12, 4), (11e9, 2), (1e9, 1)):
+        monkeypatch.setattr(planning, "_free_memory", lambda free=free: free)
+        assert planning.processes_for(SMALL, home) == expected
+    monkeypatch.setattr(planning, "device_of", lambda scale: torch.device("cuda"))
+    assert planning.processes_for(SMALL, home) == 1

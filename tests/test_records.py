@@ -8,10 +8,10 @@ import pytest
 from opdlab import reproduction
 from opdlab.cli import main
 from opdlab.geometry import overall_sparsity
-from opdlab.records import TABLES, load_records, per_run, read_record, write_record
+from opdlab.records import TABLES, load_records, per_run, read_record, recorded_arms, write_record
 from opdlab.reproduction import all_models, build, compare, end_figures, plan
-from opdlab.runs import Home, config_key, resolve
-from opdlab.scales import SCALES, TINY
+from opdlab.runs import Home, config_key, default_home, resolve
+from opdlab.scales import SCALES, SMALL, TINY
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +160,15 @@ def test_the_command_line(tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out
     assert main(["record", "--arm", "opd", "--seed", "0", *home]) == 0
     assert (tmp_path / "data" / "records" / "smoke" / "opd-seed0" / "record.json").exists()
+
+
+def test_records_of_small_are_of_what_the_scale_says_now():
+    """Whoever changes the scale has to record it again, or the chapters would train it."""
+    home = default_home()
+    folders = {path.name for path in home.records(SMALL).iterdir() if path.is_dir()}
+    whole = recorded_arms(SMALL, home)
+    assert "opd" in whole and folders == {f"{arm}-seed{seed}" for arm in whole for seed in SMALL.seeds_of(arm)}
+    described = json.loads((home.records(SMALL) / "pretrained.json").read_text())["base"]
+    of_sft, _ = read_record(home.records(SMALL) / "sft-seed0")
+    assert of_sft["config"]["start"] == described["weights"] and described["from"]
+    assert of_sft["seconds"] > 0 and of_sft["provenance"]["device"] and of_sft["provenance"]["torch"]
