@@ -25,7 +25,7 @@ from opdlab.constraints import Confinement
 from opdlab.errors import OpdlabError
 from opdlab.models import character_tokenizer, check_same_vocabulary, load_model, load_tokenizer, new_model
 from opdlab.optimizers import load_moments, make_optimizers, moments
-from opdlab.rollouts import Rollouts, encode_prompts, sample
+from opdlab.rollouts import Rollouts, encode_completions, encode_prompts, sample
 from opdlab.runs import device_of
 from opdlab.scales import Recipe, Scale
 from opdlab.signals import SIGNALS, token_ranking, token_weights
@@ -92,10 +92,8 @@ class Learner:
         prompts = self.task.prompts(recipe.prompts, random_numbers(self.seed, "prompts", step))
         if self.writer is None:
             room = self.student.config.max_position_embeddings - self.scale.max_new_tokens
-            texts = [self.task.demonstration(prompt) for prompt in prompts]
-            solutions = self.tokenizer(texts, add_special_tokens=False).input_ids
-            ended = [[*tokens, self.tokenizer.eos_token_id] for tokens in solutions]
-            return Rollouts(encode_prompts(self.tokenizer, prompts, room), ended), None
+            solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
+            return Rollouts(encode_prompts(self.tokenizer, prompts, room), solutions), None
         generator = torch_generator(random_numbers(self.seed, "rollouts", step))
         by_teacher = round(self.arm.teacher_share * len(prompts))
         rollouts = Rollouts([], [])

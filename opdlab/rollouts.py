@@ -57,6 +57,12 @@ def encode_prompts(
     return encoded
 
 
+def encode_completions(tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Turn texts into completions: token ids that end with the end of the sequence."""
+    encoded = tokenizer(list(texts), add_special_tokens=False).input_ids
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
 @torch.inference_mode()
 def sample(
     model: transformers.PreTrainedModel,

@@ -22,7 +22,7 @@ from opdlab.callback import GeometryCallback
 from opdlab.errors import exit_status
 from opdlab.learner import random_numbers, score
 from opdlab.models import check_same_vocabulary, load_model, load_tokenizer, save_model
-from opdlab.rollouts import Rollouts, encode_prompts
+from opdlab.rollouts import Rollouts, encode_completions, encode_prompts
 from opdlab.runs import load_tensors
 from opdlab.scales import Recipe
 from opdlab.tasks import TASKS
@@ -153,8 +153,7 @@ def rows(
         if config["trainer"] != "SFT":
             return {"prompt": prompts}
         before = encode_prompts(tokenizer, prompts, room)
-        solutions = tokenizer([task.demonstration(prompt) for prompt in prompts], add_special_tokens=False).input_ids
-        after = [[*tokens, tokenizer.eos_token_id] for tokens in solutions]
+        after = encode_completions(tokenizer, [task.demonstration(prompt) for prompt in prompts])
         pairs = list(zip(before, after, strict=True))
         return {
             "input_ids": [prompt + solution for prompt, solution in pairs],
