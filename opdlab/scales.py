@@ -210,7 +210,7 @@ SMOKE = replace(
     variant_evaluations=(1.0,),
 )
 
-# A real pretrained model. The budgets are such that one seed is an afternoon on two CPU cores. The anchor is young, since
+# A real pretrained model. The budgets are such that one seed is an afternoon on two CPU cores. The anchor is young, for
 # from one with 42 % nothing was learned in so few steps; and with half the sequences at three times the rate, the noise
 # of OPD's estimator led away from the teacher (KL .2 to .3 in 18 steps).
 _FROM_ANCHOR_SMALL = Recipe(steps=32, prompts=16, samples=4, learning_rate=1e-5, warmup=3)
