@@ -48,7 +48,8 @@ class Records:
     """The tables of several runs, one below the other, each with the columns ``arm``, ``label`` and ``seed``.
 
     Attributes:
-        history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds of CPU).
+        history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds: of the
+            processor, or on a GPU of the clock).
         evaluations: one row per evaluation (greedy and sampled accuracy, entropy, KL to the teacher).
         matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_pair`).
         trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices
@@ -74,11 +75,12 @@ class Records:
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
         minutes = self.sources["seconds"].sum() / 60
-        machines = self.sources[["torch", "transformers", "processor"]].drop_duplicates().itertuples()
-        where = "; ".join(f"torch {row.torch}, transformers {row.transformers}, {row.processor}" for row in machines)
-        return (
-            f"*Runs of this page: {len(self.sources)}, {minutes:.0f} minutes of training in one thread each, {where}.*"
-        )
+        on_cpu = self.sources["device"] == "cpu"
+        made = self.sources.assign(on=self.sources["processor"].where(on_cpu, self.sources["device"]))
+        machines = made[["torch", "transformers", "on"]].drop_duplicates().itertuples()
+        where = "; ".join(f"torch {row.torch}, transformers {row.transformers}, {row.on}" for row in machines)
+        threads = " in one thread each" if on_cpu.all() else ""
+        return f"*Runs of this page: {len(self.sources)}, {minutes:.0f} minutes of training{threads}, {where}.*"
 
 
 def record_key(config: dict, scale: Scale) -> str:

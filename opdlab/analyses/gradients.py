@@ -73,7 +73,7 @@ def _moments(study: Study, arm: str, seed: int, random_signs: bool = False) -> t
 
     def signs(part: MicroBatch) -> Tensor:
         logps = objectives.token_logps(part.logits(learner.student), part.tokens)
-        credits = torch.randint(2, logps.shape, generator=random) * 2.0 - 1.0
+        credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
         return objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
 
     matrices = layers(dict(learner.student.named_parameters()))
