@@ -47,7 +47,7 @@ def run(path: Path) -> None:
     if config["makes"] and not Path(config["makes"]).exists() and trainer.is_world_process_zero():
         # From the last snapshot, which is whole: of the model at hand each process has a part.
         snapshot = path.parent / "snapshots" / f"step-{max(config['snapshots']):06d}.safetensors"
-        start = model_folder(config["start"])
+        start = local_folder(config["start"])
         model = load_model(start)
         model.load_state_dict(load_tensors(snapshot)[0], strict=False)
         save_model(model, load_tokenizer(start), Path(config["makes"]))
@@ -60,11 +60,11 @@ def make_trainer(config: dict, folder: Path) -> transformers.Trainer:
     kind, settings = _classes(name, recipe)
     # First of all, as it joins the processes and says which device is whose.
     settings = settings(output_dir=str(folder), **config["arguments"])
-    start = model_folder(config["start"])
+    start = local_folder(config["start"])
     tokenizer, student = load_tokenizer(start), load_model(start)
     options = {"args": settings, "processing_class": tokenizer, "train_dataset": rows(config, tokenizer, student)}
     if config["teacher"]:
-        teacher = model_folder(config["teacher"])
+        teacher = local_folder(config["teacher"])
         check_same_vocabulary(start, teacher)
         options["teacher_model"] = load_model(teacher, dtype=torch.bfloat16 if settings.bf16 else torch.float32)
     if name == "GRPO":
@@ -84,11 +84,11 @@ def recipe_of(config: dict) -> Recipe:
     return Recipe(**config["recipe"] | {"betas": tuple(config["recipe"]["betas"])})
 
 
-def model_folder(source: str) -> Path:
+def local_folder(source: str) -> Path:
     """Return the folder of a model, downloaded if it has a name on the hub."""
     if Path(source).is_absolute():
         return Path(source)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # Unlike opdlab.fetch, it lets only one process download.
 
     return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
 
