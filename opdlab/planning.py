@@ -93,7 +93,9 @@ class Shape:
     Attributes:
         parameters: of all its weights.
         embedded: those of the token embedding, which is looked up and not multiplied, unless it is the output layer.
-        layers, width, vocabulary: of the transformer.
+        layers: of the transformer.
+        width: of its hidden states.
+        vocabulary: tokens that it knows.
         cache: numbers that one token adds to the cache of keys and values.
     """
 
@@ -106,7 +108,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Operations of a forward pass per token: a product and a sum per weight; attention itself is left out."""
+        """The operations of a forward pass per token, a product and a sum per weight; attention itself is left out."""
         return 2 * (self.parameters - self.embedded)
 
 
@@ -186,7 +188,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the whole run, without the measurement of its geometry."""
+        """The hours of the whole run, without the measurement of its geometry."""
         return (self.steps * sum(self.seconds.values()) + self.evaluations[0] * self.evaluations[1]) / 3600
 
 
