@@ -158,9 +158,10 @@ def test_angles_of_all_sizes_at_once():
     found = g.principal_angles(a @ orthogonal(k, seed=1), b @ orthogonal(k, seed=2))
     assert found.tolist() == pytest.approx(degrees.tolist(), abs=1e-13)
     # scipy 1.17 chooses sine or cosine by the cosine at the other end of the list: with small and large angles
-    # together it is good to 1e-8 only, so it is no reference here.
+    # together it is good to some square roots of a rounding error, 1e-6 degrees each (how many depends on the
+    # processor). So it is no reference here, and the exact comparison is the one above.
     theirs = np.rad2deg(scipy.linalg.subspace_angles(a.numpy(), b.numpy()))[::-1]
-    assert found.numpy() == pytest.approx(theirs, abs=1e-6)
+    assert found.numpy() == pytest.approx(theirs, abs=1e-5)
 
 
 # --- references -------------------------------------------------------------------------------------------------------
