@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--analysis", action="append", help="only this analysis (may be repeated)")
         added.add_argument("--seed", action="append", type=int, help="only this seed (may be repeated)")
         added.add_argument("--processes", type=int, help="runs side by side (default: as many as fit here)")
+    added.add_argument(
+        "--keep-models",
+        action="store_true",
+        help="start from the models that are there: another processor makes others, and seeds tell nothing of those",
+    )
     what = "measure the update from one checkpoint to another, or the way through several"
     measure = command("measure", what, scale=False)
     measure.add_argument("base", type=Path, help="model folder or .safetensors file before")
@@ -197,6 +203,8 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
         raise OpdlabError(f"{kept} has no record of {', '.join(missing[:5])} with seeds {listed}")
     repeated = Home(home.runs(scale).parent / "reproduce")
     print(f"retraining in {repeated.root}")
+    if options.keep_models:
+        shutil.copytree(home.models(scale), repeated.models(scale), symlinks=True, dirs_exist_ok=True)
     jobs = plan(scale, repeated, arms, seeds, analyses=analyses)
     build(jobs, scale, repeated, processes=options.processes or processes_for(scale, home))
     table = compare(scale, home, repeated, (*arms, *analyses), seeds)

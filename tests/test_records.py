@@ -172,3 +172,18 @@ def test_records_of_small_are_of_what_the_scale_says_now():
     of_sft, _ = read_record(home.records(SMALL) / "sft-seed0")
     assert of_sft["config"]["start"] == described["weights"] and described["from"]
     assert of_sft["seconds"] > 0 and of_sft["provenance"]["device"] and of_sft["provenance"]["torch"]
+
+
+def test_a_repetition_may_keep_the_models(home, scale, tmp_path, monkeypatch):
+    own = Home(tmp_path)
+    shutil.copytree(home.models(scale), own.models(scale))
+    (own.records(scale) / "sft-seed0").mkdir(parents=True)
+    planned = []
+    monkeypatch.setattr(reproduction, "build", lambda jobs, *rest, **options: planned.extend(jobs))
+    monkeypatch.setattr(reproduction, "compare", lambda *rest: pd.DataFrame({"verdict": [], "same machine": []}))
+    asked = ["reproduce", "--scale", "smoke", "--home", str(tmp_path), "--arm", "sft", "--seed", "0"]
+    assert main(asked) == 0
+    assert [job.what for job in planned] == ["base", "sft"]
+    planned.clear()
+    assert main([*asked, "--keep-models"]) == 0
+    assert [job.what for job in planned] == ["sft"]
