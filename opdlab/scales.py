@@ -308,6 +308,8 @@ FULL_SMALLER = replace(
 )
 
 # The paper's own recipes (2606.07082, Tables 3 to 5), for an engine that trains on many GPUs.
+_OPD_OF_PAPER = Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1)
+
 PAPER = replace(
     FULL,
     name="paper",
@@ -316,10 +318,10 @@ PAPER = replace(
     pretrained={"base": "Qwen/Qwen3-8B-Base", "teacher": "Qwen/Qwen3-32B"},
     recipes={
         "sft": Recipe(5375, 256, 1, 1e-5, "cosine", 537, (0.9, 0.95), weight_decay=0.1),
-        "opd": Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1),
-        "opd_full": Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1),
+        "opd": _OPD_OF_PAPER,
+        "opd_full": _OPD_OF_PAPER,
         "rlvr": Recipe(1024, 64, 8, 1e-6, warmup=0, weight_decay=0.1),
-        "sft_matched": Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1),
+        "sft_matched": _OPD_OF_PAPER,
     },
     recorded=("sft", "opd", "opd_full", "rlvr", "sft_matched"),
     max_new_tokens=16384,
