@@ -243,7 +243,8 @@ def compare(
 
     A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is. Elsewhere
     (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
-    ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``.
+    ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``, or with a
+    single recorded seed, which has no spread, ``one seed``.
     """
     rows = []
     for what in names:
@@ -262,6 +263,8 @@ def compare(
                     verdict = "bit for bit"
                 elif spread.low <= value <= spread.high:
                     verdict = "within the spread"
+                elif len(records) == 1:
+                    verdict = "one seed"
                 rows.append(
                     {
                         "run": f"{what} seed {seed}",

@@ -171,7 +171,7 @@ TINY = Scale(
         "teacher_difference",
     ),
     recorded=tuple(name for name in RECORDED if name != "opd_products"),
-    analyses=("similarity", "span", "landscape", "extrapolation", "gradients"),
+    analyses=("similarity", "directions", "span", "landscape", "extrapolation", "gradients"),
     task="running_sum",
     recipes={
         "base": _PRETRAINING,

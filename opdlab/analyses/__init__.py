@@ -3,6 +3,7 @@
 :mod:`~opdlab.analyses.study` is what they work on; one module for each question follows it.
 """
 
+from opdlab.analyses.directions import DIRECTIONS
 from opdlab.analyses.gradients import GRADIENTS
 from opdlab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
 from opdlab.analyses.similarity import SIMILARITY
@@ -10,6 +11,6 @@ from opdlab.analyses.span import SPAN
 from opdlab.analyses.study import Analysis, Study
 
 #: All analyses, by name.
-ANALYSES = {analysis.name: analysis for analysis in (SIMILARITY, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS)}
+ANALYSES = {analysis.name: analysis for analysis in (SIMILARITY, DIRECTIONS, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS)}
 
 __all__ = ["ANALYSES", "Analysis", "Study"]

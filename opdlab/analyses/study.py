@@ -101,6 +101,7 @@ class Analysis:
         keys: the columns that tell apart what is compared, if a row is of one matrix; its record has means by block.
         trained: whether it needs the runs, or only what they start from.
         few_seeds: take the seeds of variants, because it measures the accuracy of many weights.
+        one_seed: take the first seed only, because it is for looking at, not for averages.
     """
 
     name: str
@@ -111,9 +112,12 @@ class Analysis:
     keys: tuple[str, ...] = ()
     trained: bool = True
     few_seeds: bool = False
+    one_seed: bool = False
 
     def seeds(self, scale: Scale) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
+        if self.one_seed:
+            return scale.seeds[:1]
         return scale.variant_seeds if self.few_seeds else scale.seeds
 
     def runs(self, scale: Scale, seed: int) -> list[tuple[str, int]]:
