@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
@@ -25,7 +26,9 @@ from opdlab.stats import mean_interval
 # A variant has the colour and the marker of the paper's arm that it descends from, unless a figure gives it another.
 COLOURS = {"sft": "#0072B2", "opd": "#D55E00", "opd_full": "#CC79A7", "rlvr": "#009E73", "sft_matched": "#56B4E9"}
 MARKERS = {"sft": "s", "opd": "o", "opd_full": "D", "rlvr": "^", "sft_matched": "v"}
-NULL = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
+NULL: dict[str, Any] = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
+# The matrices of a layer, in the order of the computation.
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def colour_of(arm: str) -> str:
@@ -101,6 +104,7 @@ def draw_curves(
     null: str | None = None,
     labels: bool = True,
     smooth: int = 1,
+    log: bool = False,
     colours: Mapping[str, str] | None = None,
 ) -> None:
     """Draw ``y`` against ``x`` for each arm: seeds, mean and interval, and dashed the mean of the column ``null``.
@@ -113,9 +117,10 @@ def draw_curves(
         null: column with the null of each row.
         labels: write each arm's name at the end of its curve.
         smooth: width of a running mean over rows, for noisy histories.
+        log: make the vertical axis logarithmic, with room for the null, too.
         colours: of arms that should not have their own (:func:`shades`).
     """
-    ends, lowest, highest = [], np.inf, -np.inf
+    ends, drawn = [], []
     # What is undefined has no curve, as where an arm gained nothing that could be recovered.
     table = table.dropna(subset=[y])
     if table.empty:
@@ -125,7 +130,7 @@ def draw_curves(
         wide = rows.pivot_table(index=x, columns="seed", values=y)
         if smooth > 1:
             wide = wide.rolling(smooth, min_periods=1).mean()
-        lowest, highest = min(lowest, wide.min(axis=None)), max(highest, wide.max(axis=None))
+        drawn.append(wide.to_numpy().ravel())
         axis.plot(wide.index, wide, color=colour, linewidth=0.7, alpha=0.5)
         intervals = [mean_interval(row) for row in wide.to_numpy()] if smooth == 1 else None
         mean = wide.mean(axis=1)
@@ -134,11 +139,22 @@ def draw_curves(
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             axis.fill_between(wide.index, low, high, color=colour, alpha=0.12, linewidth=0)
         if null:
-            axis.plot(rows.groupby(x)[null].mean(), **NULL | {"color": colour}, zorder=0)
+            nulls = rows.groupby(x)[null].mean()
+            axis.plot(nulls, **NULL | {"color": colour}, zorder=0)
+            if log:
+                drawn.append(nulls.to_numpy())
         ends.append((float(mean.iloc[-1]), arm))
     # Room for every seed; a band or a null may leave the panel.
-    margin = 0.06 * (highest - lowest or 1.0)
-    axis.set_ylim(lowest - margin, highest + margin)
+    values = np.concatenate(drawn)
+    if log:
+        set_log(axis.yaxis)
+        values = values[values > 0]
+        if len(values):
+            axis.set_ylim(values.min() / 1.2, values.max() * 1.2)
+    else:
+        lowest, highest = np.nanmin(values), np.nanmax(values)
+        margin = 0.06 * (highest - lowest or 1.0)
+        axis.set_ylim(lowest - margin, highest + margin)
     if labels:
         label_ends(axis, ends, colours=colours)
 
@@ -151,38 +167,72 @@ def label_ends(
 ) -> None:
     """Write arms' names at the right of their curves, pushed apart where they would overlap.
 
+    The names stay beside their curves if the limits of the axis change later; its scale must be set before.
+
     Args:
         axis: where to write.
         ends: height of the end in data units, and arm, of each curve.
         gap: smallest distance between two names, as a share of the axis.
         colours: of arms that should not have their own.
     """
-    low, high = axis.get_ylim()
-    places: list[float] = []
-    for y, _ in sorted(ends):
-        place = (y - low) / (high - low)
-        if places:
-            place = max(place, places[-1] + gap)
-        places.append(place)
-    # From the top down, what has been pushed out of the panel is pushed back.
-    ceiling = 1.0
-    for i in range(len(places) - 1, -1, -1):
-        places[i] = min(places[i], ceiling)
-        ceiling = places[i] - gap
-    for place, (_, arm) in zip(places, sorted(ends), strict=True):
+    ends = sorted(ends)
+    names = [
         axis.annotate(
             ARMS[arm].label,
-            (1.02, place),
+            (1.02, 0.0),
             xycoords="axes fraction",
             color=(colours or {}).get(arm) or colour_of(arm),
             fontsize=9,
             va="center",
             annotation_clip=False,
         )
+        for _, arm in ends
+    ]
+
+    def place(axis: Axes) -> None:
+        low, high, *heights = axis.yaxis.get_transform().transform([*axis.get_ylim(), *(y for y, _ in ends)])
+        places: list[float] = []
+        for height in heights:
+            share = min(max((height - low) / (high - low), 0.0), 1.0)
+            places.append(max(share, places[-1] + gap) if places else share)
+        # From the top down, what has been pushed out of the panel is pushed back.
+        ceiling = 1.0
+        for i in range(len(places) - 1, -1, -1):
+            places[i] = min(places[i], ceiling)
+            ceiling = places[i] - gap
+        for name, share in zip(names, places, strict=True):
+            name.xy = (1.02, share)
+            name.set_position(name.xy)
+
+    place(axis)
+    axis.callbacks.connect("ylim_changed", place)
 
 
-def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = None, log: bool = False) -> None:
-    """Draw one dot per seed and the mean of ``y`` for each arm, with the null as grey dashes beside it."""
+def note_null(axis: Axes, value: float, name: str = "permuted") -> None:
+    """Write at the top right of a panel that its null lies above, and where, so that the panel need not stretch to it.
+
+    Args:
+        axis: where to write.
+        value: of the null.
+        name: of the null.
+    """
+    style = {"color": NULL["color"], "fontsize": 9, "ha": "right", "va": "bottom"}
+    axis.annotate(f"{name}: {value:.3g} ↑", (1.0, 1.0), xycoords="axes fraction", annotation_clip=False, **style)
+
+
+def draw_dots(
+    axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = None, log: bool = False, wrap: int = 11
+) -> None:
+    """Draw one dot per seed and the mean of ``y`` for each arm, with the null as grey dashes beside it.
+
+    Args:
+        axis: where to draw.
+        table: one row per arm and seed.
+        y: column of the vertical axis.
+        null: column with the null of each row.
+        log: make the vertical axis logarithmic.
+        wrap: characters in a line of an arm's name; a longer word stays whole.
+    """
     arms = list(dict.fromkeys(table["arm"]))
     for i, arm in enumerate(arms):
         rows, colour = table[table["arm"] == arm], colour_of(arm)
@@ -191,30 +241,64 @@ def draw_dots(axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = Non
         axis.plot(i + np.asarray(spread), rows[y], marker_of(arm), color=colour, ms=5, alpha=0.8)
         if null:
             axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
-    axis.set_xticks(range(len(arms)), [fill(ARMS[arm].label, 11) for arm in arms], fontsize=8)
+    axis.set_xticks(range(len(arms)), [fill(ARMS[arm].label, wrap, break_long_words=False) for arm in arms], fontsize=8)
     axis.set_xlim(-0.6, len(arms) - 0.4)
     if log:
         set_log(axis.yaxis)
 
 
-def draw_scales(table: pd.DataFrame, width: float = 4.2, height: float = 2.3) -> Figure:
+def draw_modules(table: pd.DataFrame, views: Sequence[tuple[str, str, str | None, bool]]) -> Figure:
+    """Draw every matrix: a row of panels for each view, a column for each module, in a panel the layers in order.
+
+    Args:
+        table: one row per run and matrix (``matrices`` of :class:`opdlab.records.Records`).
+        views: column, title, column of the null or None, and whether its axis is logarithmic.
+    """
+    present = set(table["module"])
+    modules = [name for name in MODULES if name in present] + sorted(present - set(MODULES))
+    size = (1.15 * len(modules), 1.75 * len(views) + 0.8)
+    figure, axes = plt.subplots(len(views), len(modules), figsize=size, squeeze=False, sharex=True, sharey="row")
+    for row, (column, title, null, log) in zip(axes, views, strict=True):
+        limits = []
+        for axis, module in zip(row, modules, strict=True):
+            of_module = table[table["module"] == module]
+            draw_curves(axis, of_module, "layer", column, null=null, labels=False, log=log)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            limits.append(axis.get_ylim())
+        low, high = np.array(limits).T
+        row[0].set_ylim(low.min(), high.max())
+        row[0].set_ylabel(title)
+    for axis, module in zip(axes[0], modules, strict=True):
+        axis.set_title(module.removesuffix("_proj"), loc="center")
+    axes[0, 0].margins(x=0.15)
+    figure.supxlabel("layer", fontsize=10)
+    arms, nulls = list(dict.fromkeys(table["arm"])), any(null for _, _, null, _ in views)
+    figure_legend(figure, arms, null="permuted null" if nulls else None)
+    return figure
+
+
+def draw_scales(
+    table: pd.DataFrame, width: float = 4.2, height: float = 2.3, *, null: str | None = None, wrap: int = 11
+) -> Figure:
     """Draw values at several scales: a row of panels for each value, a panel for each scale, in it a dot per seed.
 
     Args:
         table: what :func:`opdlab.beside.at_scales` returns.
         width: of a panel.
         height: of a panel.
+        null: column with the null of each row; where it is missing, none is drawn.
+        wrap: characters in a line of an arm's name.
     """
     titles, scales = list(dict.fromkeys(table["title"])), list(dict.fromkeys(table["scale"]))
     figure, axes = panels(len(titles) * len(scales), len(scales), width, height)
     for i, axis in enumerate(axes):
         title, scale = titles[i // len(scales)], scales[i % len(scales)]
-        draw_dots(axis, table[(table["title"] == title) & (table["scale"] == scale)], "value")
+        draw_dots(axis, table[(table["title"] == title) & (table["scale"] == scale)], "value", null=null, wrap=wrap)
         axis.set_title(f"{title}, {scale}")
     return figure
 
 
-def set_log(axis: Axis) -> None:
+def set_log(axis: XAxis | YAxis) -> None:
     """Make one axis of a panel logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -275,17 +359,33 @@ def arm_legend(
     *,
     null: str | None = None,
     colours: Mapping[str, str] | None = None,
-    **options: object,
+    **options: Any,
 ) -> None:
-    """Add a legend with the arms, and the null under the name ``null``; an empty panel is given up to it."""
-    colours = {arm: colour_of(arm) for arm in arms} | dict(colours or {})
+    """Add a legend with the arms; an empty panel is given up to it.
+
+    Args:
+        axis: where to draw.
+        arms: in order.
+        null: what to call the null, if there is one.
+        colours: of arms that should not have their own.
+        options: of ``Axes.legend``.
+    """
+    if not axis.has_data():
+        axis.set_axis_off()
+        options = {"loc": "center left", "fontsize": 11} | options
+    axis.legend(handles=_handles(arms, colours or {}, null), **options)
+
+
+def figure_legend(figure: Figure, arms: Sequence[str], *, null: str | None = None, columns: int = 3) -> None:
+    """Add a legend with the arms above all panels, where names at the curves have no room."""
+    figure.legend(handles=_handles(arms, {}, null), loc="outside upper left", ncols=columns)
+
+
+def _handles(arms: Sequence[str], colours: Mapping[str, str], null: str | None) -> list[plt.Line2D]:
+    """Return what a legend shows of arms and of the null."""
+    colours = {arm: colour_of(arm) for arm in arms} | dict(colours)
     handles = [
         plt.Line2D([], [], color=colours[arm], marker=marker_of(arm), linewidth=2, ms=5, label=ARMS[arm].label)
         for arm in arms
     ]
-    if null:
-        handles.append(plt.Line2D([], [], label=null, **NULL))
-    if not axis.has_data():
-        axis.set_axis_off()
-        options = {"loc": "center left", "fontsize": 11} | options
-    axis.legend(handles=handles, **options)
+    return [*handles, plt.Line2D([], [], label=null, **NULL)] if null else handles

@@ -59,6 +59,49 @@ def test_labels_never_overlap(table):
     assert min(np.diff(heights)) >= 0.074
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_labels_stay_beside_their_curves_when_the_panel_changes(table, log):
+    _, (axis,) = plots.panels(1)
+    plots.draw_curves(axis, table, "step", "value", log=log)
+    axis.set_ylim(0.5, 10)
+    for text, value in zip(axis.texts, (3.1, 4.1), strict=True):
+        middle = axis.transAxes.transform(text.xy)[1]
+        assert middle == pytest.approx(axis.transData.transform((1, value))[1])
+
+
+def test_a_logarithmic_panel_has_room_for_the_null(table):
+    _, (axis,) = plots.panels(1)
+    plots.draw_curves(axis, table.assign(null=100.0), "step", "value", null="null", log=True)
+    low, high = axis.get_ylim()
+    assert axis.get_yscale() == "log" and 0 < low < 1 and high > 100
+    # An arm that has not moved has no place on it, and does no harm.
+    plots.draw_curves(
+        axis, table.assign(value=table["value"].where(table["arm"] == "sft", 0)), "step", "value", log=True
+    )
+    assert axis.get_ylim()[0] > 0 and all(0 <= text.xy[1] <= 1 for text in axis.texts)
+    plots.note_null(axis, 123.4)
+    assert axis.texts[-1].get_text() == "permuted: 123 ↑"
+
+
+def test_modules_have_one_panel_each_in_the_order_of_the_computation(table):
+    matrices = pd.concat(
+        table.rename(columns={"step": "layer"}).assign(module=module) for module in ("up_proj", "extra", "q_proj")
+    )
+    figure = plots.draw_modules(matrices, [("value", "a value", None, True), ("value", "again", "null", False)])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["q", "up", "extra", "", "", ""]
+    assert len({axis.get_ylim() for axis in figure.axes[:3]}) == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SFT", "OPD", "permuted null"]
+
+
+def test_scales_have_a_null_where_there_is_one(table):
+    last = table[table["step"] == 3].assign(scale="tiny")
+    both = pd.concat([last.assign(title="with"), last.assign(title="without", null=np.nan)])
+    figure = plots.draw_scales(both, null="null")
+    dashes = [[line for line in axis.lines if line.get_linestyle() == "--"] for axis in figure.axes]
+    assert [sum(bool(np.isfinite(line.get_ydata()).all()) for line in lines) for lines in dashes] == [2, 0]
+
+
 def test_labels_stay_in_the_panel():
     _, (axis,) = plots.panels(1)
     plots.label_ends(axis, [(0.98, "sft"), (0.99, "opd"), (1.0, "rlvr")])
