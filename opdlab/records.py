@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -180,19 +181,34 @@ def is_recorded(folder: Path, key: str) -> bool:
         raise OpdlabError(f"the record file {path} is damaged: restore it, or delete its folder") from problem
 
 
+def has_record(name: str, seed: int, scale: Scale, home: Home) -> bool:
+    """Tell whether the repository has the record of a run, or of an analysis, as it would be made now."""
+    folder = home.records(scale) / f"{name}-seed{seed}"
+    if not folder.is_dir():
+        return False
+    if name in ANALYSES:
+        return is_recorded(folder, record_key(_config_of_analysis(name, seed, scale, home), scale))
+    return is_recorded(folder, record_key(resolve(scale, name, seed, home), scale))
+
+
 def recorded_arms(scale: Scale, home: Home | None = None) -> tuple[str, ...]:
     """Return the arms of which the repository has the records of all seeds that a scale has: no training is needed."""
     home = home or default_home()
-
-    def there(arm: str, seed: int) -> bool:
-        folder = home.records(scale) / f"{arm}-seed{seed}"
-        return folder.is_dir() and is_recorded(folder, record_key(resolve(scale, arm, seed, home), scale))
-
-    return tuple(arm for arm in scale.recorded if all(there(arm, seed) for seed in scale.seeds_of(arm)))
+    return tuple(
+        arm for arm in scale.recorded if all(has_record(arm, seed, scale, home) for seed in scale.seeds_of(arm))
+    )
 
 
 def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
-    """Return the folder with the tables of a run: its record, else its own folder, else train and measure it now."""
+    """Return the folder with the tables of a run: its record, else its own folder, else train and measure it now.
+
+    Args:
+        arm: of which arm.
+        seed: with which seed.
+        scale: at which scale.
+        home: where records, models and runs lie.
+        progress: show bars for what has to be trained.
+    """
     config = resolve(scale, arm, seed, home)
     key = record_key(config, scale)
     recorded = home.records(scale) / f"{arm}-seed{seed}"
@@ -206,20 +222,38 @@ def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = 
 
 
 def write_record(name: str, seed: int, scale: Scale, home: Home) -> Path:
-    """Copy the tables of a finished run, or of an analysis, to the records, and return their folder there."""
+    """Copy the tables of a finished run, or of an analysis, to the records, and return their folder there.
+
+    Args:
+        name: of an arm or an analysis.
+        seed: with which seed.
+        scale: at which scale.
+        home: where records, models and runs lie.
+    """
     find, tables = (find_analysis, (name,)) if name in ANALYSES else (find_tables, TABLES)
     source, target = find(name, seed, scale, home), home.records(scale) / f"{name}-seed{seed}"
     if source != target:
         for file in (*(f"{table}.csv" for table in tables), "record.json"):
-            write_whole(target / file, lambda temporary, file=file: shutil.copyfile(source / file, temporary))
+            write_whole(target / file, partial(shutil.copyfile, source / file))
     return target
 
 
+def _config_of_analysis(name: str, seed: int, scale: Scale, home: Home) -> dict:
+    runs = {f"{arm}-seed{s}": config_key(resolve(scale, arm, s, home)) for arm, s in ANALYSES[name].runs(scale, seed)}
+    return {"scale": scale.name, "analysis": name, "seed": seed, "runs": runs}
+
+
 def find_analysis(name: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
-    """Return the folder with the table of an analysis: its record, else an earlier one, else make it now."""
-    analysis = ANALYSES[name]
-    runs = {f"{arm}-seed{s}": config_key(resolve(scale, arm, s, home)) for arm, s in analysis.runs(scale, seed)}
-    config = {"scale": scale.name, "analysis": name, "seed": seed, "runs": runs}
+    """Return the folder with the table of an analysis: its record, else an earlier one, else make it now.
+
+    Args:
+        name: in :data:`opdlab.analyses.ANALYSES`.
+        seed: with which seed.
+        scale: at which scale.
+        home: where records, models and runs lie.
+        progress: show bars.
+    """
+    analysis, config = ANALYSES[name], _config_of_analysis(name, seed, scale, home)
     key = record_key(config, scale)
     here = home.runs(scale) / f"{name}-seed{seed}-{key}"
     for folder in (home.records(scale) / f"{name}-seed{seed}", here):
@@ -281,12 +315,12 @@ def load_records(
             joined[name]["progress"] = joined[name]["step"] / joined[name]["arm"].map(steps)
     found = {}
     for name in analyses:
-        tables = []
+        of_seeds = []
         for seed in ANALYSES[name].seeds(scale):
             if seeds is None or seed in seeds:
                 folder = find_analysis(name, seed, scale, home, progress)
-                tables.append(read_record(folder, (name,))[1][name].assign(seed=seed))
-        found[name] = pd.concat(tables, ignore_index=True)
+                of_seeds.append(read_record(folder, (name,))[1][name].assign(seed=seed))
+        found[name] = pd.concat(of_seeds, ignore_index=True)
     return Records(**joined, sources=pd.DataFrame(sources), analyses=found)
 
 

@@ -8,10 +8,11 @@ the projected runs that take their directions from another run, and last the ana
 from __future__ import annotations
 
 import json
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from opdlab.arms import ARMS, RECORDED, Arm, get_arm
 from opdlab.errors import OpdlabError
 from opdlab.planning import check_device
 from opdlab.processes import CONTEXT, workers
-from opdlab.records import find_analysis, find_tables, read_record, write_record
+from opdlab.records import find_analysis, find_tables, has_record, read_record, write_record
 from opdlab.runs import Home, source_of, switches, write_json
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
@@ -59,7 +60,7 @@ def plan(
 
     Args:
         scale: at which scale.
-        home: what is already among its models is not made again.
+        home: what is already among its models is not made again, nor what is recorded, unless another run needs it.
         arms: of which a record is kept.
         seeds: of these seeds; by default, of all seeds that the scale has for an arm.
         models: names of model folders.
@@ -94,18 +95,20 @@ def plan(
 
     for folder in models:
         need_model(folder)
-    for arm in map(get_arm, arms):
-        if arm.name not in RECORDED:
-            raise OpdlabError(f"no record is kept of arm {arm.name!r}, as it only makes a model")
+    for wanted in map(get_arm, arms):
+        if wanted.name not in RECORDED:
+            raise OpdlabError(f"no record is kept of arm {wanted.name!r}, as it only makes a model")
     # Seed by seed, so that what is stopped halfway can be compared across arms.
     most = max((len(seeds or scale.seeds_of(arm)) for arm in arms), default=0)
     for i in range(most):
         for arm in arms:
             of_arm = seeds or scale.seeds_of(arm)
-            if i < len(of_arm):
+            if i < len(of_arm) and not has_record(arm, of_arm[i], scale, home):
                 need_run(get_arm(arm), of_arm[i])
     for analysis in (ANALYSES[name] for name in analyses):
         for seed in (seed for seed in analysis.seeds(scale) if not seeds or seed in seeds):
+            if has_record(analysis.name, seed, scale, home):
+                continue
             reads = analysis.runs(scale, seed)
             needs = [model for arm in analysis.arms for model in need_models(get_arm(arm))]
             if analysis.trained:
@@ -139,10 +142,10 @@ def note_pretrained(scale: Scale, home: Home) -> None:
         write_json(home.records(scale) / "pretrained.json", found)
 
 
-_counter = None
+_counter: Any = None
 
 
-def _take(counter) -> None:
+def _take(counter: Any) -> None:
     global _counter
     _counter = counter
 
@@ -168,7 +171,14 @@ def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
 
 
 def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:
-    """Run ``jobs`` in ``processes`` processes under one bar; what is already there is not done again.
+    """Run jobs side by side under one bar; what is already there is not done again.
+
+    Args:
+        jobs: what :func:`plan` lists.
+        scale: at which scale.
+        home: where models, records and runs lie.
+        record: write the records of what was trained.
+        processes: how many at once.
 
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
@@ -179,7 +189,8 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
         note_pretrained(scale, home)
     total = sum(job.steps(scale) for job in jobs)
     counter = CONTEXT.Value("q", 0)
-    waiting, running, made = list(jobs), {}, set(scale.pretrained)
+    waiting, made = list(jobs), set(scale.pretrained)
+    running: dict[Future[None], Job] = {}
     with (
         tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {scale.name}") as bar,
         workers(processes, _take, counter) as pool,
@@ -245,6 +256,13 @@ def compare(
     (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
     ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``, or with a
     single recorded seed, which has no spread, ``one seed``.
+
+    Args:
+        scale: at which scale.
+        recorded: where the records lie.
+        repeated: where the repeated runs lie.
+        names: of arms and analyses.
+        seeds: that were repeated.
     """
     rows = []
     for what in names:

@@ -3,6 +3,7 @@
 import base64
 import re
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_|measure_your_own", path.stem)]
 
 # Home folders, temporary files, Windows drives; and this very clone, wherever it lies.
 TOP_FOLDERS = ("home", "Users", "root", "tmp", "private", "opt")
@@ -114,6 +116,33 @@ def test_it_states_facts_that_are_checked(notebook):
         assert cell.outputs, f"nothing is compared in: {cell.source.splitlines()[0]}"
         # nbval never compares images, so a fact must be text.
         assert all(text_of(output).strip() for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_has_the_skeleton_of_all_chapters(path):
+    cells = nbformat.read(path, as_version=4).cells
+    prose = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    facts = re.search(r"^\| quick facts \| \|\n\| --- \| --- \|\n((?:\|.*\|\n)+)", prose, re.M)
+    assert facts, "begin with a table of quick facts"
+    assert re.findall(r"^\| ([^|]+) \|", facts[1], re.M) == ["paper", "figures", "scale and runs", "time"]
+    assert "\n**You will learn**" in prose
+    assert re.search(r"^\*\*Before you start\*\*.*(?:\n.+)*\]\(", prose, re.M), "link what to read before"
+
+    headings = re.findall(r"^(#+) (.+)", re.sub(r"```.*?```", "", prose, flags=re.S), re.M)
+    levels = [len(marks) for marks, _ in headings]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels)), "a heading skips a level"
+    last = [title for marks, title in headings if marks == "##"][-4:]
+    assert last == ["How this differs from the paper", "Exercises", "Take-aways", "Further reading"]
+    end = prose[prose.index("\n## Further reading") :]
+    assert "](bibliography.md)" in end
+    assert re.search(r"^Next: .*\]\(\w+\.(ipynb|md)\)", end, re.M), "say where to read on"
+
+    # Solutions are folded, and were run.
+    asked = prose[prose.index("\n## Exercises") : prose.index("\n## Take-aways")]
+    solutions = [cell for cell in cells if "hide-cell" in cell.metadata.get("tags", [])]
+    assert all(cell.execution_count and cell.outputs for cell in solutions)
+    assert len(solutions) == len(re.findall(r"^(?:### )?\d+\. ", asked, re.M)) > 0
 
 
 def test_paths_of_machines_are_recognised():

@@ -112,6 +112,16 @@ def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
     ]
 
 
+def test_what_is_recorded_is_not_planned_unless_a_run_needs_it(scale, home):
+    folder = write_record("opd", 0, scale, home)
+    assert plan(scale, home, ("opd",), (0,)) == []
+    # The other run's constraint is read from this one's snapshots, which a record does not hold.
+    assert [job.name for job in plan(scale, home, ("opd", "opd_of_seed4"), (2,))][-1] == "opd_of_seed4-seed2"
+    needed = [job.name for job in plan(scale, home, ("opd",), (0,), analyses=("directions",))]
+    assert needed == ["opd-seed0", "rlvr-seed0", "sft_matched-seed0", "directions-seed0"]
+    shutil.rmtree(folder)
+
+
 def test_a_second_home_built_from_nothing_agrees_bit_for_bit(tmp_path, monkeypatch):
     """What 'opdlab reproduce' does, at a scale of seconds: two homes from nothing, two processes, one comparison."""
     few = replace(SCALES["smoke"], evaluation_prompts=8, seeds=(0, 1))
