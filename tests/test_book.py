@@ -145,6 +145,27 @@ def test_a_chapter_has_the_skeleton_of_all_chapters(path):
     assert len(solutions) == len(re.findall(r"^(?:### )?\d+\. ", asked, re.M)) > 0
 
 
+def test_it_sets_itself_up_on_colab_and_leaves_torch_alone(notebook):
+    _, first = next(code_cells(notebook))
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    assert f"git clone --quiet --depth 1 {address} " in first.source
+    assert "pip install" in first.source and not re.search(
+        r"pip install.*(torch|requirements|upgrade|-U)", first.source
+    )
+    # One cell for all, which the site leaves out.
+    landing = next(code_cells(nbformat.read(ROOT / "book" / "index.ipynb", as_version=4)))[1]
+    assert first.source == landing.source and first.metadata["tags"] == ["remove-cell"]
+
+
+def test_it_reads_well_in_plain_jupyter(notebook):
+    # Roles, directives, targets, attributes and substitutions, which only MyST understands.
+    myst_only = re.compile(r"\{[a-z:-]+\}`|^(`{3,}|:{3,})\s*\{|^\([\w-]+\)=\s*$|\{\{|^\{[.#]", re.MULTILINE)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = myst_only.search(cell.source)
+            assert not found, f"only the site understands {found.group()!r} in: {cell.source.splitlines()[0]}"
+
+
 def test_paths_of_machines_are_recognised():
     # Put together here, so that this file has none itself.
     for path in (*(f"in /{top}/someone" for top in TOP_FOLDERS), "C:" + "\\Users", f"'{ROOT}'"):
