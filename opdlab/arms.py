@@ -8,6 +8,7 @@ paper's arms first, then those that make models, then the variants, each of whic
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from opdlab.constraints import Constraint
 from opdlab.errors import OpdlabError
@@ -137,12 +138,12 @@ _MAKERS = (
 ARMS: dict[str, Arm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 
 
-def _vary(parent: str, name: str, label: str, **differences: object) -> None:
+def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
     """Add an arm that is like ``parent`` but for ``differences``."""
     ARMS[name] = replace(ARMS[parent], name=name, label=label, like=parent, makes="", **differences)
 
 
-def _confine(parent: str, name: str, label: str, **entries: object) -> None:
+def _confine(parent: str, name: str, label: str, **entries: Any) -> None:
     arm = ARMS[parent]
     _vary(parent, name, label, constraint=Constraint(**entries), budget=arm.budget or arm.name)
 

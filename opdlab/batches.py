@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from opdlab.rollouts import Rollouts
 
@@ -52,7 +53,7 @@ class MicroBatch:
         """
         return self._packed(model.base_model).last_hidden_state[self.row, self.source]
 
-    def _packed(self, model: transformers.PreTrainedModel) -> transformers.utils.ModelOutput:
+    def _packed(self, model: nn.Module) -> Any:
         return model(input_ids=self.ids, attention_mask=self.visible, position_ids=self.positions, use_cache=False)
 
     def pieces(self, tokens: int) -> Iterator[tuple[slice, MicroBatch]]:
@@ -81,7 +82,12 @@ def micro_batches(
     """Split prompts and completions into micro-batches of about ``sequences`` completions, like lengths together.
 
     The completions of one prompt stay together, and prompts come by falling length, within a micro-batch too.
-    ``advantages`` (B,) are those of all B completions.
+
+    Args:
+        rollouts: B completions and their prompts.
+        sequences: completions in a micro-batch, about.
+        device: where the micro-batches go.
+        advantages: (B,) of all completions, if the arm listens to rewards.
     """
     samples = rollouts.samples
     groups = [rollouts.completions[i : i + samples] for i in range(0, len(rollouts.completions), samples)]
@@ -120,5 +126,7 @@ def _pack(rows: list[tuple[list[int], list[list[int]]]], device: torch.device, a
             end, c = end + n, c + 1
     same = owner[:, :, None] == owner[:, None, :]
     visible = ((same | (owner[:, None, :] == 0)) & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    tensors = (tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask))
-    return MicroBatch(*tensors, advantages)
+    ids, positions, visible, row, source, tokens, mask = (
+        tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask)
+    )
+    return MicroBatch(ids, positions, visible, row, source, tokens, mask, advantages)

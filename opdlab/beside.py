@@ -40,8 +40,10 @@ def at_scales(
     rows = []
     for scale in scales:
         records = records_at(scale, arms, home)
+        if records is None:
+            continue
         for title, value in values.items():
-            for arm in arms if records else ():
+            for arm in arms:
                 if arm in set(records.sources["arm"]):
                     found = value.of(records, arm)
                     who = {"scale": scale, "title": title, "arm": arm, "label": ARMS[arm].label}

@@ -6,10 +6,11 @@ import re
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opdlab.checkpoints import plain_name
 from opdlab.errors import OpdlabError
@@ -75,7 +76,9 @@ class GeometryCallback(TrainerCallback):
         self._last: dict[str, Svd] = {}
         self._measured = 0
 
-    def on_train_begin(self, args, state, control, model: nn.Module, **_) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Keep the weights that training starts from."""
         if state.global_step > 0:
             raise OpdlabError(
@@ -85,7 +88,7 @@ class GeometryCallback(TrainerCallback):
         # On the CPU: there is room, and a device has better use for its own.
         self._origin = {
             name: _whole(weight).to("cpu", copy=True)
-            for name, weight in _matrices(model)
+            for name, weight in _matrices(kwargs["model"])
             if weight.requires_grad and self.matrices.search(name) and ".lora_" not in name
         }
         self._last, self._measured = {}, 0
@@ -98,28 +101,30 @@ class GeometryCallback(TrainerCallback):
                 "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
             )
 
-    def on_step_end(self, args, state, control, model: nn.Module, **_) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and log, and write a snapshot, if it is time."""
         if state.global_step in self.snapshot_steps:
-            self._snapshot(state, model)
+            self._snapshot(state, kwargs["model"])
         if state.global_step % self.every == 0:
-            self._log(state, control, model)
+            self._log(state, control, kwargs["model"])
 
-    def on_train_end(self, args, state, control, model: nn.Module, **_) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Measure the last step, unless it was."""
         if state.global_step > self._measured:
-            self._log(state, control, model)
+            self._log(state, control, kwargs["model"])
 
-    def _snapshot(self, state, model: nn.Module) -> None:
+    def _snapshot(self, state: TrainerState, model: nn.Module) -> None:
         weights = {}
         for name, weight in model.named_parameters():
             whole = _whole(weight)  # in every process, or those that ask would wait for the others
             if state.is_world_process_zero:
                 weights[plain_name(name)] = whole.cpu()
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.snapshots:
             save_tensors(self.snapshots / f"step-{state.global_step:06d}.safetensors", weights)
 
-    def _log(self, state, control, model: nn.Module) -> None:
+    def _log(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         self._measured, start = state.global_step, time.perf_counter()
         rows = [self._measure(name, _whole(weight)) for name, weight in _matrices(model) if name in self._origin]
         logs = {}

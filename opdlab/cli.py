@@ -8,8 +8,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from opdlab.errors import OpdlabError, exit_status
+
+if TYPE_CHECKING:
+    from opdlab.runs import Home
+    from opdlab.scales import Scale
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +149,7 @@ def _scales(_: argparse.Namespace) -> None:
         print(f"{arm.name:24} {arm.label}: {what}")
 
 
-def _train(options: argparse.Namespace, scale, home) -> None:
+def _train(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     if options.engine:
         from opdlab.engines.launch import launch
 
@@ -164,7 +169,7 @@ def _train(options: argparse.Namespace, scale, home) -> None:
         print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
 
 
-def _asked(options: argparse.Namespace, scale) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _asked(options: argparse.Namespace, scale: Scale) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the arms and the analyses that were asked for, by default all that the scale has records of."""
     from opdlab.analyses import ANALYSES
 
@@ -175,7 +180,7 @@ def _asked(options: argparse.Namespace, scale) -> tuple[tuple[str, ...], tuple[s
     return tuple(options.arm or ()), tuple(options.analysis or ())
 
 
-def _record(options: argparse.Namespace, scale, home) -> None:
+def _record(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     from opdlab.planning import processes_for
     from opdlab.reproduction import build, plan
 
@@ -185,7 +190,7 @@ def _record(options: argparse.Namespace, scale, home) -> None:
     print(f"the records are in {home.records(scale)}")
 
 
-def _reproduce(options: argparse.Namespace, scale, home) -> None:
+def _reproduce(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     from opdlab.arms import get_arm
     from opdlab.planning import processes_for
     from opdlab.reproduction import build, compare, plan
@@ -217,7 +222,7 @@ def _reproduce(options: argparse.Namespace, scale, home) -> None:
         raise OpdlabError(f"{len(outside)} of {len(table)} figures lie outside the spread of the recorded seeds")
 
 
-def _plan(options: argparse.Namespace, scale, home) -> None:
+def _plan(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     from opdlab.planning import DEVICES, plan_run, plan_table
 
     arms = tuple(options.arm or scale.recorded)
@@ -235,7 +240,7 @@ def _plan(options: argparse.Namespace, scale, home) -> None:
     )
 
 
-def _models(options: argparse.Namespace, scale, home) -> None:
+def _models(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     from opdlab.planning import processes_for
     from opdlab.reproduction import all_models, build, plan, provide_pretrained
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -70,7 +70,8 @@ def _side_by_side(work: Callable[[str], dict], sizes: dict[str, int], processes:
         return
     # Memory is that of the largest tensor, however many processes there are: what is measured side by side is together
     # hardly larger than that; eight million entries, half a gigabyte, are for the small ones.
-    room, waiting, running = max(sizes.values(), default=0) + 8_000_000, dict(sizes), {}
+    room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
+    running: dict[Future[dict], str] = {}
     with workers(processes) as pool:
         try:
             while waiting or running:

@@ -113,7 +113,8 @@ class Comparison:
             masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled))}
             # Without an update there is nothing to scale, and both masks stay empty.
             scale = MATCHED_NORM * frobenius(w0) / norms[name] if norms[name] else 0.0
-            masks["_matched"] = tuple(update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
+            matched, null = (update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
+            masks["_matched"] = matched, null
             seen.append((label, svd(delta, k=max(ks)), delta, masks))
         rows, (m, n) = [], w0.shape
         for (a, svd_a, delta_a, masks_a), (b, svd_b, delta_b, masks_b) in combinations(seen, 2):

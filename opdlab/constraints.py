@@ -109,7 +109,9 @@ class Confinement:
     def confine_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Replace the gradients of the matrices by their projections."""
         for name in self.of:
-            parameters[name].grad = self.apply(name, parameters[name].grad)
+            gradient = parameters[name].grad
+            assert gradient is not None, f"{name} has no gradient yet"
+            parameters[name].grad = self.apply(name, gradient)
 
     @torch.no_grad()
     def confine_update(self, parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -75,11 +76,11 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
         if embedding != alone[0] and torch.equal(owner.read(embedding), owner.read(alone[0])):
             alone = []
     if alone:
-        owner = base.path if alone[0] in base.pieces else tuned.path
+        holder = base.path if alone[0] in base.pieces else tuned.path
         why = "one has a head of its own, and the other's is its embedding" if alone == ["lm_head.weight"] else ""
         raise OpdlabError(
             f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
-            f"such as {alone[0]} in {owner}{why and f' ({why})'}"
+            f"such as {alone[0]} in {holder}{why and f' ({why})'}"
         )
     shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
     for name, shape in shapes.items():
@@ -164,9 +165,9 @@ class Job:
 
     def steps(self) -> list[int]:
         """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ..."""
-        named = [step_of(path) for path in self.path]
-        ascending = None not in named and named == sorted(set(named))
-        return named if ascending else list(range(1, len(named) + 1))
+        named = [step for step in map(step_of, self.path) if step is not None]
+        ascending = len(named) == len(self.path) and named == sorted(set(named))
+        return named if ascending else list(range(1, len(self.path) + 1))
 
     def measure(self, name: str) -> dict:
         """Measure one tensor: its row, and the rows of its course where there is more than one checkpoint."""
@@ -186,7 +187,7 @@ class Job:
             return {"row": who | measure_vector(origin[0], snapshots[-1]), "course": []}
         settings = settings_for(shape)
         svd0 = base_svd(origin[0], max(settings.k, settings.mask_rank, *settings.angle_ks), self.cache)
-        row = {"k": settings.k, "mask_rank": settings.mask_rank}
+        row: dict[str, float] = {"k": settings.k, "mask_rank": settings.mask_rank}
         # Tensors are read where they are used, so that nothing here keeps them longer than that.
         row |= measure_matrix(name, origin[0], snapshots[-1], settings, self.seed, svd0, self.nulls)
         course = []
@@ -204,7 +205,7 @@ def _opened(job: Job) -> list[Checkpoint]:
     return [base, *(open_checkpoint(path, base) for path in job.path)]
 
 
-class _Way(Sequence):
+class _Way(Sequence[Tensor]):
     """One tensor in several checkpoints, read when it is asked for."""
 
     def __init__(self, checkpoints: list[Checkpoint], name: str, device: str):
@@ -213,7 +214,7 @@ class _Way(Sequence):
     def __len__(self) -> int:
         return len(self.checkpoints)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody asks for a slice
         return self.checkpoints[index].read(self.name).to(self.device)
 
 
@@ -221,7 +222,7 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     """Return the Svd of a base matrix with k vectors, from the cache if its content was decomposed before."""
     if cache is None:
         return svd(w0, k=k)
-    content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:32]
+    content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()[:32]
     kind = f"{str(w0.dtype).removeprefix('torch.')}-{'x'.join(map(str, w0.shape))}-k{k}-v{version('opdlab')}"
     file = cache / f"svd-{content}-{kind}.safetensors"
     # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
@@ -298,8 +299,9 @@ def measure_checkpoints(
     course = pd.DataFrame([row for found in ordered for row in found["course"]])
     _write_table(out / "matrices.csv", table)
     dtypes = {"base": opened.dtypes, "tuned": open_checkpoint(path[-1], opened).dtypes}
-    summary = {"base": str(Path(base).resolve()), "path": [str(checkpoint.resolve()) for checkpoint in path]}
-    summary |= {
+    summary: dict[str, Any] = {
+        "base": str(Path(base).resolve()),
+        "path": [str(checkpoint.resolve()) for checkpoint in path],
         "dtypes": dtypes,
         "notes": notes(path[-1], dtypes),
         "seed": seed,

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,6 +52,12 @@ def score(
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
 
     A completion without the end of the sequence is cut, and earns nothing.
+
+    Args:
+        tokenizer: of the model that wrote the completions.
+        task: whose rewards.
+        prompts: each with ``rollouts.samples`` completions.
+        rollouts: B completions, in the order of the prompts.
     """
     ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
     texts = tokenizer.batch_decode([tokens[:-1] for tokens in rollouts.completions])
@@ -61,7 +69,16 @@ class Learner:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
     def __init__(self, scale: Scale, arm: Arm, recipe: Recipe, task: Task, folder: Path, seed: int):
-        """Load the models of ``arm`` from ``folder``."""
+        """Load the models of an arm.
+
+        Args:
+            scale: its sizes, and the device and precision to train in.
+            arm: what it starts from and listens to.
+            recipe: budget and optimizer.
+            task: where prompts, demonstrations and rewards come from.
+            folder: of the models.
+            seed: of prompts, rollouts and, without a start, weights.
+        """
         self.scale, self.arm, self.recipe, self.task, self.seed = scale, arm, recipe, task, seed
         self.device = device_of(scale)
         # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
@@ -71,7 +88,8 @@ class Learner:
             self.tokenizer, self.student = load_tokenizer(start), load_model(start, self.device)
         else:
             self.tokenizer = character_tokenizer()
-            self.student = new_model(scale.shapes[arm.name], seed).to(self.device).eval()
+            # transformers wraps the method "to", and its type with it.
+            self.student = new_model(scale.shapes[arm.name], seed).to(self.device).eval()  # type: ignore[arg-type]
         if scale.recompute:
             self.student.activation_checkpointing_enable()
         self.teacher: transformers.PreTrainedModel | None = None
@@ -114,7 +132,7 @@ class Learner:
 
     def in_dtype(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
         """Return a model, or a copy of it in the dtype of the passes: casting once is cheaper than at every token."""
-        return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()
+        return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()  # type: ignore[arg-type]
 
     def precision(self) -> torch.autocast:
         """Return the context in which the student's passes compute in their dtype, from weights in float32."""
@@ -235,7 +253,7 @@ class Learner:
     def _zero_gradients(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.gradients: dict[str, list[Tensor]] = {}
+        self.gradients: dict[str, Sequence[Tensor]] = {}
 
     def _accumulate(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
@@ -259,13 +277,12 @@ class Learner:
         reference = norms[self.arm.signal]
         scales = {name: reference / max(norm, 1e-12) if self.arm.balanced else 1.0 for name, norm in norms.items()}
         for i, weight in enumerate(self.student.parameters()):
-            weight.grad = sum(
-                share * scales[name] * self.gradients[name][i] for name, share in self.arm.signals.items()
-            )
+            parts = (share * scales[name] * self.gradients[name][i] for name, share in self.arm.signals.items())
+            weight.grad = cast(Tensor, sum(parts))
         cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
         return {f"grad_norm_{name}": norm for name, norm in norms.items()} | {"grad_cosine": cosine}
 
-    def _update(self, step: int, parameters: dict[str, Tensor]) -> None:
+    def _update(self, step: int, parameters: Mapping[str, Tensor]) -> None:
         """Let the optimizers make their step, confined and rounded as the arm says."""
         strict = self.confinement if self.confinement and self.confinement.acts_on == "update" else None
         before = {name: parameters[name].detach().clone() for name in strict.of} if strict else {}
@@ -305,7 +322,8 @@ class Learner:
         """Measure greedy and sampled accuracy on the evaluation prompts, the same for every arm, seed and step."""
         count = self.scale.evaluation_prompts
         prompts = self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
-        result, student = {"step": step, "prompts": count}, self.in_dtype(self.student)
+        result: dict[str, float] = {"step": step, "prompts": count}
+        student = self.in_dtype(self.student)
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             rollouts = sample(
                 student,

@@ -81,7 +81,8 @@ def load_model(
         )
     except Exception as problem:
         raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem
-    return model.to(device).eval()
+    # transformers wraps the method, and its type with it.
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:

@@ -204,6 +204,12 @@ def grpo_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: f
     standard deviation (n - 1) as in TRL; ``scale="none"`` leaves the division out, as Dr. GRPO does (2503.20783). The
     mean of each group is 0; a group without variance gets exactly 0.
 
+    Args:
+        rewards: (B,) of the completions, those of one prompt side by side.
+        group_size: completions of each prompt.
+        scale: "std" or "none", what a group is divided by.
+        eps: keeps the division finite.
+
     Raises:
         OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, or ``scale`` is neither of the two.
 

@@ -46,7 +46,7 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
 
 def moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the moments of all weights, by kind and name."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for name, weight in weights.items():
             state = optimizer.state.get(weight, {})

@@ -31,7 +31,6 @@ class Device:
 
     Attributes:
         name: of the device.
-        memory: in GB.
         flops: floating-point operations per second that passes over whole batches reach, not the data sheet's.
         bandwidth: bytes per second at which weights are read; one new token for all rows reads them once.
         launch: seconds per layer and new token that Python and the launch of kernels take at least.
@@ -193,7 +192,13 @@ class Plan:
 
 
 def plan_run(scale: Scale, arm_name: str, home: Home, device: Device) -> Plan:
-    """Plan one run, with prompts and completions of the scale's typical lengths; models may lie in ``home`` already.
+    """Plan one run, with prompts and completions of the scale's typical lengths.
+
+    Args:
+        scale: at which scale.
+        arm_name: of which arm.
+        home: where its models may lie already, whose shapes are then taken from there.
+        device: what it would run on, one of :data:`DEVICES`.
 
     Raises:
         OpdlabError: if there is no such arm, or a shape is not known.
@@ -267,14 +272,21 @@ def _memory(
     if teacher:
         memory["teacher"] = float(width * teacher.parameters)
     if arm.sequences != "task":
-        writer = teacher if arm.sequences == "teacher" else student
+        writer = teacher if teacher and arm.sequences == "teacher" else student
         copy = width * student.parameters if width < 4 and writer is student else 0
         memory["rollouts"] = copy + float(width * writer.cache * recipe.sequences * length)
     return memory
 
 
 def plan_table(scale: Scale, home: Home, arms: tuple[str, ...], device: Device) -> pd.DataFrame:
-    """Return the plans of some arms, one row each: memory and disk in GB, operations of a step, hours."""
+    """Return the plans of some arms, one row each: memory and disk in GB, operations of a step, hours.
+
+    Args:
+        scale: at which scale.
+        home: as for :func:`plan_run`.
+        arms: of which arms.
+        device: what they would run on.
+    """
     rows = []
     for arm in arms:
         plan = plan_run(scale, arm, home, device)
@@ -282,7 +294,7 @@ def plan_table(scale: Scale, home: Home, arms: tuple[str, ...], device: Device) 
             {
                 "arm": arm,
                 "memory (GB)": plan.peak / GB,
-                "of which": max(plan.memory, key=plan.memory.get),
+                "of which": max(plan.memory, key=plan.memory.__getitem__),
                 "TFLOP a step": sum(plan.flops.values()) / 1e12,
                 "seconds a step": sum(plan.seconds.values()),
                 "steps": plan.steps,

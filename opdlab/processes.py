@@ -31,7 +31,9 @@ def _start(prepare: Callable | None, arguments: tuple) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers wait for the end of their parent"
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

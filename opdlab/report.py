@@ -139,7 +139,7 @@ def _by_layer(layers: pd.DataFrame) -> Figure:
         for module, rows in layers.groupby("module", sort=False):
             axis.plot(rows["layer"], rows[column], "o-", color=palette[module], ms=3, linewidth=1.2)
         axis.set(title=title, xlabel="layer")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
     handles = [plt.Line2D([], [], color=colour, marker="o", ms=4, label=name) for name, colour in palette.items()]
     axes[3].set_axis_off()
     axes[3].legend(handles=handles, loc="center left")

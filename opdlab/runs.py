@@ -25,8 +25,10 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from opdlab.arms import ARMS, Arm, get_arm
 from opdlab.checkpoints import weights_digest
+from opdlab.constraints import Constraint
 from opdlab.errors import OpdlabError
 from opdlab.scales import Scale
 
@@ -78,11 +81,17 @@ def default_cache() -> Path:
 def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
     """Return everything that decides the result of a run, as JSON values.
 
+    Args:
+        scale: at which scale.
+        arm_name: of which arm.
+        seed: with which seed.
+        home: where the models lie that it starts from and listens to.
+
     Raises:
         OpdlabError: if the arm is unknown, or a model that it needs is missing (no teacher for OPD, say).
     """
     arm, recipe = get_arm(arm_name), scale.recipe(arm_name)
-    config = {
+    config: dict[str, Any] = {
         "scale": scale.name,
         "arm": arm.decisive,
         "recipe": asdict(recipe),
@@ -103,7 +112,7 @@ def resolve(scale: Scale, arm_name: str, seed: int, home: Home) -> dict:
     if scale.compute != "float32":
         config["compute"] = scale.compute
     if arm.constraint:
-        config["constraint"] = _directions(scale, arm, seed, home)
+        config["constraint"] = _directions(scale, arm, arm.constraint, seed, home)
         config["snapshots"] = sorted({*config["snapshots"], config["constraint"]["begin"]})
     return json.loads(json.dumps(config))
 
@@ -150,14 +159,14 @@ def switches(arm: str, scale: Scale) -> set[int]:
     return set(scale.steps_at(arm, tuple(starts)))
 
 
-def _directions(scale: Scale, arm: Arm, seed: int, home: Home) -> dict:
+def _directions(scale: Scale, arm: Arm, constraint: Constraint, seed: int, home: Home) -> dict:
     """Return when a projected run is confined, and which run and step its directions are from, if not from itself."""
-    (begin,) = scale.steps_at(arm.name, (arm.constraint.start,))
+    (begin,) = scale.steps_at(arm.name, (constraint.start,))
     source = source_of(arm, seed, scale)
     if source is None:
         return {"begin": begin, "step": begin}
     config = resolve(scale, *source, home)
-    step = config["recipe"]["steps"] if arm.constraint.final else begin
+    step = config["recipe"]["steps"] if constraint.final else begin
     return {"begin": begin, "step": step, "arm": source[0], "seed": source[1], "run": config_key(config)}
 
 
@@ -203,7 +212,7 @@ def provenance(device: torch.device = CPU) -> dict:
     } | gpu
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` write a file under a temporary name, then move it to ``path``.
 
     Raises:
@@ -225,7 +234,10 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON; what is undefined becomes null."""
-    text = json.dumps(_defined(value), indent=1, allow_nan=False) + "\n"
+    _write_text(path, json.dumps(_defined(value), indent=1, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
@@ -267,7 +279,14 @@ class Run:
 
     @classmethod
     def of(cls, scale: Scale, arm: str, seed: int, home: Home) -> Run:
-        """Return the run of an arm and a seed at a scale."""
+        """Return a run, which need not have begun.
+
+        Args:
+            scale: at which scale.
+            arm: of which arm.
+            seed: with which seed.
+            home: where models and runs lie.
+        """
         config = resolve(scale, arm, seed, home)
         return cls(home.runs(scale) / f"{arm}-seed{seed}-{config_key(config)}", config)
 
@@ -306,7 +325,7 @@ class Run:
                 if line["step"] <= step and (name == "history" or line["step"] in self.config["evaluations"]):
                     self.append(name, line)
         for source, target in copies:
-            write_whole(target, lambda temporary, source=source: shutil.copyfile(source, temporary))
+            write_whole(target, partial(shutil.copyfile, source))
 
     def drop_snapshots(self, kept: set[int]) -> None:
         """Delete the snapshots after other steps than ``kept``, the first and the last."""
@@ -336,4 +355,4 @@ class Run:
                 # A kill may have cut the last line, so keep whole lines only.
                 whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 kept = [line for line in whole if json.loads(line)["step"] <= step]
-                write_whole(path, lambda temporary, kept=kept: temporary.write_text("".join(kept)))
+                _write_text(path, "".join(kept))

@@ -73,11 +73,16 @@ RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random")
 
 
 def token_ranking(
-    ranking: str, student: Tensor, tokens: Tensor, teacher: Tensor, noise: Tensor | None = None
+    ranking: str, student: Tensor, tokens: Tensor, teacher: Tensor | None, noise: Tensor | None = None
 ) -> Tensor:
-    """Return the key (B, T) by which tokens are ranked, largest first; arguments as for a signal.
+    """Return the key (B, T) by which tokens are ranked, largest first.
 
-    ``noise`` (B, T) is the key where chance ranks. It is drawn by who calls, so that it can be used twice.
+    Args:
+        ranking: what ranks them.
+        student: (B, T, V) its logits.
+        tokens: (B, T) of the completions.
+        teacher: (B, T, V) its logits, if what ranks reads them.
+        noise: (B, T) the key where chance ranks, drawn by who calls, so that it can be used twice.
 
     Raises:
         OpdlabError: if ``ranking`` is none of :data:`opdlab.signals.RANKINGS`.

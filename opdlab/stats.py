@@ -43,11 +43,11 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     >>> mean_interval([1.0, 2.0, 3.0])
     Interval(mean=2.0, low=-0.484..., high=4.484...)
     """
-    values = np.asarray(values, dtype=float)
-    mean = float(values.mean())
-    if len(values) < 2:
+    sample = np.asarray(values, dtype=float)
+    mean = float(sample.mean())
+    if len(sample) < 2:
         return Interval(mean, float("nan"), float("nan"))
-    half = stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = stats.t.ppf(0.5 + confidence / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
     return Interval(mean, mean - float(half), mean + float(half))
 
 
@@ -59,14 +59,14 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95, draws:
     >>> bootstrap_interval([1.0, 2.0, 3.0])
     Interval(mean=2.0, low=1.0, high=3.0)
     """
-    values = np.asarray(values, dtype=float)
-    count = len(values)
+    sample = np.asarray(values, dtype=float)
+    count = len(sample)
     if count <= 6:
-        means = values[np.indices((count,) * count).reshape(count, -1)].mean(0)
+        means = sample[np.indices((count,) * count).reshape(count, -1)].mean(0)
     else:
-        means = values[np.random.default_rng(0).integers(count, size=(count, draws))].mean(0)
+        means = sample[np.random.default_rng(0).integers(count, size=(count, draws))].mean(0)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2], method="inverted_cdf")
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(float(sample.mean()), float(low), float(high))
 
 
 def prediction_interval(values: Sequence[float], confidence: float = 0.99) -> Interval:

@@ -171,7 +171,8 @@ def short_task_demonstration(prompt: str) -> str:
     numbers = [int(number) for number in re.split("[-+,]", body)]
     if letter == "O":
         return _join(sorted(numbers), ",")
-    return str({"S": sum, "T": sum, "M": max, "D": lambda pair: pair[0] - pair[1]}[letter](numbers))
+    answers: dict[str, Callable[[list[int]], int]] = {"S": sum, "T": sum, "M": max, "D": lambda pair: pair[0] - pair[1]}
+    return str(answers[letter](numbers))
 
 
 RUNNING_SUM = Task("running_sum", running_sum_prompt, running_demonstration, after_hash)
@@ -204,7 +205,7 @@ def _restated(name: str, **settings: int) -> Task:
     """Return the task of a dataset of reasoning-gym whose question is one expression."""
 
     @cache
-    def dataset():
+    def dataset() -> Sequence[dict]:
         import reasoning_gym  # Only who draws prompts needs it.
 
         # Every item is made when it is asked for, from its number.

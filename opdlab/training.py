@@ -156,7 +156,14 @@ def _source_weights(run: Run, scale: Scale, home: Home) -> dict[str, Tensor]:
 
 
 def install_model(run: Run, home: Home, scale: Scale, name: str) -> Path:
-    """Write the last weights of ``run`` as the Hugging Face folder ``name`` among the models of ``scale``."""
+    """Write the last weights of a run as a Hugging Face folder, and return it.
+
+    Args:
+        run: a finished one.
+        home: where the models lie.
+        scale: whose models they are.
+        name: of the folder.
+    """
     arm = ARMS[run.config["arm"]["name"]]
     folder = home.models(scale)
     if arm.start:

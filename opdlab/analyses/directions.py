@@ -14,7 +14,7 @@ from opdlab.geometry.measure import generator_of
 
 #: Arms that are looked at.
 ARMS_SHOWN = ("opd", "rlvr", "sft_matched")
-#: Directions at each time: few enough to see them one by one.
+#: Directions at each time, few enough to see them one by one.
 COUNT = 8
 #: What stands in the column ``arm`` for the random walk whose steps are as large as those of the first arm.
 WALK = "random walk"

@@ -53,7 +53,7 @@ def _completions(learner: Learner, loss: Callable[[MicroBatch], Tensor]) -> Iter
     """Yield the loss of each completion of the first batch."""
     rollouts, rewards = learner.batch(0)
     advantages = None
-    if learner.arm.listens_to_rewards:
+    if learner.arm.listens_to_rewards and rewards is not None:
         advantages = objectives.grpo_advantages(rewards, rollouts.samples)
     for i, completion in enumerate(rollouts.completions):
         alone = Rollouts([rollouts.prompts[i // rollouts.samples]], [completion])

@@ -27,7 +27,14 @@ class Study:
     """The runs of one seed at a scale; what is not trained yet is trained when it is asked for."""
 
     def __init__(self, scale: Scale, home: Home, seed: int, progress: bool = False):
-        """Take the runs of ``seed`` under ``home``; ``progress`` shows a bar."""
+        """Take the runs of a seed.
+
+        Args:
+            scale: at which scale.
+            home: where models and runs lie.
+            seed: of the runs.
+            progress: show bars.
+        """
         self.scale, self.home, self.seed, self.progress = scale, home, seed, progress
 
     def follow(self, items: Collection, what: str) -> Iterator:

@@ -125,7 +125,14 @@ class Difference:
 
 
 def differences(records: Records, value: Value, arms: Sequence[str], baseline: str) -> pd.DataFrame:
-    """Return what arms have of ``value`` beyond ``baseline``: one column per arm, one row per seed that both have."""
+    """Return what arms have of ``value`` beyond ``baseline``: one column per arm, one row per seed that both have.
+
+    Args:
+        records: of all these arms.
+        value: of what.
+        arms: in order.
+        baseline: the arm that they are held against.
+    """
     return pd.DataFrame({arm: Difference(value, arm, baseline).of(records) for arm in arms})
 
 

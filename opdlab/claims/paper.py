@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log
+from typing import Any
 
 from opdlab.claims.judging import Claim, Difference, Value
 
 _SPARSITY = Value("sparsity")
 _ANGLE, _DRIFT = Value("angle_left_mean", log=True), Value("nss", log=True)
 _PRINCIPAL, _LOW = Value("principal_overlap_a30"), Value("low_overlap_a30")
-_END = {"progress": 1.0, "block": "attention"}
+_END: dict[str, Any] = {"progress": 1.0, "block": "attention"}
 _RISE = Value("stable_rank", since=0.1, **_END)
 # At 20 % of the training, about the paper's first checkpoint.
 _EARLY = Value("sim_right_K16", progress=0.2, block="attention")

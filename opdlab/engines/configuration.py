@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from opdlab.arms import Arm, get_arm
 from opdlab.errors import OpdlabError
@@ -103,7 +104,7 @@ def _common(scale: Scale, recipe: Recipe, trainer: str, seed: int, processes: in
     sequences = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
     # The nearest that TRL has a name for, and the paper's own. opdlab.engines.trl takes the rates of opdlab's loop:
     # there warm-up begins at its first share, not at 0, and the cosine at the first step, not when warm-up is over.
-    schedule = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
+    schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
     if recipe.schedule == "cosine":
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
     return {
@@ -143,8 +144,8 @@ def _special(scale: Scale, recipe: Recipe, arm: Arm, trainer: str) -> dict:
             "train_sampling_strategy": "sequential",
             "remove_unused_columns": False,
         }
-    rollouts = {"max_completion_length": scale.max_new_tokens, "temperature": scale.temperature, "top_p": 1.0}
-    rollouts |= {"top_k": 0, "use_vllm": bool(scale.engine)}
+    rollouts: dict[str, Any] = {"max_completion_length": scale.max_new_tokens, "temperature": scale.temperature}
+    rollouts |= {"top_p": 1.0, "top_k": 0, "use_vllm": bool(scale.engine)}
     if scale.engine:
         rollouts |= {
             "vllm_mode": "colocate",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -95,12 +97,10 @@ def local_folder(source: str) -> Path:
 
 def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
     """Return TRL's trainer, with what opdlab must have otherwise, and its configuration."""
-    if name == "IWOPD":
-        from trl.experimental import iw_opd as library
-    else:
-        import trl as library
+    library = import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
+    trainer: Any = getattr(library, f"{name}Trainer")
 
-    class Scheduled(getattr(library, f"{name}Trainer")):
+    class Scheduled(trainer):
         """With the learning rates of opdlab's loop, of which TRL's schedules are some steps off."""
 
         def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -114,12 +114,14 @@ def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
 
         loss_is_scaled_for_ga = True
 
-        def _get_train_sampler(self, dataset=None):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
             sampler = super()._get_train_sampler(dataset)
             sampler.shuffle = False
             return sampler
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             # The number that comes in is of the data set, where there are no completions yet.
             tokens = sum((part["labels"] != -100).sum() for part in self._buffered_inputs)
             # A share of all: the gradients of the processes are averaged.
@@ -163,17 +165,17 @@ def rows(
     return datasets.Dataset.from_dict({"number": range(recipe.steps * a_step)}).with_transform(draw)
 
 
-def reward(config: dict, tokenizer: transformers.PreTrainedTokenizerBase):
+def reward(config: dict, tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[..., list[float]]:
     """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
     task = TASKS[config["task"]]
 
-    def accuracy(prompts: list[str], completion_ids: list[list[int]], **_) -> list[float]:
+    def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         return score(tokenizer, task, prompts, Rollouts([[]] * len(prompts), completion_ids)).tolist()
 
     return accuracy
 
 
-def _prompts_of(tokenizer: transformers.PreTrainedTokenizerBase):
+def _prompts_of(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]]], dict[str, Tensor]]:
     """Return what makes a batch of rows for ``IWOPDTrainer``, whose own would write prompts by a chat template."""
 
     def collate(examples: list[dict[str, str]]) -> dict[str, Tensor]:

@@ -120,10 +120,10 @@ def measure_course(
         rows.append(row)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     for k in settings.sim_ks:
-        seen, null = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
+        ours, walk = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
         for side, top in (("right", top_right), ("left", top_left)):
-            columns[f"sim_{side}_K{k}"] = getattr(seen, side)
-            columns[f"sim_{side}_K{k}_null"] = getattr(null, side)
+            columns[f"sim_{side}_K{k}"] = getattr(ours, side)
+            columns[f"sim_{side}_K{k}_null"] = getattr(walk, side)
             columns[f"sim_{side}_K{k}_rest"] = [
                 sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
             ]

@@ -97,7 +97,7 @@ def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
     return smallest_entries(needed, _checks.whole(count, "count", 0, w0.numel()))
 
 
-def random_walk(norms: Sequence[float], shape: tuple[int, int], generator: Generator) -> Iterator[Tensor]:
+def random_walk(norms: Sequence[float], shape: Sequence[int], generator: Generator) -> Iterator[Tensor]:
     """Yield the cumulative updates of a walk whose steps are independent, Gaussian and of given sizes.
 
     Args:
@@ -125,7 +125,7 @@ def random_walk(norms: Sequence[float], shape: tuple[int, int], generator: Gener
     return accumulate(step * (size / torch.linalg.vector_norm(step)) for size, step in zip(sizes, steps, strict=True))
 
 
-def random_walk_sim(norms: Sequence[float], shape: tuple[int, int], k: int, generator: Generator) -> Similarity:
+def random_walk_sim(norms: Sequence[float], shape: Sequence[int], k: int, generator: Generator) -> Similarity:
     """Return Sim_K(t, t_end) of a random walk: what a shared history gives without any preferred direction.
 
     Args:

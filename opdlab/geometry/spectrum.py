@@ -254,10 +254,9 @@ def hill(delta: Tensor | Svd, k: int) -> float:
     >>> round(hill(torch.diag(torch.tensor([8.0, 4.0, 2.0])), 3), 4)  # 1 / (3 log(2) / 2)
     0.9618
     """
-    decomposed = delta if isinstance(delta, Svd) else None
     s = singular_values(delta, "delta")
     k = _checks.whole(k, "k", 2, len(s))
-    size = max(decomposed.u.shape[0], decomposed.vh.shape[1]) if decomposed else max(delta.shape)
+    size = max(delta.u.shape[0], delta.vh.shape[1]) if isinstance(delta, Svd) else max(delta.shape)
     if s[k - 1] <= size * torch.finfo(s.dtype).eps * s[0]:
         return nan
     mean = float((s[: k - 1] / s[k - 1]).log().mean())

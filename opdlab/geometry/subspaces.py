@@ -92,12 +92,12 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """
     _checks.same_shape(a, "a", b, "b")
     width = a.shape[-1]
-    a, b = _checks.basis(a, "a"), _checks.basis(b, "b")
-    if a is None or b is None:
+    left, right = _checks.basis(a, "a"), _checks.basis(b, "b")
+    if left is None or right is None:
         return torch.full((width,), nan, dtype=torch.float64)
-    overlap = a.T @ b  # (K, K)
+    overlap = left.T @ right  # (K, K)
     cosines = torch.linalg.svdvals(overlap)  # descending: angles ascend
-    sines = torch.linalg.svdvals(b - a @ overlap).flip(0)  # (n, K), ascending after the flip
+    sines = torch.linalg.svdvals(right - left @ overlap).flip(0)  # (n, K), ascending after the flip
     angles = torch.where(cosines.square() >= 0.5, sines.clamp(max=1).asin(), cosines.clamp(max=1).acos())
     return angles.rad2deg()
 
@@ -218,11 +218,11 @@ def sim_k(v_a: Tensor, v_b: Tensor) -> float:
     0.5
     """
     _checks.same_shape(v_a, "v_a", v_b, "v_b")
-    v_a, v_b = _checks.basis(v_a, "v_a"), _checks.basis(v_b, "v_b")
-    if v_a is None or v_b is None:
+    a, b = _checks.basis(v_a, "v_a"), _checks.basis(v_b, "v_b")
+    if a is None or b is None:
         return nan
     # Equal subspaces can come out as 1 + 1e-15.
-    return min(1.0, float((v_a.T @ v_b).square().sum()) / v_a.shape[1])
+    return min(1.0, float((a.T @ b).square().sum()) / a.shape[1])
 
 
 def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
