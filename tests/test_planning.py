@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkey
         check_room(SMALL, "opd", home)
     monkeypatch.setattr(planning, "_free_memory", lambda: 1e3)
     with pytest.raises(OpdlabError, match="choose a smaller scale"):
-        train("opd", 0, SCALES["tiny"])
+        train("opd", 99, SCALES["tiny"])
 
 
 def test_a_shape_that_nothing_tells(tmp_path):
