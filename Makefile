@@ -24,19 +24,27 @@ SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=t
 # nbval reads what a cell prints when the cell has ended, and past a thousand messages or so some are lost: hence slow bars.
 NBVAL := TQDM_MININTERVAL=10 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
 
-.PHONY: help book test chapters chapters-tiny chapters-smoke reproduce lab execute trl clean
+.PHONY: help book pdf test site-tests chapters chapters-tiny chapters-smoke reproduce lab execute trl clean
 
 help:  ## list these commands
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  ##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 book: $(READY)  ## build the site into _build/html
 	@$(BIN)/jupyter-book build --all -W -n --keep-going --quiet .
 
-test: $(READY)  ## check the code, run the tests, and run every chapter twice
+pdf: book  ## print the site as one PDF, _build/opdlab.pdf: needs Chromium or Chrome
+	@$(BIN)/python scripts/make_pdf.py
+
+test: $(READY)  ## check the code, run the tests, look at the site, and run every chapter twice
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory site-tests
 	@$(MAKE) --no-print-directory chapters
+
+site-tests: book  ## look at every page of the site in Chromium or Chrome; without one, check the links only
+	@$(BIN)/python -m pytest -rs --tb=short tests/browser
 
 chapters: $(READY)  ## run every chapter twice: from the records, and with every run trained
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) chapters-tiny chapters-smoke
@@ -65,7 +73,7 @@ execute: $(READY)  ## run the chapters and store their outputs: what the site sh
 trl: $(VENV)/.trl  ## install TRL, which the losses are compared with, and which trains on many GPUs
 
 clean:  ## remove what was built; .venv and runs stay
-	@rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	@rm -rf _build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name .venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
 $(READY): requirements.txt pyproject.toml
