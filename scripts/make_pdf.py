@@ -90,7 +90,7 @@ def main() -> int:
         return 2
     path = chromium()
     if not path:
-        print(f"the PDF {NO_CHROMIUM}")
+        print(f"the PDF needs {NO_CHROMIUM}")
         return 2
     began, parts, book, starts = time.perf_counter(), table_of_contents(), PdfWriter(), {}
     config = yaml.safe_load((ROOT / "_config.yml").read_text())

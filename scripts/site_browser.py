@@ -27,7 +27,7 @@ PLACES = (
     r"C:\Program Files\Google\Chrome\Application\chrome.exe",
 )
 NO_CHROMIUM = (
-    "needs Chromium or Chrome: install it (Debian: apt-get install chromium; macOS: brew install --cask google-chrome) "
+    "Chromium or Chrome: install it (Debian: apt-get install chromium; macOS: brew install --cask google-chrome) "
     "or name it in CHROMIUM"
 )
 # What static hosts (GitHub Pages among them) send compressed; pictures and fonts are compressed already.

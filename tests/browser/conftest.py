@@ -21,6 +21,8 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    for reason in sorted({report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])}):
+        terminalreporter.write_line(f"The tests of the site were left out. {reason.removeprefix('Skipped: ')}")
     if measured := config.stash[MEASURED]:
         heavy, slow = (max(measured, key=lambda name, i=i: measured[name][i]) for i in (0, 1))
         terminalreporter.write_line(
@@ -45,7 +47,7 @@ def measured(request):
 def site():
     """The folder of the built site."""
     if not (site_browser.SITE / "index.html").exists():
-        _without(f"needs the site in {site_browser.SITE}: run 'make book'")
+        _without(f"They need the site in {site_browser.SITE}: run 'make book'.")
     return site_browser.SITE
 
 
@@ -61,7 +63,7 @@ def browser(site):
     """Chromium, without a window."""
     path = site_browser.chromium()
     if not path:
-        _without(site_browser.NO_CHROMIUM)
+        _without(f"They need {site_browser.NO_CHROMIUM}.")
     with sync_playwright() as playwright:
         # Names of other hosts lead nowhere. Root, as in a container, has no sandbox.
         arguments = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
