@@ -13,6 +13,8 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
+from opdlab.errors import OpdlabError
+
 # Handlers stand in the elements, for a notebook does not run the scripts of what it shows in every editor. Pictures but
 # the one in view are hidden, also from screen readers; the slider says where it is in words.
 _SHOW = (
@@ -42,10 +44,10 @@ def steppable(frames: Sequence[Frame], caption: str, *, start: int = 0) -> HTML:
         start: the frame in view at first, and on paper.
 
     Raises:
-        ValueError: if there is no frame ``start``.
+        OpdlabError: if there is no frame ``start``.
     """
     if not 0 <= start < len(frames):
-        raise ValueError(f"start is {start}, but there are {len(frames)} frames")
+        raise OpdlabError(f"start is {start}, but there are {len(frames)} frames")
     pictures = []
     for i, frame in enumerate(frames):
         hidden = "" if i == start else " hidden"

@@ -1,7 +1,10 @@
 """What the tests share: a lab of its own at the smoke scale, built from nothing in seconds."""
 
+import importlib.util
 import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 # One thread, as in the recorded runs: the tests compare bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +29,21 @@ SMALL_SHAPE = {
     "max_position_embeddings": 32,
     "num_hidden_layers": 2,
 }
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def script(request):
+    """The program that a file of tests names in SCRIPT by its path from the root, loaded as a module."""
+    spec = importlib.util.spec_from_file_location(Path(request.module.SCRIPT).stem, ROOT / request.module.SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Classes look up their own module here while it is run.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,10 @@
 """The picture on the page Architecture is drawn from the imports in the code, as they are now."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "draw_architecture.py"
-
-
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("draw_architecture", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = "scripts/draw_architecture.py"
 
 
 def test_the_committed_picture_is_what_the_code_gives(script):

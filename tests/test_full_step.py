@@ -1,8 +1,6 @@
 """The step of large models, on models of their kind that are as small as they can be."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from opdlab.planning import SHAPES
 from opdlab.runs import Home
 from opdlab.scales import FULL, Recipe
 
-PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "full_step.py"
+SCRIPT = "benchmarks/full_step.py"
 LESS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 64}
 SCALE = replace(
     FULL,
@@ -26,25 +24,17 @@ SCALE = replace(
 
 
 @pytest.fixture(scope="module")
-def full_step():
-    spec = importlib.util.spec_from_file_location("full_step", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def home(full_step, tmp_path_factory):
+def home(script, tmp_path_factory):
     home = Home(tmp_path_factory.mktemp("full"))
     for seed, (name, source) in enumerate((("base", "Qwen/Qwen3-1.7B"), ("teacher", "Qwen/Qwen3-8B"))):
         shape = SHAPES[source] | LESS | {"num_attention_heads": 4, "num_key_value_heads": 2}
-        full_step.write_random_model(home.models(SCALE) / name, shape, seed, torch.device("cpu"))
+        script.write_random_model(home.models(SCALE) / name, shape, seed, torch.device("cpu"))
     (home.models(SCALE) / "anchor").symlink_to(home.models(SCALE) / "base")
     return home
 
 
 @pytest.mark.parametrize("arm", PAPER)
-def test_every_arm_makes_a_step_of_models_like_the_large_ones(arm, full_step, home, tmp_path):
-    found = full_step.one_step(full_step.typical(SCALE), arm, home, tmp_path)
+def test_every_arm_makes_a_step_of_models_like_the_large_ones(arm, script, home, tmp_path):
+    found = script.one_step(script.typical(SCALE), arm, home, tmp_path)
     assert found["update norm"] > 0 and found["stable rank"] > 0 and found["seconds a step"] > 0
     assert found["planned GB"] > 0 and found["peak GB"] is None, "no GPU, no peak"

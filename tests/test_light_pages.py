@@ -1,21 +1,11 @@
 """book/_ext/light_pages.py without a build: what is made of tables, pictures and icons."""
 
 import base64
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "book" / "_ext" / "light_pages.py"
-
-
-@pytest.fixture(scope="module")
-def light_pages():
-    spec = importlib.util.spec_from_file_location("light_pages", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = "book/_ext/light_pages.py"
 
 
 @pytest.fixture
@@ -27,30 +17,28 @@ def app(tmp_path):
     )
 
 
-def mended(light_pages, app, **context):
+def mended(script, app, **context):
     context = {"script_files": [], "css_files": [], "pathto": lambda path, _: f"../{path}", **context}
-    light_pages.mend_page(app, "book/06_subspace_locking", "page.html", context, None)
+    script.mend_page(app, "book/06_subspace_locking", "page.html", context, None)
     return context
 
 
-def test_headers_say_what_they_head_and_empty_ones_head_nothing(light_pages, app):
+def test_headers_say_what_they_head_and_empty_ones_head_nothing(script, app):
     body = (
         '<table border="1" class="dataframe"><thead><tr style="x"><th></th><th>arm</th></tr></thead>'
         '<tbody><tr><th>0</th><td>opd</td></tr><tr><th scope="rowgroup">1</th><td>sft</td></tr></tbody></table><th>'
     )
-    assert mended(light_pages, app, body=body)["body"] == (
+    assert mended(script, app, body=body)["body"] == (
         '<table border="1" class="dataframe"><thead><tr style="x"><td></td><th scope="col">arm</th></tr></thead>'
         '<tbody><tr><th scope="row">0</th><td>opd</td></tr><tr><th scope="rowgroup">1</th><td>sft</td></tr></tbody>'
         "</table><th>"
     )
 
 
-def test_a_picture_in_the_page_becomes_a_file_of_its_size(light_pages, app):
+def test_a_picture_in_the_page_becomes_a_file_of_its_size(script, app):
     picture = bytes(16) + (800).to_bytes(4, "big") + (600).to_bytes(4, "big") + bytes(4000)
     text = base64.b64encode(picture).decode()
-    body = mended(light_pages, app, body=f'<p><img src="data:image/png;base64,{text}" alt="six curves" hidden></p>')[
-        "body"
-    ]
+    body = mended(script, app, body=f'<p><img src="data:image/png;base64,{text}" alt="six curves" hidden></p>')["body"]
     (file,) = (app.outdir / "_images").iterdir()
     assert file.read_bytes() == picture
     assert body == (
@@ -58,25 +46,25 @@ def test_a_picture_in_the_page_becomes_a_file_of_its_size(light_pages, app):
     )
 
 
-def test_small_pictures_stay(light_pages, app):
+def test_small_pictures_stay(script, app):
     body = '<img src="data:image/png;base64,AAAA" alt="a dot">'
-    assert mended(light_pages, app, body=body)["body"] == body
+    assert mended(script, app, body=body)["body"] == body
 
 
-def test_a_page_knows_its_part(light_pages, app):
-    assert mended(light_pages, app)["parents"] == [{"title": "Findings", "link": ""}]
+def test_a_page_knows_its_part(script, app):
+    assert mended(script, app)["parents"] == [{"title": "Findings", "link": ""}]
 
 
-def test_icons_in_use_stay_under_any_of_their_names(light_pages, app):
-    script = app.outdir / "_static" / "scripts" / "fontawesome.js"
-    script.parent.mkdir(parents=True)
+def test_icons_in_use_stay_under_any_of_their_names(script, app):
+    icons = app.outdir / "_static" / "scripts" / "fontawesome.js"
+    icons.parent.mkdir(parents=True)
     bars, house, twins, monero = (
         'bars:[448,512,["navicon"],"f0c9","M0 96"],',
         'house:[576,512,[127968,"home"],"f015","M575.8"],',
         '"twin-tones":[512,512,[],"f1",["M1","M2"]],',
         'monero:[496,512,[],"f3d0","M352 384"]',
     )
-    script.write_text(f"var c={{{bars}{house}{twins}{monero}}};go(c)")
+    icons.write_text(f"var c={{{bars}{house}{twins}{monero}}};go(c)")
     (app.outdir / "index.html").write_text('<i class="fa-solid fa-bars"></i><i class="fa-solid fa-home"></i>')
-    light_pages.keep_icons_in_use(app, None)
-    assert script.read_text() == f"var c={{{bars}{house}}};go(c)"
+    script.keep_icons_in_use(app, None)
+    assert icons.read_text() == f"var c={{{bars}{house}}};go(c)"

@@ -1,9 +1,6 @@
 """scripts/public_pairs.py without a network: tiny folders stand for the public models."""
 
-import importlib.util
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -14,18 +11,7 @@ from opdlab.checkpoints import open_checkpoint
 from opdlab.errors import OpdlabError
 from opdlab.geometry import bf16_sparsity, describe
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "public_pairs.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("public_pairs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # Classes look up their own module here while it is run.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+SCRIPT = "scripts/public_pairs.py"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import matplotlib.pyplot as plt
 import pytest
 
+from opdlab.errors import OpdlabError
 from opdlab.steppable import Frame, steppable
 
 
@@ -58,5 +59,5 @@ def test_figures_are_closed():
 
 
 def test_a_frame_that_is_not_there():
-    with pytest.raises(ValueError, match="start is 3, but there are 3 frames"):
+    with pytest.raises(OpdlabError, match="start is 3, but there are 3 frames"):
         steppable(frames(), "What to see.", start=3)
