@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from opdlab.claims import Value
 from opdlab.records import Records, load_records, recorded_arms
 from opdlab.runs import Home
 from opdlab.scales import SCALES
+from opdlab.stats import mean_interval
 
 #: The scales that the book shows beside each other, whichever a chapter runs at.
 SHOWN = ("tiny", "small")
@@ -49,3 +51,26 @@ def at_scales(
                     who = {"scale": scale, "title": title, "arm": arm, "label": ARMS[arm].label}
                     rows += [who | {"seed": seed, "value": number} for seed, number in found.items()]
     return pd.DataFrame(rows, columns=["scale", "title", "arm", "label", "seed", "value"])
+
+
+def compare_order(table: pd.DataFrame, title: str) -> str:
+    """Say in which order the arms lie at each scale, and in how many pairs of them the scales agree.
+
+    A pair counts if the 95 % interval of its difference over the seeds of the first scale leaves out zero.
+
+    Args:
+        table: what :func:`at_scales` returns, of two scales.
+        title: of which value.
+    """
+    wide = table[table["title"] == title].pivot_table(index=["scale", "seed"], columns="arm", values="value")
+    first, second = table["scale"].unique()
+    means, said = wide.groupby("scale").mean(), []
+    for name in (first, second):
+        ranked = means.loc[name].dropna().sort_values(ascending=False)
+        said.append(f"at {name} " + ", ".join(f"{ARMS[arm].label} {mean:.3g}" for arm, mean in ranked.items()))
+    pairs = list(combinations(means.dropna(axis=1), 2))
+    gaps = {pair: mean_interval((wide[pair[0]] - wide[pair[1]])[first].dropna()) for pair in pairs}
+    clear = {pair: gap for pair, gap in gaps.items() if gap.low > 0 or gap.high < 0}
+    agree = sum((means[one][second] > means[other][second]) == (gap.mean > 0) for (one, other), gap in clear.items())
+    said += [f"pairs that the seeds at {first} tell apart: {len(clear)} of {len(pairs)}"]
+    return "; ".join([*said, f"of these in the same order at {second}: {agree}"])

@@ -27,6 +27,8 @@ from opdlab.stats import mean_interval
 COLOURS = {"sft": "#0072B2", "opd": "#D55E00", "opd_full": "#CC79A7", "rlvr": "#009E73", "sft_matched": "#56B4E9"}
 MARKERS = {"sft": "s", "opd": "o", "opd_full": "D", "rlvr": "^", "sft_matched": "v"}
 NULL: dict[str, Any] = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
+# A legend above all panels, where names at the curves have no room.
+ABOVE: dict[str, Any] = {"loc": "outside upper left", "ncols": 3}
 # The matrices of a layer, in the order of the computation.
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -41,12 +43,12 @@ def marker_of(arm: str) -> str:
     return MARKERS[arm if arm in MARKERS else ARMS[arm].ancestor]
 
 
-def shades(arms: Sequence[str], palette: str = "viridis", **fixed: str) -> dict[str, str]:
+def shades(arms: Sequence[str], palette: str = "blend:#16002B,#6A3D9A,#C9B1E4", **fixed: str) -> dict[str, str]:
     """Return colours for arms in an order, from dark to light; those named in ``fixed`` have the colour of that arm.
 
     Args:
         arms: in order.
-        palette: name of a seaborn palette, which begins dark.
+        palette: name of a seaborn palette, which begins dark; by default purples, which no arm has.
         fixed: arms with the colour of one of the paper's.
 
     >>> shades(["opd_mix75", "opd_mix50"], opd_short="opd")["opd_short"]
@@ -105,6 +107,7 @@ def draw_curves(
     labels: bool = True,
     smooth: int = 1,
     log: bool = False,
+    bands: Sequence[str] | None = None,
     colours: Mapping[str, str] | None = None,
 ) -> None:
     """Draw ``y`` against ``x`` for each arm: seeds, mean and interval, and dashed the mean of the column ``null``.
@@ -118,6 +121,7 @@ def draw_curves(
         labels: write each arm's name at the end of its curve.
         smooth: width of a running mean over rows, for noisy histories.
         log: make the vertical axis logarithmic, with room for the null, too.
+        bands: the arms whose interval is drawn; by default all, but many bands hide the curves.
         colours: of arms that should not have their own (:func:`shades`).
     """
     ends, drawn = [], []
@@ -135,7 +139,7 @@ def draw_curves(
         intervals = [mean_interval(row) for row in wide.to_numpy()] if smooth == 1 else None
         mean = wide.mean(axis=1)
         axis.plot(wide.index, mean, color=colour, linewidth=2, marker=marker if smooth == 1 else None, ms=4)
-        if intervals is not None and wide.shape[1] > 1:
+        if intervals is not None and wide.shape[1] > 1 and (bands is None or arm in bands):
             low, high = [i.low for i in intervals], [i.high for i in intervals]
             axis.fill_between(wide.index, low, high, color=colour, alpha=0.12, linewidth=0)
         if null:
@@ -273,12 +277,18 @@ def draw_modules(table: pd.DataFrame, views: Sequence[tuple[str, str, str | None
     axes[0, 0].margins(x=0.15)
     figure.supxlabel("layer", fontsize=10)
     arms, nulls = list(dict.fromkeys(table["arm"])), any(null for _, _, null, _ in views)
-    figure_legend(figure, arms, null="permuted null" if nulls else None)
+    arm_legend(figure, arms, null="permuted null" if nulls else None, **ABOVE)
     return figure
 
 
 def draw_scales(
-    table: pd.DataFrame, width: float = 4.2, height: float = 2.3, *, null: str | None = None, wrap: int = 11
+    table: pd.DataFrame,
+    width: float = 4.2,
+    height: float = 2.3,
+    *,
+    null: str | None = None,
+    near: Mapping[str, float] | None = None,
+    wrap: int = 11,
 ) -> Figure:
     """Draw values at several scales: a row of panels for each value, a panel for each scale, in it a dot per seed.
 
@@ -287,14 +297,19 @@ def draw_scales(
         width: of a panel.
         height: of a panel.
         null: column with the null of each row; where it is missing, none is drawn.
+        near: by title, how near to the first arm is near enough: what is, is shaded.
         wrap: characters in a line of an arm's name.
     """
     titles, scales = list(dict.fromkeys(table["title"])), list(dict.fromkeys(table["scale"]))
     figure, axes = panels(len(titles) * len(scales), len(scales), width, height)
     for i, axis in enumerate(axes):
         title, scale = titles[i // len(scales)], scales[i % len(scales)]
-        draw_dots(axis, table[(table["title"] == title) & (table["scale"] == scale)], "value", null=null, wrap=wrap)
+        rows = table[(table["title"] == title) & (table["scale"] == scale)]
+        draw_dots(axis, rows, "value", null=null, wrap=wrap)
         axis.set_title(f"{title}, {scale}")
+        if near and title in near:
+            middle = rows.loc[rows["arm"] == rows["arm"].iloc[0], "value"].mean()
+            axis.axhspan(middle - near[title], middle + near[title], color="0.93", zorder=0, linewidth=0)
     return figure
 
 
@@ -354,7 +369,7 @@ def draw_rows(
 
 
 def arm_legend(
-    axis: Axes,
+    place: Axes | Figure,
     arms: Sequence[str],
     *,
     null: str | None = None,
@@ -364,28 +379,20 @@ def arm_legend(
     """Add a legend with the arms; an empty panel is given up to it.
 
     Args:
-        axis: where to draw.
+        place: a panel, or the whole figure.
         arms: in order.
         null: what to call the null, if there is one.
         colours: of arms that should not have their own.
-        options: of ``Axes.legend``.
+        options: of the method ``legend``, such as ``ABOVE``.
     """
-    if not axis.has_data():
-        axis.set_axis_off()
-        options = {"loc": "center left", "fontsize": 11} | options
-    axis.legend(handles=_handles(arms, colours or {}, null), **options)
-
-
-def figure_legend(figure: Figure, arms: Sequence[str], *, null: str | None = None, columns: int = 3) -> None:
-    """Add a legend with the arms above all panels, where names at the curves have no room."""
-    figure.legend(handles=_handles(arms, {}, null), loc="outside upper left", ncols=columns)
-
-
-def _handles(arms: Sequence[str], colours: Mapping[str, str], null: str | None) -> list[plt.Line2D]:
-    """Return what a legend shows of arms and of the null."""
-    colours = {arm: colour_of(arm) for arm in arms} | dict(colours)
+    colours = {arm: colour_of(arm) for arm in arms} | dict(colours or {})
     handles = [
         plt.Line2D([], [], color=colours[arm], marker=marker_of(arm), linewidth=2, ms=5, label=ARMS[arm].label)
         for arm in arms
     ]
-    return [*handles, plt.Line2D([], [], label=null, **NULL)] if null else handles
+    if null:
+        handles.append(plt.Line2D([], [], label=null, **NULL))
+    if isinstance(place, Axes) and not place.has_data():
+        place.set_axis_off()
+        options = {"loc": "center left", "fontsize": 11} | options
+    place.legend(handles=handles, **options)

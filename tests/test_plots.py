@@ -102,6 +102,13 @@ def test_scales_have_a_null_where_there_is_one(table):
     assert [sum(bool(np.isfinite(line.get_ydata()).all()) for line in lines) for lines in dashes] == [2, 0]
 
 
+def test_only_the_bands_that_are_asked_for_are_drawn(table):
+    _, axes = plots.panels(3)
+    for axis, bands in zip(axes, (None, ("sft",), ()), strict=True):
+        plots.draw_curves(axis, table, "step", "value", bands=bands)
+    assert [len(axis.collections) for axis in axes] == [2, 1, 0]
+
+
 def test_labels_stay_in_the_panel():
     _, (axis,) = plots.panels(1)
     plots.label_ends(axis, [(0.98, "sft"), (0.99, "opd"), (1.0, "rlvr")])
