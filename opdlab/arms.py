@@ -135,6 +135,8 @@ _MAKERS = (
 )  # fmt: skip
 
 #: All arms, by name.
+#:
+#: :meta hide-value:
 ARMS: dict[str, Arm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 
 
@@ -224,6 +226,8 @@ _confine("opd_short", "opd_random_entries", "a random eighth", space="random ent
 #: The paper's arms and matched SFT.
 PAPER = tuple(arm.name for arm in _PAPER)
 #: The arms that a record can be kept of, which are all but those that only make models.
+#:
+#: :meta hide-value:
 RECORDED = tuple(name for name in ARMS if name not in {arm.name for arm in _MAKERS})
 
 

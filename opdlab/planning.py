@@ -66,6 +66,8 @@ def _qwen3(width: int, middle: int, layers: int, heads: int, tied: bool) -> dict
 
 
 #: The shapes of published models, from their configurations on the hub, so that a plan needs no network.
+#:
+#: :meta hide-value:
 SHAPES = {
     "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, True),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, True),

@@ -6,7 +6,6 @@ Chromium prints what a reader would print, by the style sheet for paper; no LaTe
 from __future__ import annotations
 
 import io
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from playwright.sync_api import Page, sync_playwright
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, NameObject
-from site_browser import NO_CHROMIUM, ROOT, SITE, chromium, serve
+from site_browser import NO_CHROMIUM, ROOT, SITE, chromium, launch, serve, table_of_contents
 from tqdm import tqdm
 
 OUT = ROOT / "_build" / "opdlab.pdf"
@@ -27,6 +26,7 @@ READY = """async book => {
     for (const picture of pictures) picture.loading = 'eager';
     await Promise.all(pictures.filter(picture => !picture.hidden).map(picture => picture.decode()));
     await document.fonts.ready;
+    for (const solution of document.querySelectorAll('.tag_hide-cell details')) solution.open = true;
     // Links to other pages lead to the published ones, not to this computer.
     const here = new URL('..', location.href).href, page = location.href.split('#')[0];
     for (const link of document.querySelectorAll('a[href]'))
@@ -39,12 +39,6 @@ FOOT = (
     '<div style="width: 100%; margin: 0 16mm; font: 8pt sans-serif; color: #555; text-align: {}">'
     '<span class="{}"></span></div>'
 )
-
-
-def table_of_contents() -> list[tuple[str, list[str]]]:
-    """Return the parts of the book, caption and pages; the first, without a caption, is the front page."""
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    return [("", [toc["root"]])] + [(part["caption"], [c["file"] for c in part["chapters"]]) for part in toc["parts"]]
 
 
 def print_page(page: Page, foot: str) -> PdfReader:
@@ -95,13 +89,12 @@ def main() -> int:
     began, parts, book, starts = time.perf_counter(), table_of_contents(), PdfWriter(), {}
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     published = config["html"]["baseurl"]
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # root, as in a container, has no sandbox
     with (
         serve(SITE) as host,
         sync_playwright() as playwright,
         tqdm(total=sum(len(pages) for _, pages in parts), desc="printing", unit="page") as bar,
     ):
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if root else [])
+        browser = launch(playwright, path)
         page = browser.new_page(color_scheme="light")
         page.set_default_timeout(180_000)  # of a busy machine
         for caption, names in parts:

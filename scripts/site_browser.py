@@ -1,4 +1,4 @@
-"""The built site in a browser: a static host for it, and the Chromium of this computer.
+"""The built site in a browser: its pages, a static host for it, and the Chromium of this computer.
 
 make_pdf.py and the tests of the site share it. No browser is ever downloaded.
 """
@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import yaml
+from playwright.sync_api import Browser, Playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 # Another folder may be looked at while a site is being built.
@@ -32,6 +35,19 @@ NO_CHROMIUM = (
 )
 # What static hosts (GitHub Pages among them) send compressed; pictures and fonts are compressed already.
 TEXT = {".html", ".css", ".js", ".svg", ".json", ".txt", ".ipynb", ".md", ".map"}
+
+
+def table_of_contents() -> list[tuple[str, list[str]]]:
+    """Return the parts of the book, caption and pages; the first, without a caption, is the front page."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    return [("", [toc["root"]])] + [(part["caption"], [c["file"] for c in part["chapters"]]) for part in toc["parts"]]
+
+
+def launch(playwright: Playwright, path: str, *arguments: str) -> Browser:
+    """Start the Chromium or Chrome at ``path``, without a window."""
+    # Root, as in a container, has no sandbox.
+    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    return playwright.chromium.launch(executable_path=path, args=[*arguments, *root])
 
 
 def chromium() -> str | None:

@@ -1,6 +1,7 @@
 """Verdicts are computed, and each can come out either way."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,19 @@ import pytest
 
 from opdlab.analyses import ANALYSES
 from opdlab.arms import PAPER, RECORDED
-from opdlab.claims import CLAIMS, VERDICTS, Claim, Difference, Value, differences, holm, judge, scorecard
+from opdlab.claims import (
+    CLAIMS,
+    FINDINGS,
+    VERDICTS,
+    Claim,
+    Difference,
+    Value,
+    count_verdicts,
+    differences,
+    holm,
+    judge,
+    scorecard,
+)
 from opdlab.claims.judging import KNOWN
 from opdlab.errors import OpdlabError
 from opdlab.records import Records, load_records
@@ -109,6 +122,21 @@ def test_the_paper_s_claims_can_be_judged_from_the_records():
     assert all(found.verdict in VERDICTS and bool(found.by) == (found.verdict == "explained") for found in verdicts)
     table = scorecard(verdicts)
     assert table["verdict"].str.len().min() > 0 and len(table) == len(of_paper)
+
+
+def test_every_finding_has_its_chapter_and_its_row():
+    assert {claim.finding for claim in CLAIMS} == set(FINDINGS)
+    pages = Path(__file__).resolve().parent.parent / "book"
+    for title, page in FINDINGS.values():
+        assert f"# {title}" in (pages / f"{page}.ipynb").read_text()
+    of_paper = [claim for claim in CLAIMS if claim.arms <= set(PAPER) and not claim.analyses]
+    *_, rank, total = count_verdicts(
+        judge(of_paper, load_records(progress=False)), dict(list(FINDINGS.items())[:2])
+    ).splitlines()
+    of_rank = sum(claim.finding == "rank" for claim in of_paper)
+    assert rank.startswith("| [Rank over time](05_rank_over_time.ipynb) |")
+    assert sum(int(cell) for cell in rank.split("|")[2:] if cell.strip()) == of_rank
+    assert total.startswith(f"| **all {len(of_paper)}** |")
 
 
 def test_values_of_an_analysis():

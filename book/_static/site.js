@@ -17,13 +17,14 @@
     for (const figure of document.querySelectorAll(".steppable")) coming.observe(figure);
   });
 
-  // Paper is white, whatever the theme of the screen.
+  // Paper is white, whatever the theme of the screen, and cannot be clicked: solutions are printed unfolded.
   const root = document.documentElement;
   let onScreen = null;
   const turn = (toPaper) => {
     if (toPaper && onScreen === null) {
       onScreen = root.dataset.theme;
       root.dataset.theme = "light";
+      for (const solution of document.querySelectorAll(".tag_hide-cell details")) solution.open = true;
     } else if (!toPaper && onScreen !== null) {
       root.dataset.theme = onScreen;
       onScreen = null;

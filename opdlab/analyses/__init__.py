@@ -11,6 +11,8 @@ from opdlab.analyses.span import SPAN
 from opdlab.analyses.study import Analysis, Study
 
 #: All analyses, by name.
+#:
+#: :meta hide-value:
 ANALYSES = {analysis.name: analysis for analysis in (SIMILARITY, DIRECTIONS, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS)}
 
 __all__ = ["ANALYSES", "Analysis", "Study"]

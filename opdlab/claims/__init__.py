@@ -9,21 +9,24 @@ from opdlab.claims.judging import (
     Difference,
     Value,
     Verdict,
+    count_verdicts,
     differences,
     effects,
     holm,
     judge,
     scorecard,
 )
-from opdlab.claims.paper import CLAIMS
+from opdlab.claims.paper import CLAIMS, FINDINGS
 
 __all__ = [
     "CLAIMS",
+    "FINDINGS",
     "VERDICTS",
     "Claim",
     "Difference",
     "Value",
     "Verdict",
+    "count_verdicts",
     "differences",
     "effects",
     "holm",

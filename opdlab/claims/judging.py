@@ -12,7 +12,7 @@ The verdicts:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 
@@ -289,3 +289,20 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def count_verdicts(verdicts: Sequence[Verdict], chapters: Mapping[str, tuple[str, str]]) -> str:
+    """Return how many claims of each finding have each verdict, as a Markdown table.
+
+    Args:
+        verdicts: to count.
+        chapters: title and page of the chapter of each finding (``FINDINGS``).
+    """
+    lines = ["| finding | " + " | ".join(VERDICTS) + " |", "| --- |" + " ---: |" * len(VERDICTS)]
+    for finding, (title, page) in chapters.items():
+        found = [verdict.verdict for verdict in verdicts if verdict.claim.finding == finding]
+        numbers = " | ".join(str(found.count(name) or "") for name in VERDICTS)
+        lines.append(f"| [{title}]({page}.ipynb) | {numbers} |")
+    found = [verdict.verdict for verdict in verdicts]
+    numbers = " | ".join(f"**{found.count(name)}**" for name in VERDICTS)
+    return "\n".join([*lines, f"| **all {len(found)}** | {numbers} |"])

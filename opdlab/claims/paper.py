@@ -14,6 +14,19 @@ from typing import Any
 
 from opdlab.claims.judging import Claim, Difference, Value
 
+#: Title and page of the chapter on each finding that claims belong to, in the order of the book.
+FINDINGS = {
+    "regime": ("Where the updates land", "04_where_updates_land"),
+    "rank": ("Rank over time", "05_rank_over_time"),
+    "locking": ("Subspace locking", "06_subspace_locking"),
+    "sufficiency": ("Is the early subspace enough?", "07_sufficiency"),
+    "tokens": ("Which tokens count?", "08_tokens"),
+    "rollouts": ("Who writes the rollouts?", "09_rollouts"),
+    "objectives": ("Mixing OPD with RLVR", "10_objectives"),
+    "mechanism": ("What makes the geometry?", "11_mechanism"),
+    "interpolation": ("Is OPD between SFT and RLVR?", "12_interpolation"),
+}
+
 _SPARSITY = Value("sparsity")
 _ANGLE, _DRIFT = Value("angle_left_mean", log=True), Value("nss", log=True)
 _PRINCIPAL, _LOW = Value("principal_overlap_a30"), Value("low_overlap_a30")
@@ -190,6 +203,8 @@ _OF_RUNS = (
 )  # fmt: skip
 
 #: All claims.
+#:
+#: :meta hide-value:
 CLAIMS = (
     _order("sparsity-opd-sft", "OPD leaves more weights unchanged than SFT", _SPARSITY, "opd", "sft", 0.01,
            "Table 1: 51.6 and 8.1 %"),

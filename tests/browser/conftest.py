@@ -65,10 +65,8 @@ def browser(site):
     if not path:
         _without(f"They need {site_browser.NO_CHROMIUM}.")
     with sync_playwright() as playwright:
-        # Names of other hosts lead nowhere. Root, as in a container, has no sandbox.
-        arguments = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        arguments += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        # Names of other hosts lead nowhere.
+        browser = site_browser.launch(playwright, path, "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
         yield browser
         browser.close()
 

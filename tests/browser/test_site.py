@@ -14,13 +14,11 @@ from pathlib import Path
 import axe_playwright_python
 import check_site
 import pytest
-import yaml
 from playwright.sync_api import Error, TimeoutError
-from site_browser import ROOT
+from site_browser import table_of_contents
 
-TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
-PART_OF = {chapter["file"]: part["caption"] for part in TOC["parts"] for chapter in part["chapters"]}
-PAGES = [TOC["root"], *PART_OF]
+PART_OF = {page: caption for caption, pages in table_of_contents() for page in pages}
+PAGES = list(PART_OF)
 
 WIDTHS = (400, 1000, 1400)
 MEGABYTES = 1.5  # of a page and what it fetches before the reader scrolls, as sent by a host that compresses
@@ -247,7 +245,7 @@ def test_it_is_light_and_quick(seen, name, measured):
 def test_readers_know_where_they_are(seen, name):
     before, after = (PAGES[i] if 0 <= i < len(PAGES) else None for i in (PAGES.index(name) - 1, PAGES.index(name) + 1))
     assert seen.neighbours == [page and f"{page}.html" for page in (before, after)]
-    assert seen.where.startswith(PART_OF.get(name, ""))
+    assert seen.where.startswith(PART_OF[name])
 
 
 def test_links_and_anchors_resolve(site, monkeypatch):
