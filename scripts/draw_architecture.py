@@ -50,16 +50,14 @@ def modules() -> dict[str, list[Path]]:
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules of opdlab that a file imports."""
+    """Return what a file imports of opdlab, by full name: modules, and what it takes from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "opdlab":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opdlab."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opdlab"):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("opdlab.")}
-    return found
+            found |= {alias.name for alias in node.names if alias.name.startswith("opdlab")}
+    return found - {"opdlab"}
 
 
 def edges() -> list[tuple[str, str]]:
@@ -76,7 +74,7 @@ def edges() -> list[tuple[str, str]]:
         )
     pairs = set()
     for module, paths in files.items():
-        for imported in set().union(*map(imports, paths)):
+        for imported in {name.split(".")[1] for path in paths for name in imports(path)}:
             if module in group_of and imported in group_of:
                 pairs.add((group_of[module], group_of[imported]))
             elif module in EVERYWHERE and imported in group_of:
