@@ -56,21 +56,22 @@ def at_scales(
 def compare_order(table: pd.DataFrame, title: str) -> str:
     """Say in which order the arms lie at each scale, and in how many pairs of them the scales agree.
 
-    A pair counts if the 95 % interval of its difference over the seeds of the first scale leaves out zero.
+    A pair is told apart at a scale if the 95 % interval of its difference over the seeds there leaves out zero.
 
     Args:
         table: what :func:`at_scales` returns, of two scales.
         title: of which value.
     """
     wide = table[table["title"] == title].pivot_table(index=["scale", "seed"], columns="arm", values="value")
-    first, second = table["scale"].unique()
-    means, said = wide.groupby("scale").mean(), []
-    for name in (first, second):
-        ranked = means.loc[name].dropna().sort_values(ascending=False)
-        said.append(f"at {name} " + ", ".join(f"{ARMS[arm].label} {mean:.3g}" for arm, mean in ranked.items()))
-    pairs = list(combinations(means.dropna(axis=1), 2))
-    gaps = {pair: mean_interval((wide[pair[0]] - wide[pair[1]])[first].dropna()) for pair in pairs}
-    clear = {pair: gap for pair, gap in gaps.items() if gap.low > 0 or gap.high < 0}
-    agree = sum((means[one][second] > means[other][second]) == (gap.mean > 0) for (one, other), gap in clear.items())
-    said += [f"pairs that the seeds at {first} tell apart: {len(clear)} of {len(pairs)}"]
-    return "; ".join([*said, f"of these in the same order at {second}: {agree}"])
+    scales, means = list(table["scale"].unique()), wide.groupby("scale").mean()
+    pairs, said, apart, signs = list(combinations(means.dropna(axis=1), 2)), [], [], []
+    for scale in scales:
+        ranked = means.loc[scale].dropna().sort_values(ascending=False)
+        said.append(f"at {scale} " + ", ".join(f"{ARMS[arm].label} {mean:.3g}" for arm, mean in ranked.items()))
+        gaps = {pair: mean_interval((wide[pair[0]] - wide[pair[1]])[scale].dropna()) for pair in pairs}
+        signs.append({pair: gap.mean > 0 for pair, gap in gaps.items() if gap.low > 0 or gap.high < 0})
+        apart.append(f"{len(signs[-1])} at {scale}")
+    both = set(signs[0]) & set(signs[1])
+    same = sum(signs[0][pair] == signs[1][pair] for pair in both)
+    said.append(f"of {len(pairs)} pairs the seeds tell apart {', '.join(apart)}, {len(both)} at both")
+    return "; ".join([*said, f"of these in the same order: {same}"])

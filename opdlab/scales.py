@@ -74,6 +74,8 @@ class Scale:
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     # Of the variants there are many more, so each has fewer seeds, snapshots and evaluations.
     variant_seeds: tuple[int, ...] = (0, 1, 2)
+    # By arm, where it has other seeds than these.
+    other_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)
     variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     variant_evaluations: tuple[float, ...] = (0.2, 1.0)
     # CPU threads of a run: small matrices gain nothing from a second one, and with one the sums keep their order.
@@ -117,7 +119,7 @@ class Scale:
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """Return the seeds that an arm is recorded with."""
-        return self.variant_seeds if get_arm(arm).like else self.seeds
+        return self.other_seeds.get(arm, self.variant_seeds if get_arm(arm).like else self.seeds)
 
     def later_seed(self, seed: int, count: int = 1) -> int:
         """Return the seed that comes ``count`` after ``seed``, beginning again after the last."""
@@ -237,8 +239,10 @@ SMALL = Scale(
         *("opd_update4", "opd_random4", "opd_weights4", "opd_of_rlvr4", "sft_matched_update4", "opd_gradient16"),
         *("opd_top25", "opd_random25", "opd_teacher100", "opd_mix50", "opd_mix5", "opd_mix1", "opd_products"),
     ),
-    seeds=(0,),
-    variant_seeds=(0,),
+    seeds=(0, 1, 2),
+    variant_seeds=(0, 1),
+    # The second task takes an anchor and a teacher of its own, as long to make as a seed of the paper's arms: once.
+    other_seeds={"opd_products": (0,)},
     max_new_tokens=16,
     typical_tokens=(11, 11),
     evaluation_prompts=128,

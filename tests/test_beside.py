@@ -3,7 +3,7 @@ import pytest
 
 from opdlab import plots
 from opdlab.beside import at_scales, compare_order, records_at
-from opdlab.claims import CLAIMS, Value, effects
+from opdlab.claims import CLAIMS, Value, judge, judgeable
 from opdlab.runs import Home, default_home
 from opdlab.scales import SMALL, TINY
 
@@ -37,7 +37,7 @@ def test_panels_by_scale():
 
 def test_the_order_of_arms_at_two_scales():
     values = {("tiny", "opd"): (3.0, 3.1, 2.9), ("tiny", "rlvr"): (1.0, 1.1, 0.9), ("tiny", "sft"): (0.5, 2.5, 1.4)}
-    values |= {("small", "opd"): (1.0,), ("small", "rlvr"): (2.0,), ("small", "sft"): (0.5,)}
+    values |= {("small", "opd"): (1.0, 1.1, 0.9), ("small", "rlvr"): (2.0, 2.1, 2.2), ("small", "sft"): (0.5, 0.4, 0.5)}
     table = pd.DataFrame(
         [
             {"scale": scale, "title": "a value", "arm": arm, "label": arm, "seed": seed, "value": value}
@@ -45,18 +45,20 @@ def test_the_order_of_arms_at_two_scales():
             for seed, value in enumerate(row)
         ]
     )
-    # OPD is clearly above RLVR, and the noisy arm clearly neither above nor below any; at small RLVR is above OPD.
+    # At tiny OPD is clearly above RLVR, and the noisy arm like either; at small RLVR is above OPD.
     assert compare_order(table, "a value") == (
-        "at tiny OPD 3, SFT 1.47, RLVR 1; at small RLVR 2, OPD 1, SFT 0.5; "
-        "pairs that the seeds at tiny tell apart: 1 of 3; of these in the same order at small: 0"
+        "at tiny OPD 3, SFT 1.47, RLVR 1; at small RLVR 2.1, OPD 1, SFT 0.467; "
+        "of 3 pairs the seeds tell apart 1 at tiny, 3 at small, 1 at both; of these in the same order: 0"
     )
+    # One seed tells nothing apart.
+    single = table[(table["scale"] == "tiny") | (table["seed"] == 0)]
+    assert "1 at tiny, 0 at small, 0 at both" in compare_order(single, "a value")
     figure = plots.draw_scales(table, near={"a value": 0.25})
     assert [axis.patches[0].get_y() for axis in figure.axes] == [pytest.approx(2.75), pytest.approx(0.75)]
 
 
-def test_effects_of_the_claims_that_the_records_can_tell():
+def test_the_claims_that_the_records_can_tell():
     records = records_at("tiny", ("sft", "opd", "rlvr", "sft_matched"))
-    found = effects(CLAIMS, records)
+    found = {claim.name: claim for claim in judgeable(CLAIMS, records)}
     assert "norm-opd-rlvr" in found and "rank-opd_mix1" not in found and "span" not in found
-    claim = next(claim for claim in CLAIMS if claim.name == "norm-opd-rlvr")
-    assert found["norm-opd-rlvr"].mean == pytest.approx(claim.effect.of(records).mean())
+    assert [verdict.seeds for verdict in judge([found["norm-opd-rlvr"]], records)] == [5]

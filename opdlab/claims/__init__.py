@@ -11,9 +11,9 @@ from opdlab.claims.judging import (
     Verdict,
     count_verdicts,
     differences,
-    effects,
     holm,
     judge,
+    judgeable,
     scorecard,
 )
 from opdlab.claims.paper import CLAIMS, FINDINGS
@@ -28,8 +28,8 @@ __all__ = [
     "Verdict",
     "count_verdicts",
     "differences",
-    "effects",
     "holm",
     "judge",
+    "judgeable",
     "scorecard",
 ]

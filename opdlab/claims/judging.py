@@ -201,6 +201,11 @@ class Verdict:
     seeds: int
     left: dict[str, Interval]
 
+    @property
+    def text(self) -> str:
+        """The verdict in words, with the control that explains the effect."""
+        return f"{self.verdict} by {self.by}" if self.by else self.verdict
+
 
 def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     """Return the verdicts on claims; those of one finding are a family, corrected together.
@@ -225,13 +230,10 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     return verdicts
 
 
-def effects(claims: Sequence[Claim], records: Records) -> dict[str, Interval]:
-    """Return the effect of each claim whose arms and analyses the records have, by the claim's name."""
-    arms, found = set(records.sources["arm"]), {}
-    for claim in claims:
-        if claim.arms <= arms and claim.analyses <= set(records.analyses):
-            found[claim.name] = mean_interval(claim.effect.of(records))
-    return found
+def judgeable(claims: Sequence[Claim], records: Records) -> list[Claim]:
+    """Return the claims of which the records have all arms and analyses: those that :func:`judge` can judge."""
+    arms, analyses = set(records.sources["arm"]), set(records.analyses)
+    return [claim for claim in claims if claim.arms <= arms and claim.analyses <= analyses]
 
 
 def _verdict(
@@ -278,7 +280,7 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
         rows.append(
             {
                 "claim": found.claim.statement,
-                "verdict": f"{found.verdict} by {found.by}" if found.by else found.verdict,
+                "verdict": found.text,
                 "paper": found.claim.source,
                 "known": found.claim.known,
                 "effect": f"{found.effect:+.3g}",
