@@ -61,4 +61,6 @@ def test_the_claims_that_the_records_can_tell():
     records = records_at("tiny", ("sft", "opd", "rlvr", "sft_matched"))
     found = {claim.name: claim for claim in judgeable(CLAIMS, records)}
     assert "norm-opd-rlvr" in found and "rank-opd_mix1" not in found and "span" not in found
-    assert [verdict.seeds for verdict in judge([found["norm-opd-rlvr"]], records)] == [5]
+    for fewest, verdict in ((5, "reproduced"), (6, "inconclusive")):
+        (judged,) = judge([found["norm-opd-rlvr"]], records, fewest)
+        assert (judged.verdict, judged.text, judged.seeds) == (verdict, verdict, 5)

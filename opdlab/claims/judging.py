@@ -207,8 +207,13 @@ class Verdict:
         return f"{self.verdict} by {self.by}" if self.by else self.verdict
 
 
-def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
+def judge(claims: Sequence[Claim], records: Records, fewest: int = 2) -> list[Verdict]:
     """Return the verdicts on claims; those of one finding are a family, corrected together.
+
+    Args:
+        claims: to judge.
+        records: of all arms and analyses that the claims need (:func:`judgeable`).
+        fewest: how many seeds a verdict takes; a claim with fewer is inconclusive.
 
     Raises:
         OpdlabError: if the records lack an arm or a column, naming it.
@@ -223,7 +228,8 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     for claim, effect, p in zip(claims, effects, p_values, strict=True):
         left = {name: control.of(records) for name, control in claim.controls.items()}
         rivals = {name: rival.of(records) for name, rival in claim.rivals.items()}
-        verdict, by = _verdict(effect, claim.smallest, p, left, rivals)
+        enough = len(effect) >= fewest
+        verdict, by = _verdict(effect, claim.smallest, p, left, rivals) if enough else ("inconclusive", "")
         intervals = {name: mean_interval(values) for name, values in (left | rivals).items()}
         found = mean_interval(effect), bootstrap_interval(effect)
         verdicts.append(Verdict(claim, verdict, by, *found, p, len(effect), intervals))
