@@ -8,7 +8,7 @@ from itertools import combinations
 import pandas as pd
 
 from opdlab.arms import ARMS
-from opdlab.claims import Value
+from opdlab.claims import CLAIMS, Value, Verdict, judge, judgeable
 from opdlab.records import Records, load_records, recorded_arms
 from opdlab.runs import Home
 from opdlab.scales import SCALES
@@ -51,6 +51,15 @@ def at_scales(
                     who = {"scale": scale, "title": title, "arm": arm, "label": ARMS[arm].label}
                     rows += [who | {"seed": seed, "value": number} for seed, number in found.items()]
     return pd.DataFrame(rows, columns=["scale", "title", "arm", "label", "seed", "value"])
+
+
+def judge_at(name: str, home: Home | None = None) -> list[Verdict]:
+    """Return the verdicts on the claims that the records of a scale can test without an analysis of several runs.
+
+    A verdict takes three seeds here: with two, an interval is so wide that hardly any rival could explain an effect.
+    """
+    records = records_at(name, SCALES[name].recorded, home)
+    return judge(judgeable(CLAIMS, records), records, fewest=3) if records else []
 
 
 def compare_order(table: pd.DataFrame, title: str) -> str:

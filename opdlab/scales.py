@@ -241,7 +241,7 @@ SMALL = Scale(
     ),
     seeds=(0, 1, 2),
     variant_seeds=(0, 1),
-    # The second task takes an anchor and a teacher of its own, as long to make as a seed of the paper's arms: once.
+    # The second task takes an anchor and a teacher of its own first; no claim is about it.
     other_seeds={"opd_products": (0,)},
     max_new_tokens=16,
     typical_tokens=(11, 11),

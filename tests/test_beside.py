@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from opdlab import plots
-from opdlab.beside import at_scales, compare_order, records_at
+from opdlab.beside import at_scales, compare_order, judge_at, records_at
 from opdlab.claims import CLAIMS, Value, judge, judgeable
 from opdlab.runs import Home, default_home
 from opdlab.scales import SMALL, TINY
@@ -27,6 +27,7 @@ def test_what_is_not_recorded_is_left_out(tmp_path):
     home = Home(tmp_path)
     assert records_at("small", ("opd",), home) is None
     assert at_scales(VALUES, ("opd",), ("small",), home).empty
+    assert judge_at("small", home) == []
 
 
 def test_panels_by_scale():
@@ -64,3 +65,10 @@ def test_the_claims_that_the_records_can_tell():
     for fewest, verdict in ((5, "reproduced"), (6, "inconclusive")):
         (judged,) = judge([found["norm-opd-rlvr"]], records, fewest)
         assert (judged.verdict, judged.text, judged.seeds) == (verdict, verdict, 5)
+
+
+def test_a_verdict_at_another_scale_takes_three_seeds():
+    found = judge_at("small")
+    assert {"norm-opd-rlvr", "rank-opd_mix50"} <= {verdict.claim.name for verdict in found}
+    assert {verdict.verdict for verdict in found if verdict.seeds < 3} <= {"inconclusive"}
+    assert {verdict.verdict for verdict in found if verdict.seeds >= 3} - {"inconclusive"}

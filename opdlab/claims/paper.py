@@ -225,7 +225,7 @@ CLAIMS = (
     Claim("rank-rlvr-falls", "rank", "The stable rank of RLVR falls", "Figure 4",
           Difference(Value("stable_rank", progress=0.1, block="attention"), "rlvr", minus=Value("stable_rank", **_END)),
           0.25),
-    Claim("rank-opd-flat", "rank", "The stable rank of OPD changes less than that of SFT", "Figure 4: 20 to 30",
+    Claim("rank-opd-flat", "rank", "The stable rank of OPD rises less than that of SFT", "Figure 4: 20 to 30",
           Difference(_RISE, "sft", "opd"), 0.25,
           {"SFT's own recipe": Difference(_RISE, "sft_matched", "opd")}, known="secondary"),
     Claim("norm-opd-rlvr", "rank", "OPD moves further than RLVR", "Figure 4: norms of 0.45 and 0.17",
