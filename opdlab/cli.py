@@ -236,7 +236,7 @@ def _plan(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     print(
         f"\nin all: {table['hours'].sum():.3g} hours for a seed of each on {device.name}, at {device.flops:.2g} "
         f"operations a second, with {prompt} tokens in a prompt and {completion} in a completion; measuring the "
-        "geometry comes on top"
+        f"geometry comes on top; {table['stays (GB)'].sum():.3g} GB stay in {home.runs(scale)}"
     )
 
 

@@ -19,7 +19,7 @@ import transformers
 
 from opdlab.arms import PAPER, Arm, get_arm
 from opdlab.errors import OpdlabError
-from opdlab.runs import Home, device_of
+from opdlab.runs import Home, device_of, kept_steps, partings
 from opdlab.scales import Recipe, Scale
 
 GB = 1e9
@@ -169,7 +169,8 @@ class Plan:
         seconds: of one step on the device, by what for.
         steps: in the run.
         evaluations: how many times accuracy is measured, and the seconds of one.
-        disk: bytes of the snapshots that lie there at once, and of a checkpoint.
+        disk: bytes that lie there at once: snapshots, a checkpoint, and what projected runs go on from.
+        stays: bytes of these that are there when the run is recorded. All runs from one model share its start.
     """
 
     arm: str
@@ -179,6 +180,7 @@ class Plan:
     steps: int
     evaluations: tuple[int, float]
     disk: float
+    stays: float
 
     @property
     def peak(self) -> float:
@@ -229,6 +231,7 @@ def plan_run(scale: Scale, arm_name: str, home: Home, device: Device) -> Plan:
     evaluation = 2 * _generation(student, count, new_tokens, width, device)
     evaluation += read / device.flops
     snapshots = scale.steps_at(arm_name, scale.snapshots_of(arm_name))
+    states = 3 * len(partings(arm_name, scale))  # weights and both moments
     return Plan(
         arm=arm_name,
         memory=_memory(scale, recipe, arm, student, teacher, width, per_prompt, prompt_tokens + new_tokens),
@@ -236,7 +239,8 @@ def plan_run(scale: Scale, arm_name: str, home: Home, device: Device) -> Plan:
         seconds=seconds,
         steps=recipe.steps,
         evaluations=(1 + len(scale.evaluations_of(arm_name)), evaluation),
-        disk=4.0 * student.parameters * (len(snapshots) + 1 + 3),
+        disk=4.0 * student.parameters * (len(snapshots) + 1 + 3 + states),
+        stays=4.0 * student.parameters * (len(kept_steps(arm_name, scale)) - 1),
     )
 
 
@@ -281,7 +285,7 @@ def _memory(
 
 
 def plan_table(scale: Scale, home: Home, arms: tuple[str, ...], device: Device) -> pd.DataFrame:
-    """Return the plans of some arms, one row each: memory and disk in GB, operations of a step, hours.
+    """Return the plans of some arms, one row each: memory, disk (and what stays on it), operations of a step, hours.
 
     Args:
         scale: at which scale.
@@ -302,6 +306,7 @@ def plan_table(scale: Scale, home: Home, arms: tuple[str, ...], device: Device) 
                 "steps": plan.steps,
                 "hours": plan.hours,
                 "disk (GB)": plan.disk / GB,
+                "stays (GB)": plan.stays / GB,
             }
         )
     return pd.DataFrame(rows)

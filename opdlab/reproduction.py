@@ -23,7 +23,7 @@ from opdlab.errors import OpdlabError
 from opdlab.planning import check_device
 from opdlab.processes import CONTEXT, workers
 from opdlab.records import find_analysis, find_tables, has_record, read_record, write_record
-from opdlab.runs import Home, source_of, switches, write_json
+from opdlab.runs import Home, Run, kept_steps, source_of, write_json
 from opdlab.scales import SCALES, Scale
 from opdlab.stats import prediction_interval
 from opdlab.training import install_model, train
@@ -130,6 +130,7 @@ def provide_pretrained(scale: Scale, home: Home) -> None:
         place = home.models(scale) / folder
         if not place.exists():
             fetch(name, default_folder(name), progress=True)
+            place.unlink(missing_ok=True)  # a link into a cache that has been cleared
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(default_folder(name), target_is_directory=True)
 
@@ -166,8 +167,7 @@ def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
         install_model(run, home, scale, job.makes)
     if record and job.what in RECORDED:
         write_record(job.what, job.seed, scale, home)
-        if not scale.keep_snapshots:
-            run.drop_snapshots(switches(job.what, scale))
+        run.drop_snapshots(kept_steps(job.what, scale))
 
 
 def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:
@@ -215,6 +215,9 @@ def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, pro
             bar.set_postfix_str(", ".join(f"{job.what} {job.seed}" for job in running.values()))
             bar.n = counter.value
             bar.refresh()
+    for job in jobs:
+        if job.what in ARMS and ARMS[job.what].constraint and not scale.keep_snapshots:
+            Run.of(scale, ARMS[job.what].like, job.seed, home).drop_states()  # None goes on from there any more.
 
 
 FIGURES = {

@@ -25,7 +25,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opdlab.arms import ARMS, Arm, get_arm
+from opdlab.arms import Arm, get_arm
 from opdlab.checkpoints import weights_digest
 from opdlab.constraints import Constraint
 from opdlab.errors import OpdlabError
@@ -153,10 +152,30 @@ def source_of(arm: Arm, seed: int, scale: Scale) -> tuple[str, int] | None:
     return constraint.arm or arm.like, scale.later_seed(seed) if constraint.other_seed else seed
 
 
-def switches(arm: str, scale: Scale) -> set[int]:
-    """Return the steps at which projected runs part from the free runs of an arm."""
-    starts = {other.constraint.start for other in ARMS.values() if other.like == arm and other.constraint}
-    return set(scale.steps_at(arm, tuple(starts)))
+def partings(arm: str, scale: Scale) -> set[int]:
+    """Return the steps at which the projected runs that a scale records part from the free runs of an arm."""
+    projected = [other for other in map(get_arm, scale.recorded) if other.like == arm]
+    return set(scale.steps_at(arm, tuple({other.constraint.start for other in projected if other.constraint})))
+
+
+def kept_steps(arm: str, scale: Scale) -> set[int]:
+    """Return the steps whose weights a run still has once it is recorded.
+
+    They are all that it took, or only those that other runs need: before they part from it, or for their directions.
+    """
+    taken = {0, *scale.steps_at(arm, scale.snapshots_of(arm))}
+    constraint = get_arm(arm).constraint
+    if constraint:
+        taken |= set(scale.steps_at(arm, (constraint.start,)))
+    if scale.keep_snapshots:
+        return taken
+    parts = partings(arm, scale)
+    kept = {0, scale.recipe(arm).steps} | {step for step in taken if step <= max(parts, default=0)}
+    for other in map(get_arm, scale.recorded):
+        source = source_of(other, scale.seeds[0], scale)
+        if other.constraint and source and source[0] == arm:
+            kept |= set(scale.steps_at(arm, (other.constraint.start,)))
+    return kept
 
 
 def _directions(scale: Scale, arm: Arm, constraint: Constraint, seed: int, home: Home) -> dict:
@@ -230,6 +249,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if full:
             raise OpdlabError(f"the disk is full: {path} was not written; make room and run it again") from problem
         raise OpdlabError(f"{path} cannot be written ({problem}); choose a folder that can be") from problem
+
+
+def write_same(path: Path, source: Path) -> None:
+    """Make ``path`` a second name of the file ``source``, or a copy where a disk has one name for a file.
+
+    Files of runs are replaced as a whole, never changed, so one name does not follow the other.
+
+    Raises:
+        OpdlabError: as :func:`write_whole`.
+    """
+
+    def link(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    write_whole(path, link)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -325,12 +362,16 @@ class Run:
                 if line["step"] <= step and (name == "history" or line["step"] in self.config["evaluations"]):
                     self.append(name, line)
         for source, target in copies:
-            write_whole(target, partial(shutil.copyfile, source))
+            write_same(target, source)
 
     def drop_snapshots(self, kept: set[int]) -> None:
-        """Delete the snapshots after other steps than ``kept``, the first and the last."""
-        for step in set(self.config["snapshots"]) - {0, *kept, self.config["recipe"]["steps"]}:
+        """Delete the snapshots after other steps than ``kept``."""
+        for step in set(self.config["snapshots"]) - kept:
             self.snapshot_path(step).unlink(missing_ok=True)
+
+    def drop_states(self) -> None:
+        """Delete what other runs could have gone on from."""
+        shutil.rmtree(self.folder / "states", ignore_errors=True)
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""

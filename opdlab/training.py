@@ -22,10 +22,11 @@ from opdlab.runs import (
     default_home,
     load_tensors,
     model_folder,
+    partings,
     provenance,
     save_tensors,
-    switches,
     write_json,
+    write_same,
 )
 from opdlab.scales import Scale, get_scale
 from opdlab.tasks import TASKS
@@ -98,12 +99,12 @@ def train(
             save_tensors(checkpoint, learner.state(), step=str(step))
 
         if done == 0 and 0 in config["snapshots"]:
-            save_tensors(run.snapshot_path(0), dict(learner.student.named_parameters()))
+            _save_origin(learner, run, home.runs(scale) / "origins")
         if done in config["evaluations"] and done not in {line["step"] for line in run.lines("evaluations")}:
             evaluate(done)
         saved, took = time.monotonic(), 0.0
         begin = config.get("constraint", {}).get("begin", steps)
-        parting = switches(arm, scale)
+        parting = partings(arm, scale)
         try:
             for step in range(done, steps):
                 if step >= begin and learner.confinement is None:
@@ -144,6 +145,14 @@ def _at_origin(learner: Learner, run: Run, folder: Path) -> dict:
     if not path.exists():
         write_json(path, learner.evaluate(0))
     return json.loads(path.read_text())
+
+
+def _save_origin(learner: Learner, run: Run, folder: Path) -> None:
+    """Save the weights before the first step, on the disk once for all runs that start from the same."""
+    path = folder / f"{run.config['start']}-{learner.arm.stored}.safetensors"
+    if not path.exists():
+        save_tensors(path, dict(learner.student.named_parameters()))
+    write_same(run.snapshot_path(0), path)
 
 
 def _source_weights(run: Run, scale: Scale, home: Home) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Plans against what is known of the published models, and against measured steps."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -115,6 +117,14 @@ def test_every_scale_can_be_planned(scale, tmp_path, capsys):
     assert main(["plan", "--scale", scale, "--home", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "hours for a seed of each" in out and "opd" in out and "nan" not in out
+
+
+def test_who_reads_a_plan_may_leave_halfway():
+    command = [sys.executable, "-m", "opdlab.cli", "plan", "--scale", "tiny"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

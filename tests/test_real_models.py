@@ -1,5 +1,7 @@
 """The path of pretrained models, on one of their kind that is as small as it can be."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,16 +11,18 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab import fetch as fetching
+from opdlab import reproduction
 from opdlab.arms import ARMS
 from opdlab.errors import OpdlabError
 from opdlab.fetch import fetch
 from opdlab.geometry import GeometrySettings
 from opdlab.learner import Learner
 from opdlab.models import load_model
+from opdlab.planning import DEVICES, plan_run, shape_of
 from opdlab.records import find_tables, read_record, write_record
 from opdlab.reproduction import build, plan, provide_pretrained
 from opdlab.runs import CPU, Home, Run, device_of, model_digest, resolve
-from opdlab.scales import SMALL, Recipe
+from opdlab.scales import SCALES, SMALL, Recipe
 from opdlab.tasks import TASKS
 from opdlab.training import install_model, train
 
@@ -145,12 +149,33 @@ def test_records_can_be_read_without_the_models(home, tmp_path):
         train("rlvr", 0, SCALE, home=bare)
 
 
-def test_snapshots_that_nothing_needs_are_dropped(home):
-    run = train("opd_short", 0, SCALE, home=home)
-    kept = {0, 1, 4}
-    run.drop_snapshots({1})
-    assert {step for step in run.config["snapshots"] if run.snapshot_path(step).exists()} == kept
-    assert Run.of(SCALE, "opd_short", 0, home).finished
+def test_the_disk_holds_what_is_planned_and_then_what_others_need(home, tmp_path, monkeypatch):
+    def threads(count, start, *arguments):
+        return ThreadPoolExecutor(count, initializer=start, initargs=arguments)
+
+    monkeypatch.setitem(SCALES, "small", SCALE)
+    monkeypatch.setattr(reproduction, "workers", threads)  # which know of that scale, as other processes do not
+    own = Home(tmp_path)
+    own.models(SCALE).parent.mkdir(parents=True)
+    own.models(SCALE).symlink_to(home.models(SCALE))
+    plans = {arm: plan_run(SCALE, arm, own, DEVICES["cpu"]) for arm in ("opd_short", "rlvr_short", "opd_of_rlvr4")}
+    runs = {arm: Run.of(SCALE, arm, 0, own) for arm in plans}
+
+    def size(arm):
+        return sum(path.stat().st_size for path in runs[arm].folder.glob("*/*.safetensors"))
+
+    train("opd_short", 0, SCALE, home=own)
+    weights = 4 * shape_of("anchor", SCALE, own).parameters
+    assert size("opd_short") == pytest.approx(plans["opd_short"].disk - 3 * weights, rel=0.2)  # files name their parts
+    build(plan(SCALE, own, tuple(plans), (0,)), SCALE, own, processes=1)
+    assert all(run.finished for run in runs.values())
+    for arm, planned in plans.items():
+        assert size(arm) == pytest.approx(planned.stays + weights, rel=0.2)
+        # One file with a name in each run.
+        assert runs[arm].snapshot_path(0).samefile(runs["opd_short"].snapshot_path(0))
+    # Only where other runs begin, or find their directions, is more left than the start and the end.
+    left = {arm: [step for step in range(5) if run.snapshot_path(step).exists()] for arm, run in runs.items()}
+    assert left == {"opd_short": [0, 1, 4], "rlvr_short": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
 
 
 def test_a_pretrained_model_is_fetched_once_and_linked(home, tmp_path, monkeypatch):
@@ -168,6 +193,10 @@ def test_a_pretrained_model_is_fetched_once_and_linked(home, tmp_path, monkeypat
     for _ in range(2):
         provide_pretrained(scale, own)
     assert calls == [("someone/model", "abc")]
+    # A cache may be cleared, and the link then leads nowhere.
+    shutil.rmtree(tmp_path / "cache")
+    provide_pretrained(scale, own)
+    assert len(calls) == 2
     assert load_model(own.models(scale) / "base").config.hidden_size == 32
     assert not (own.models(scale) / "base" / ".cache").exists()
     assert [job.what for job in plan(scale, own, (), models=("anchor", "teacher"))] == ["sft", "expert"]
