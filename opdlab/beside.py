@@ -9,7 +9,7 @@ import pandas as pd
 
 from opdlab.arms import ARMS
 from opdlab.claims import CLAIMS, Value, Verdict, judge, judgeable
-from opdlab.records import Records, load_records, recorded_arms
+from opdlab.records import Records, load_records, recorded_analyses, recorded_arms
 from opdlab.runs import Home
 from opdlab.scales import SCALES
 from opdlab.stats import mean_interval
@@ -18,11 +18,18 @@ from opdlab.stats import mean_interval
 SHOWN = ("tiny", "small")
 
 
-def records_at(name: str, arms: Sequence[str], home: Home | None = None) -> Records | None:
-    """Return the records of those of ``arms`` that a scale has; None if it has none. Nothing is trained."""
+def records_at(
+    name: str, arms: Sequence[str], home: Home | None = None, analyses: tuple[str, ...] = ()
+) -> Records | None:
+    """Return the records of those of ``arms`` that a scale has, and of some analyses. Nothing is trained.
+
+    It returns None if the scale has none of the arms, or lacks one of the analyses.
+    """
     there = recorded_arms(SCALES[name], home)
     found = tuple(arm for arm in arms if arm in there)
-    return load_records(found, SCALES[name], home=home, progress=False) if found else None
+    if not found or set(analyses) - set(recorded_analyses(SCALES[name], home)):
+        return None
+    return load_records(found, SCALES[name], home=home, progress=False, analyses=analyses)
 
 
 def at_scales(
@@ -31,7 +38,7 @@ def at_scales(
     """Return values of arms at several scales, one row for each scale, value, arm and seed that is recorded.
 
     Args:
-        values: by title.
+        values: by title. Scales that have no record of an analysis that one of them is of are left out.
         arms: in order.
         scales: names of scales.
         home: by default the repository.
@@ -40,8 +47,9 @@ def at_scales(
         A table with the columns scale, title, arm, label, seed and value.
     """
     rows = []
+    analyses = tuple({value.analysis for value in values.values() if value.analysis})
     for scale in scales:
-        records = records_at(scale, arms, home)
+        records = records_at(scale, arms, home, analyses)
         if records is None:
             continue
         for title, value in values.items():
@@ -54,12 +62,10 @@ def at_scales(
 
 
 def judge_at(name: str, home: Home | None = None) -> list[Verdict]:
-    """Return the verdicts on the claims that the records of a scale can test without an analysis of several runs.
-
-    A verdict takes three seeds here: with two, an interval is so wide that hardly any rival could explain an effect.
-    """
-    records = records_at(name, SCALES[name].recorded, home)
-    return judge(judgeable(CLAIMS, records), records, fewest=3) if records else []
+    """Return the verdicts on the claims that the records of a scale can test."""
+    scale = SCALES[name]
+    records = records_at(name, scale.recorded, home, recorded_analyses(scale, home))
+    return judge(judgeable(CLAIMS, records), records) if records else []
 
 
 def compare_order(table: pd.DataFrame, title: str) -> str:

@@ -199,6 +199,16 @@ def recorded_arms(scale: Scale, home: Home | None = None) -> tuple[str, ...]:
     )
 
 
+def recorded_analyses(scale: Scale, home: Home | None = None) -> tuple[str, ...]:
+    """Return the analyses of which the repository has the records of all their seeds."""
+    home = home or default_home()
+    return tuple(
+        name
+        for name in scale.analyses
+        if all(has_record(name, seed, scale, home) for seed in ANALYSES[name].seeds(scale))
+    )
+
+
 def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
     """Return the folder with the tables of a run: its record, else its own folder, else train and measure it now.
 

@@ -8,8 +8,10 @@ A run is a folder::
         history.jsonl           one line per training step
         evaluations.jsonl       one line per evaluation
         snapshots/step-000040.safetensors
-        checkpoint.safetensors  weights and optimizer moments, to resume from
+        states/step-000007.safetensors  weights and optimizer moments, from which projected runs go on
+        checkpoint.safetensors  the same, to resume from
 
+Beside them lies ``origins``: the weights and the accuracy before the first step, which runs from one model share.
 Every file is written under another name first and then moved into place, so a killed run leaves whole files only.
 """
 

@@ -240,7 +240,6 @@ SMALL = Scale(
         *("opd_top25", "opd_random25", "opd_teacher100", "opd_mix50", "opd_mix5", "opd_mix1", "opd_products"),
     ),
     seeds=(0, 1, 2),
-    variant_seeds=(0, 1),
     # The second task takes an anchor and a teacher of its own first; no claim is about it.
     other_seeds={"opd_products": (0,)},
     max_new_tokens=16,

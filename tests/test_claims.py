@@ -65,6 +65,21 @@ def test_a_verdict_can_come_out_any_way(means, noise, expected, by):
     assert found.seeds == 5 and found.effect.low < found.effect.mean < found.effect.high
 
 
+@pytest.mark.parametrize(
+    ("means", "perhaps"),
+    [
+        ({"c": 2.2, "d": 2}, ()),
+        ({"c": 3.5, "d": 2}, ("the control",)),  # which takes about half of the effect
+        ({"c": 2.2, "d": 3}, ("a rival",)),  # which has about the smallest that counts
+        ({"c": 3.5, "d": 3}, ("the control", "a rival")),
+    ],
+)
+def test_what_may_explain_an_effect_is_said(means, perhaps):
+    (found,) = judge([CLAIM], records(a=5, b=2, **means))
+    assert (found.verdict, found.perhaps) == ("reproduced", perhaps)
+    assert found.text == "reproduced" + (f", perhaps explained by {' or '.join(perhaps)}" if perhaps else "")
+
+
 def test_one_seed_cannot_tell():
     (found,) = judge([CLAIM], records(seeds=1, a=9, b=2, c=2, d=2))
     assert found.verdict == "inconclusive" and found.p == 1

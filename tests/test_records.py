@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 
 from opdlab import reproduction
+from opdlab.analyses import ANALYSES
 from opdlab.cli import main
 from opdlab.geometry import overall_sparsity
-from opdlab.records import TABLES, load_records, per_run, read_record, recorded_arms, write_record
+from opdlab.records import TABLES, load_records, per_run, read_record, recorded_analyses, recorded_arms, write_record
 from opdlab.reproduction import all_models, build, compare, end_figures, plan
 from opdlab.runs import Home, config_key, default_home, resolve
 from opdlab.scales import SCALES, SMALL, TINY
@@ -177,7 +178,9 @@ def test_records_of_small_are_of_what_the_scale_says_now():
     home = default_home()
     folders = {path.name for path in home.records(SMALL).iterdir() if path.is_dir()}
     whole = recorded_arms(SMALL, home)
-    assert "opd" in whole and folders == {f"{arm}-seed{seed}" for arm in whole for seed in SMALL.seeds_of(arm)}
+    wanted = {f"{arm}-seed{seed}" for arm in whole for seed in SMALL.seeds_of(arm)}
+    wanted |= {f"{name}-seed{seed}" for name in recorded_analyses(SMALL, home) for seed in ANALYSES[name].seeds(SMALL)}
+    assert "opd" in whole and folders == wanted
     described = json.loads((home.records(SMALL) / "pretrained.json").read_text())["base"]
     of_sft, _ = read_record(home.records(SMALL) / "sft-seed0")
     assert of_sft["config"]["start"] == described["weights"] and described["from"]

@@ -190,6 +190,7 @@ class Verdict:
         p: one-sided p-value of an effect above the smallest that counts, corrected after Holm.
         seeds: how many.
         left: what each control leaves of the effect, and what each rival shows of it, with its interval.
+        perhaps: the controls and rivals of which the seeds do not tell whether they explain what is reproduced.
     """
 
     claim: Claim
@@ -200,20 +201,22 @@ class Verdict:
     p: float
     seeds: int
     left: dict[str, Interval]
+    perhaps: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """The verdict in words, with the control that explains the effect."""
+        """The verdict in words, with what explains the effect, or may do so."""
+        if self.perhaps:
+            return f"{self.verdict}, perhaps explained by {' or '.join(self.perhaps)}"
         return f"{self.verdict} by {self.by}" if self.by else self.verdict
 
 
-def judge(claims: Sequence[Claim], records: Records, fewest: int = 2) -> list[Verdict]:
+def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     """Return the verdicts on claims; those of one finding are a family, corrected together.
 
     Args:
         claims: to judge.
         records: of all arms and analyses that the claims need (:func:`judgeable`).
-        fewest: how many seeds a verdict takes; a claim with fewer is inconclusive.
 
     Raises:
         OpdlabError: if the records lack an arm or a column, naming it.
@@ -228,11 +231,14 @@ def judge(claims: Sequence[Claim], records: Records, fewest: int = 2) -> list[Ve
     for claim, effect, p in zip(claims, effects, p_values, strict=True):
         left = {name: control.of(records) for name, control in claim.controls.items()}
         rivals = {name: rival.of(records) for name, rival in claim.rivals.items()}
-        enough = len(effect) >= fewest
-        verdict, by = _verdict(effect, claim.smallest, p, left, rivals) if enough else ("inconclusive", "")
+        # Above zero where most of the effect is gone, in every seed's own measure, or where a rival has it, too.
+        explains = {name: mean_interval((effect / 2 - values).dropna()) for name, values in left.items()}
+        explains |= {name: mean_interval(values - claim.smallest) for name, values in rivals.items()}
+        verdict, by = _verdict(effect, claim.smallest, p, explains)
+        perhaps = [name for name, much in explains.items() if verdict == "reproduced" and much.high > 0]
         intervals = {name: mean_interval(values) for name, values in (left | rivals).items()}
         found = mean_interval(effect), bootstrap_interval(effect)
-        verdicts.append(Verdict(claim, verdict, by, *found, p, len(effect), intervals))
+        verdicts.append(Verdict(claim, verdict, by, *found, p, len(effect), intervals, tuple(perhaps)))
     return verdicts
 
 
@@ -242,18 +248,10 @@ def judgeable(claims: Sequence[Claim], records: Records) -> list[Claim]:
     return [claim for claim in claims if claim.arms <= arms and claim.analyses <= analyses]
 
 
-def _verdict(
-    effect: pd.Series, smallest: float, p: float, left: dict[str, pd.Series], rivals: dict[str, pd.Series]
-) -> tuple[str, str]:
+def _verdict(effect: pd.Series, smallest: float, p: float, explains: dict[str, Interval]) -> tuple[str, str]:
     if p < 0.05:
-        for name, values in left.items():
-            # Most of the effect is gone, in every seed's own measure.
-            if mean_interval((values - effect / 2).dropna()).high < 0:
-                return "explained", name
-        for name, values in rivals.items():
-            if mean_interval(values).low > smallest:
-                return "explained", name
-        return "reproduced", ""
+        by = next((name for name, much in explains.items() if much.low > 0), "")
+        return ("explained" if by else "reproduced"), by
     return ("not reproduced", "") if mean_interval(effect).high < smallest else ("inconclusive", "")
 
 
