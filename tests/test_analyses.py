@@ -31,7 +31,7 @@ class Made(Study):
         self.runs, self.asked = runs, []
 
     def model(self, folder):
-        return self.runs[folder]
+        return dict(reversed(self.runs[folder].items()))  # Models list their weights in another order than files.
 
     def update(self, arm, progress=1.0, seed=None):
         seed = self.seed if seed is None else seed
@@ -106,6 +106,10 @@ def test_span_finds_a_combination(made, scale):
     row = found.loc[("opd", "matched SFT and RLVR")]
     assert row["residual"] == pytest.approx(0, abs=1e-12)
     assert row["coefficient_first"] == pytest.approx(0.5) and row["coefficient_second"] == pytest.approx(-2.0)
+    sft = {name: made.runs["anchor"][name] - made.runs["base"][name] for name in NAMES}
+    made.runs["opd_full", 0] = {name: 3.0 * sft[name] + rlvr[name] for name in NAMES}
+    row = measure_span(made).set_index(["arm", "basis"]).loc[("opd_full", "SFT and RLVR")]
+    assert row["residual"] == pytest.approx(0, abs=1e-12) and row["coefficient_first"] == pytest.approx(3.0)
     assert found.loc[("opd", "two random updates"), "residual"] == pytest.approx(1, abs=0.01)
     assert (found["residual_by_matrix"] <= found["residual"] + 1e-12).all()
     assert set(made.asked) <= set(SPAN.runs(scale, 0))

@@ -23,6 +23,12 @@ def test_values_at_scales_are_those_of_the_records():
     )
 
 
+def test_a_scale_without_a_record_of_an_analysis_is_left_out():
+    outside = {"outside": Value("residual", "span", {"basis": "two other seeds"})}
+    table = at_scales(outside, ("opd",))
+    assert set(table["scale"]) == {"tiny"} and len(table) == len(TINY.seeds) and "span" not in SMALL.analyses
+
+
 def test_what_is_not_recorded_is_left_out(tmp_path):
     home = Home(tmp_path)
     assert records_at("small", ("opd",), home) is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -31,10 +32,6 @@ def residual(target: Tensor, basis: Sequence[Tensor]) -> tuple[float, list[float
     return float(left), coefficients.flatten().tolist()
 
 
-def _random_like(update: Weights, random: torch.Generator) -> Weights:
-    return {name: torch.randn(w.shape, generator=random, dtype=w.dtype) for name, w in update.items()}
-
-
 def measure(study: Study) -> pd.DataFrame:
     """Return one row per update and pair of updates that should explain it.
 
@@ -42,30 +39,35 @@ def measure(study: Study) -> pd.DataFrame:
     ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients; and the cosines of the
     update with each of the two, and between these.
     """
-    base, anchor = study.model("base"), study.model("anchor")
-    sft = layers({name: anchor[name] - base[name] for name in anchor})
-
-    def end(arm: str, later: int = 0) -> Weights:
-        return layers(study.update(arm, seed=study.later(later)))
-
+    sizes = [weight.numel() for _, weight in sorted(layers(study.model("anchor")).items())]
     random = torch.Generator().manual_seed(study.seed)
+
+    def sft() -> Tensor:
+        base, anchor = study.model("base"), study.model("anchor")
+        return _flat({name: anchor[name] - base[name] for name in anchor})
+
+    def end(arm: str, later: int = 0) -> Tensor:
+        return _flat(study.update(arm, seed=study.later(later)))
+
+    def noise() -> Tensor:
+        return torch.cat([torch.randn(size, generator=random, dtype=torch.float64) for size in sizes])
+
     rows = []
     for arm in TARGETS:
-        target = end(arm)
-        bases = {
-            "SFT and RLVR": (sft, end("rlvr")),
-            "matched SFT and RLVR": (end("sft_matched"), end("rlvr")),
-            "matched SFT and RLVR of another seed": (end("sft_matched", 1), end("rlvr", 1)),
-            "two other seeds": (end(arm, 1), end(arm, 2)),
-            "two random updates": (_random_like(target, random), _random_like(target, random)),
+        whole = end(arm)
+        # Made one pair at a time, as of a real model each update takes a gigabyte.
+        bases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            "SFT and RLVR": (sft, partial(end, "rlvr")),
+            "matched SFT and RLVR": (partial(end, "sft_matched"), partial(end, "rlvr")),
+            "matched SFT and RLVR of another seed": (partial(end, "sft_matched", 1), partial(end, "rlvr", 1)),
+            "two other seeds": (partial(end, arm, 1), partial(end, arm, 2)),
+            "two random updates": (noise, noise),
         }
-        whole = _flat(target)
-        for basis, (first, second) in bases.items():
-            left, (c_first, c_second) = residual(whole, (_flat(first), _flat(second)))
-            squares = sum(
-                (residual(w.flatten(), (first[name].flatten(), second[name].flatten()))[0] * w.norm()) ** 2
-                for name, w in target.items()
-            )
+        for basis, pair in bases.items():
+            first, second = (make() for make in pair)
+            left, (c_first, c_second) = residual(whole, (first, second))
+            parts = zip(*(update.split(sizes) for update in (whole, first, second)), strict=True)
+            squares = sum((residual(w, two)[0] * w.norm()) ** 2 for w, *two in parts)
             rows.append(
                 {
                     "arm": arm,
@@ -74,16 +76,17 @@ def measure(study: Study) -> pd.DataFrame:
                     "residual_by_matrix": float(squares.sqrt() / whole.norm()),
                     "coefficient_first": c_first,
                     "coefficient_second": c_second,
-                    "cosine_first": cosine(whole, _flat(first)),
-                    "cosine_second": cosine(whole, _flat(second)),
-                    "cosine_between": cosine(_flat(first), _flat(second)),
+                    "cosine_first": cosine(whole, first),
+                    "cosine_second": cosine(whole, second),
+                    "cosine_between": cosine(first, second),
                 }
             )
     return pd.DataFrame(rows)
 
 
 def _flat(update: Weights) -> Tensor:
-    return torch.cat([w.flatten() for w in update.values()])
+    """Return all matrices as one vector, by name: a model and a snapshot list them in different orders."""
+    return torch.cat([w.flatten() for _, w in sorted(layers(update).items())])
 
 
 SPAN = Analysis(
