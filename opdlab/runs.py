@@ -256,10 +256,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_same(path: Path, source: Path) -> None:
     """Make ``path`` a second name of the file ``source``, or a copy where a disk has one name for a file.
 
-    Files of runs are replaced as a whole, never changed, so one name does not follow the other.
-
-    Raises:
-        OpdlabError: as :func:`write_whole`.
+    Files of runs are replaced as a whole, never changed, so one name does not follow the other. Raises what
+    :func:`write_whole` does.
     """
 
     def link(temporary: Path) -> None:
@@ -268,7 +266,8 @@ def write_same(path: Path, source: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
 
-    write_whole(path, link)
+    if not (path.exists() and path.samefile(source)):  # Two names of one file are not moved onto each other.
+        write_whole(path, link)
 
 
 def write_json(path: Path, value: object) -> None:
