@@ -44,7 +44,7 @@ test: $(READY)  ## check the code, run the tests, look at the site, and run ever
 	@$(MAKE) --no-print-directory chapters
 
 site-tests: book  ## look at every page of the site in Chromium or Chrome; without one, check the links only
-	@$(BIN)/python -m pytest --tb=short tests/browser
+	@$(BIN)/python -m pytest --tb=short tests/site
 
 chapters: $(READY)  ## run every chapter twice: from the records, and with every run trained
 	@$(MAKE) --no-print-directory $(SIDE_BY_SIDE) chapters-tiny chapters-smoke

@@ -3,7 +3,7 @@
     python benchmarks/full_step.py --scale full --out full.json      # on a GPU of 80 GB; 25 GB of disk, ten minutes
     python benchmarks/full_step.py --scale full-0.6b --arms opd sft
 
-No hub is needed: the shapes are those of the models that the scale names (opdlab.planning.SHAPES), the weights are
+No hub is needed: the shapes are those of the models that the scale names (opdlab.lab.budget.SHAPES), the weights are
 random, and the prompts are those of the laboratory, one token per character. A random model never ends a completion, so
 each has all the tokens that are typical of the scale. Beside what is measured stands what 'opdlab plan' says.
 """
@@ -21,15 +21,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from opdlab.arms import ARMS, PAPER
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair
-from opdlab.learner import Learner
-from opdlab.models import character_tokenizer, save_model
-from opdlab.planning import DEVICES, GB, SHAPES, check_room, new_config, plan_run
-from opdlab.runs import Home, device_of, load_tensors, provenance, save_tensors, write_json
-from opdlab.scales import SCALES, Scale
-from opdlab.tasks import RUNNING_SUM
+from opdlab.lab.budget import DEVICES, GB, SHAPES, check_room, new_config, plan_run
+from opdlab.lab.grid import ARMS, PAPER
+from opdlab.lab.scales import SCALES, Scale
+from opdlab.lab.tasks import RUNNING_SUM
+from opdlab.models.files import load_tensors, save_tensors, write_json
+from opdlab.models.folders import character_tokenizer, save_model
+from opdlab.processes import find_device, provenance
+from opdlab.training.store import Home
+from opdlab.training.trainer import Learner
 
 
 def write_random_model(folder: Path, shape: dict, seed: int, device: torch.device) -> None:
@@ -47,7 +49,7 @@ def typical(scale: Scale) -> Scale:
 
 def one_step(scale: Scale, arm: str, home: Home, scratch: Path) -> dict:
     """Make two steps of an arm, the second of which counts, a snapshot and a measurement of one matrix of each kind."""
-    device = device_of(scale)
+    device = find_device(scale.gpu)
     check_room(scale, arm, home)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write what was measured to this JSON file too")
     options = parser.parse_args()
     scale = typical(SCALES[options.scale])
-    device, rows = device_of(scale), []
+    device, rows = find_device(scale.gpu), []
     with tempfile.TemporaryDirectory() as scratch:
         home = Home(Path(scratch))
         for seed, name in enumerate(("base", "teacher")):

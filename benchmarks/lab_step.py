@@ -22,13 +22,12 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import torch
 from torch import Tensor, nn
 
-from opdlab.analyses import Study
-from opdlab.batches import micro_batches
-from opdlab.learner import Learner, random_numbers, torch_generator
-from opdlab.objectives import reverse_kl, token_mean
-from opdlab.rollouts import Rollouts, sample
-from opdlab.runs import default_home
-from opdlab.scales import TINY
+from opdlab.lab.analyses import Study
+from opdlab.lab.scales import TINY
+from opdlab.training.objectives import reverse_kl, token_mean
+from opdlab.training.rollouts import Rollouts, micro_batches, sample
+from opdlab.training.store import default_home
+from opdlab.training.trainer import Learner, random_numbers, torch_generator
 
 Row = tuple[str, float]
 

@@ -25,9 +25,9 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError, exit_status
-from opdlab.instrument import Job
-from opdlab.processes import workers
-from opdlab.runs import provenance, write_json
+from opdlab.measuring.update import Job
+from opdlab.models.files import write_json
+from opdlab.processes import provenance, workers
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 # Qwen3-8B: the matrices of a layer, 36 of them; its embedding and its head.
@@ -66,7 +66,7 @@ def time_measure(folder: Path, nulls: bool, device: str, repeats: int) -> tuple[
 
 def time_baseline(folder: Path, nulls: bool, device: str, repeats: int) -> tuple[float, float]:
     """Return the same for full decompositions alone: w0, w1, their difference; permuted and norm-matched with nulls."""
-    from opdlab.checkpoints import open_checkpoint
+    from opdlab.models.checkpoints import open_checkpoint
 
     w0, w1 = (
         open_checkpoint(folder / f"{name}.safetensors").read(NAME).double().to(device) for name in ("base", "tuned")

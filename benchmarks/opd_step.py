@@ -36,15 +36,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from opdlab.arms import ARMS
-from opdlab.checkpoints import weight_files
 from opdlab.errors import OpdlabError
-from opdlab.learner import Learner, random_numbers
-from opdlab.models import load_model, load_tokenizer, new_model, save_model
-from opdlab.rollouts import Rollouts
-from opdlab.runs import default_home, device_of, write_json
-from opdlab.scales import SMALL, TINY, Recipe, Scale
-from opdlab.tasks import TASKS
+from opdlab.lab.grid import ARMS
+from opdlab.lab.scales import SMALL, TINY, Recipe, Scale
+from opdlab.lab.tasks import TASKS
+from opdlab.models.checkpoints import weight_files
+from opdlab.models.files import write_json
+from opdlab.models.folders import load_model, load_tokenizer, new_model, save_model
+from opdlab.processes import find_device
+from opdlab.training.rollouts import Rollouts
+from opdlab.training.store import default_home
+from opdlab.training.trainer import Learner, random_numbers
 
 PARTS = ("rollout", "teacher", "student", "optimizer", "rest")
 
@@ -232,7 +234,7 @@ def train_with_trl(
     recipe, task = case.recipe, TASKS[case.scale.task]
     micro_batch = min(case.scale.micro_batch, recipe.sequences)
     prompts = [task.prompts(recipe.prompts, random_numbers(0, "prompts", step)) for step in range(steps)]
-    device = device_of(case.scale)
+    device = find_device(case.scale.gpu)
     half = device.type == "cuda" and case.scale.compute == "bfloat16"
     student = load_model(folder / "anchor")
     teacher = load_model(folder / "teacher", dtype=torch.bfloat16 if half else torch.float32)
@@ -333,7 +335,7 @@ def flops(student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, c
 
 def matmul_rate(folder: Path, scale: Scale, clock: str) -> float:
     """Return the best FLOP/s of this device on products of the size of a feed-forward layer, in the passes' dtype."""
-    shape, device = json.loads((folder / "anchor" / "config.json").read_text()), device_of(scale)
+    shape, device = json.loads((folder / "anchor" / "config.json").read_text()), find_device(scale.gpu)
     kind = {"device": device, "dtype": getattr(torch, scale.compute) if device.type == "cuda" else torch.float32}
     rows, width, inner = 1024, shape["hidden_size"], shape["intermediate_size"]
     left, right = torch.randn(rows, width, **kind), torch.randn(width, inner, **kind)

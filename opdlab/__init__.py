@@ -1,15 +1,8 @@
 """opdlab: the parameter-space geometry of on-policy distillation, next to SFT and RLVR.
 
-Read it in this order: :mod:`opdlab.tasks`, :mod:`opdlab.objectives`, :mod:`opdlab.rollouts`, :mod:`opdlab.batches`,
-:mod:`opdlab.signals`, :mod:`opdlab.constraints`, :mod:`opdlab.arms`, :mod:`opdlab.scales`, :mod:`opdlab.learner`,
-:mod:`opdlab.training` for how models are trained; :mod:`opdlab.geometry` for how an update is measured;
-:mod:`opdlab.runs`, :mod:`opdlab.analyses`, :mod:`opdlab.records`, :mod:`opdlab.reproduction` for how results are found,
-kept and repeated;
-:mod:`opdlab.claims` for what they say about the paper; :mod:`opdlab.fetch`, :mod:`opdlab.planning`,
-:mod:`opdlab.engines`, :mod:`opdlab.beside` for real pretrained models;
-:mod:`opdlab.engines` for training on many GPUs;
-:mod:`opdlab.checkpoints`, :mod:`opdlab.instrument`, :mod:`opdlab.compare`, :mod:`opdlab.callback` for models that
-were trained elsewhere.
+The rooms, each below the next: :mod:`opdlab.geometry` (tensors in, numbers out), :mod:`opdlab.models` (weights on
+disk), :mod:`opdlab.training` (how models learn), :mod:`opdlab.figures`, :mod:`opdlab.measuring` (updates between
+checkpoints), :mod:`opdlab.lab` (the book's own experiments) and :mod:`opdlab.claims` (what they say about the paper).
 """
 
 import warnings

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from opdlab.errors import OpdlabError, exit_status
 
 if TYPE_CHECKING:
-    from opdlab.runs import Home
-    from opdlab.scales import Scale
+    from opdlab.lab.scales import Scale
+    from opdlab.training.store import Home
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from opdlab.instrument import default_out, find_trajectory, measure_checkpoints
-    from opdlab.runs import default_cache
-    from opdlab.summaries import overall_means
+    from opdlab.geometry.summary import overall_means
+    from opdlab.measuring.update import default_out, find_trajectory, measure_checkpoints
+    from opdlab.models.files import cache_folder
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
@@ -103,7 +103,7 @@ def _measure(options: argparse.Namespace) -> None:
         seed=options.seed,
         nulls=not options.no_nulls,
         processes=options.processes if options.device == "cpu" else 1,
-        cache=None if options.no_cache else default_cache(),
+        cache=None if options.no_cache else cache_folder(),
         device=options.device,
         progress=True,
     )
@@ -118,7 +118,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from opdlab.compare import compare_measurements, pair_means
+    from opdlab.measuring.compare import compare_measurements, pair_means
 
     models, pairs = compare_measurements(
         options.results, options.out, seed=options.seed, processes=options.processes, progress=True
@@ -129,7 +129,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from opdlab.fetch import default_folder, fetch
+    from opdlab.models.fetch import default_folder, fetch
 
     folder = options.out or default_folder(options.model)
     origin = fetch(options.model, folder, options.source, progress=True)
@@ -137,8 +137,8 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _scales(_: argparse.Namespace) -> None:
-    from opdlab.arms import ARMS
-    from opdlab.scales import SCALES
+    from opdlab.lab.grid import ARMS
+    from opdlab.lab.scales import SCALES
 
     for scale in SCALES.values():
         print(f"{scale.name:10} {scale.summary}")
@@ -151,14 +151,14 @@ def _scales(_: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace, scale: Scale, home: Home) -> None:
     if options.engine:
-        from opdlab.engines.launch import launch
+        from opdlab.training.trl_launch import launch
 
         launch(scale, options.arm, options.seed, home, processes=options.processes, dry_run=options.dry_run)
         return
     if options.processes or options.dry_run:
         raise OpdlabError("--processes and --dry-run are of an engine: add --engine trl")
-    from opdlab.runs import Run
-    from opdlab.training import train
+    from opdlab.training.loop import train
+    from opdlab.training.store import Run
 
     run = Run.of(scale, options.arm, options.seed, home)
     print(f"run folder: {run.folder}")
@@ -171,7 +171,7 @@ def _train(options: argparse.Namespace, scale: Scale, home: Home) -> None:
 
 def _asked(options: argparse.Namespace, scale: Scale) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the arms and the analyses that were asked for, by default all that the scale has records of."""
-    from opdlab.analyses import ANALYSES
+    from opdlab.lab.analyses import ANALYSES
 
     if not options.arm and not options.analysis:
         return scale.recorded, scale.analyses
@@ -181,8 +181,8 @@ def _asked(options: argparse.Namespace, scale: Scale) -> tuple[tuple[str, ...], 
 
 
 def _record(options: argparse.Namespace, scale: Scale, home: Home) -> None:
-    from opdlab.planning import processes_for
-    from opdlab.reproduction import build, plan
+    from opdlab.lab.budget import processes_for
+    from opdlab.lab.scheduler import build, plan
 
     arms, analyses = _asked(options, scale)
     jobs = plan(scale, home, arms, tuple(options.seed or ()), analyses=analyses)
@@ -191,10 +191,10 @@ def _record(options: argparse.Namespace, scale: Scale, home: Home) -> None:
 
 
 def _reproduce(options: argparse.Namespace, scale: Scale, home: Home) -> None:
-    from opdlab.arms import get_arm
-    from opdlab.planning import processes_for
-    from opdlab.reproduction import build, compare, plan
-    from opdlab.runs import Home
+    from opdlab.lab.budget import processes_for
+    from opdlab.lab.grid import get_arm
+    from opdlab.lab.scheduler import build, compare, plan
+    from opdlab.training.store import Home
 
     seeds = tuple(options.seed or scale.variant_seeds[:1])
     kept, (arms, analyses) = home.records(scale), _asked(options, scale)
@@ -223,7 +223,7 @@ def _reproduce(options: argparse.Namespace, scale: Scale, home: Home) -> None:
 
 
 def _plan(options: argparse.Namespace, scale: Scale, home: Home) -> None:
-    from opdlab.planning import DEVICES, plan_run, plan_table
+    from opdlab.lab.budget import DEVICES, plan_run, plan_table
 
     arms = tuple(options.arm or scale.recorded)
     device = DEVICES[options.device or ("h100" if scale.gpu else "cpu")]
@@ -241,8 +241,8 @@ def _plan(options: argparse.Namespace, scale: Scale, home: Home) -> None:
 
 
 def _models(options: argparse.Namespace, scale: Scale, home: Home) -> None:
-    from opdlab.planning import processes_for
-    from opdlab.reproduction import all_models, build, plan, provide_pretrained
+    from opdlab.lab.budget import processes_for
+    from opdlab.lab.scheduler import all_models, build, plan, provide_pretrained
 
     jobs = plan(scale, home, (), models=all_models(scale))
     if jobs:
@@ -258,8 +258,8 @@ def _run(options: argparse.Namespace) -> None:
         alone[options.command](options)
         return
     # Imported here so that 'opdlab --help' answers at once.
-    from opdlab.runs import Home, default_home
-    from opdlab.scales import get_scale
+    from opdlab.lab.scales import get_scale
+    from opdlab.training.store import Home, default_home
 
     scale, home = get_scale(options.scale), Home(options.home.resolve()) if options.home else default_home()
     if options.command != "plan" and scale.engine and getattr(options, "engine", None) != scale.engine:

@@ -1,18 +1,27 @@
-"""Worker processes side by side, for work on small matrices: two with one thread each beat one with two threads."""
+"""This machine: worker processes, threads and devices, and what a result was computed on.
+
+Work on small matrices runs in processes side by side: two with one thread each beat one with two threads.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 from threading import RLock, Thread
 
+import numpy
 import torch
 from tqdm import tqdm
+
+from opdlab.errors import OpdlabError
 
 # Spawned, as a fork of a process that has used several threads may hang.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -72,3 +81,41 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def find_device(gpu: bool = False) -> torch.device:
+    """Return the device to train on: ``OPDLAB_DEVICE``, or a GPU if ``gpu`` asks for one and there is one, or the CPU.
+
+    Raises:
+        OpdlabError: if there is no such device.
+    """
+    wanted = os.environ.get("OPDLAB_DEVICE") or ("cuda" if gpu and torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as problem:
+        raise OpdlabError(f"the device {wanted!r} cannot be used ({problem}); set OPDLAB_DEVICE=cpu") from problem
+
+
+def _processor() -> str:
+    """Return the processor's name as Linux tells it, with family and model; elsewhere what Python knows."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        fields = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines())
+        return f"{fields['model name'].strip()} (family{fields['cpu family']}, model{fields['model']})"
+    except (OSError, ValueError, KeyError):
+        return platform.processor() or platform.machine()
+
+
+def provenance(device: torch.device | None = None) -> dict:
+    """Return what floating-point results depend on beside the configuration: versions, processor and device."""
+    device = device or torch.device("cpu")
+    gpu = {} if device.type == "cpu" else {"cuda": torch.version.cuda}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "numpy": numpy.__version__,
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{platform.system()} {platform.machine()}",
+    } | gpu

@@ -23,7 +23,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
-from opdlab.runs import provenance, write_json
+from opdlab.models.files import write_json
+from opdlab.processes import provenance
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 STATUS = BOOK.parent / "data" / "status.json"

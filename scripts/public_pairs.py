@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from opdlab.checkpoints import open_checkpoint
 from opdlab.errors import OpdlabError, exit_status
 from opdlab.geometry import bf16_equal, describe
-from opdlab.instrument import check_comparable
-from opdlab.runs import default_cache, write_json
+from opdlab.measuring.update import check_comparable
+from opdlab.models.checkpoints import open_checkpoint
+from opdlab.models.files import cache_folder, write_json
 
 TOLERANCE = 1.0  # points: the two papers that measured these pairs differ by up to 0.9 of one
 WANTED = ("*.safetensors", "*.json")
@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     names = [pair.name for pair in PAIRS]
     parser.add_argument("--pair", action="append", choices=names, metavar="NAME", help=f"only {' or '.join(names)}")
-    parser.add_argument("--cache", type=Path, default=default_cache() / "public_pairs", help="default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "public_pairs", help="default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="keep the models that it downloads")
     options = parser.parse_args(arguments)
     chosen = [pair for pair in PAIRS if not options.pair or pair.name in options.pair]

@@ -14,10 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
-from opdlab.models import new_model
-from opdlab.runs import Home
-from opdlab.scales import SMOKE
-from opdlab.training import install_model, train
+from opdlab.lab.scales import SMOKE
+from opdlab.models.folders import new_model
+from opdlab.training.loop import install_model, train
+from opdlab.training.store import Home
 
 # Of models that are only stored and measured.
 SMALL_SHAPE = {

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from opdlab.errors import OpdlabError
-from opdlab.records import Records, nearest, per_run
+from opdlab.lab.records import Records, nearest, per_run
 from opdlab.stats import Interval, bootstrap_interval, mean_interval
 
 #: What a verdict can be.
@@ -39,7 +39,7 @@ class Value:
     Attributes:
         column: of the records' ``matrices``, or of their ``trajectory`` where ``progress`` is given; "sampled" and
             "greedy" (accuracy), "entropy" and "kl_teacher" are of their ``evaluations``.
-        analysis: the column is of this analysis instead (:data:`opdlab.analyses.ANALYSES`).
+        analysis: the column is of this analysis instead (:data:`opdlab.lab.analyses.ANALYSES`).
         where: of an analysis, only rows with these entries.
         progress: share of the training; the snapshot nearest to it.
         since: the change since that share of the training, instead of the value itself.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opdlab.geometry import _checks
-from opdlab.geometry._eigen import eigenvalues, gram
+from opdlab.geometry._linalg import eigenvalues, gram
 
 
 class Svd(NamedTuple):

@@ -1,0 +1,1 @@
+"""Figures: functions from a table to a picture, in one visual language."""

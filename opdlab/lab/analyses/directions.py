@@ -1,0 +1,96 @@
+"""How the directions of an update come to be: each snapshot's, one by one, against those at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pandas as pd
+from torch import Tensor
+
+from opdlab.geometry import describe, frobenius, random_walk, svd, top_right
+from opdlab.geometry.measure import generator_of
+from opdlab.lab.analyses.study import Analysis, Study, layers
+
+#: Arms that are looked at.
+ARMS_SHOWN = ("opd", "rlvr", "sft_matched")
+#: Directions at each time, few enough to see them one by one.
+COUNT = 8
+#: What stands in the column ``arm`` for the random walk whose steps are as large as those of the first arm.
+WALK = "random walk"
+
+
+def cosines(updates: Sequence[Tensor], count: int = COUNT) -> list[Tensor]:
+    """Return how each snapshot's leading input directions lie to the last one's.
+
+    Args:
+        updates: T cumulative updates (m, n), in order.
+        count: directions at each time, K, at most min(m, n).
+
+    Returns:
+        T matrices (K, K): the absolute cosine of right singular vector i at that time and j at the end. The squares of
+        a column add up to the share of that final direction in the early subspace, and the mean of these sums is
+        Sim_K. NaN for directions that an update does not have.
+
+    >>> import torch
+    >>> early, late = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([4.0, 3.0]))
+    >>> cosines([early, late], 2)[0]
+    tensor([[0., 1.],
+            [1., 0.]], dtype=torch.float64)
+    """
+    bases = [top_right(svd(update, k=count), count) for update in updates]
+    return [(basis.T @ bases[-1]).abs() for basis in bases]
+
+
+def chosen_matrix(names: Sequence[str]) -> str:
+    """Return the matrix that is looked at: the value projection of the middle layer, chosen before any was seen.
+
+    >>> chosen_matrix([f"model.layers.{i}.self_attn.{module}_proj.weight" for i in range(3) for module in "qkvo"])
+    'model.layers.1.self_attn.v_proj.weight'
+    """
+    values = [name for name in names if describe(name).module == "v_proj"]
+    return values[len(values) // 2]
+
+
+def measure(study: Study) -> pd.DataFrame:
+    """Return one row per arm, snapshot and pair of directions.
+
+    Columns: ``arm`` (:data:`WALK` is the null), ``step`` and ``progress``, the number of the ``direction`` then and of
+    the ``final`` one, both from 1, and the absolute ``cosine`` between them.
+    """
+    rows = []
+    for arm in ARMS_SHOWN:
+        run = study.run(arm)
+        origin = layers(run.snapshot(0))
+        matrix = chosen_matrix(list(origin))
+        w0, steps = origin[matrix].double(), run.config["snapshots"][1:]
+        updates = [run.snapshot(step)[matrix].double() - w0 for step in steps]
+        paths = {arm: updates}
+        if arm == ARMS_SHOWN[0]:
+            increments = [updates[0], *(after - before for before, after in pairwise(updates))]
+            generator = generator_of(study.seed, matrix)
+            paths[WALK] = list(random_walk([frobenius(increment) for increment in increments], w0.shape, generator))
+        for name, path in paths.items():
+            for step, table in zip(steps, cosines(path), strict=True):
+                rows += [
+                    {
+                        "arm": name,
+                        "step": step,
+                        "progress": step / steps[-1],
+                        "direction": i + 1,
+                        "final": j + 1,
+                        "cosine": round(float(table[i, j]), 3),
+                    }
+                    for i in range(COUNT)
+                    for j in range(COUNT)
+                ]
+    return pd.DataFrame(rows)
+
+
+DIRECTIONS = Analysis(
+    "directions",
+    "how the directions of an update come to be",
+    measure,
+    ARMS_SHOWN,
+    one_seed=True,
+)

@@ -1,0 +1,121 @@
+"""Do the gradients of chosen tokens, other writers and other objectives vary in the same directions, on one batch?
+
+The paper explains why its controls change little by a subspace that the gradients of all tokens share: their second
+moment E[g gᵀ] stays what it was when tokens are left out (2606.07082, section 6). It shows no measurement of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opdlab.geometry import describe, sim_k
+from opdlab.lab.analyses.study import Analysis, Study, layers
+from opdlab.training import objectives
+from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches
+from opdlab.training.trainer import Learner, random_numbers, torch_generator
+
+#: The arms whose losses are compared with that of OPD on all tokens.
+LOSSES = (
+    "opd", "opd_full", "rlvr", "sft_matched", "opd_top50", "opd_top25", "opd_top5", "opd_random50", "opd_random25",
+    "opd_random5", "opd_absolute5", "opd_entropy5", "opd_teacher100", "opd_sequence_mean", "opd_sign", "opd_forward",
+)  # fmt: skip
+Moments = dict[str, Tensor]
+
+
+def second_moments(losses: Iterator[Tensor], matrices: dict[str, Tensor]) -> tuple[Moments, Moments]:
+    """Return the mean of gᵀ g (n, n) over losses, and that of g (m, n), for each matrix.
+
+    Args:
+        losses: scalars whose gradients are g, one per completion.
+        matrices: (m, n) by name, which take gradients.
+    """
+    squares = {name: torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64) for name, w in matrices.items()}
+    means = {name: torch.zeros(w.shape, dtype=torch.float64) for name, w in matrices.items()}
+    count = 0
+    for loss in losses:
+        count += 1
+        if loss.requires_grad:
+            for (name, square), gradient in zip(
+                squares.items(), torch.autograd.grad(loss, list(matrices.values())), strict=True
+            ):
+                gradient = gradient.double()
+                square += gradient.T @ gradient
+                means[name] += gradient
+    return {n: s / count for n, s in squares.items()}, {n: m / count for n, m in means.items()}
+
+
+def _completions(learner: Learner, loss: Callable[[MicroBatch], Tensor]) -> Iterator[Tensor]:
+    """Yield the loss of each completion of the first batch."""
+    rollouts, rewards = learner.batch(0)
+    advantages = None
+    if learner.arm.listens_to_rewards and rewards is not None:
+        advantages = objectives.grpo_advantages(rewards, rollouts.samples)
+    for i, completion in enumerate(rollouts.completions):
+        alone = Rollouts([rollouts.prompts[i // rollouts.samples]], [completion])
+        own = None if advantages is None else advantages[i : i + 1]
+        (part,) = micro_batches(alone, 1, learner.student.device, own)
+        yield loss(part)
+
+
+def _moments(study: Study, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
+    learner = Study(study.scale, study.home, seed).learner(arm)
+    random = torch_generator(random_numbers(seed, "tokens", 0))
+
+    def own(part: MicroBatch) -> Tensor:
+        losses, _ = learner.read(part, int(part.mask.sum()), random)
+        (loss,) = losses.values()
+        return loss
+
+    def signs(part: MicroBatch) -> Tensor:
+        logps = objectives.token_logps(part.logits(learner.student), part.tokens)
+        credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
+        return objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
+
+    matrices = layers(dict(learner.student.named_parameters()))
+    return second_moments(_completions(learner, signs if random_signs else own), matrices)
+
+
+def measure(study: Study) -> pd.DataFrame:
+    """Return one row per loss and matrix: how its gradients compare with those of OPD.
+
+    The gradients are those of single completions of the first batch, at the anchor. Columns: ``arm``, Sim_K of the top
+    right subspaces of E[gᵀ g], the share of its trace in OPD's top-K subspace (``energy_K``), both at random, and the
+    cosine of the mean gradients. Besides the losses of arms: "opd, another batch", and "random signs", OPD with each
+    token's credit drawn from {-1, 1}.
+    """
+    names = {arm: (arm, study.seed, False) for arm in LOSSES}
+    names |= {"opd, another batch": ("opd", study.later(), False), "random signs": ("opd", study.seed, True)}
+    found = {name: _moments(study, *names[name]) for name in study.follow(names, "gradients")}
+    squares, means = found["opd"]
+    bases = {name: _directions(square) for name, square in squares.items()}
+    rows = []
+    for arm, (other_squares, other_means) in found.items():
+        for name, square in other_squares.items():
+            basis, n = _directions(square), len(square)
+            row = {"arm": arm, **describe(name)._asdict(), "parameters": means[name].numel()}
+            row["cosine"] = float(
+                torch.nn.functional.cosine_similarity(means[name].flatten(), other_means[name].flatten(), dim=0)
+            )
+            for k in study.scale.geometry.sim_ks:
+                top = bases[name][:, :k]
+                row[f"sim_right_K{k}"] = sim_k(top, basis[:, :k])
+                row[f"energy_K{k}"] = float((top.T @ square @ top).trace() / square.trace())
+                row[f"sim_right_random_K{k}"] = k / n
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _directions(square: Tensor) -> Tensor:
+    """Return the eigenvectors (n, n), those of the largest eigenvalues first; NaN where there is no gradient at all."""
+    vectors = torch.linalg.eigh(square).eigenvectors.flip(1)
+    return vectors if square.any() else torch.full_like(vectors, torch.nan)
+
+
+GRADIENTS = Analysis(
+    "gradients", "whether the gradients of other tokens and losses share OPD's directions", measure, LOSSES,
+    (("opd", 1),), keys=("arm",), trained=False,
+)  # fmt: skip

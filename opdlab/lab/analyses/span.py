@@ -1,0 +1,98 @@
+"""Is OPD's update a combination of SFT's and RLVR's?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opdlab.geometry import cosine
+from opdlab.lab.analyses.study import Analysis, Study, Weights, layers
+
+#: Updates that are explained.
+TARGETS = ("opd", "opd_full")
+
+
+def residual(target: Tensor, basis: Sequence[Tensor]) -> tuple[float, list[float]]:
+    """Return what is left of ``target`` outside the span of ``basis``, as a share of its norm, and the coefficients.
+
+    Args:
+        target: (N,) an update.
+        basis: vectors (N,) that span the space, linearly independent.
+
+    >>> residual(torch.tensor([3.0, 4.0]).double(), [torch.tensor([2.0, 0.0]).double()])
+    (0.8, [1.5])
+    """
+    matrix = torch.stack(list(basis), 1)
+    coefficients = torch.linalg.lstsq(matrix, target[:, None]).solution
+    left = (target[:, None] - matrix @ coefficients).norm() / target.norm()
+    return float(left), coefficients.flatten().tolist()
+
+
+def measure(study: Study) -> pd.DataFrame:
+    """Return one row per update and pair of updates that should explain it.
+
+    Columns: ``arm``, ``basis``, the ``residual`` with one pair of coefficients for the whole model and
+    ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients; and the cosines of the
+    update with each of the two, and between these.
+    """
+    sizes = [weight.numel() for _, weight in sorted(layers(study.model("anchor")).items())]
+    random = torch.Generator().manual_seed(study.seed)
+
+    def sft() -> Tensor:
+        base, anchor = study.model("base"), study.model("anchor")
+        return _flat({name: anchor[name] - base[name] for name in anchor})
+
+    def end(arm: str, later: int = 0) -> Tensor:
+        return _flat(study.update(arm, seed=study.later(later)))
+
+    def noise() -> Tensor:
+        return torch.cat([torch.randn(size, generator=random, dtype=torch.float64) for size in sizes])
+
+    rows = []
+    for arm in TARGETS:
+        whole = end(arm)
+        # Made one pair at a time, as of a real model each update takes a gigabyte.
+        bases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            "SFT and RLVR": (sft, partial(end, "rlvr")),
+            "matched SFT and RLVR": (partial(end, "sft_matched"), partial(end, "rlvr")),
+            "matched SFT and RLVR of another seed": (partial(end, "sft_matched", 1), partial(end, "rlvr", 1)),
+            "two other seeds": (partial(end, arm, 1), partial(end, arm, 2)),
+            "two random updates": (noise, noise),
+        }
+        for basis, pair in bases.items():
+            first, second = (make() for make in pair)
+            left, (c_first, c_second) = residual(whole, (first, second))
+            parts = zip(*(update.split(sizes) for update in (whole, first, second)), strict=True)
+            squares = sum((residual(w, two)[0] * w.norm()) ** 2 for w, *two in parts)
+            rows.append(
+                {
+                    "arm": arm,
+                    "basis": basis,
+                    "residual": left,
+                    "residual_by_matrix": float(squares.sqrt() / whole.norm()),
+                    "coefficient_first": c_first,
+                    "coefficient_second": c_second,
+                    "cosine_first": cosine(whole, first),
+                    "cosine_second": cosine(whole, second),
+                    "cosine_between": cosine(first, second),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _flat(update: Weights) -> Tensor:
+    """Return all matrices as one vector, by name: a model and a snapshot list them in different orders."""
+    return torch.cat([w.flatten() for _, w in sorted(layers(update).items())])
+
+
+SPAN = Analysis(
+    "span",
+    "what is left of OPD's update outside the span of two others",
+    measure,
+    (*TARGETS, "rlvr", "sft_matched"),
+    (*((arm, later) for arm in TARGETS for later in (1, 2)), ("rlvr", 1), ("sft_matched", 1)),
+)

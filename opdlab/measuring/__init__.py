@@ -1,0 +1,1 @@
+"""The geometry of an update between checkpoints on disk, whoever trained them."""

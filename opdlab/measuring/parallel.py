@@ -1,0 +1,107 @@
+"""Work that is done tensor by tensor: side by side, within a bound of memory, and gone on with where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from opdlab.errors import OpdlabError
+from opdlab.models.files import write_json, write_whole
+from opdlab.processes import workers
+
+
+def collect(
+    out: Path,
+    identity: dict,
+    work: Callable[[str], dict],
+    sizes: dict[str, int],
+    processes: int,
+    progress: bool,
+) -> dict[str, dict]:
+    """Call ``work`` on every name and return what it found, by name.
+
+    Each result is written to ``out`` as soon as it is there, so that the same call after a stop does what is left.
+    :func:`finish` ends that.
+
+    Args:
+        out: folder of the results.
+        identity: what stopped work must share with this to be gone on with, as JSON values.
+        work: what to do with one tensor; it returns JSON values, and can be pickled.
+        sizes: names of the tensors and their numbers of entries, largest first.
+        processes: how many at once, with one thread each; 1 stays in this process.
+        progress: show a bar.
+
+    Raises:
+        OpdlabError: if the folder cannot be written or holds other work, a process was killed, or as ``work`` does.
+    """
+    done = _resume(out, identity)
+    left = {name: size for name, size in sizes.items() if name not in done}
+    with (
+        tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", disable=not progress) as bar,
+        open(out / "rows.jsonl", "a") as log,
+    ):
+        for name, found in _side_by_side(work, left, processes):
+            done[name] = found
+            try:
+                log.write(json.dumps({"name": name, "found": found}) + "\n")
+                log.flush()
+            except OSError as problem:
+                raise OpdlabError(
+                    f"{log.name} cannot be written ({problem.strerror}); make room, run again"
+                ) from problem
+            bar.set_postfix_str(name[-40:])
+            bar.update()
+    return done
+
+
+def finish(out: Path) -> None:
+    """Forget what was kept to go on with, as the results are written."""
+    (out / "rows.jsonl").unlink(missing_ok=True)
+
+
+def _side_by_side(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
+    if processes == 1:
+        yield from ((name, work(name)) for name in sizes)
+        return
+    # Memory is that of the largest tensor, however many processes there are: what is measured side by side is together
+    # hardly larger than that; eight million entries, half a gigabyte, are for the small ones.
+    room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
+    running: dict[Future[dict], str] = {}
+    with workers(processes) as pool:
+        try:
+            while waiting or running:
+                for name, size in list(waiting.items()):
+                    if len(running) < 2 * processes and size + sum(sizes[other] for other in running.values()) <= room:
+                        running[pool.submit(work, name)] = name
+                        del waiting[name]
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool as problem:
+            raise OpdlabError(
+                "a measuring process was killed, perhaps for lack of memory: use fewer --processes; the same command "
+                "goes on with the tensors that are left"
+            ) from problem
+
+
+def _resume(out: Path, identity: dict) -> dict[str, dict]:
+    """Return what an earlier, unfinished call for the same work found, and prepare the folder for the rest."""
+    identity, log, lines = json.loads(json.dumps(identity)), out / "rows.jsonl", []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "job.json").is_file() and json.loads((out / "job.json").read_text()) != identity:
+            raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
+        if log.is_file():
+            # A kill may have cut the last line, so keep whole lines only.
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        done = {line["name"]: line["found"] for line in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
+    write_json(out / "job.json", identity)
+    write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
+    return done

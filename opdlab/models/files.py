@@ -1,0 +1,103 @@
+"""Files: each is written under another name, then moved into place, so a killed program leaves whole files only."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+
+
+def cache_folder() -> Path:
+    """Return the cache folder (safe to delete): ``OPDLAB_CACHE``, or opdlab's own folder among the user's caches.
+
+    It holds fetched models and decompositions of the models that updates were measured from.
+    """
+    folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
+    return Path(folder).expanduser()
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` write a file under a temporary name, then move it to ``path``.
+
+    Raises:
+        OpdlabError: if the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as problem:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
+        if full:
+            raise OpdlabError(f"the disk is full: {path} was not written; make room and run it again") from problem
+        raise OpdlabError(f"{path} cannot be written ({problem}); choose a folder that can be") from problem
+
+
+def link_or_copy(path: Path, source: Path) -> None:
+    """Make ``path`` a second name of the file ``source``, or a copy where a disk has one name for a file.
+
+    Files of runs are replaced as a whole, never changed, so one name does not follow the other. Raises what
+    :func:`write_whole` does.
+    """
+
+    def link(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    if not (path.exists() and path.samefile(source)):  # Two names of one file are not moved onto each other.
+        write_whole(path, link)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as indented JSON; what is undefined becomes null."""
+    write_text(path, json.dumps(_defined(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def _defined(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defined(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write tensors and text fields as one safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: the tensors and the text fields.
+
+    Raises:
+        OpdlabError: if it is missing, truncated or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise OpdlabError(
+            f"{path} is missing, truncated or not a safetensors file: delete its run folder and train again"
+        ) from problem

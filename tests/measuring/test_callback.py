@@ -1,0 +1,136 @@
+"""The callback logs what the functions say, where the trainer logs, and refuses what it cannot measure."""
+
+import pytest
+import torch
+from conftest import SMALL_SHAPE
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from opdlab import geometry as g
+from opdlab.errors import OpdlabError
+from opdlab.measuring import callback
+from opdlab.measuring.callback import GeometryCallback
+from opdlab.measuring.update import find_trajectory
+from opdlab.models.files import load_tensors
+from opdlab.models.folders import new_model
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A trainer of a small model on sequences that mean nothing."""
+    tokens = torch.randint(0, 10, (16, 12), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_strategy": "no", "save_steps": 2}
+    args = TrainingArguments(tmp_path, max_steps=5, per_device_train_batch_size=4, learning_rate=1e-3, **options)
+    return Trainer(new_model(SMALL_SHAPE, 0), args=args, train_dataset=data)
+
+
+def geometry(trainer):
+    return [entry for entry in trainer.state.log_history if "geometry/stable_rank" in entry]
+
+
+def test_it_logs_what_the_functions_say(trainer):
+    origin = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=4))
+    trainer.train()
+    logged = geometry(trainer)
+    assert [entry["step"] for entry in logged] == [2, 4, 5], "every second step, and the last"
+    assert "geometry/sim_right_K4" not in logged[0], "there is no measurement before the first"
+    names = [
+        name for name in origin if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"))
+    ]
+    now = dict(trainer.model.named_parameters())
+    expected = {
+        "stable_rank": [g.stable_rank(now[name].double() - origin[name].double()) for name in names],
+        "relative_norm": [g.relative_norm(origin[name], now[name]) for name in names],
+        "sparsity": [g.bf16_sparsity(origin[name], now[name]) for name in names],
+    }
+    for key, values in expected.items():
+        assert logged[-1][f"geometry/{key}"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert 0.2 < logged[-1]["geometry/sim_right_K4"] <= 1 and 0.2 < logged[-1]["geometry/sim_left_K4"] <= 1
+    assert logged[-1]["geometry/seconds"] > 0
+
+
+def test_the_trainer_goes_on_logging_its_loss(trainer):
+    trainer.args.logging_strategy, trainer.args.logging_steps = "steps", 2
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=4))
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 4]
+    assert [entry["step"] for entry in geometry(trainer)] == [2, 4, 5]
+
+
+def test_a_matrix_that_has_not_moved_has_no_direction(trainer):
+    trainer.args.learning_rate = 0.0
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=4, matrices="mlp"))
+    trainer.train()
+    entry = [entry for entry in trainer.state.log_history if "geometry/seconds" in entry][-1]
+    assert entry["geometry/sparsity"] == 1 and entry["geometry/relative_norm"] == 0
+    assert "geometry/stable_rank" not in entry and "geometry/sim_right_K4" not in entry
+
+
+class Stop(TrainerCallback):
+    """Ends training early."""
+
+    def on_step_end(self, args, state, control, **_):
+        """Stop after three steps."""
+        control.should_training_stop = state.global_step == 3
+
+
+def test_snapshots_are_whole_and_can_be_measured(trainer, tmp_path):
+    snapshots = tmp_path / "snapshots"
+    trainer.add_callback(GeometryCallback(trainer, every=5, k=4, snapshots=snapshots, snapshot_steps=[2, 5]))
+    trainer.train()
+    assert [path.name for path in find_trajectory(snapshots)] == ["step-000002.safetensors", "step-000005.safetensors"]
+    last = load_tensors(snapshots / "step-000005.safetensors")[0]
+    weights = dict(trainer.model.named_parameters())
+    assert last.keys() == weights.keys() and all(last[name].equal(weight) for name, weight in weights.items())
+
+
+def test_training_that_stops_early_or_freezes(trainer):
+    trainer.add_callback(GeometryCallback(trainer, every=2, k=4))
+    trainer.add_callback(Stop())
+    for weight in trainer.model.model.layers[0].parameters():
+        weight.requires_grad_(False)
+    trainer.train()
+    assert [entry["step"] for entry in geometry(trainer)] == [2, 3]
+
+
+def test_adapters_are_not_weights(trainer):
+    layer = trainer.model.model.layers[0].self_attn.q_proj
+    trainer.model.requires_grad_(False)
+    layer.lora_A = torch.nn.Linear(16, 4)
+    trainer.add_callback(GeometryCallback(trainer, k=4))
+    with pytest.raises(OpdlabError, match="an adapter is measured once it is saved"):
+        trainer.train()
+
+
+def test_what_it_refuses(trainer):
+    for options, message in (
+        ({"every": 0}, "every is 0 and k is 16"),
+        ({"every": 2.5}, "every is 2.5 and k is 16"),
+        ({"matrices": "*"}, "which is no regular expression"),
+        ({"matrices": "nothing"}, "no trained matrix has a name with 'nothing'"),
+        ({"k": 16}, "k is 16, more than a side of model.layers.0.self_attn.k_proj.weight"),
+    ):
+        with pytest.raises(OpdlabError, match=message):
+            trainer.add_callback(GeometryCallback(trainer, **options))
+            trainer.train()
+        trainer.remove_callback(GeometryCallback)
+    trainer.train()
+    trainer.add_callback(GeometryCallback(trainer, k=4))
+    trainer.args.max_steps = 6
+    with pytest.raises(OpdlabError, match="training resumes at step 5"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_weight_in_parts_is_put_together(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        weight = torch.randn(8, 6)
+        parts = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        whole = callback._whole(torch.nn.Parameter(parts))
+        assert type(whole) is torch.Tensor and torch.equal(whole, weight)
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,80 @@
+"""What tests/training/test_engines.py starts in two processes: runs of opdlab.training.trl under FSDP2, without a GPU.
+
+``accelerate launch ... tests/training/engine_worker.py A/config.json B/config.json``
+"""
+
+import json
+import os
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
+
+from opdlab.lab.tasks import RUNNING_SUM, TASKS
+
+# Right whatever is said, so that a completion is rewarded for its end: untrained models earn nothing else.
+ANY_END = replace(RUNNING_SUM, answer=lambda prompt, completion: "")
+
+
+def feed(steps):
+    """Return a ``generate`` that gives each process its share of sequences that were written before.
+
+    ``steps`` is a list of [prompt, completion] for each step, all of them tokens. The prompts must be those asked for.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = [row for rows in steps for row in rows[rank * len(rows) // processes : (rank + 1) * len(rows) // processes]]
+    rest = iter(mine)
+
+    def generate(self, input_ids, attention_mask, return_dict_in_generate=False, **_):
+        rows = [next(rest) for _ in input_ids]
+        asked = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, attention_mask, strict=True)]
+        assert asked == [prompt for prompt, _ in rows], "other prompts than those of opdlab's loop, or in another order"
+        longest = max(len(completion) for _, completion in rows)
+        padded = [[*completion, *[self.config.pad_token_id] * (longest - len(completion))] for _, completion in rows]
+        sequences = torch.cat([input_ids, torch.tensor(padded)], 1)
+        return SimpleNamespace(sequences=sequences) if return_dict_in_generate else sequences
+
+    return generate
+
+
+def shard_on_cpus():
+    """Let accelerate use FSDP2 on CPUs, as it does on all other devices; 1.15 leaves them out and uses DDP there."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    begin = AcceleratorState.__init__
+
+    def begin_sharded(self, *arguments, fsdp_plugin=None, **options):
+        begin(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = begin_sharded
+
+
+def main(files):
+    from opdlab.measuring import callback
+
+    shard_on_cpus()
+    TASKS[ANY_END.name] = ANY_END
+    sharded = []
+    put_together = callback._whole
+    callback._whole = lambda weight: sharded.append(hasattr(weight, "full_tensor")) or put_together(weight)
+    for file in files:
+        sequences = Path(file).with_name("sequences.json")
+        if sequences.exists():
+            transformers.Qwen3ForCausalLM.generate = feed(json.loads(sequences.read_text()))
+        sys.argv = ["opdlab.training.trl", file]
+        try:
+            runpy.run_module("opdlab.training.trl", run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{file} ended with status {end.code}"
+    assert sharded and all(sharded), "weights were not in parts"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

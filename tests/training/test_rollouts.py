@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+
+from opdlab.errors import OpdlabError
+from opdlab.lab.tasks import RUNNING_SUM
+from opdlab.models.folders import load_model, load_tokenizer
+from opdlab.training.rollouts import micro_batches, sample
+
+
+@pytest.fixture(scope="module")
+def lab(home, scale):
+    folder = home.models(scale) / "teacher"
+    model = load_model(folder)
+    # A model that ends its answers at all sorts of lengths.
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return model, load_tokenizer(folder), RUNNING_SUM.prompts(12, np.random.default_rng(0))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_greedy_is_generate(lab):
+    model, tokenizer, prompts = lab
+    ours = sample(model, tokenizer, prompts, max_new_tokens=24, temperature=0)
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    theirs = model.generate(**batch, do_sample=False, max_new_tokens=24)[:, batch.input_ids.shape[1] :].tolist()
+    for mine, reference in zip(ours.completions, theirs, strict=True):
+        assert mine == reference[: len(mine)]
+        assert len(mine) == 24 or mine[-1] == tokenizer.eos_token_id
+
+
+def test_a_row_does_not_depend_on_its_neighbours(lab):
+    model, tokenizer, prompts = lab
+    settings = {"max_new_tokens": 24, "samples": 3}
+    together = sample(model, tokenizer, prompts, generator=generator(), **settings)
+    again = sample(model, tokenizer, prompts, generator=generator(), **settings)
+    assert together == again
+    assert len({len(row) for row in together.completions}) > 3, "the test needs rows that end at different times"
+    # The first prompts come first in the stream of random numbers, so they alone sample the same completions.
+    alone = sample(model, tokenizer, prompts[:4], generator=generator(), **settings)
+    assert alone.completions == together.completions[:12]
+    assert together != sample(model, tokenizer, prompts, generator=generator(1), **settings)
+
+
+def test_samples_follow_the_model(lab):
+    model, tokenizer, prompts = lab
+    rollouts = sample(model, tokenizer, prompts[:1], max_new_tokens=1, samples=20_000, generator=generator())
+    counts = torch.bincount(torch.tensor(rollouts.completions)[:, 0], minlength=len(tokenizer)) / 20_000
+    with torch.no_grad():
+        expected = model(**tokenizer(prompts[:1], return_tensors="pt")).logits[0, -1].softmax(-1)
+    assert (counts - expected).abs().max() < 4 * 0.5 / 20_000**0.5
+
+
+def test_completions_end_at_the_first_eos(lab):
+    model, tokenizer, prompts = lab
+    rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=4, generator=generator())
+    for row in rollouts.completions:
+        assert tokenizer.eos_token_id not in row[:-1]
+    assert rollouts.prompts == tokenizer(prompts).input_ids
+    assert rollouts.samples == 4 and rollouts.tokens == sum(map(len, rollouts.completions))
+
+
+def test_a_prompt_longer_than_the_context(lab):
+    model, tokenizer, _ = lab
+    with pytest.raises(OpdlabError, match=r"'Q1\+1.*has 205 tokens, but only 104 fit"):
+        sample(model, tokenizer, ["Q" + "1+" * 100 + "1=?A:"[1:]], max_new_tokens=24)
+
+
+@pytest.mark.parametrize("sequences", [1, 7, 100])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_packed_logits_are_those_of_each_sequence_alone(sequences, samples, lab):
+    model, tokenizer, prompts = lab
+    rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=samples, generator=generator())
+    count = len(rollouts.completions)
+    seen = []
+    for part in micro_batches(rollouts, sequences, model.device, torch.arange(float(count))):
+        assert len(part.ids) == min(max(1, sequences // samples), len(part.ids))
+        assert part.mask[:, -1].any(), "padding that no completion needs"
+        with torch.no_grad():
+            logits = part.logits(model)
+        assert logits.isfinite().all()
+        for i, number in enumerate(part.advantages.long().tolist()):
+            prompt, completion = rollouts.prompts[number // samples], rollouts.completions[number]
+            assert part.tokens[i, part.mask[i]].tolist() == completion
+            with torch.no_grad():
+                alone = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            torch.testing.assert_close(logits[i, part.mask[i]], alone, rtol=1e-4, atol=1e-5)
+            seen.append(number)
+    assert sorted(seen) == list(range(count))
+
+
+def test_padding_has_no_gradient(lab):
+    model, tokenizer, prompts = lab
+    rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=2, generator=generator())
+    gradients = []
+    for sequences in (2, 24):
+        model.zero_grad()
+        for part in micro_batches(rollouts, sequences, model.device):
+            part.logits(model).logsumexp(-1)[part.mask].sum().backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    model.zero_grad()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
