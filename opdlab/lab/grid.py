@@ -1,8 +1,8 @@
 """The arms: what each way of training starts from, which sequences it sees, and which signal it takes from them.
 
 An arm is data too. All of them run through one loop (:mod:`opdlab.training.loop`) and differ in the entries below
-only: the paper's arms first, then those that make models, then the variants, each of which differs from the arm that it is
-``like`` in what is written in its line.
+only: the paper's arms first, then those that make models, then the variants, each of which differs from the arm that it
+is ``like`` in what is written in its line.
 """
 
 from __future__ import annotations

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import link_or_copy, load_tensors, write_text
-from opdlab.processes import provenance
 from opdlab.lab.grid import Arm, get_arm
 from opdlab.lab.scales import Scale
 from opdlab.models.checkpoints import weights_digest
+from opdlab.models.files import link_or_copy, load_tensors, write_text
+from opdlab.processes import provenance
 from opdlab.training.projection import Constraint
 
 CPU = torch.device("cpu")
