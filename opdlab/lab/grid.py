@@ -1,107 +1,88 @@
-"""The arms: what each way of training starts from, which sequences it sees, and which signal it takes from them.
+"""The book's arms by name: those of the paper, those that make models, and the variants.
 
-An arm is data too. All of them run through one loop (:mod:`opdlab.training.loop`) and differ in the entries below
-only: the paper's arms first, then those that make models, then the variants, each of which differs from the arm that it
-is ``like`` in what is written in its line.
+Each is an :class:`opdlab.training.arms.Arm` whose models are named by their folders at a scale, with what the book
+needs beside it: a label, the recipe, and the arm that it is a variant of. A variant's line says what it differs in.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from opdlab.errors import OpdlabError
-from opdlab.training.objectives import READ_REWARDS, READ_TEACHER
-from opdlab.training.projection import Constraint
+from opdlab.training.arms import Arm, Model, Projection, Tokens
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of training.
+class NamedArm:
+    """An arm of the book.
 
     Attributes:
         name: the name in commands, records and code.
         label: the name in figures.
-        start: the model folder it starts from, or "" for random weights.
-        sequences: who writes the completions: the "task" (worked solutions), the "student", the "teacher", or "stale":
-            the student as it was at the start.
-        signal: the per-token loss, a key of :data:`opdlab.training.objectives.LOSSES`.
+        arm: what is trained how; its models are named by their folders among a scale's models.
+        parent: the arm that it is a variant of, or "".
+        recipe: the recipe that it follows, a key of a scale's recipes.
         task: where the prompts come from, if not from the scale's task.
-        teacher: the model folder of the teacher, or "".
-        makes: the model folder that its last weights become with seed 0, or "".
-        like: the arm that it varies, or "".
-        budget: the recipe it follows, a key of a scale's recipes, if not its own name.
-        teacher_share: share of the prompts whose completions the teacher writes instead.
-        ranking: what chooses the tokens that count (:data:`opdlab.training.objectives.RANKINGS`), or "" for all.
-        token_share: the share of tokens that counts.
-        per_completion: choose tokens within each completion, not within a batch.
-        alpha: weight of ``signal`` in a mixture with RLVR's, which gets the rest; None for no mixture.
-        balanced: mix gradients scaled to equal norms, not the raw ones.
-        constraint: what training is confined to, or None.
-        optimizer: "adamw", "sgd" or "muon".
-        rate: factor on the recipe's learning rate.
-        stored: dtype that weights are rounded to after each step, if not float32.
+        produces: the model folder that its last weights become with seed 0, or "".
+        lr_factor: factor on the recipe's learning rate.
+        directions_of: of a projected arm: the arm whose update gives the directions, or "" for its own.
+        other_seed: of a projected arm: take the directions from the run of the next seed.
+        recorded: whether a record can be kept of it, or it only makes a model.
     """
 
     name: str
     label: str
-    start: str
-    sequences: str
-    signal: str
+    arm: Arm
+    parent: str = ""
+    recipe: str = ""
     task: str = ""
-    teacher: str = ""
-    makes: str = ""
-    like: str = ""
-    budget: str = ""
-    teacher_share: float = 0.0
-    ranking: str = ""
-    token_share: float = 1.0
-    per_completion: bool = True
-    alpha: float | None = None
-    balanced: bool = False
-    constraint: Constraint | None = None
-    optimizer: str = "adamw"
-    rate: float = 1.0
-    stored: str = "float32"
+    produces: str = ""
+    lr_factor: float = 1.0
+    directions_of: str = ""
+    other_seed: bool = False
+    recorded: bool = True
 
     @property
-    def signals(self) -> dict[str, float]:
-        """The signals and their weights in the loss."""
-        return {self.signal: 1.0} if self.alpha is None else {self.signal: self.alpha, "grpo": 1 - self.alpha}
+    def start(self) -> str:
+        """The model folder that it starts from, or "" for random weights."""
+        return self.arm.student.folder
 
     @property
-    def listens_to_teacher(self) -> bool:
-        """Whether the loss itself reads the teacher's logits."""
-        return any(signal in READ_TEACHER for signal in self.signals)
+    def teacher(self) -> str:
+        """The model folder of its teacher, or ""."""
+        return self.arm.teacher.folder if self.arm.teacher else ""
 
     @property
-    def listens_to_rewards(self) -> bool:
-        """Whether the loss reads the rewards of the completions."""
-        return any(signal in READ_REWARDS for signal in self.signals)
+    def models(self) -> tuple[str, ...]:
+        """The model folders that it needs."""
+        return tuple(filter(None, (self.start, self.teacher)))
 
-    @property
-    def ancestor(self) -> str:
-        """The paper's arm that it descends from, which gives its colour in figures."""
-        return ARMS[self.like].ancestor if self.like else self.name
-
-    @property
-    def decisive(self) -> dict:
-        """The entries that decide its results, where not as usual. So a new kind of entry leaves old records valid."""
-        described = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("label", "like", "makes") and value != field.default:
-                described[field.name] = asdict(value) if isinstance(value, Constraint) else value
-        return described
+    def directions(self, seed: int, next_seed: int) -> tuple[str, int] | None:
+        """Return the arm and the seed of the other run that gives the directions of a projected run, if one does."""
+        projection = self.arm.projection
+        if projection is None or not (self.directions_of or self.other_seed or projection.final):
+            return None
+        return self.directions_of or self.parent, next_seed if self.other_seed else seed
 
 
-def _from_anchor(name: str, label: str, sequences: str, signal: str) -> Arm:
-    return Arm(name, label, start="anchor", sequences=sequences, signal=signal, teacher="teacher")
+def _arm(start: str, rollouts_by: str, loss: str, teacher: str = "") -> Arm:
+    return Arm(Model(start), rollouts_by, loss, Model(teacher) if teacher else None)
+
+
+def _from_anchor(name: str, label: str, rollouts_by: str, loss: str) -> NamedArm:
+    return NamedArm(name, label, _arm("anchor", rollouts_by, loss, "teacher"), recipe=name)
+
+
+def _imitating(name: str, label: str, start: str, **entries: Any) -> NamedArm:
+    return NamedArm(name, label, _arm(start, "task", "cross_entropy"), **{"recipe": name} | entries)
 
 
 _PAPER = (
     # The paper's protocol: SFT makes the anchor, OPD and RLVR start from it.
-    Arm("sft", "SFT", start="base", sequences="task", signal="cross_entropy", makes="anchor"),
+    _imitating("sft", "SFT", "base", produces="anchor"),
     _from_anchor("opd", "OPD", "student", "opd_sampled"),
     _from_anchor("opd_full", "OPD, full vocabulary", "student", "reverse_kl"),
     _from_anchor("rlvr", "RLVR", "student", "grpo"),
@@ -110,72 +91,71 @@ _PAPER = (
 )
 
 
-def _pretrained(name: str, label: str, task: str) -> Arm:
-    return Arm(name, label, start="", sequences="task", signal="cross_entropy", task=task, makes=name)
+def _maker(name: str, label: str, start: str = "", **entries: Any) -> NamedArm:
+    return _imitating(name, label, start, recorded=False, **{"produces": name} | entries)
 
 
 # What the lab makes for itself; no record is kept of these.
 _MAKERS = (
-    _pretrained("base", "pretraining", "short_tasks"),
-    _pretrained("teacher", "teacher", "teacher_mixture"),
-    _pretrained("teacher_weak", "teacher, stopped early", "teacher_mixture"),
-    _pretrained("teacher_same", "teacher of the student's size", "teacher_mixture"),
-    _pretrained("teacher_difference", "teacher of the second task", "difference_mixture"),
-    _pretrained("base_small", "pretraining, smaller", "short_tasks"),
-    Arm("sft_small", "SFT, smaller", start="base_small", sequences="task", signal="cross_entropy",
-        budget="sft_long", makes="anchor_small"),
-    Arm("sft_difference", "SFT, second task", start="base", sequences="task", signal="cross_entropy",
-        task="running_difference", budget="sft_long", makes="anchor_difference"),
+    _maker("base", "pretraining", task="short_tasks"),
+    _maker("teacher", "teacher", task="teacher_mixture"),
+    _maker("teacher_weak", "teacher, stopped early", task="teacher_mixture"),
+    _maker("teacher_same", "teacher of the student's size", task="teacher_mixture"),
+    _maker("teacher_difference", "teacher of the second task", task="difference_mixture"),
+    _maker("base_small", "pretraining, smaller", task="short_tasks"),
+    _maker("sft_small", "SFT, smaller", "base_small", recipe="sft_long", produces="anchor_small"),
+    _maker("sft_difference", "SFT, second task", "base", task="running_difference", recipe="sft_long",
+           produces="anchor_difference"),
     # From a pretrained base, the teacher is SFT that goes on for longer.
-    Arm("expert", "teacher, by SFT", start="base", sequences="task", signal="cross_entropy", makes="teacher"),
-    Arm("sft_products", "SFT, products", start="base", sequences="task", signal="cross_entropy",
-        task="products", budget="sft", makes="anchor_products"),
-    Arm("expert_products", "teacher of products", start="base", sequences="task", signal="cross_entropy",
-        task="products", budget="expert", makes="teacher_products"),
+    _maker("expert", "teacher, by SFT", "base", produces="teacher"),
+    _maker("sft_products", "SFT, products", "base", task="products", recipe="sft", produces="anchor_products"),
+    _maker("expert_products", "teacher of products", "base", task="products", recipe="expert",
+           produces="teacher_products"),
 )  # fmt: skip
 
-#: All arms, by name.
-#:
-#: :meta hide-value:
-ARMS: dict[str, Arm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
+_arms: dict[str, NamedArm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 
 
 def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
-    """Add an arm that is like ``parent`` but for ``differences``."""
-    ARMS[name] = replace(ARMS[parent], name=name, label=label, like=parent, makes="", **differences)
+    """Add an arm that is like ``parent`` but for ``differences``, of the arm itself or of what the book says of it."""
+    own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
+    models = {key: Model(differences[key]) for key in ("student", "teacher") if key in differences}
+    arm = replace(_arms[parent].arm, **differences | models)
+    _arms[name] = replace(_arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
 
 
-def _confine(parent: str, name: str, label: str, **entries: Any) -> None:
-    arm = ARMS[parent]
-    _vary(parent, name, label, constraint=Constraint(**entries), budget=arm.budget or arm.name)
+def _project(parent: str, name: str, label: str, directions_of: str = "", other_seed: bool = False, **how: Any) -> None:
+    _vary(parent, name, label, projection=Projection(**how), directions_of=directions_of, other_seed=other_seed)
 
 
 # Variants take a fifth of the steps, enough to learn, and so do the arms that they are compared with.
 for _name, _label in (("opd", "OPD"), ("opd_full", "OPD, full vocabulary"), ("rlvr", "RLVR"),
                       ("sft_matched", "matched SFT")):  # fmt: skip
-    _vary(_name, f"{_name}_short", _label, budget="short")
+    _vary(_name, f"{_name}_short", _label, recipe="short")
 
 # Other teachers, another student, another task: the rows of the paper's Table 1.
 _vary("opd_short", "opd_weak_teacher", "weaker teacher", teacher="teacher_weak")
 _vary("opd_short", "opd_same_teacher", "teacher of the same size", teacher="teacher_same")
-_vary("opd_short", "opd_small", "smaller student", start="anchor_small")
-_vary("opd_short", "opd_difference", "second task", start="anchor_difference", teacher="teacher_difference",
+_vary("opd_short", "opd_small", "smaller student", student="anchor_small")
+_vary("opd_short", "opd_difference", "second task", student="anchor_difference", teacher="teacher_difference",
       task="running_difference")  # fmt: skip
-_vary("opd_short", "opd_products", "second task", start="anchor_products", teacher="teacher_products", task="products")
+_vary(
+    "opd_short", "opd_products", "second task", student="anchor_products", teacher="teacher_products", task="products"
+)
 
 # Which tokens count: the paper's quarter and half, by the signed log-ratio or by chance, and on to one in a hundred.
 for _share in (50, 25, 5, 1):
     for _short, _ranking in (("top", "log-ratio"), ("random", "random")):
-        _vary("opd_short", f"opd_{_short}{_share}", f"{_short} {_share} %", ranking=_ranking, token_share=_share / 100,
-              per_completion=_share >= 5)  # fmt: skip
-_vary("opd_short", "opd_absolute5", "largest 5 %", ranking="absolute log-ratio", token_share=0.05)
-_vary("opd_short", "opd_entropy5", "uncertain 5 %", ranking="entropy", token_share=0.05)
+        _vary("opd_short", f"opd_{_short}{_share}", f"{_short} {_share} %",
+              tokens=Tokens(_ranking, _share / 100, per_completion=_share >= 5))  # fmt: skip
+_vary("opd_short", "opd_absolute5", "largest 5 %", tokens=Tokens("absolute log-ratio", 0.05))
+_vary("opd_short", "opd_entropy5", "uncertain 5 %", tokens=Tokens("entropy", 0.05))
 
 # Who writes.
 for _share in (25, 50, 75):
     _vary("opd_short", f"opd_teacher{_share}", f"{_share} % by the teacher", teacher_share=_share / 100)
-_vary("opd_short", "opd_teacher100", "all by the teacher", sequences="teacher")
-_vary("opd_short", "opd_stale", "all by the anchor", sequences="stale")
+_vary("opd_short", "opd_teacher100", "all by the teacher", rollouts_by="teacher")
+_vary("opd_short", "opd_stale", "all by the anchor", rollouts_by="initial student")
 
 # OPD's objective mixed with RLVR's: the paper's grid, raw, and three points with gradients of equal norm.
 for _share in (75, 50, 25, 5, 1):
@@ -185,58 +165,71 @@ for _share in (50, 25, 5):
 
 # Projected training: the paper's (16 directions, gradients), the strict kind, other widths, other directions, other
 # starts, and the other arms.
-_confine("opd_short", "opd_gradient16", "gradients in 16", acts_on="gradient")
-_confine("opd_short", "opd_gradient4", "gradients in 4", acts_on="gradient", k=4)
+_project("opd_short", "opd_gradient16", "gradients in 16", acts_on="gradient")
+_project("opd_short", "opd_gradient4", "gradients in 4", acts_on="gradient", k=4)
 for _k in (16, 4, 2):
-    _confine("opd_short", f"opd_update{_k}", f"updates in {_k}", k=_k)
-_confine("opd_short", "opd_attention16", "gradients in 16, attention", acts_on="gradient", block="attention")
-_confine("opd_short", "opd_reset16", "gradients in 16, new moments", acts_on="gradient", reset=True)
-_confine("opd_short", "opd_random16", "gradients in 16 random", space="random", acts_on="gradient")
-_confine("opd_short", "opd_random4", "4 random directions", k=4, space="random")
-_confine("opd_short", "opd_rescaled4", "updates in 4, full size", k=4, rescale=True)
-_confine("opd_short", "opd_random_rescaled4", "4 random, full size", k=4, space="random", rescale=True)
-_confine("opd_short", "opd_weights4", "4 of W0", k=4, space="weights")
-_confine("opd_short", "opd_final4", "4 of its end", k=4, final=True)
-_confine("opd_short", "opd_of_rlvr4", "4 of RLVR", k=4, arm="rlvr_short")
-_confine("opd_short", "opd_of_seed4", "4 of another seed", k=4, other_seed=True)
+    _project("opd_short", f"opd_update{_k}", f"updates in {_k}", k=_k)
+_project("opd_short", "opd_attention16", "gradients in 16, attention", acts_on="gradient", block="attention")
+_project("opd_short", "opd_reset16", "gradients in 16, new moments", acts_on="gradient", reset=True)
+_project("opd_short", "opd_random16", "gradients in 16 random", space="random", acts_on="gradient")
+_project("opd_short", "opd_random4", "4 random directions", k=4, space="random")
+_project("opd_short", "opd_rescaled4", "updates in 4, full size", k=4, rescale=True)
+_project("opd_short", "opd_random_rescaled4", "4 random, full size", k=4, space="random", rescale=True)
+_project("opd_short", "opd_weights4", "4 of W0", k=4, space="weights")
+_project("opd_short", "opd_final4", "4 of its end", k=4, final=True)
+_project("opd_short", "opd_of_rlvr4", "4 of RLVR", k=4, directions_of="rlvr_short")
+_project("opd_short", "opd_of_seed4", "4 of another seed", k=4, other_seed=True)
 for _share in (5, 10, 40):
-    _confine("opd_short", f"opd_from{_share}", f"from {_share} %", k=4, start=_share / 100)
+    _project("opd_short", f"opd_from{_share}", f"from {_share} %", k=4, start=_share / 100)
 for _name in ("sft", "sft_matched_short", "rlvr_short"):
     _stem = _name.removesuffix("_short")
-    _confine(_name, f"{_stem}_gradient16", "gradients in 16", acts_on="gradient")
-    _confine(_name, f"{_stem}_update4", "updates in 4", k=4)
-# The controls again, confined.
-_confine("opd_top25", "opd_top25_update4", "top 25 %, updates in 4", k=4)
-_confine("opd_mix5", "opd_mix5_update4", "α = 0.05, updates in 4", k=4)
-_confine("opd_teacher100", "opd_teacher100_update4", "all by the teacher, updates in 4", k=4)
+    _project(_name, f"{_stem}_gradient16", "gradients in 16", acts_on="gradient")
+    _project(_name, f"{_stem}_update4", "updates in 4", k=4)
+# The controls again, projected.
+_project("opd_top25", "opd_top25_update4", "top 25 %, updates in 4", k=4)
+_project("opd_mix5", "opd_mix5_update4", "α = 0.05, updates in 4", k=4)
+_project("opd_teacher100", "opd_teacher100_update4", "all by the teacher, updates in 4", k=4)
 
 # Mechanism. In 24 steps Muon moves as far as AdamW at this rate. SGD moves a third as far at twice its rate here; at
 # eight times its rate here it diverges.
-_vary("opd_short", "opd_sequence_mean", "one credit per completion", signal="opd_sequence_mean")
-_vary("opd_short", "opd_sign", "the sign of the credit", signal="opd_sign")
-_vary("opd_full_short", "opd_forward", "forward KL", signal="forward_kl")
-_vary("opd_short", "opd_sgd", "SGD", optimizer="sgd", rate=200.0)
-_vary("opd_short", "opd_muon", "Muon", optimizer="muon", rate=2.0)
+_vary("opd_short", "opd_sequence_mean", "one credit per completion", loss="opd_sequence_mean")
+_vary("opd_short", "opd_sign", "the sign of the credit", loss="opd_sign")
+_vary("opd_full_short", "opd_forward", "forward KL", loss="forward_kl")
+_vary("opd_short", "opd_sgd", "SGD", optimizer="sgd", lr_factor=200.0)
+_vary("opd_short", "opd_muon", "Muon", optimizer="muon", lr_factor=2.0)
 for _name, _label, _rate in (("half", "half", 0.5), ("double", "twice", 2.0), ("quadruple", "four times", 4.0)):
-    _vary("opd_short", f"opd_{_name}_rate", f"{_label} the learning rate", rate=_rate)
-_vary("opd_short", "opd_bf16", "weights stored in bf16", stored="bfloat16")
-_confine("opd_short", "opd_entries", "an eighth of the entries", space="entries")
-_confine("opd_short", "opd_random_entries", "a random eighth", space="random entries")
+    _vary("opd_short", f"opd_{_name}_rate", f"{_label} the learning rate", lr_factor=_rate)
+_vary("opd_short", "opd_bf16", "weights stored in bf16", weight_dtype="bfloat16")
+_project("opd_short", "opd_entries", "an eighth of the entries", space="entries")
+_project("opd_short", "opd_random_entries", "a random eighth", space="random entries")
 
+#: All arms, by name.
+#:
+#: :meta hide-value:
+ARMS: Mapping[str, NamedArm] = MappingProxyType(_arms)
 #: The paper's arms and matched SFT.
 PAPER = tuple(arm.name for arm in _PAPER)
 #: The arms that a record can be kept of, which are all but those that only make models.
 #:
 #: :meta hide-value:
-RECORDED = tuple(name for name in ARMS if name not in {arm.name for arm in _MAKERS})
+RECORDED = tuple(name for name, arm in ARMS.items() if arm.recorded)
 
 
-def get_arm(name: str) -> Arm:
+def ancestor(name: str, arms: Mapping[str, NamedArm] = ARMS) -> str:
+    """Return the paper's arm that an arm descends from, which gives its colour in figures.
+
+    >>> ancestor("opd_top25_update4")
+    'opd'
+    """
+    return ancestor(arms[name].parent, arms) if arms[name].parent else name
+
+
+def get_arm(name: str, arms: Mapping[str, NamedArm] = ARMS) -> NamedArm:
     """Return the arm called ``name``.
 
     Raises:
         OpdlabError: if there is no such arm.
     """
-    if name not in ARMS:
+    if name not in arms:
         raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
-    return ARMS[name]
+    return arms[name]

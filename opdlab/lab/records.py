@@ -1,37 +1,46 @@
-"""Records: the small tables of finished runs that chapters read instead of training again.
+"""Records: the tables of finished runs and of analyses of them, which chapters read. Reading never trains.
 
-A record is a folder of CSV files with its configuration and provenance (``record.json``), of a run or of an analysis of
-runs. It counts only if its configuration is exactly the one asked for; otherwise the run is trained, or the analysis
-made, on the spot, and its tables are kept beside its weights.
+The records of a scale are one folder::
+
+    data/records/tiny/
+        runs.csv                one row per run: arm, seed, key, what decides it, where and how long it was made
+        opd/history.csv         the tables of an arm, with the columns arm and seed (:class:`Records`)
+        opd/...
+        analyses.csv            one row per analysis and seed: where and how long it was made
+        analyses/span.csv       the table of an analysis, with the columns seed and key
+
+A row counts only if its key is that of the experiment asked for, or of all the experiments that an analysis read.
+Columns that follow from others are not stored: :func:`read_tables` adds them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import measure_pair, measure_trajectory, weight_matrices
+from opdlab.geometry import gaussian_stable_rank
 from opdlab.geometry.matrices import describe
-from opdlab.lab.analyses import ANALYSES, Study
-from opdlab.lab.grid import ARMS, PAPER
-from opdlab.lab.scales import Scale, get_scale
+from opdlab.geometry.summary import means
+from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
+from opdlab.lab.analyses.runset import clock
+from opdlab.lab.laboratory import Laboratory
+from opdlab.measuring.update import measure_update
 from opdlab.models.files import load_tensors, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
-from opdlab.training.loop import train
-from opdlab.training.store import Home, Run, config_key, default_home, resolve
+from opdlab.training.store import Run
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
+# Columns of hexadecimal digits, which may look like numbers.
+DIGESTS = ("key", "weights", "student", "teacher", "data", "template", "projection.run")
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,9 @@ class Records:
         history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds: of the
             processor, or on a GPU of the clock).
         evaluations: one row per evaluation (greedy and sampled accuracy, entropy, KL to the teacher).
-        matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_pair`).
-        trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices
-            (:func:`opdlab.geometry.measure_trajectory`).
-        sources: one row per run: where its tables come from, key, versions, seconds.
+        matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_matrix`).
+        trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices.
+        runs: one row per run: key, what decides it, versions, seconds.
         analyses: the tables of analyses (:data:`opdlab.lab.analyses.ANALYSES`), by name, each with a column ``seed``.
     """
 
@@ -53,64 +61,208 @@ class Records:
     evaluations: pd.DataFrame
     matrices: pd.DataFrame
     trajectory: pd.DataFrame
-    sources: pd.DataFrame
+    runs: pd.DataFrame
     analyses: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def of_seeds(self, seeds: Sequence[int]) -> Records:
         """Return only what is of these seeds."""
-        tables = {name: getattr(self, name) for name in (*TABLES, "sources")}
+        tables = {name: getattr(self, name) for name in (*TABLES, "runs")}
         kept = {name: table[table["seed"].isin(seeds)] for name, table in tables.items()}
         analyses = {name: table[table["seed"].isin(seeds)] for name, table in self.analyses.items()}
         return Records(**kept, analyses=analyses)
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
-        minutes = self.sources["seconds"].sum() / 60
-        on_cpu = self.sources["device"] == "cpu"
-        made = self.sources.assign(on=self.sources["processor"].where(on_cpu, self.sources["device"]))
+        minutes = self.runs["seconds"].sum() / 60
+        on_cpu = self.runs["device"] == "cpu"
+        made = self.runs.assign(on=self.runs["processor"].where(on_cpu, self.runs["device"]))
         machines = made[["torch", "transformers", "on"]].drop_duplicates().itertuples()
         where = "; ".join(f"torch {row.torch}, transformers {row.transformers}, {row.on}" for row in machines)
         threads = " in one thread each" if on_cpu.all() else ""
-        return f"*Runs of this page: {len(self.sources)}, {minutes:.0f} minutes of training{threads}, {where}.*"
+        return f"*Runs of this page: {len(self.runs)}, {minutes:.0f} minutes of training{threads}, {where}.*"
 
 
-def record_key(config: dict, scale: Scale) -> str:
-    """Return the hash of what decides a record: the run's configuration and the resolution of the measurements."""
-    measured = {"run": config, "geometry": json.loads(json.dumps(asdict(scale.geometry)))}
-    if scale.trajectory_block:
-        measured["trajectory_block"] = scale.trajectory_block
-    return config_key(measured)
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def measure_run(run: Run, scale: Scale) -> Path:
-    """Measure a finished run, write its tables into its folder, and return their folder."""
-    folder = run.folder / "tables"
-    device = find_device(scale.gpu)
-    origin = _on(device, run.snapshot(0))
-    seed, last = run.config["seed"], run.snapshot_path(run.config["recipe"]["steps"])
-    snapshots = [(step, _follow(_on(device, run.snapshot(step)), scale)) for step in run.config["snapshots"][1:]]
-    followed = _follow(origin, scale), snapshots
-    with cpu_threads(scale.threads):
-        tables = {
-            "history": pd.DataFrame(run.lines("history")),
-            "evaluations": pd.DataFrame(run.lines("evaluations")),
-            "matrices": measure_pair(origin, _on(device, load_tensors(last)[0]), scale.geometry, seed=seed),
-            "trajectory": by_block(measure_trajectory(*followed, scale.geometry, seed=seed)),
-        }
-    for name, table in tables.items():
-        _write_table(folder / f"{name}.csv", table)
-    # Written last: a folder without it is not a record.
-    write_json(
-        folder / "record.json",
-        {
-            "key": record_key(run.config, scale),
-            "weights": tensors_digest(last),
-            "seconds": round(float(tables["history"]["seconds"].sum()), 1),
-            "provenance": json.loads((run.folder / "provenance.json").read_text()),
-            "config": run.config,
-            "geometry": asdict(scale.geometry),
-        },
+def load(
+    scale: str | Laboratory | None = None,
+    arms: Sequence[str] | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    analyses: Sequence[str] | None = None,
+    root: Path | None = None,
+) -> Records:
+    """Return the records of a scale. Nothing is trained.
+
+    Args:
+        scale: its name, or its laboratory; by default that of ``OPDLAB_SCALE``.
+        arms: names in :data:`opdlab.lab.grid.ARMS`; by default all that are recorded.
+        seeds: by default those that the scale has for each arm.
+        analyses: names in :data:`opdlab.lab.analyses.ANALYSES`; by default all that are recorded if ``arms`` is not
+            given, and otherwise none.
+        root: the folder that holds data/records; by default the repository.
+
+    Raises:
+        OpdlabError: if a record is missing, with the command that makes it, or a file is damaged.
+    """
+    lab = scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root)
+    if analyses is None:
+        analyses = recorded_analyses(lab) if arms is None else ()
+    arms = recorded_arms(lab) if arms is None else tuple(arms)
+    index = read_index(lab.records)
+    wanted = [(arm, seed) for arm in arms for seed in (lab.seeds_of(arm) if seeds is None else seeds)]
+    missing = [arm for arm, seed in wanted if not has_record(arm, seed, lab, index)]
+    if missing or not wanted:
+        named = " ".join(f"--arm {arm}" for arm in dict.fromkeys(missing))
+        raise OpdlabError(
+            f"{lab.records} has no record of {', '.join(dict.fromkeys(missing)) or 'any arm'} as it would be made now: "
+            f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'"
+        )
+    chosen = pd.DataFrame(wanted, columns=["arm", "seed"])
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    for arm in arms:
+        kept = chosen.loc[chosen["arm"] == arm, "seed"]
+        for name, table in read_tables(lab.records / arm).items():
+            rows = table[table["seed"].isin(kept)].assign(label=lab.arm(arm).label)
+            if "step" in rows:
+                rows["progress"] = rows["step"] / lab.recipe(arm).steps
+            tables[name].append(rows)
+    runs = chosen.merge(index, on=["arm", "seed"], how="left")
+    runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
+    joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    return Records(**joined, runs=runs, analyses={name: _analysis(name, lab, seeds) for name in analyses})
+
+
+def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None) -> pd.DataFrame:
+    analysis = ANALYSES[name]
+    wanted = [seed for seed in analysis.seeds(lab) if seeds is None or seed in seeds]
+    if any(missing_parts(analysis, seed, lab) for seed in wanted):
+        raise OpdlabError(
+            f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
+            f"'opdlab record --scale {lab.scale.name} --analysis {name}'"
+        )
+    table = _read_csv(lab.records / "analyses" / f"{name}.csv")
+    valid = {part.key(lab) for seed in wanted for part in analysis.parts(lab, seed)}
+    return table[table["key"].isin(valid) & table["seed"].isin(wanted)].reset_index(drop=True)
+
+
+def read_index(folder: Path) -> pd.DataFrame:
+    """Return the table of all runs in a folder of records, empty if there is none."""
+    path = folder / "runs.csv"
+    return _read_csv(path) if path.exists() else pd.DataFrame(columns=["arm", "seed", "key"])
+
+
+def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """Read the tables of an arm, or of a run, with the columns that are not stored.
+
+    Raises:
+        OpdlabError: if a file is missing or damaged, naming it.
+    """
+    tables = {name: _read_csv(folder / f"{name}.csv") for name in TABLES}
+    return tables | {"matrices": add_derived(tables["matrices"])}
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype=dict.fromkeys(DIGESTS, str))
+    except (OSError, ValueError) as problem:
+        raise OpdlabError(
+            f"the record file {path} is missing or damaged ({problem}): restore it, or delete it and record again"
+        ) from problem
+
+
+def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns that follow from the name, the shape and the resolution of a matrix."""
+    m, n, k = matrices["rows"], matrices["cols"], matrices["k"]
+    described = pd.DataFrame([describe(name)._asdict() for name in matrices["matrix"]], index=matrices.index)
+    ranks = {shape: gaussian_stable_rank(*shape) for shape in set(zip(m, n, strict=True))}
+    derived = {
+        "parameters": m * n,
+        "energy_left_random": k / m,
+        "energy_right_random": k / n,
+        "energy_both_random": k / m * (k / n),
+        "stable_rank_gaussian": [ranks[shape] for shape in zip(m, n, strict=True)],
+    }
+    return pd.concat([matrices, described, pd.DataFrame(derived, index=matrices.index)], axis=1)
+
+
+#: Columns of ``matrices`` that are not stored, as :func:`add_derived` adds them.
+DERIVED = (
+    *("layer", "module", "block", "parameters", "stable_rank_gaussian"),
+    *("energy_left_random", "energy_right_random", "energy_both_random"),
+)
+
+
+def has_record(arm: str, seed: int, lab: Laboratory, index: pd.DataFrame | None = None) -> bool:
+    """Tell whether a run is recorded as it would be made now."""
+    index = read_index(lab.records) if index is None else index
+    keys = index.loc[(index["arm"] == arm) & (index["seed"] == seed), "key"]
+    return bool(len(keys)) and keys.iloc[0] == lab.experiment(arm, seed).key
+
+
+def recorded_arms(lab: Laboratory) -> tuple[str, ...]:
+    """Return the arms recorded for every seed of the scale."""
+    index = read_index(lab.records)
+    return tuple(
+        arm
+        for arm in lab.scale.policy.arms
+        if arm in set(index["arm"]) and all(has_record(arm, seed, lab, index) for seed in lab.seeds_of(arm))
     )
+
+
+def recorded_analyses(lab: Laboratory) -> tuple[str, ...]:
+    """Return the analyses recorded for every seed that they have at the scale."""
+    return tuple(
+        name
+        for name in lab.scale.policy.analyses
+        if not any(missing_parts(ANALYSES[name], seed, lab) for seed in ANALYSES[name].seeds(lab))
+    )
+
+
+def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
+    """Return the parts of an analysis that are not recorded as they would be made now."""
+    path = lab.records / "analyses" / f"{analysis.name}.csv"
+    parts = analysis.parts(lab, seed)
+    if not path.exists():
+        return parts
+    known = set(_read_csv(path)["key"])
+    return [part for part in parts if part.key(lab) not in known]
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+def measure_run(run: Run, lab: Laboratory) -> Path:
+    """Measure a finished run, write its tables into its folder, and return their folder."""
+    folder, experiment = run.folder / "tables", run.experiment
+    device, block = find_device(lab.scale.compute.gpu), lab.scale.policy.trajectory_block
+    snapshots = [(step, _on(device, run.snapshot(step))) for step in experiment.kept[1:]]
+    with cpu_threads(experiment.compute.threads):
+        matrices, trajectory = measure_update(
+            _on(device, run.snapshot(0)),
+            snapshots,
+            seed=experiment.seed,
+            follow=lambda name: block in ("", describe(name).block),
+        )
+    tables = {
+        "history": pd.DataFrame(run.lines("history")),
+        "evaluations": pd.DataFrame(run.lines("evaluations")),
+        "matrices": matrices.drop(columns=list(DERIVED)),
+        "trajectory": by_block(trajectory),
+    }
+    who = {"arm": experiment.name, "seed": experiment.seed}
+    for name, table in tables.items():
+        write_table(folder / f"{name}.csv", _after(who, table))
+    description = who | {
+        "key": experiment.key,
+        "weights": tensors_digest(run.snapshot_path(run.steps)),
+        "seconds": round(float(tables["history"]["seconds"].sum()), 1),
+        **_flat(run.config),
+        **json.loads((run.folder / "provenance.json").read_text()),
+    }
+    # Written last: a folder without it is not a record.
+    write_json(folder / "record.json", description)
     return folder
 
 
@@ -118,13 +270,95 @@ def _on(device: torch.device, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.to(device) for name, weight in weights.items()}
 
 
-def _follow(weights: dict[str, Tensor], scale: Scale) -> dict[str, Tensor]:
-    """Choose the matrices that a scale follows over training."""
-    matrices = weight_matrices(weights)
-    return {name: matrix for name, matrix in matrices.items() if scale.trajectory_block in ("", describe(name).block)}
+def _after(who: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame(who, index=table.index), table], axis=1)
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> None:
+def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Return what decides a run as columns: the entries of its parts by name, lists as text.
+
+    >>> _flat({"seed": 0, "recipe": {"steps": 6, "betas": [0.9, 0.98]}, "student": "ab12"})
+    {'recipe.steps': 6, 'recipe.betas': '0.9 0.98', 'student': 'ab12'}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif prefix + name != "seed":
+            flat[prefix + name] = " ".join(map(str, value)) if isinstance(value, list) else value
+    return flat
+
+
+def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
+    """Return the folder with the tables of a run, which is trained and measured first if it has none yet."""
+    run = lab.run(arm, seed)
+    path = run.folder / "tables" / "record.json"
+    return path.parent if path.exists() else measure_run(lab.train(arm, seed), lab)
+
+
+def add_run(folder: Path, lab: Laboratory) -> None:
+    """Put the tables of a run into the records, in the place of older ones of the same arm and seed.
+
+    One process at a time may do so: the others only write the tables of their runs.
+    """
+    description = json.loads((folder / "record.json").read_text())
+    arm, seed = description["arm"], description["seed"]
+    for name in TABLES:
+        _replace_rows(lab.records / arm / f"{name}.csv", _read_csv(folder / f"{name}.csv"), seed=seed)
+    _replace_rows(lab.records / "runs.csv", pd.DataFrame([description]), arm=arm, seed=seed)
+
+
+def analyse(name: str, seed: int, lab: Laboratory, progress: bool = False) -> Path:
+    """Compute the parts of an analysis that are not recorded, and return the folder with their table."""
+    analysis, here = ANALYSES[name], lab.runs / f"{name}-seed{seed}"
+    parts = missing_parts(analysis, seed, lab)
+    with cpu_threads(lab.scale.compute.threads):
+        runs = RunSet(lab, seed, progress=progress)
+        began = clock()
+        table = analysis.measure(runs, parts)
+        seconds = round(clock() - began, 1)
+    names = list(parts[0].entries)
+    if analysis.keys:
+        table = by_block(table, analysis.keys)
+    keys = {tuple(part.entries.values()): part.key(lab) for part in parts}
+    found = [keys[tuple(row[name] for name in names)] for row in table.to_dict("records")]
+    table.insert(0, "seed", seed)
+    table.insert(1, "key", found)
+    write_table(here / f"{name}.csv", table)
+    write_json(here / "record.json", {"analysis": name, "seed": seed, "seconds": seconds, **provenance()})
+    return here
+
+
+def add_analysis(folder: Path, lab: Laboratory) -> None:
+    """Put the table of an analysis into the records, in the place of older rows of the same parts."""
+    description = json.loads((folder / "record.json").read_text())
+    name, seed = description["analysis"], description["seed"]
+    path = lab.records / "analyses" / f"{name}.csv"
+    valid = {part.key(lab) for part in ANALYSES[name].parts(lab, seed)}
+    added = _read_csv(folder / f"{name}.csv")
+    before = _read_csv(path) if path.exists() else added.head(0)
+    stale = (before["seed"] == seed) & (~before["key"].isin(valid) | before["key"].isin(added["key"]))
+    _write_sorted(path, pd.concat([before[~stale], added], ignore_index=True), ["seed"])
+    _replace_rows(lab.records / "analyses.csv", pd.DataFrame([description]), analysis=name, seed=seed)
+
+
+def _replace_rows(path: Path, rows: pd.DataFrame, **which: Any) -> None:
+    """Add rows to a table on disk, in the place of those with the same entries in the columns of ``which``."""
+    if path.exists():
+        before = _read_csv(path)
+        same = pd.Series(True, before.index)
+        for column, value in which.items():
+            same &= before[column] == value
+        rows = pd.concat([before[~same], rows], ignore_index=True)
+    _write_sorted(path, rows, list(which))
+
+
+def _write_sorted(path: Path, table: pd.DataFrame, columns: list[str]) -> None:
+    write_table(path, table.sort_values(columns, kind="stable", ignore_index=True))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table with seven digits, whole or not at all."""
     write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.7g", lineterminator="\n"))
 
 
@@ -136,192 +370,7 @@ def tensors_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_record(folder: Path, names: tuple[str, ...] = TABLES) -> tuple[dict, dict[str, pd.DataFrame]]:
-    """Read ``record.json`` and the tables called ``names`` of one record.
-
-    Raises:
-        OpdlabError: if a file is missing or damaged, naming it.
-    """
-    path = folder / "record.json"
-    try:
-        description = json.loads(path.read_text())
-        tables = {}
-        for name in names:
-            path = folder / f"{name}.csv"
-            tables[name] = pd.read_csv(path)
-        return description, tables
-    except (OSError, ValueError) as problem:
-        raise OpdlabError(
-            f"the record file {path} is missing or damaged ({problem}): restore it, or delete its folder"
-        ) from problem
-
-
-def is_recorded(folder: Path, key: str) -> bool:
-    """Tell whether ``folder`` holds the record with this key.
-
-    Raises:
-        OpdlabError: if its record.json is damaged.
-    """
-    path = folder / "record.json"
-    if not path.exists():
-        return False
-    try:
-        return json.loads(path.read_text())["key"] == key
-    except (ValueError, KeyError) as problem:
-        raise OpdlabError(f"the record file {path} is damaged: restore it, or delete its folder") from problem
-
-
-def has_record(name: str, seed: int, scale: Scale, home: Home) -> bool:
-    """Tell whether the repository has the record of a run, or of an analysis, as it would be made now."""
-    folder = home.records(scale) / f"{name}-seed{seed}"
-    if not folder.is_dir():
-        return False
-    if name in ANALYSES:
-        return is_recorded(folder, record_key(_config_of_analysis(name, seed, scale, home), scale))
-    return is_recorded(folder, record_key(resolve(scale, name, seed, home), scale))
-
-
-def recorded_arms(scale: Scale, home: Home | None = None) -> tuple[str, ...]:
-    """Return the arms of which the repository has the records of all seeds that a scale has: no training is needed."""
-    home = home or default_home()
-    return tuple(
-        arm for arm in scale.recorded if all(has_record(arm, seed, scale, home) for seed in scale.seeds_of(arm))
-    )
-
-
-def recorded_analyses(scale: Scale, home: Home | None = None) -> tuple[str, ...]:
-    """Return the analyses of which the repository has the records of all their seeds."""
-    home = home or default_home()
-    return tuple(
-        name
-        for name in scale.analyses
-        if all(has_record(name, seed, scale, home) for seed in ANALYSES[name].seeds(scale))
-    )
-
-
-def find_tables(arm: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
-    """Return the folder with the tables of a run: its record, else its own folder, else train and measure it now.
-
-    Args:
-        arm: of which arm.
-        seed: with which seed.
-        scale: at which scale.
-        home: where records, models and runs lie.
-        progress: show bars for what has to be trained.
-    """
-    config = resolve(scale, arm, seed, home)
-    key = record_key(config, scale)
-    recorded = home.records(scale) / f"{arm}-seed{seed}"
-    run = Run.of(scale, arm, seed, home)
-    for folder in (recorded, run.folder / "tables"):
-        if is_recorded(folder, key):
-            return folder
-    if progress and recorded.exists():
-        print(f"{arm} seed {seed}: the record was made with another configuration; training it now")
-    return measure_run(train(arm, seed, scale, home=home, progress=progress), scale)
-
-
-def write_record(name: str, seed: int, scale: Scale, home: Home) -> Path:
-    """Copy the tables of a finished run, or of an analysis, to the records, and return their folder there.
-
-    Args:
-        name: of an arm or an analysis.
-        seed: with which seed.
-        scale: at which scale.
-        home: where records, models and runs lie.
-    """
-    find, tables = (find_analysis, (name,)) if name in ANALYSES else (find_tables, TABLES)
-    source, target = find(name, seed, scale, home), home.records(scale) / f"{name}-seed{seed}"
-    if source != target:
-        for file in (*(f"{table}.csv" for table in tables), "record.json"):
-            write_whole(target / file, partial(shutil.copyfile, source / file))
-    return target
-
-
-def _config_of_analysis(name: str, seed: int, scale: Scale, home: Home) -> dict:
-    runs = {f"{arm}-seed{s}": config_key(resolve(scale, arm, s, home)) for arm, s in ANALYSES[name].runs(scale, seed)}
-    return {"scale": scale.name, "analysis": name, "seed": seed, "runs": runs}
-
-
-def find_analysis(name: str, seed: int, scale: Scale, home: Home, progress: bool = False) -> Path:
-    """Return the folder with the table of an analysis: its record, else an earlier one, else make it now.
-
-    Args:
-        name: in :data:`opdlab.lab.analyses.ANALYSES`.
-        seed: with which seed.
-        scale: at which scale.
-        home: where records, models and runs lie.
-        progress: show bars.
-    """
-    analysis, config = ANALYSES[name], _config_of_analysis(name, seed, scale, home)
-    key = record_key(config, scale)
-    here = home.runs(scale) / f"{name}-seed{seed}-{key}"
-    for folder in (home.records(scale) / f"{name}-seed{seed}", here):
-        if is_recorded(folder, key):
-            return folder
-    began = time.process_time()
-    with cpu_threads(scale.threads):
-        table = analysis.measure(Study(scale, home, seed, progress=progress))
-    if analysis.keys:
-        table = by_block(table, analysis.keys)
-    _write_table(here / f"{name}.csv", table)
-    digest = hashlib.sha256((here / f"{name}.csv").read_bytes()).hexdigest()[:16]
-    seconds = round(time.process_time() - began, 1)
-    geometry = asdict(scale.geometry)
-    description = {"key": key, "table": digest, "seconds": seconds, "provenance": provenance(), "config": config}
-    write_json(here / "record.json", description | {"geometry": geometry})
-    return here
-
-
-def load_records(
-    arms: tuple[str, ...] = PAPER,
-    scale: Scale | None = None,
-    *,
-    seeds: tuple[int, ...] | None = None,
-    home: Home | None = None,
-    progress: bool = True,
-    analyses: tuple[str, ...] = (),
-) -> Records:
-    """Return the tables of ``arms`` at a scale, over its seeds, training whatever is not recorded.
-
-    Args:
-        arms: names in :data:`opdlab.lab.grid.ARMS`; by default the paper's and matched SFT.
-        scale: by default that of ``OPDLAB_SCALE``.
-        seeds: by default those that the scale has for each arm.
-        home: by default the repository.
-        progress: show bars for what has to be trained.
-        analyses: names in :data:`opdlab.lab.analyses.ANALYSES`; by default none.
-    """
-    scale, home = scale or get_scale(), home or default_home()
-    parts: dict[str, dict[tuple, pd.DataFrame]] = {name: {} for name in TABLES}
-    sources = []
-    wanted = [(arm, seed) for arm in arms for seed in (scale.seeds_of(arm) if seeds is None else seeds)]
-    for arm, seed in wanted:
-        folder = find_tables(arm, seed, scale, home, progress)
-        description, tables = read_record(folder)
-        recorded = folder.is_relative_to(home.records(scale))
-        source = {"arm": arm, "label": ARMS[arm].label, "seed": seed, "recorded": recorded}
-        source |= {name: description[name] for name in ("key", "seconds", "weights")}
-        sources.append(source | description["provenance"])
-        for name, table in tables.items():
-            parts[name][arm, ARMS[arm].label, seed] = table
-    who = ["arm", "label", "seed"]
-    joined = {
-        name: pd.concat(tables, names=who).reset_index(who).reset_index(drop=True) for name, tables in parts.items()
-    }
-    steps = {arm: scale.recipe(arm).steps for arm in arms}
-    for name in TABLES:
-        if "step" in joined[name]:
-            joined[name]["progress"] = joined[name]["step"] / joined[name]["arm"].map(steps)
-    found = {}
-    for name in analyses:
-        of_seeds = []
-        for seed in ANALYSES[name].seeds(scale):
-            if seeds is None or seed in seeds:
-                folder = find_analysis(name, seed, scale, home, progress)
-                of_seeds.append(read_record(folder, (name,))[1][name].assign(seed=seed))
-        found[name] = pd.concat(of_seeds, ignore_index=True)
-    return Records(**joined, sources=pd.DataFrame(sources), analyses=found)
+# --- means ------------------------------------------------------------------------------------------------------------
 
 
 def nearest(table: pd.DataFrame, progress: float) -> pd.DataFrame:
@@ -330,9 +379,9 @@ def nearest(table: pd.DataFrame, progress: float) -> pd.DataFrame:
     return table[gap == gap.groupby(table["arm"]).transform("min")]
 
 
-def by_block(table: pd.DataFrame, keys: tuple[str, ...] = ("step",)) -> pd.DataFrame:
+def by_block(table: pd.DataFrame, keys: Iterable[str] = ("step",)) -> pd.DataFrame:
     """Average over the matrices of each block, as :func:`per_run` does, keeping apart what differs in ``keys``."""
-    return _means(table, [*keys, "block"])
+    return means(table, [*keys, "block"])
 
 
 def per_run(table: pd.DataFrame, columns: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -343,22 +392,4 @@ def per_run(table: pd.DataFrame, columns: tuple[str, ...] = ()) -> pd.DataFrame:
     The mean is unweighted, the paper's rule for all diagnostics but one: sparsity weighs a matrix by its parameters
     (2606.07082, Appendix C.3). ``matrices`` counts what was averaged.
     """
-    return _means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table], columns)
-
-
-def _means(table: pd.DataFrame, keys: list[str], columns: tuple[str, ...] = ()) -> pd.DataFrame:
-    skipped = [*keys, "layer", "rows", "cols", "matrices", "parameters"]
-    numbers = columns or table.select_dtypes("number").columns.difference(skipped, sort=False)
-    groups = [table[key] for key in keys]
-    # A row is one matrix, or the mean of several, whose parameters it has in all.
-    count = table["matrices"] if "matrices" in table else pd.Series(1, table.index)
-    weights = {name: table["parameters"] if name.startswith("sparsity") else count for name in numbers}
-    parts = {
-        "sum": pd.DataFrame({name: table[name] * weights[name] for name in numbers}),
-        # What is undefined for a matrix does not count in the mean.
-        "weight": pd.DataFrame({name: weights[name].where(table[name].notna(), 0) for name in numbers}),
-        "size": pd.DataFrame({"matrices": count, "parameters": table["parameters"]}),
-    }
-    totals = pd.concat(parts, axis=1).groupby(groups, sort=False).sum()
-    means = totals["sum"] / totals["weight"].where(totals["weight"] > 0)
-    return pd.concat([means, totals["size"]], axis=1).reset_index()
+    return means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table], columns)

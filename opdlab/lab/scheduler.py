@@ -1,8 +1,8 @@
-"""Building the lab from nothing, and comparing what comes out with the record.
+"""Making records: the jobs of a scale, in the order in which they need each other, and a comparison with the record.
 
-The jobs of a scale are its models, its recorded runs and the analyses of these. They run as one-thread processes side
-by side, in the order in which they need each other: base -> SFT -> anchor, teacher, then what starts from the anchor,
-the projected runs that take their directions from another run, and last the analyses.
+The jobs are its models, its recorded runs and the analyses of these. They run as one-thread processes side by side:
+base -> SFT -> anchor, teacher, then what starts from the anchor, the projected runs that take their directions from
+another run, and last the analyses. Each writes the tables of its run; one process puts them into the records.
 """
 
 from __future__ import annotations
@@ -19,39 +19,89 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
-from opdlab.lab.budget import check_device
-from opdlab.lab.grid import ARMS, RECORDED, Arm, get_arm
-from opdlab.lab.records import find_analysis, find_tables, has_record, read_record, write_record
-from opdlab.lab.scales import SCALES, Scale
+from opdlab.lab.budget import check_device, check_room
+from opdlab.lab.grid import NamedArm
+from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import (
+    add_analysis,
+    add_run,
+    analyse,
+    find_tables,
+    has_record,
+    missing_parts,
+    read_index,
+    read_tables,
+)
 from opdlab.models.files import write_json
 from opdlab.processes import CONTEXT, workers
 from opdlab.stats import prediction_interval
-from opdlab.training.loop import install_model, train
-from opdlab.training.store import Home, Run, kept_steps, source_of
+from opdlab.training.loop import install_model
+
+# What of a record says where it was made: the entries of :func:`opdlab.processes.provenance`.
+MACHINE = ("python", "torch", "transformers", "numpy", "device", "processor", "machine", "cuda")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run or analysis, the model folders and runs that it waits for, and the model folder that it makes (or "")."""
+    """One run or analysis, the model folders and runs that it waits for, and the model that it produces (or "")."""
 
     what: str  # an arm or an analysis
     seed: int
     needs: tuple[str, ...]
-    makes: str = ""
+    produces: str = ""
 
     @property
     def name(self) -> str:
         """The name by which other jobs wait for this one."""
         return f"{self.what}-seed{self.seed}"
 
-    def steps(self, scale: Scale) -> int:
+    def steps(self, lab: Laboratory) -> int:
         """Return how many steps it counts for in a bar; an analysis takes about as long as a short run."""
-        return scale.recipe("opd_short" if self.what in ANALYSES else self.what).steps
+        return lab.recipe("opd_short" if self.what in ANALYSES else self.what).steps
+
+
+class _Plan:
+    """The jobs found so far, each with what it needs before it."""
+
+    def __init__(self, lab: Laboratory):
+        self.lab, self.jobs, self.index = lab, dict[str, Job](), read_index(lab.records)
+
+    def need_model(self, folder: str) -> tuple[str, ...]:
+        if (self.lab.models / folder).is_dir():
+            return ()
+        if folder not in self.lab.scale.models.pretrained:  # which build fetches
+            self.need_run(self.lab.maker_of(folder), 0)
+        return (folder,)
+
+    def need_models(self, named: NamedArm) -> list[str]:
+        return [model for folder in named.models for model in self.need_model(folder)]
+
+    def need_run(self, named: NamedArm, seed: int) -> str:
+        name = f"{named.name}-seed{seed}"
+        if name in self.jobs:
+            return name
+        needs = self.need_models(named)
+        source = named.directions(seed, self.lab.scale.later_seed(seed))
+        if source:
+            needs.append(self.need_run(self.lab.arm(source[0]), source[1]))
+        missing = named.produces and seed == 0 and not (self.lab.models / named.produces).is_dir()
+        self.jobs[name] = Job(named.name, seed, tuple(needs), named.produces if missing else "")
+        return name
+
+    def need_analysis(self, name: str, seed: int) -> None:
+        analysis = ANALYSES[name]
+        parts = missing_parts(analysis, seed, self.lab)
+        if not parts:
+            return
+        reads = list(dict.fromkeys(run for part in parts for run in part.runs))
+        needs = [model for arm, _ in reads for model in self.need_models(self.lab.arm(arm))]
+        if analysis.trained:
+            needs += [self.need_run(self.lab.arm(arm), of_seed) for arm, of_seed in reads]
+        self.jobs[f"{name}-seed{seed}"] = Job(name, seed, tuple(dict.fromkeys(needs)))
 
 
 def plan(
-    scale: Scale,
-    home: Home,
+    lab: Laboratory,
     arms: tuple[str, ...],
     seeds: tuple[int, ...] = (),
     models: tuple[str, ...] = (),
@@ -60,8 +110,7 @@ def plan(
     """List the jobs that give the records of ``arms`` and ``analyses``, and ``models``, those they need first.
 
     Args:
-        scale: at which scale.
-        home: what is already among its models is not made again, nor what is recorded, unless another run needs it.
+        lab: what is already among its models is not made again, nor what is recorded, unless another run needs it.
         arms: of which a record is kept.
         seeds: of these seeds; by default, of all seeds that the scale has for an arm.
         models: names of model folders.
@@ -70,65 +119,36 @@ def plan(
     Raises:
         OpdlabError: if an arm is unknown, or one that no record is kept of; or if no arm makes a model.
     """
-    jobs: dict[str, Job] = {}
-
-    def need_model(folder: str) -> tuple[str, ...]:
-        if not folder or (home.models(scale) / folder).is_dir():
-            return ()
-        if folder not in scale.pretrained:  # which build fetches
-            need_run(scale.maker_of(folder), 0)
-        return (folder,)
-
-    def need_models(arm: Arm) -> tuple[str, ...]:
-        return (*need_model(arm.start), *need_model(arm.teacher))
-
-    def need_run(arm: Arm, seed: int) -> str:
-        name = f"{arm.name}-seed{seed}"
-        if name in jobs:
-            return name
-        needs = [*need_models(arm)]
-        source = source_of(arm, seed, scale)
-        if source:
-            needs.append(need_run(get_arm(source[0]), source[1]))
-        makes = arm.makes if seed == 0 and not (home.models(scale) / arm.makes).is_dir() else ""
-        jobs[name] = Job(arm.name, seed, tuple(needs), makes)
-        return name
-
+    found = _Plan(lab)
     for folder in models:
-        need_model(folder)
-    for wanted in map(get_arm, arms):
-        if wanted.name not in RECORDED:
+        found.need_model(folder)
+    for wanted in map(lab.arm, arms):
+        if not wanted.recorded:
             raise OpdlabError(f"no record is kept of arm {wanted.name!r}, as it only makes a model")
     # Seed by seed, so that what is stopped halfway can be compared across arms.
-    most = max((len(seeds or scale.seeds_of(arm)) for arm in arms), default=0)
+    most = max((len(seeds or lab.seeds_of(arm)) for arm in arms), default=0)
     for i in range(most):
         for arm in arms:
-            of_arm = seeds or scale.seeds_of(arm)
-            if i < len(of_arm) and not has_record(arm, of_arm[i], scale, home):
-                need_run(get_arm(arm), of_arm[i])
-    for analysis in (ANALYSES[name] for name in analyses):
-        for seed in (seed for seed in analysis.seeds(scale) if not seeds or seed in seeds):
-            if has_record(analysis.name, seed, scale, home):
-                continue
-            reads = analysis.runs(scale, seed)
-            needs = [model for arm in analysis.arms for model in need_models(get_arm(arm))]
-            if analysis.trained:
-                needs += [need_run(get_arm(arm), of_seed) for arm, of_seed in reads]
-            jobs[f"{analysis.name}-seed{seed}"] = Job(analysis.name, seed, tuple(needs))
-    return list(jobs.values())
+            of_arm = seeds or lab.seeds_of(arm)
+            if i < len(of_arm) and not has_record(arm, of_arm[i], lab, found.index):
+                found.need_run(lab.arm(arm), of_arm[i])
+    for name in analyses:
+        for seed in (seed for seed in ANALYSES[name].seeds(lab) if not seeds or seed in seeds):
+            found.need_analysis(name, seed)
+    return list(found.jobs.values())
 
 
-def all_models(scale: Scale) -> tuple[str, ...]:
+def all_models(lab: Laboratory) -> tuple[str, ...]:
     """Return the names of all model folders that a scale makes."""
-    return tuple(ARMS[name].makes for name in scale.makers)
+    return tuple(lab.arm(name).produces for name in lab.scale.models.makers)
 
 
-def provide_pretrained(scale: Scale, home: Home) -> None:
+def provide_pretrained(lab: Laboratory) -> None:
     """Fetch the pretrained models of a scale, and put links to them among its models."""
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
-    for folder, name in scale.pretrained.items():
-        place = home.models(scale) / folder
+    for folder, name in lab.scale.models.pretrained.items():
+        place = lab.models / folder
         if not place.exists():
             fetch(name, default_folder(name), progress=True)
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
@@ -136,12 +156,12 @@ def provide_pretrained(scale: Scale, home: Home) -> None:
             place.symlink_to(default_folder(name), target_is_directory=True)
 
 
-def note_pretrained(scale: Scale, home: Home) -> None:
+def note_pretrained(lab: Laboratory) -> None:
     """Write beside the records where a scale's pretrained models are from: hub and package differ in their bits."""
-    sources = {folder: home.models(scale) / folder / "source.json" for folder in scale.pretrained}
+    sources = {folder: lab.models / folder / "source.json" for folder in lab.scale.models.pretrained}
     found = {folder: json.loads(path.read_text()) for folder, path in sources.items() if path.is_file()}
     if found:
-        write_json(home.records(scale) / "pretrained.json", found)
+        write_json(lab.records / "pretrained.json", found)
 
 
 _counter: Any = None
@@ -157,69 +177,78 @@ def _count(steps: int) -> None:
         _counter.value += steps
 
 
-def _work(job: Job, scale_name: str, home: Home, record: bool) -> None:
-    scale = SCALES[scale_name]
+def _work(job: Job, lab: Laboratory, record: bool) -> Path | None:
+    """Do a job in a process of its own, and return the folder of its tables, if a record is kept of them."""
     if job.what in ANALYSES:
-        write_record(job.what, job.seed, scale, home)
-        _count(job.steps(scale))
-        return
-    run = train(job.what, job.seed, scale, home=home, on_steps=_count)
-    if job.makes:
-        install_model(run, home, scale, job.makes)
-    if record and job.what in RECORDED:
-        write_record(job.what, job.seed, scale, home)
-        run.drop_snapshots(kept_steps(job.what, scale))
+        folder = analyse(job.what, job.seed, lab)
+        _count(job.steps(lab))
+        return folder
+    check_room(lab, job.what)
+    run = lab.train(job.what, job.seed, on_steps=_count)
+    if job.produces:
+        install_model(run, lab.models / job.produces)
+    if not record or not lab.arm(job.what).recorded:
+        return None
+    folder = find_tables(job.what, job.seed, lab)
+    run.drop_snapshots(lab.kept_steps(job.what))
+    return folder
 
 
-def build(jobs: list[Job], scale: Scale, home: Home, *, record: bool = True, processes: int = 2) -> None:
+def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: int = 2) -> None:
     """Run jobs side by side under one bar; what is already there is not done again.
 
     Args:
         jobs: what :func:`plan` lists.
-        scale: at which scale.
-        home: where models, records and runs lie.
+        lab: where models, records and runs lie.
         record: write the records of what was trained.
         processes: how many at once.
 
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
     """
-    check_device(scale, home)
-    provide_pretrained(scale, home)
+    check_device(lab)
+    provide_pretrained(lab)
     if record:
-        note_pretrained(scale, home)
-    total = sum(job.steps(scale) for job in jobs)
-    counter = CONTEXT.Value("q", 0)
-    waiting, made = list(jobs), set(scale.pretrained)
-    running: dict[Future[None], Job] = {}
+        note_pretrained(lab)
+    total, counter = sum(job.steps(lab) for job in jobs), CONTEXT.Value("q", 0)
+    waiting, made = list(jobs), set(lab.scale.models.pretrained)
+    running: dict[Future[Path | None], Job] = {}
     with (
-        tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {scale.name}") as bar,
+        tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {lab.scale.name}") as bar,
         workers(processes, _take, counter) as pool,
     ):
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= made][: processes - len(running)]:
                 waiting.remove(job)
-                running[pool.submit(_work, job, scale.name, home, record)] = job
+                running[pool.submit(_work, job, lab, record)] = job
             if not running:
                 raise OpdlabError(f"nothing makes {', '.join(waiting[0].needs)}, which {waiting[0].what!r} needs")
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool as problem:
-                    raise OpdlabError(
-                        f"the process of {job.what} seed {job.seed} was killed, perhaps for lack of memory; the same "
-                        "command goes on from its last checkpoint"
-                    ) from problem
-                made |= {job.makes, job.name}
-            bar.set_postfix_str(", ".join(f"{job.what} {job.seed}" for job in running.values()))
+                folder = _result(future, job)
+                if folder and record:
+                    (add_analysis if job.what in ANALYSES else add_run)(folder, lab)
+                made |= {job.produces, job.name}
+                bar.set_postfix_str(", ".join(f"{job.what} {job.seed}" for job in running.values()))
             bar.n = counter.value
             bar.refresh()
     for job in jobs:
-        if job.what in ARMS and ARMS[job.what].constraint and not scale.keep_snapshots:
-            Run.of(scale, ARMS[job.what].like, job.seed, home).drop_states()  # None goes on from there any more.
+        if job.what in lab.arms and lab.arm(job.what).arm.projection and not lab.scale.policy.keep_snapshots:
+            lab.run(lab.arm(job.what).parent, job.seed).drop_states()  # None branches off from there any more.
 
+
+def _result(future: Future[Path | None], job: Job) -> Path | None:
+    try:
+        return future.result()
+    except BrokenProcessPool as problem:
+        raise OpdlabError(
+            f"the process of {job.what} seed {job.seed} was killed, perhaps for lack of memory; the same command goes "
+            "on from its last checkpoint"
+        ) from problem
+
+
+# --- repeating what is recorded ---------------------------------------------------------------------------------------
 
 FIGURES = {
     "sampled accuracy": ("evaluations", "sampled"),
@@ -242,18 +271,38 @@ def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     }
 
 
-def _figures(what: str, folder: Path) -> tuple[dict, dict[str, float]]:
-    """Return the description of a record and its figures; those of an analysis are the means of its columns."""
-    if what not in ANALYSES:
-        description, tables = read_record(folder)
-        return description, end_figures(tables)
-    description, tables = read_record(folder, (what,))
-    return description, tables[what].select_dtypes("number").mean().to_dict()
+@dataclass(frozen=True)
+class _Recorded:
+    """What is recorded of a run or an analysis: its figures, what tells it apart bit for bit, and the machine."""
+
+    figures: dict[str, float]
+    identity: str
+    machine: dict[str, Any]
 
 
-def compare(
-    scale: Scale, recorded: Home, repeated: Home, names: tuple[str, ...], seeds: tuple[int, ...]
-) -> pd.DataFrame:
+def _of_runs(arm: str, seeds: tuple[int, ...], lab: Laboratory) -> dict[int, _Recorded]:
+    index = read_index(lab.records).query("arm == @arm").set_index("seed")
+    tables, found = read_tables(lab.records / arm), {}
+    for seed in seeds:
+        own = {name: table[table["seed"] == seed] for name, table in tables.items()}
+        row = index.loc[seed]
+        found[seed] = _Recorded(end_figures(own), row["weights"], {name: row[name] for name in MACHINE if name in row})
+    return found
+
+
+def _of_analysis(name: str, seeds: tuple[int, ...], lab: Laboratory) -> dict[int, _Recorded]:
+    table = pd.read_csv(lab.records / "analyses" / f"{name}.csv", dtype={"key": str})
+    index = pd.read_csv(lab.records / "analyses.csv").query("analysis == @name").set_index("seed")
+    found = {}
+    for seed in seeds:
+        rows, row = table[table["seed"] == seed], index.loc[seed]
+        figures = rows.drop(columns="seed").select_dtypes("number").mean().to_dict()
+        machine = {entry: row[entry] for entry in MACHINE if entry in row}
+        found[seed] = _Recorded(figures, rows.drop(columns="key").to_csv(index=False), machine)
+    return found
+
+
+def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
     """Compare repeated runs and analyses with the record, one row for each figure of each that has one of the seeds.
 
     A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is. Elsewhere
@@ -262,26 +311,23 @@ def compare(
     single recorded seed, which has no spread, ``one seed``.
 
     Args:
-        scale: at which scale.
         recorded: where the records lie.
-        repeated: where the repeated runs lie.
+        repeated: where the repeated records lie.
         names: of arms and analyses.
         seeds: that were repeated.
     """
     rows = []
     for what in names:
-        of_all = ANALYSES[what].seeds(scale) if what in ANALYSES else scale.seeds_of(what)
-        records = {seed: _figures(what, recorded.records(scale) / f"{what}-seed{seed}") for seed in of_all}
-        for seed in (seed for seed in seeds if seed in of_all):
-            find = find_analysis if what in ANALYSES else find_tables
-            description, figures = _figures(what, find(what, seed, scale, repeated))
-            digest = "table" if what in ANALYSES else "weights"
-            same_bits = description[digest] == records[seed][0][digest]
-            same_machine = description["provenance"] == records[seed][0]["provenance"]
-            for name, value in figures.items():
-                spread = prediction_interval([of_seed[name] for _, of_seed in records.values()])
+        of = _of_analysis if what in ANALYSES else _of_runs
+        of_all = ANALYSES[what].seeds(recorded) if what in ANALYSES else recorded.seeds_of(what)
+        wanted = tuple(seed for seed in seeds if seed in of_all)
+        records, again = of(what, of_all, recorded), of(what, wanted, repeated)
+        for seed in wanted:
+            here, there = again[seed], records[seed]
+            for figure, value in here.figures.items():
+                spread = prediction_interval([other.figures[figure] for other in records.values()])
                 verdict = "outside"
-                if same_bits:
+                if here.identity == there.identity:
                     verdict = "bit for bit"
                 elif spread.low <= value <= spread.high:
                     verdict = "within the spread"
@@ -290,13 +336,13 @@ def compare(
                 rows.append(
                     {
                         "run": f"{what} seed {seed}",
-                        "figure": name,
-                        "recorded": records[seed][1][name],
+                        "figure": figure,
+                        "recorded": there.figures[figure],
                         "repeated": value,
                         "low": spread.low,
                         "high": spread.high,
                         "verdict": verdict,
-                        "same machine": same_machine,
+                        "same machine": here.machine == there.machine,
                     }
                 )
     return pd.DataFrame(rows)

@@ -1,88 +1,69 @@
-"""Tasks with a verifiable answer: where prompts come from, how a solution is written, what earns a reward.
+"""The book's own tasks: sums with running sums for the toy model, arithmetic and mathematics for real ones.
 
-A task is three functions on strings. ``prompt`` draws one question, ``demonstration`` writes a correct solution with
-its intermediate steps, and ``answer`` reads the final answer off a completion, which is all that a reward looks at, as
-in RLVR. No text holds the end of the sequence: that is a token, which differs from model to model
-(:func:`opdlab.training.trainer.score`).
+Each is three functions on strings. ``draw`` draws one question, ``demonstration`` writes a correct solution with its
+intermediate steps, and ``answer`` reads the final answer off a completion, which is all that a reward looks at, as in
+RLVR.
 """
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import MappingProxyType
 
 import numpy as np
 
 from opdlab.errors import OpdlabError
-
-# One prompt in eight is kept for evaluation, by a hash of its text: the two sets cannot overlap, whatever the seed.
-EVALUATION_SHARE = 8
-
-
-def is_evaluation(prompt: str) -> bool:
-    """Tell whether ``prompt`` belongs to the evaluation set; the rest is for training.
-
-    >>> [is_evaluation(f"Q1+{n}=?A:") for n in (1, 2, 3)]
-    [False, False, False]
-    """
-    return hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % EVALUATION_SHARE == 0
+from opdlab.training.tasks import Task
 
 
 @dataclass(frozen=True)
-class Task:
-    """A named task; :data:`RUNNING_SUM` is the one of the lab, and a running difference its second.
+class RightAnswer:
+    """The reward of a completion: 1.0 if its final answer is right and 0.0 otherwise; what comes before is not read.
 
     Attributes:
-        name: the name in code and records.
-        prompt: draws a prompt.
-        demonstration: writes a correct completion of a prompt.
         answer: returns the final answer in a completion of a prompt, or None if there is none.
+        demonstration: writes a correct completion of a prompt.
     """
 
-    name: str
-    prompt: Callable[[np.random.Generator], str]
-    demonstration: Callable[[str], str]
     answer: Callable[[str, str], str | None]
+    demonstration: Callable[[str], str]
 
-    def reward(self, prompt: str, completion: str) -> float:
-        """Return 1.0 if the final answer is right and 0.0 otherwise; what comes before it is not looked at.
+    def __call__(self, prompt: str, completion: str) -> float:
+        """Return the reward.
 
         >>> RUNNING_SUM.reward("Q17+5+38=?A:", "17+5=22;22+38=60#60"), RUNNING_SUM.reward("Q17+5+38=?A:", "#61")
         (1.0, 0.0)
         """
-        return float(self.answer(prompt, completion) == self.answer(prompt, self.demonstration(prompt)))
+        return float(self.answer(prompt, completion) == self.right(prompt))
 
-    def constant_accuracy(self, prompts: Sequence[str]) -> float:
-        """Return the accuracy of the one answer that is right most often, whatever the prompt: what a gain must beat.
+    def right(self, prompt: str) -> str | None:
+        """Return the right answer to a prompt."""
+        return self.answer(prompt, self.demonstration(prompt))
 
-        >>> RUNNING_SUM.constant_accuracy(["Q1+2=?A:", "Q2+1=?A:", "Q2+2=?A:", "Q3+4=?A:"])
-        0.5
-        """
-        answers = Counter(self.answer(prompt, self.demonstration(prompt)) for prompt in prompts)
-        return max(answers.values()) / len(prompts)
 
-    def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
-        """Draw ``count`` prompts of the training set, or ``count`` different ones of the evaluation set.
+def _task(
+    name: str,
+    draw: Callable[[np.random.Generator], str],
+    demonstration: Callable[[str], str],
+    answer: Callable[[str, str], str | None],
+) -> Task:
+    return Task(name, draw, demonstration, RightAnswer(answer, demonstration))
 
-        Raises:
-            OpdlabError: if the evaluation set is too small for ``count`` different prompts.
-        """
-        drawn: list[str] = []
-        seen: set[str] = set()
-        for _ in range(1000 * count):
-            prompt = self.prompt(rng)
-            if is_evaluation(prompt) != evaluation or (evaluation and prompt in seen):
-                continue
-            drawn.append(prompt)
-            seen.add(prompt)
-            if len(drawn) == count:
-                return drawn
-        raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
+
+def constant_accuracy(task: Task, prompts: Sequence[str]) -> float:
+    """Return the accuracy of the one answer that is right most often, whatever the prompt: what a gain must beat.
+
+    >>> constant_accuracy(RUNNING_SUM, ["Q1+2=?A:", "Q2+1=?A:", "Q2+2=?A:", "Q3+4=?A:"])
+    0.5
+    """
+    assert isinstance(task.score, RightAnswer), "of the book's tasks only"
+    answers = Counter(map(task.score.right, prompts))
+    return max(answers.values()) / len(prompts)
 
 
 def after_hash(prompt: str, completion: str) -> str | None:
@@ -175,23 +156,35 @@ def short_task_demonstration(prompt: str) -> str:
     return str(answers[letter](numbers))
 
 
-RUNNING_SUM = Task("running_sum", running_sum_prompt, running_demonstration, after_hash)
-RUNNING_DIFFERENCE = Task("running_difference", running_difference_prompt, running_demonstration, after_hash)
-SHORT_TASKS = Task("short_tasks", short_task_prompt, short_task_demonstration, whole)
+RUNNING_SUM = _task("running_sum", running_sum_prompt, running_demonstration, after_hash)
+RUNNING_DIFFERENCE = _task("running_difference", running_difference_prompt, running_demonstration, after_hash)
+SHORT_TASKS = _task("short_tasks", short_task_prompt, short_task_demonstration, whole)
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """What a teacher is pretrained on: the main task four times out of five, the short tasks otherwise."""
+
+    main: Task
+
+    def of(self, prompt: str) -> Task:
+        return self.main if prompt.startswith("Q") else SHORT_TASKS
+
+    def draw(self, rng: np.random.Generator) -> str:
+        task = self.main if rng.random() < 0.8 else SHORT_TASKS
+        assert task.draw, "the book's tasks draw their prompts"
+        return task.draw(rng)
+
+    def demonstration(self, prompt: str) -> str:
+        return self.of(prompt).demonstration(prompt)
+
+    def score(self, prompt: str, completion: str) -> float:
+        return self.of(prompt).score(prompt, completion)
 
 
 def _mixture(name: str, main: Task) -> Task:
-    """Return what a teacher is pretrained on: the main task four times out of five, the short tasks otherwise."""
-
-    def of(prompt: str) -> Task:
-        return main if prompt.startswith("Q") else SHORT_TASKS
-
-    return Task(
-        name,
-        lambda rng: (main if rng.random() < 0.8 else SHORT_TASKS).prompt(rng),
-        lambda prompt: of(prompt).demonstration(prompt),
-        lambda prompt, completion: of(prompt).answer(prompt, completion),
-    )
+    mixture = _Mixture(main)
+    return Task(name, mixture.draw, mixture.demonstration, mixture.score)
 
 
 TEACHER_MIXTURE = _mixture("teacher_mixture", RUNNING_SUM)
@@ -201,26 +194,30 @@ DIFFERENCE_MIXTURE = _mixture("difference_mixture", RUNNING_DIFFERENCE)
 # --- for pretrained models: arithmetic of reasoning-gym, answered by restating the question --------------------
 
 
+@cache
+def _questions(name: str, settings: tuple[tuple[str, int], ...]) -> Sequence[dict]:
+    import reasoning_gym  # Only who draws prompts needs it.
+
+    # Every item is made when it is asked for, from its number.
+    return reasoning_gym.create_dataset(name, seed=0, size=2**31, **dict(settings))
+
+
+def _expression_prompt(name: str, settings: tuple[tuple[str, int], ...], rng: np.random.Generator) -> str:
+    item = _questions(name, settings)[int(rng.integers(2**31))]
+    return f"What is {item['metadata']['expression']}?\n"
+
+
+def _restated_demonstration(prompt: str) -> str:
+    first, sign, second = prompt.removeprefix("What is ").removesuffix("?\n").split(" ")
+    value = _OPERATIONS[sign](int(first), int(second))
+    # Small models answer better when they say what they were asked.
+    return f"{first} {sign} {second} = {value}"
+
+
 def _restated(name: str, **settings: int) -> Task:
     """Return the task of a dataset of reasoning-gym whose question is one expression."""
-
-    @cache
-    def dataset() -> Sequence[dict]:
-        import reasoning_gym  # Only who draws prompts needs it.
-
-        # Every item is made when it is asked for, from its number.
-        return reasoning_gym.create_dataset(name, seed=0, size=2**31, **settings)
-
-    def prompt(rng: np.random.Generator) -> str:
-        return f"What is {dataset()[int(rng.integers(2**31))]['metadata']['expression']}?\n"
-
-    def demonstration(prompt: str) -> str:
-        first, sign, second = prompt.removeprefix("What is ").removesuffix("?\n").split(" ")
-        value = _OPERATIONS[sign](int(first), int(second))
-        # Small models answer better when they say what they were asked.
-        return f"{first} {sign} {second} = {value}"
-
-    return Task(name, prompt, demonstration, after_equals)
+    draw = partial(_expression_prompt, name, tuple(settings.items()))
+    return _task(name, draw, _restated_demonstration, after_equals)
 
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -293,18 +290,25 @@ def _last_box(text: str) -> str | None:
     return None
 
 
-MATH = Task("math", _math_prompt, lambda prompt: _competition()[prompt], _boxed)
+def _math_demonstration(prompt: str) -> str:
+    return _competition()[prompt]
 
-TASKS = {
-    task.name: task
-    for task in (
-        RUNNING_SUM,
-        RUNNING_DIFFERENCE,
-        SHORT_TASKS,
-        TEACHER_MIXTURE,
-        DIFFERENCE_MIXTURE,
-        CHAIN_SUM,
-        PRODUCTS,
-        MATH,
-    )
-}
+
+MATH = _task("math", _math_prompt, _math_demonstration, _boxed)
+
+#: The book's tasks, by name.
+TASKS = MappingProxyType(
+    {
+        task.name: task
+        for task in (
+            RUNNING_SUM,
+            RUNNING_DIFFERENCE,
+            SHORT_TASKS,
+            TEACHER_MIXTURE,
+            DIFFERENCE_MIXTURE,
+            CHAIN_SUM,
+            PRODUCTS,
+            MATH,
+        )
+    }
+)

@@ -102,6 +102,11 @@ def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
+def chat_template(folder: Path | str) -> str:
+    """Return the chat template of the tokenizer in ``folder``, or "" if it has none."""
+    return str(load_tokenizer(folder).chat_template or "")
+
+
 def save_model(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path
 ) -> None:

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import weight_matrices
-from opdlab.lab.scales import Recipe
+from opdlab.training.config import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 

@@ -64,6 +64,11 @@ def encode_completions(tokenizer: transformers.PreTrainedTokenizerBase, texts: S
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
+def context_length(model: transformers.PreTrainedModel) -> int:
+    """Return how many tokens a model reads at most."""
+    return model.config.max_position_embeddings
+
+
 @torch.inference_mode()
 def sample(
     model: transformers.PreTrainedModel,
@@ -92,7 +97,7 @@ def sample(
     Raises:
         OpdlabError: if a prompt does not fit the model's context.
     """
-    room = model.config.max_position_embeddings - max_new_tokens
+    room = context_length(model) - max_new_tokens
     encoded = encode_prompts(tokenizer, prompts, room)
     device = model.device
     width = max(map(len, encoded))

@@ -1,9 +1,9 @@
-"""The learner: the models, the task and the optimizer of a run, and one training step for every arm.
+"""The trainer: the models, the task and the optimizer of a run, and one training step for every arm.
 
 Each step draws prompts, gets completions (worked solutions, the student's rollouts or the teacher's), turns them into
-a loss per token by the arm's signal, and makes one AdamW update: strictly on-policy, as in the paper's recipes.
-All randomness of a step comes from (seed, purpose, step). So two arms with the same seed see the same prompts, and a
-run that was killed goes on bit for bit as if nothing had happened.
+a loss per token, and makes one update: strictly on-policy, as in the paper's recipes. All randomness of a step comes
+from (seed, purpose, step). So two arms with the same seed see the same prompts, and a run that was killed goes on bit
+for bit as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +20,26 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opdlab.errors import OpdlabError
-from opdlab.lab.grid import Arm
-from opdlab.lab.scales import Recipe, Scale
-from opdlab.lab.tasks import Task
 from opdlab.models.folders import character_tokenizer, check_same_vocabulary, load_model, load_tokenizer, new_model
 from opdlab.processes import find_device
 from opdlab.training import objectives
-from opdlab.training.objectives import LOSSES, token_ranking, token_weights
+from opdlab.training.config import Experiment
 from opdlab.training.optimizers import load_moments, make_optimizers, moments
-from opdlab.training.projection import Confinement
-from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, encode_prompts, micro_batches, sample
+from opdlab.training.projection import Projector
+from opdlab.training.rollouts import (
+    MicroBatch,
+    Rollouts,
+    context_length,
+    encode_completions,
+    encode_prompts,
+    micro_batches,
+    sample,
+)
+from opdlab.training.tasks import Task
 
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4}
+
+Gradients = dict[str, Sequence[Tensor]]
 
 
 def random_numbers(seed: int, purpose: str, step: int) -> np.random.Generator:
@@ -50,7 +57,7 @@ def score(
 ) -> Tensor:
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
 
-    A completion without the end of the sequence is cut, and earns nothing.
+    A completion without the end of the sequence was cut, and earns nothing.
 
     Args:
         tokenizer: of the model that wrote the completions.
@@ -64,78 +71,50 @@ def score(
     return torch.tensor([reward if whole else 0.0 for reward, whole in zip(rewards, ended, strict=True)])
 
 
-class Learner:
+class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
-    def __init__(self, scale: Scale, arm: Arm, recipe: Recipe, task: Task, folder: Path, seed: int):
-        """Load the models of an arm.
+    def __init__(self, experiment: Experiment):
+        """Load the models of an experiment.
 
-        Args:
-            scale: its sizes, and the device and precision to train in.
-            arm: what it starts from and listens to.
-            recipe: budget and optimizer.
-            task: where prompts, demonstrations and rewards come from.
-            folder: of the models.
-            seed: of prompts, rollouts and, without a start, weights.
+        Raises:
+            OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
         """
-        self.scale, self.arm, self.recipe, self.task, self.seed = scale, arm, recipe, task, seed
-        self.device = find_device(scale.gpu)
+        self.experiment = experiment
+        self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
+        self.device = find_device(experiment.compute.gpu)
         # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
-        self.dtype = getattr(torch, scale.compute) if self.device.type == "cuda" else torch.float32
-        if arm.start:
-            start = folder / arm.start
-            self.tokenizer, self.student = load_tokenizer(start), load_model(start, self.device)
-        else:
-            self.tokenizer = character_tokenizer()
-            # transformers wraps the method "to", and its type with it.
-            self.student = new_model(scale.shapes[arm.name], seed).to(self.device).eval()  # type: ignore[arg-type]
-        if scale.recompute:
-            self.student.activation_checkpointing_enable()
-        self.teacher: transformers.PreTrainedModel | None = None
-        if arm.teacher:
-            check_same_vocabulary(folder / arm.start, folder / arm.teacher)
-            # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
-            self.teacher = load_model(folder / arm.teacher, self.device, self.dtype)
+        self.dtype = getattr(torch, experiment.compute.dtype) if self.device.type == "cuda" else torch.float32
+        self.tokenizer, self.student = self._student()
+        self.teacher = self._teacher()
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}
-        self.writer = copy.deepcopy(self.student) if arm.sequences == "stale" else writers[arm.sequences]
-        self.optimizers = make_optimizers(self.student, recipe, arm.optimizer)
-        self.confinement: Confinement | None = None
+        by = self.arm.rollouts_by
+        self.writer = copy.deepcopy(self.student) if by == "initial student" else writers[by]
+        self.optimizers = make_optimizers(self.student, self.recipe, self.arm.optimizer)
+        self.projector: Projector | None = None
 
-    def batch(self, step: int) -> tuple[Rollouts, Tensor | None]:
-        """Return the sequences of a step, and their rewards (B,) if a student wrote them."""
-        recipe = self.recipe
-        prompts = self.task.prompts(recipe.prompts, random_numbers(self.seed, "prompts", step))
-        if self.writer is None:
-            room = self.student.config.max_position_embeddings - self.scale.max_new_tokens
-            solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
-            return Rollouts(encode_prompts(self.tokenizer, prompts, room), solutions), None
-        generator = torch_generator(random_numbers(self.seed, "rollouts", step))
-        by_teacher = round(self.arm.teacher_share * len(prompts))
-        rollouts = Rollouts([], [])
-        for writer, part in ((self.teacher, prompts[:by_teacher]), (self.writer, prompts[by_teacher:])):
-            if part:
-                rollouts += sample(
-                    self.in_dtype(writer),
-                    self.tokenizer,
-                    part,
-                    max_new_tokens=self.scale.max_new_tokens,
-                    samples=recipe.samples,
-                    temperature=self.scale.temperature,
-                    generator=generator,
-                )
-        if self.writer is self.teacher or by_teacher:
-            return rollouts, None
-        return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
+    def _student(self) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+        source = self.arm.student
+        if source.shape:
+            # transformers wraps the method "to", and its type with it.
+            model = new_model(dict(source.shape), self.experiment.seed).to(self.device).eval()  # type: ignore[arg-type]
+            tokenizer: transformers.PreTrainedTokenizerBase = character_tokenizer()
+        else:
+            tokenizer, model = load_tokenizer(source.folder), load_model(source.folder, self.device)
+        if self.experiment.compute.recompute:
+            model.activation_checkpointing_enable()
+        return tokenizer, model
 
-    def in_dtype(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-        """Return a model, or a copy of it in the dtype of the passes: casting once is cheaper than at every token."""
-        return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()  # type: ignore[arg-type]
+    def _teacher(self) -> transformers.PreTrainedModel | None:
+        if self.arm.teacher is None:
+            return None
+        check_same_vocabulary(self.arm.student.folder, self.arm.teacher.folder)
+        # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
+        return load_model(self.arm.teacher.folder, self.device, self.dtype)
 
-    def precision(self) -> torch.autocast:
-        """Return the context in which the student's passes compute in their dtype, from weights in float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, step: int) -> dict:
         """Make update number ``step`` (counted from 0) and return what the history keeps of it.
@@ -146,72 +125,117 @@ class Learner:
         # On a CPU what the step itself took, whatever else runs there; while a GPU works, the processor only waits.
         clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         began = clock()
-        arm, student = self.arm, self.student
         rollouts, rewards = self.batch(step)
-        advantages = objectives.grpo_advantages(rewards, rollouts.samples) if arm.listens_to_rewards else None
-        random = torch_generator(random_numbers(self.seed, "tokens", step))
-        loss = entropy = kl = 0.0
-        self._zero_gradients()
-        student.train(self.scale.recompute)  # Only then does transformers recompute; there is no dropout.
-        for part in micro_batches(rollouts, self.scale.micro_batch, student.device, advantages):
-            losses, sums = self.read(part, rollouts.tokens, random)
-            self._accumulate(losses)
-            loss += sum(arm.signals[name] * value.item() for name, value in losses.items())
-            entropy += sums["entropy"].item() / rollouts.tokens
-            kl += sums["kl"].item() / rollouts.tokens
-        if not np.isfinite(loss):
+        advantages = objectives.grpo_advantages(rewards, rollouts.samples) if self.arm.reads_rewards else None
+        sums, gradients = self._gradients(step, rollouts, advantages)
+        if not np.isfinite(sums["loss"]):
             raise OpdlabError(
-                f"the loss of arm {arm.name!r} is {loss} at step {step + 1}: lower its learning rate "
+                f"the loss of {self.experiment.title!r} is {sums['loss']} at step {step + 1}: lower its learning rate "
                 f"({self.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
             )
-        student.eval()
-        shares = self._mix()
-        parameters = dict(student.named_parameters())
-        if self.confinement and self.confinement.acts_on == "gradient":
-            self.confinement.confine_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), self.recipe.clip)
+        mixed = self._mix(gradients)
+        if self.projector and self.projector.acts_on == "gradient":
+            self.projector.project_gradients(dict(self.student.named_parameters()))
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
         # A batch whose rewards are all alike says nothing: skip the update, or Adam's momentum would make one.
-        skipped = arm.signal == "grpo" and not bool(advantages.any())
+        skipped = self.arm.loss == "grpo" and not bool(advantages.any())
         if not skipped:
-            self._update(step, parameters)
+            self._update(step)
         return {
             "step": step + 1,
-            "loss": loss,
+            "loss": sums["loss"],
             "accuracy": None if rewards is None else float(rewards.mean()),
-            "entropy": entropy,
-            "kl_teacher": kl if arm.listens_to_teacher else None,
+            "entropy": sums["entropy"],
+            "kl_teacher": sums["kl"] if self.arm.reads_teacher else None,
             "grad_norm": float(norm),
             "update_norm": self.update_norm(),
             "skipped": skipped,
             "tokens": rollouts.tokens,
             "seconds": round(clock() - began, 4),
-        } | shares
+        } | mixed
+
+    def batch(self, step: int) -> tuple[Rollouts, Tensor | None]:
+        """Return the completions of a step, and their rewards (B,) if a student wrote them."""
+        recipe, seed = self.recipe, self.experiment.seed
+        prompts = self.task.prompts(recipe.prompts, random_numbers(seed, "prompts", step))
+        texts = self.texts(prompts)
+        if self.writer is None:
+            room = context_length(self.student) - self.experiment.max_new_tokens
+            solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
+            return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
+        generator = torch_generator(random_numbers(seed, "rollouts", step))
+        by_teacher = round(self.arm.teacher_share * len(prompts))
+        rollouts = Rollouts([], [])
+        for writer, part in ((self.teacher, texts[:by_teacher]), (self.writer, texts[by_teacher:])):
+            if part:
+                rollouts += sample(
+                    self.in_dtype(writer),
+                    self.tokenizer,
+                    part,
+                    max_new_tokens=self.experiment.max_new_tokens,
+                    samples=recipe.samples,
+                    temperature=self.experiment.temperature,
+                    generator=generator,
+                )
+        if self.writer is self.teacher or by_teacher:
+            return rollouts, None
+        return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """Return prompts as the models read them: through the chat template, if the task wants it and there is one."""
+        if not (self.task.chat and self.tokenizer.chat_template):
+            return list(prompts)
+        return [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+
+    def _gradients(
+        self, step: int, rollouts: Rollouts, advantages: Tensor | None
+    ) -> tuple[dict[str, float], Gradients]:
+        """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients by loss."""
+        random = torch_generator(random_numbers(self.experiment.seed, "tokens", step))
+        sums, gradients = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}, Gradients()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.student.train(self.experiment.compute.recompute)  # Only then does transformers recompute.
+        for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device, advantages):
+            losses, measured = self.read(part, rollouts.tokens, random)
+            self._accumulate(losses, gradients)
+            sums["loss"] += sum(self.arm.losses[name] * value.item() for name, value in losses.items())
+            sums["entropy"] += measured["entropy"].item() / rollouts.tokens
+            sums["kl"] += measured["kl"].item() / rollouts.tokens
+        self.student.eval()
+        return sums, gradients
 
     def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
         """Let the models read a micro-batch of a batch with so many ``tokens``, and return what :meth:`losses` does."""
-        listens, noise = self.arm.listens_to_teacher, None
-        if self.arm.ranking == "random":
+        reads_teacher, noise = self.arm.reads_teacher, None
+        if self.arm.tokens and self.arm.tokens.ranking == "random":
             noise = torch.rand(part.tokens.shape, generator=random).to(self.device)
-        if not self.scale.tokens_at_once:
+        at_once = self.experiment.compute.tokens_at_once
+        if not at_once:
             with self.precision():
                 logits = part.logits(self.student)
             with torch.no_grad():
-                teacher = part.logits(self.teacher) if listens else None
+                teacher = part.logits(self.teacher) if reads_teacher else None
             return self.losses(part, logits, teacher, tokens, noise)
         with self.precision():
             ours = part.hidden(self.student)
         with torch.no_grad():
-            theirs = part.hidden(self.teacher) if listens else None
+            theirs = part.hidden(self.teacher) if reads_teacher else None
 
         def look(piece: MicroBatch, rows: slice, ours: Tensor) -> tuple[dict, dict]:
             with self.precision():
                 logits = self.student.get_output_embeddings()(ours)
             with torch.no_grad():
-                teacher = self.teacher.get_output_embeddings()(theirs[rows]) if listens else None
+                teacher = self.teacher.get_output_embeddings()(theirs[rows]) if reads_teacher else None
             return self.losses(piece, logits, teacher, tokens, None if noise is None else noise[rows])
 
         totals: tuple[dict, dict] = {}, {}
-        for rows, piece in part.pieces(self.scale.tokens_at_once):
+        for rows, piece in part.pieces(at_once):
             # The logits of a piece are made again when its gradient is due, so those of two are never there together.
             found = checkpoint(look, piece, rows, ours[rows], use_reentrant=False, preserve_rng_state=False)
             for total, values in zip(totals, found, strict=True):
@@ -222,7 +246,7 @@ class Learner:
     def losses(
         self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int, noise: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the loss of each of the arm's signals, as its share of that of a batch, and sums over the tokens.
+        """Return each of the arm's losses, as its share of that of a batch, and sums over the tokens.
 
         Args:
             part: a micro-batch of C completions, or some of them.
@@ -232,29 +256,24 @@ class Learner:
             noise: (C, T) what ranks the tokens if chance does.
 
         Returns:
-            The losses by signal, and the sums "entropy" and "kl" (to the teacher), all scalars.
+            The losses by name, and the sums "entropy" and "kl" (to the teacher), all scalars.
         """
-        arm, weights = self.arm, None
+        weights, chosen = None, self.arm.tokens
         with torch.no_grad():
-            if arm.ranking:
-                key = token_ranking(arm.ranking, logits, part.tokens, teacher, noise)
-                weights = token_weights(key, part.mask, arm.token_share, arm.per_completion)
+            if chosen:
+                key = objectives.token_ranking(chosen.ranking, logits, part.tokens, teacher, noise)
+                weights = objectives.token_weights(key, part.mask, chosen.share, chosen.per_completion)
             kl = logits.new_zeros(()) if teacher is None else objectives.reverse_kl(logits, teacher)[part.mask].sum()
             sums = {"entropy": objectives.entropy(logits)[part.mask].sum(), "kl": kl}
         losses = {}
-        for name in arm.signals:
-            per_token = LOSSES[name](logits, part.tokens, teacher, part.advantages, part.mask)
+        for name in self.arm.losses:
+            per_token = objectives.LOSSES[name](logits, part.tokens, teacher, part.advantages, part.mask)
             losses[name] = objectives.token_mean(
                 per_token if weights is None else per_token * weights, part.mask, normalizer=tokens
             )
         return losses, sums
 
-    def _zero_gradients(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.gradients: dict[str, Sequence[Tensor]] = {}
-
-    def _accumulate(self, losses: dict[str, Tensor]) -> None:
+    def _accumulate(self, losses: dict[str, Tensor], gradients: Gradients) -> None:
         """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
         if len(losses) == 1:
             next(iter(losses.values())).backward()
@@ -262,54 +281,65 @@ class Learner:
         weights = list(self.student.parameters())
         for name, loss in losses.items():
             found = torch.autograd.grad(loss, weights, retain_graph=True)
-            before = self.gradients.get(name)
-            self.gradients[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+            before = gradients.get(name)
+            gradients[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
 
     @torch.no_grad()
-    def _mix(self) -> dict[str, float]:
+    def _mix(self, gradients: Gradients) -> dict[str, float]:
         """Put a mixture's gradients together, and return their norms and cosine; nothing without a mixture."""
-        if not self.gradients:
+        if not gradients:
             return {}
-        vectors = {name: torch.cat([part.flatten() for part in parts]) for name, parts in self.gradients.items()}
+        vectors = {name: torch.cat([part.flatten() for part in parts]) for name, parts in gradients.items()}
         first, second = vectors.values()
         norms = {name: float(vector.norm()) for name, vector in vectors.items()}
-        reference = norms[self.arm.signal]
+        reference = norms[self.arm.loss]
         scales = {name: reference / max(norm, 1e-12) if self.arm.balanced else 1.0 for name, norm in norms.items()}
         for i, weight in enumerate(self.student.parameters()):
-            parts = (share * scales[name] * self.gradients[name][i] for name, share in self.arm.signals.items())
-            weight.grad = cast(Tensor, sum(parts))
+            parts: Any = (share * scales[name] * gradients[name][i] for name, share in self.arm.losses.items())
+            weight.grad = sum(parts)
         cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
         return {f"grad_norm_{name}": norm for name, norm in norms.items()} | {"grad_cosine": cosine}
 
-    def _update(self, step: int, parameters: Mapping[str, Tensor]) -> None:
-        """Let the optimizers make their step, confined and rounded as the arm says."""
-        strict = self.confinement if self.confinement and self.confinement.acts_on == "update" else None
+    def _update(self, step: int) -> None:
+        """Let the optimizers make their step, projected and rounded as the arm says."""
+        parameters = dict(self.student.named_parameters())
+        strict = self.projector if self.projector and self.projector.acts_on == "update" else None
         before = {name: parameters[name].detach().clone() for name in strict.of} if strict else {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate_at(step)
             optimizer.step()
         if strict:
-            strict.confine_update(parameters, before)
+            strict.project_update(parameters, before)
         self.round_weights()
 
-    def confine(self, weights: dict[str, Tensor], at_start: bool) -> None:
-        """Confine training from now on to what the update from the origin to ``weights`` spans.
+    # --- what the steps work with -------------------------------------------------------------------------------------
+
+    def in_dtype(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+        """Return a model, or a copy of it in the dtype of the passes: casting once is cheaper than at every token."""
+        return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()  # type: ignore[arg-type]
+
+    def precision(self) -> torch.autocast:
+        """Return the context in which the student's passes compute in their dtype, from weights in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def project(self, weights: Mapping[str, Tensor], at_start: bool) -> None:
+        """Project training from now on, onto directions of the update from the origin to ``weights``.
 
         ``at_start`` is False when a stopped run goes on, which keeps its moments in any case.
         """
-        constraint = self.arm.constraint
-        self.confinement = Confinement(constraint, self.origin, weights, self.seed)
-        if constraint.reset and at_start:
+        projection = self.arm.projection
+        self.projector = Projector(projection, self.origin, weights, self.experiment.seed)
+        if projection.reset and at_start:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
 
     @torch.no_grad()
     def round_weights(self) -> None:
         """Round the weights to the dtype that the arm stores them in, in place."""
-        if self.arm.stored != "float32":
+        if self.arm.weight_dtype != "float32":
             for weight in self.student.parameters():
-                weight.copy_(weight.to(getattr(torch, self.arm.stored)))
+                weight.copy_(weight.to(getattr(torch, self.arm.weight_dtype)))
 
     @torch.no_grad()
     def update_norm(self) -> float:
@@ -317,9 +347,11 @@ class Learner:
         squares = [(weight - self.origin[name]).square().sum() for name, weight in self.student.named_parameters()]
         return float(torch.stack(squares).sum().sqrt())
 
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
     def evaluate(self, step: int) -> dict:
-        """Measure greedy and sampled accuracy on the evaluation prompts, the same for every arm, seed and step."""
-        count = self.scale.evaluation_prompts
+        """Measure the mean reward, greedy and sampled, on the same held-out prompts for all arms and seeds."""
+        count = self.experiment.evaluation_prompts
         prompts = self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
         result: dict[str, float] = {"step": step, "prompts": count}
         student = self.in_dtype(self.student)
@@ -327,8 +359,8 @@ class Learner:
             rollouts = sample(
                 student,
                 self.tokenizer,
-                prompts,
-                max_new_tokens=self.scale.max_new_tokens,
+                self.texts(prompts),
+                max_new_tokens=self.experiment.max_new_tokens,
                 temperature=temperature,
                 generator=torch_generator(random_numbers(0, "evaluation rollouts", 0)),
             )
@@ -339,13 +371,15 @@ class Learner:
     def distance_to_teacher(self, rollouts: Rollouts) -> dict:
         """Measure the student's entropy and KL(student || teacher) on its own rollouts, in nats per token."""
         entropy = kl = 0.0
-        for part in micro_batches(rollouts, self.scale.micro_batch, self.student.device):
+        for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device):
             with self.precision():
                 logits = part.logits(self.student)
             entropy += float(objectives.entropy(logits)[part.mask].sum()) / rollouts.tokens
             if self.teacher is not None:
                 kl += float(objectives.reverse_kl(logits, part.logits(self.teacher))[part.mask].sum()) / rollouts.tokens
         return {"entropy": entropy, "kl_teacher": kl if self.teacher is not None else None}
+
+    # --- stopping and going on ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer moments, by name."""

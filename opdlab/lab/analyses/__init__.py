@@ -1,18 +1,18 @@
 """Analyses of finished runs: what is computed from their weights without training any more.
 
-:mod:`~opdlab.lab.analyses.study` is what they work on; one module for each question follows it.
+The module :mod:`~opdlab.lab.analyses.runset` is what they work on; one module for each question follows it.
 """
 
 from opdlab.lab.analyses.directions import DIRECTIONS
 from opdlab.lab.analyses.gradients import GRADIENTS
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet
 from opdlab.lab.analyses.similarity import SIMILARITY
 from opdlab.lab.analyses.span import SPAN
-from opdlab.lab.analyses.study import Analysis, Study
 
 #: All analyses, by name.
 #:
 #: :meta hide-value:
 ANALYSES = {analysis.name: analysis for analysis in (SIMILARITY, DIRECTIONS, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS)}
 
-__all__ = ["ANALYSES", "Analysis", "Study"]
+__all__ = ["ANALYSES", "Analysis", "Part", "RunSet"]

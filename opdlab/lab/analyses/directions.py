@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdlab.geometry import describe, frobenius, random_walk, svd, top_right
 from opdlab.geometry.measure import generator_of
-from opdlab.lab.analyses.study import Analysis, Study, layers
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet, layers
 
 #: Arms that are looked at.
 ARMS_SHOWN = ("opd", "rlvr", "sft_matched")
@@ -52,7 +52,7 @@ def chosen_matrix(names: Sequence[str]) -> str:
     return values[len(values) // 2]
 
 
-def measure(study: Study) -> pd.DataFrame:
+def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per arm, snapshot and pair of directions.
 
     Columns: ``arm`` (:data:`WALK` is the null), ``step`` and ``progress``, the number of the ``direction`` then and of
@@ -60,15 +60,15 @@ def measure(study: Study) -> pd.DataFrame:
     """
     rows = []
     for arm in ARMS_SHOWN:
-        run = study.run(arm)
+        run = runs.run(arm)
         origin = layers(run.snapshot(0))
         matrix = chosen_matrix(list(origin))
-        w0, steps = origin[matrix].double(), run.config["snapshots"][1:]
+        w0, steps = origin[matrix].double(), run.experiment.kept[1:]
         updates = [run.snapshot(step)[matrix].double() - w0 for step in steps]
         paths = {arm: updates}
         if arm == ARMS_SHOWN[0]:
             increments = [updates[0], *(after - before for before, after in pairwise(updates))]
-            generator = generator_of(study.seed, matrix)
+            generator = generator_of(runs.seed, matrix)
             paths[WALK] = list(random_walk([frobenius(increment) for increment in increments], w0.shape, generator))
         for name, path in paths.items():
             for step, table in zip(steps, cosines(path), strict=True):

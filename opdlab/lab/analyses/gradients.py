@@ -6,17 +6,17 @@ moment E[g gᵀ] stays what it was when tokens are left out (2606.07082, section
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from opdlab.geometry import describe, sim_k
-from opdlab.lab.analyses.study import Analysis, Study, layers
+from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet, layers
 from opdlab.training import objectives
 from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches
-from opdlab.training.trainer import Learner, random_numbers, torch_generator
+from opdlab.training.trainer import Trainer, random_numbers, torch_generator
 
 #: The arms whose losses are compared with that of OPD on all tokens.
 LOSSES = (
@@ -48,38 +48,38 @@ def second_moments(losses: Iterator[Tensor], matrices: dict[str, Tensor]) -> tup
     return {n: s / count for n, s in squares.items()}, {n: m / count for n, m in means.items()}
 
 
-def _completions(learner: Learner, loss: Callable[[MicroBatch], Tensor]) -> Iterator[Tensor]:
+def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iterator[Tensor]:
     """Yield the loss of each completion of the first batch."""
-    rollouts, rewards = learner.batch(0)
+    rollouts, rewards = trainer.batch(0)
     advantages = None
-    if learner.arm.listens_to_rewards and rewards is not None:
+    if trainer.arm.reads_rewards and rewards is not None:
         advantages = objectives.grpo_advantages(rewards, rollouts.samples)
     for i, completion in enumerate(rollouts.completions):
         alone = Rollouts([rollouts.prompts[i // rollouts.samples]], [completion])
         own = None if advantages is None else advantages[i : i + 1]
-        (part,) = micro_batches(alone, 1, learner.student.device, own)
+        (part,) = micro_batches(alone, 1, trainer.student.device, own)
         yield loss(part)
 
 
-def _moments(study: Study, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
-    learner = Study(study.scale, study.home, seed).learner(arm)
+def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
+    trainer = RunSet(runs.lab, seed).trainer(arm)
     random = torch_generator(random_numbers(seed, "tokens", 0))
 
     def own(part: MicroBatch) -> Tensor:
-        losses, _ = learner.read(part, int(part.mask.sum()), random)
+        losses, _ = trainer.read(part, int(part.mask.sum()), random)
         (loss,) = losses.values()
         return loss
 
     def signs(part: MicroBatch) -> Tensor:
-        logps = objectives.token_logps(part.logits(learner.student), part.tokens)
+        logps = objectives.token_logps(part.logits(trainer.student), part.tokens)
         credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
         return objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
 
-    matrices = layers(dict(learner.student.named_parameters()))
-    return second_moments(_completions(learner, signs if random_signs else own), matrices)
+    matrices = layers(dict(trainer.student.named_parameters()))
+    return second_moments(_completions(trainer, signs if random_signs else own), matrices)
 
 
-def measure(study: Study) -> pd.DataFrame:
+def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per loss and matrix: how its gradients compare with those of OPD.
 
     The gradients are those of single completions of the first batch, at the anchor. Columns: ``arm``, Sim_K of the top
@@ -87,9 +87,9 @@ def measure(study: Study) -> pd.DataFrame:
     cosine of the mean gradients. Besides the losses of arms: "opd, another batch", and "random signs", OPD with each
     token's credit drawn from {-1, 1}.
     """
-    names = {arm: (arm, study.seed, False) for arm in LOSSES}
-    names |= {"opd, another batch": ("opd", study.later(), False), "random signs": ("opd", study.seed, True)}
-    found = {name: _moments(study, *names[name]) for name in study.follow(names, "gradients")}
+    names = {arm: (arm, runs.seed, False) for arm in LOSSES}
+    names |= {"opd, another batch": ("opd", runs.later(), False), "random signs": ("opd", runs.seed, True)}
+    found = {name: _moments(runs, *names[name]) for name in runs.follow(names, "gradients")}
     squares, means = found["opd"]
     bases = {name: _directions(square) for name, square in squares.items()}
     rows = []
@@ -100,7 +100,7 @@ def measure(study: Study) -> pd.DataFrame:
             row["cosine"] = float(
                 torch.nn.functional.cosine_similarity(means[name].flatten(), other_means[name].flatten(), dim=0)
             )
-            for k in study.scale.geometry.sim_ks:
+            for k in SIM_KS:
                 top = bases[name][:, :k]
                 row[f"sim_right_K{k}"] = sim_k(top, basis[:, :k])
                 row[f"energy_K{k}"] = float((top.T @ square @ top).trace() / square.trace())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 import torch
 
 from opdlab.geometry import permute
-from opdlab.lab.analyses.study import Analysis, Study, Weights, add
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights, add
 
 _FIFTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ARMS = ("opd", "rlvr", "sft_matched")
@@ -26,7 +26,7 @@ def _points() -> Iterator[dict]:
     yield {"path": "opd to opd of the next seed", "opd": 0.5, "opd_next": 0.5}
 
 
-def measure_landscape(study: Study) -> pd.DataFrame:
+def measure_landscape(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per point: ``path``, how much of each arm's update was added to the anchor, and the accuracies.
 
     The paths: each arm's own straight way from the anchor and beyond its end ("sft" is the way from the base to the
@@ -34,18 +34,18 @@ def measure_landscape(study: Study) -> pd.DataFrame:
     anchor, which is SFT's end, and the ends of OPD and RLVR; and the point halfway between OPD's end and that of its
     run with the next seed ("opd_next"), which shows what averaging does to two runs of one arm.
     """
-    anchor, base = study.model("anchor"), study.model("base")
-    updates = {arm: study.update(arm) for arm in _ARMS} | {"sft": add(anchor, (-1.0, base))}
-    updates["opd_next"] = study.update("opd", seed=study.later())
+    anchor, base = runs.model("anchor"), runs.model("base")
+    updates = {arm: runs.update(arm) for arm in _ARMS} | {"sft": add(anchor, (-1.0, base))}
+    updates["opd_next"] = runs.update("opd", seed=runs.later())
     rows = []
-    for point in study.follow(list(_points()), "landscape"):
+    for point in runs.follow(list(_points()), "landscape"):
         terms = [(point[arm], update) for arm, update in updates.items() if point.get(arm)]
         shares = {arm: point.get(arm, 0.0) for arm in updates}
-        rows.append({"path": point["path"], **shares, **study.evaluate(add(anchor, *terms))})
+        rows.append({"path": point["path"], **shares, **runs.evaluate(add(anchor, *terms))})
     return pd.DataFrame(rows)
 
 
-def measure_extrapolation(study: Study) -> pd.DataFrame:
+def measure_extrapolation(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per candidate: ``arm``, ``kind``, ``progress``, ``factor``, accuracies, and what it ``recovered``.
 
     Kinds: "anchor" and "end"; "stretched", W_0 plus the update at ``progress``, every tensor of it scaled to ``factor``
@@ -53,22 +53,22 @@ def measure_extrapolation(study: Study) -> pd.DataFrame:
     ``factor`` times the update since half of ``progress``, the candidates of EffOPD (2605.11739). ``recovered`` is the
     share of the gain in sampled accuracy from the anchor to the end.
     """
-    anchor, random, rows = study.model("anchor"), torch.Generator().manual_seed(study.seed), []
+    anchor, random, rows = runs.model("anchor"), torch.Generator().manual_seed(runs.seed), []
     for arm in _ARMS:
-        end = study.update(arm)
+        end = runs.update(arm)
         candidates = [("anchor", 0.0, 0.0, anchor), ("end", 1.0, 1.0, add(anchor, (1.0, end)))]
         shuffled = {name: permute(update, random) for name, update in end.items()}
         candidates.append(("permuted", 1.0, 1.0, add(anchor, (1.0, shuffled))))
         for progress in (0.05, 0.1, 0.2):
-            early = study.update(arm, progress)
+            early = runs.update(arm, progress)
             for factor in (0.5, 1.0, 1.5):
                 candidates.append(("stretched", progress, factor, add(anchor, (factor, _to_norm(early, end)))))
         for progress in (0.1, 0.2):
-            before, now = study.update(arm, progress / 2), study.update(arm, progress)
+            before, now = runs.update(arm, progress / 2), runs.update(arm, progress)
             for factor in (2.0, 4.0, 6.0, 8.0, 10.0):
                 leap = add(anchor, (1.0 + factor, now), (-factor, before))
                 candidates.append(("leap", progress, factor, leap))
-        found = [study.evaluate(weights) for *_, weights in study.follow(candidates, f"extrapolation of {arm}")]
+        found = [runs.evaluate(weights) for *_, weights in runs.follow(candidates, f"extrapolation of {arm}")]
         low, high = found[0]["sampled"], found[1]["sampled"]
         for (kind, progress, factor, _), scores in zip(candidates, found, strict=True):
             row = {"arm": arm, "kind": kind, "progress": progress, "factor": factor, **scores}

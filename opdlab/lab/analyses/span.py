@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opdlab.geometry import cosine
-from opdlab.lab.analyses.study import Analysis, Study, Weights, layers
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights, layers
 
 #: Updates that are explained.
 TARGETS = ("opd", "opd_full")
@@ -32,22 +32,22 @@ def residual(target: Tensor, basis: Sequence[Tensor]) -> tuple[float, list[float
     return float(left), coefficients.flatten().tolist()
 
 
-def measure(study: Study) -> pd.DataFrame:
+def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per update and pair of updates that should explain it.
 
     Columns: ``arm``, ``basis``, the ``residual`` with one pair of coefficients for the whole model and
     ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients; and the cosines of the
     update with each of the two, and between these.
     """
-    sizes = [weight.numel() for _, weight in sorted(layers(study.model("anchor")).items())]
-    random = torch.Generator().manual_seed(study.seed)
+    sizes = [weight.numel() for _, weight in sorted(layers(runs.model("anchor")).items())]
+    random = torch.Generator().manual_seed(runs.seed)
 
     def sft() -> Tensor:
-        base, anchor = study.model("base"), study.model("anchor")
+        base, anchor = runs.model("base"), runs.model("anchor")
         return _flat({name: anchor[name] - base[name] for name in anchor})
 
     def end(arm: str, later: int = 0) -> Tensor:
-        return _flat(study.update(arm, seed=study.later(later)))
+        return _flat(runs.update(arm, seed=runs.later(later)))
 
     def noise() -> Tensor:
         return torch.cat([torch.randn(size, generator=random, dtype=torch.float64) for size in sizes])

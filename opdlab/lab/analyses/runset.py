@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
@@ -12,30 +13,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opdlab.geometry import weight_matrices
-from opdlab.lab.grid import ARMS
-from opdlab.lab.scales import Scale
-from opdlab.lab.tasks import TASKS
+from opdlab.lab.laboratory import Laboratory
 from opdlab.models.folders import load_model
-from opdlab.training.loop import train
-from opdlab.training.store import Home, Run
-from opdlab.training.trainer import Learner
+from opdlab.training.config import config_key
+from opdlab.training.store import Run
+from opdlab.training.trainer import Trainer
 
 Weights = dict[str, Tensor]
+#: Dimensions of the subspaces that are compared.
+SIM_KS = (4, 8, 16)
+#: The processor time of an analysis, whatever else runs there.
+clock = time.process_time
 
 
-class Study:
+class RunSet:
     """The runs of one seed at a scale; what is not trained yet is trained when it is asked for."""
 
-    def __init__(self, scale: Scale, home: Home, seed: int, progress: bool = False):
+    def __init__(self, lab: Laboratory, seed: int, progress: bool = False):
         """Take the runs of a seed.
 
         Args:
-            scale: at which scale.
-            home: where models and runs lie.
+            lab: whose runs.
             seed: of the runs.
             progress: show bars.
         """
-        self.scale, self.home, self.seed, self.progress = scale, home, seed, progress
+        self.lab, self.seed, self.progress = lab, seed, progress
 
     def follow(self, items: Collection, what: str) -> Iterator:
         """Go through ``items`` under a bar called ``what``."""
@@ -43,18 +45,16 @@ class Study:
 
     def later(self, count: int = 1) -> int:
         """Return the seed that comes ``count`` after this one."""
-        return self.scale.later_seed(self.seed, count)
+        return self.lab.scale.later_seed(self.seed, count)
 
     def run(self, arm: str, seed: int | None = None) -> Run:
         """Return the finished run of an arm, with this seed or another."""
-        seed = self.seed if seed is None else seed
-        return train(arm, seed, self.scale, home=self.home, progress=self.progress)
+        return self.lab.train(arm, self.seed if seed is None else seed, progress=self.progress)
 
     def weights(self, arm: str, progress: float = 1.0, seed: int | None = None) -> Weights:
         """Return all weights of an arm at the snapshot nearest to a share of its training, 0 for its origin."""
         run = self.run(arm, seed)
-        step = progress * run.config["recipe"]["steps"]
-        return run.snapshot(min(run.config["snapshots"], key=lambda kept: abs(kept - step)))
+        return run.snapshot(min(run.experiment.kept, key=lambda kept: abs(kept - progress * run.steps)))
 
     def update(self, arm: str, progress: float = 1.0, seed: int | None = None) -> Weights:
         """Return the update of all weights from the origin to a share of the training, in float64."""
@@ -63,18 +63,16 @@ class Study:
 
     def model(self, folder: str) -> Weights:
         """Return all weights of a model folder, in float64."""
-        model = load_model(self.home.models(self.scale) / folder)
+        model = load_model(self.lab.models / folder)
         return {name: weight.detach().double() for name, weight in model.named_parameters()}
 
-    def learner(self, arm: str) -> Learner:
+    def trainer(self, arm: str) -> Trainer:
         """Return the models and the task of an arm, as they are at the start of its training."""
-        found = ARMS[arm]
-        task = TASKS[found.task or self.scale.task]
-        return Learner(self.scale, found, self.scale.recipe(arm), task, self.home.models(self.scale), self.seed)
+        return Trainer(self.lab.experiment(arm, self.seed))
 
     @cached_property
-    def _judge(self) -> Learner:
-        return self.learner("opd")
+    def _judge(self) -> Trainer:
+        return self.trainer("opd")
 
     @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor]) -> dict:
@@ -96,38 +94,64 @@ def add(weights: Mapping[str, Tensor], *terms: tuple[float, Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Part:
+    """One part of an analysis, which is recorded by itself: all of its rows have the same entries in some columns.
+
+    Attributes:
+        analysis: the name of the analysis.
+        runs: the runs that it reads, as arms and seeds.
+        entries: what its rows have in common, by column.
+    """
+
+    analysis: str
+    runs: tuple[tuple[str, int], ...]
+    entries: dict[str, object] = field(default_factory=dict)
+
+    def key(self, lab: Laboratory) -> str:
+        """Return the hash of everything that decides its rows."""
+        runs = {f"{arm}-seed{seed}": lab.experiment(arm, seed).key for arm, seed in self.runs}
+        return config_key({"analysis": self.analysis, "entries": self.entries, "runs": runs})
+
+
+@dataclass(frozen=True)
 class Analysis:
     """Something that is computed from finished runs, seed by seed, without training any more.
 
     Attributes:
         name: the name in records and code.
         what: what it finds out.
-        measure: turns a study into a table, one row per thing compared (and matrix).
-        arms: whose runs it reads, with the seed of the study; or, if not ``trained``, whose losses.
+        measure: turns runs, and the parts that are wanted, into a table: one row per thing compared (and matrix).
+        arms: whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses.
         later: arms whose runs of later seeds it reads too, and how many seeds on.
         keys: the columns that tell apart what is compared, if a row is of one matrix; its record has means by block.
         trained: whether it needs the runs, or only what they start from.
         few_seeds: take the seeds of variants, because it measures the accuracy of many weights.
         one_seed: take the first seed only, because it is for looking at, not for averages.
+        pairs: for an analysis of pairs: its parts; by default the whole is one part.
     """
 
     name: str
     what: str
-    measure: Callable[[Study], pd.DataFrame]
+    measure: Callable[[RunSet, Sequence[Part]], pd.DataFrame]
     arms: tuple[str, ...]
     later: tuple[tuple[str, int], ...] = ()
     keys: tuple[str, ...] = ()
     trained: bool = True
     few_seeds: bool = False
     one_seed: bool = False
+    pairs: Callable[[Laboratory, int], list[Part]] | None = None
 
-    def seeds(self, scale: Scale) -> tuple[int, ...]:
+    def seeds(self, lab: Laboratory) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
+        policy = lab.scale.policy
         if self.one_seed:
-            return scale.seeds[:1]
-        return scale.variant_seeds if self.few_seeds else scale.seeds
+            return policy.seeds[:1]
+        return policy.variant_seeds if self.few_seeds else policy.seeds
 
-    def runs(self, scale: Scale, seed: int) -> list[tuple[str, int]]:
-        """Return the runs that it reads, as arms and seeds."""
-        here = [(arm, seed) for arm in self.arms if seed in scale.seeds_of(arm)]
-        return here + [(arm, scale.later_seed(seed, count)) for arm, count in self.later]
+    def parts(self, lab: Laboratory, seed: int) -> list[Part]:
+        """Return what of it is recorded by itself."""
+        if self.pairs:
+            return self.pairs(lab, seed)
+        here = [(arm, seed) for arm in self.arms if seed in lab.seeds_of(arm)]
+        later = [(arm, lab.scale.later_seed(seed, count)) for arm, count in self.later]
+        return [Part(self.name, (*here, *later))]

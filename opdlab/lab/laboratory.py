@@ -1,0 +1,208 @@
+"""The laboratory: a scale and a folder, and with them every experiment of the book by its arm and seed."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from opdlab.errors import OpdlabError
+from opdlab.lab.grid import ARMS, NamedArm, get_arm
+from opdlab.lab.scales import Scale, get_scale
+from opdlab.lab.tasks import TASKS
+from opdlab.training.arms import Arm, Model
+from opdlab.training.config import Experiment, Recipe
+from opdlab.training.loop import train
+from opdlab.training.store import Run
+from opdlab.training.tasks import Task
+
+
+def default_root() -> Path:
+    """Return the folder in ``OPDLAB_HOME``, or the repository that this package was installed from."""
+    return Path(os.environ.get("OPDLAB_HOME") or Path(__file__).resolve().parents[2])
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """The experiments of the book at one scale, and where their files lie.
+
+    Attributes:
+        scale: models, budget, what is recorded, and how it is computed.
+        root: the folder that holds data/models, data/records and runs.
+        arms: the arms, by name.
+        tasks: the tasks, by name.
+    """
+
+    scale: Scale
+    root: Path
+    arms: Mapping[str, NamedArm] = field(default_factory=lambda: dict(ARMS), repr=False)
+    tasks: Mapping[str, Task] = field(default_factory=lambda: dict(TASKS), repr=False)
+
+    @classmethod
+    def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
+        """Return the laboratory of a scale, by default that of ``OPDLAB_SCALE``, in a folder or the repository.
+
+        Raises:
+            OpdlabError: if there is no such scale.
+        """
+        return cls(get_scale(scale), root or default_root())
+
+    @property
+    def models(self) -> Path:
+        """The folder with the base, anchor, teacher and so on."""
+        return self.root / "data" / "models" / self.scale.models.folder
+
+    @property
+    def records(self) -> Path:
+        """The folder with the recorded tables."""
+        return self.root / "data" / "records" / self.scale.name
+
+    @property
+    def runs(self) -> Path:
+        """The folder with the runs; it is not part of the repository."""
+        return self.root / "runs" / self.scale.name
+
+    # --- experiments --------------------------------------------------------------------------------------------------
+
+    def experiment(self, name: str, seed: int = 0) -> Experiment:
+        """Return the experiment of an arm and a seed.
+
+        Raises:
+            OpdlabError: if the arm is unknown.
+        """
+        named, policy, budget = self.arm(name), self.scale.policy, self.scale.budget
+        recipe, variant = self.recipe(name), bool(named.parent)
+        return Experiment(
+            arm=self._with_models(named, seed),
+            task=self.tasks[named.task or self.scale.task],
+            recipe=recipe,
+            seed=seed,
+            max_new_tokens=budget.max_new_tokens,
+            temperature=budget.temperature,
+            evaluations=recipe.steps_at(policy.variant_evaluations if variant else policy.evaluations),
+            evaluation_prompts=budget.evaluation_prompts,
+            snapshots=recipe.steps_at(policy.variant_snapshots if variant else policy.snapshots),
+            compute=self.scale.compute,
+            name=name,
+        )
+
+    def _with_models(self, named: NamedArm, seed: int) -> Arm:
+        """Return the arm with its models' folders at this scale, and with the experiment that its directions are of."""
+        student = self.model(named.start)
+        if not named.start:
+            student = Model(shape=tuple(self.scale.models.shapes[named.name].items()))
+        arm = replace(named.arm, student=student, teacher=self.model(named.teacher) if named.teacher else None)
+        source = named.directions(seed, self.scale.later_seed(seed))
+        if arm.projection and source:
+            arm = replace(arm, projection=replace(arm.projection, source=self.experiment(*source)))
+        return arm
+
+    def arm(self, name: str) -> NamedArm:
+        """Return the arm called ``name``, or raise an OpdlabError."""
+        return get_arm(name, self.arms)
+
+    def recipe(self, name: str) -> Recipe:
+        """Return the recipe of an arm.
+
+        Raises:
+            OpdlabError: if the scale has none.
+        """
+        named, recipes = self.arm(name), self.scale.budget.recipes
+        if named.recipe not in recipes:
+            raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {', '.join(recipes)}")
+        recipe = recipes[named.recipe]
+        return replace(recipe, learning_rate=recipe.learning_rate * named.lr_factor)
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """Return the seeds that an arm is recorded with."""
+        policy = self.scale.policy
+        return policy.other_seeds.get(name, policy.variant_seeds if self.arm(name).parent else policy.seeds)
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    def model(self, name: str) -> Model:
+        """Return a model by the name of its folder; where that is missing, its digest is taken from the records."""
+        folder = self.models / name
+        return Model(str(folder), known="" if folder.is_dir() else self._recorded_digest(name))
+
+    def _recorded_digest(self, name: str) -> str:
+        path = self.records / "runs.csv"
+        if path.is_file():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    named = self.arms.get(row["arm"])
+                    if named and name in named.models:
+                        return row["student" if name == named.start else "teacher"]
+        return ""
+
+    def model_folder(self, name: str) -> Path:
+        """Return the folder of a model.
+
+        Raises:
+            OpdlabError: if it is not there.
+        """
+        if not (self.models / name).is_dir():
+            raise OpdlabError(
+                f"there is no model in {self.models / name}: run 'opdlab models --scale {self.scale.name}' first"
+            )
+        return self.models / name
+
+    def maker_of(self, folder: str) -> NamedArm:
+        """Return the arm that makes the model folder called ``folder``.
+
+        Raises:
+            OpdlabError: if none does.
+        """
+        for name in self.scale.models.makers:
+            if self.arms[name].produces == folder:
+                return self.arms[name]
+        raise OpdlabError(f"at {self.scale.name} no arm makes the model {folder!r}: put its folder among the models")
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def run(self, name: str, seed: int = 0) -> Run:
+        """Return the run of an arm and a seed, which need not have begun."""
+        return Run(self.experiment(name, seed), self.runs)
+
+    def train(
+        self, name: str, seed: int = 0, *, progress: bool = False, on_steps: Callable[[int], None] = lambda steps: None
+    ) -> Run:
+        """Train the experiment of an arm and a seed, or go on with it (:func:`opdlab.training.loop.train`).
+
+        Raises:
+            OpdlabError: if a model is missing; otherwise as :func:`opdlab.training.loop.train`.
+        """
+        named, experiment = self.arm(name), self.experiment(name, seed)
+        if not Run(experiment, self.runs).finished:
+            for folder in named.models:
+                self.model_folder(folder)
+        parent = self.experiment(named.parent, seed) if named.parent and experiment.arm.projection else None
+        steps = tuple(self.branch_steps(name))
+        return train(
+            experiment, self.runs, branch_from=parent, branch_steps=steps, progress=progress, on_steps=on_steps
+        )
+
+    def branch_steps(self, name: str) -> set[int]:
+        """Return the steps at which the projected runs that the scale records branch off from the runs of an arm."""
+        recorded = map(self.arm, self.scale.policy.arms)
+        starts = {other.arm.projection.start for other in recorded if other.parent == name and other.arm.projection}
+        return set(self.recipe(name).steps_at(tuple(starts)))
+
+    def kept_steps(self, name: str) -> set[int]:
+        """Return the steps whose weights a run still has once it is recorded.
+
+        They are all that it took, or only those that other runs need: before they branch off, or for their directions.
+        """
+        experiment, recipe = self.experiment(name), self.recipe(name)
+        taken = set(experiment.kept)
+        if self.scale.policy.keep_snapshots:
+            return taken
+        last_branch, first_seed = max(self.branch_steps(name), default=0), self.scale.policy.seeds[0]
+        kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
+        for other in map(self.arm, self.scale.policy.arms):
+            source = other.directions(first_seed, self.scale.later_seed(first_seed))
+            if other.arm.projection and source and source[0] == name:
+                kept |= set(recipe.steps_at((other.arm.projection.start,)))
+        return kept

@@ -1,0 +1,245 @@
+"""Arms: who is taught, on whose completions, by which loss.
+
+:func:`sft`, :func:`opd` and :func:`rlvr` make an :class:`Arm`; a variant is one of their arguments, such as
+``tokens=top("log-ratio", 0.25)`` or ``projection=project(k=16, start=0.2)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdlab.errors import OpdlabError
+from opdlab.models.checkpoints import weights_digest
+from opdlab.training.objectives import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
+
+if TYPE_CHECKING:
+    from opdlab.training.config import Experiment
+
+#: Who can write the completions: the worked solutions of the task, a model, or the student as it was at the start.
+WRITERS = ("task", "student", "teacher", "initial student")
+#: The estimators of OPD's objective, and the loss that each of them is.
+ESTIMATORS = {"sampled": "opd_sampled", "full": "reverse_kl", "forward": "forward_kl"} | {
+    "sign": "opd_sign", "sequence mean": "opd_sequence_mean",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model: the folder that its weights are read from, or the shape of one with random weights.
+
+    Attributes:
+        folder: a Hugging Face folder.
+        shape: of a model with random weights instead, the fields of ``Qwen3Config`` as pairs.
+        known: the digest of the weights, for a folder that is not there.
+    """
+
+    folder: str = ""
+    shape: tuple[tuple[str, int], ...] = ()
+    known: str = ""
+
+    @property
+    def identity(self) -> Any:
+        """The digest of the weights, or the shape, as JSON values.
+
+        Raises:
+            OpdlabError: if the folder is missing and its digest not known.
+        """
+        if self.shape:
+            return dict(self.shape)
+        return self.known if self.known and not Path(self.folder).is_dir() else weights_digest(Path(self.folder))
+
+
+def as_model(model: Model | str | Path) -> Model:
+    """Return a model given by its folder, or as it is."""
+    return model if isinstance(model, Model) else Model(str(model))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens count: the share with the largest key, ranked within each completion or within the whole batch."""
+
+    ranking: str
+    share: float
+    per_completion: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown ranking and a share that keeps no token."""
+        if self.ranking not in RANKINGS:
+            raise OpdlabError(f"there is no ranking {self.ranking!r} of tokens; choose one of {', '.join(RANKINGS)}")
+        if not 0 < self.share <= 1:
+            raise OpdlabError(f"the share of tokens must lie above 0 and not above 1, not {self.share}")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What training is projected onto, and from when on (2606.07082, section 4).
+
+    Attributes:
+        start: share of the training at which it begins.
+        k: directions on the input side of each matrix; of entries, the share k / n of them.
+        space: where they come from. "update": the top right singular vectors of the update W_t - W_0 so far;
+            "weights": those of W_0; "random"; "entries": the largest entries of the update so far; "random entries".
+        acts_on: the "gradient", before clipping, as in the paper; or the "update", after the optimizer.
+        source: the experiment whose update gives the directions, at the same step; None for the run's own.
+        final: take the update at its end, not at ``start``.
+        block: "attention" leaves the MLP free; the paper has only attention matrices. Embeddings and norms are free.
+        reset: forget the optimizer's moments at ``start``.
+        rescale: give a projected update the norm that it had before.
+    """
+
+    start: float = 0.2
+    k: int = 16
+    space: str = "update"
+    acts_on: str = "update"
+    source: Experiment | None = None
+    final: bool = False
+    block: str = ""
+    reset: bool = False
+    rescale: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training: from which model, on whose completions, by which loss.
+
+    Attributes:
+        student: the model that is trained.
+        rollouts_by: who writes the completions, one of :data:`WRITERS`.
+        loss: the loss per token, a key of :data:`opdlab.training.objectives.LOSSES`.
+        teacher: the model that grades or writes, or None.
+        teacher_share: share of the prompts whose completions the teacher writes instead.
+        tokens: which tokens count; None for all.
+        alpha: weight of ``loss`` in a mixture with RLVR's, which gets the rest; None for no mixture.
+        balanced: mix gradients scaled to equal norms, not the raw ones.
+        projection: what training is projected onto, or None.
+        optimizer: "adamw", "sgd" or "muon".
+        weight_dtype: dtype that weights are rounded to after each step.
+    """
+
+    student: Model
+    rollouts_by: str
+    loss: str
+    teacher: Model | None = None
+    teacher_share: float = 0.0
+    tokens: Tokens | None = None
+    alpha: float | None = None
+    balanced: bool = False
+    projection: Projection | None = None
+    optimizer: str = "adamw"
+    weight_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse what no step could be made of."""
+        if self.rollouts_by not in WRITERS:
+            raise OpdlabError(f"rollouts_by is {self.rollouts_by!r}; choose one of {', '.join(WRITERS)}")
+        if self.loss not in LOSSES:
+            raise OpdlabError(f"there is no loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        if (self.reads_teacher or self.teacher_share or self.rollouts_by == "teacher") and self.teacher is None:
+            raise OpdlabError(f"the loss {self.loss!r} on rollouts by the {self.rollouts_by} needs a teacher: give one")
+        if self.reads_rewards and self.rollouts_by in ("task", "teacher"):
+            raise OpdlabError(f"the loss {self.loss!r} needs rollouts by the student, not by the {self.rollouts_by}")
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The losses of a step and their weights."""
+        return {self.loss: 1.0} if self.alpha is None else {self.loss: self.alpha, "grpo": 1 - self.alpha}
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the loss reads the teacher's logits."""
+        return any(loss in READ_TEACHER for loss in self.losses)
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether the loss reads the rewards of the completions."""
+        return any(loss in READ_REWARDS for loss in self.losses)
+
+
+def top(ranking: str = "log-ratio", share: float = 0.25, per_completion: bool = True) -> Tokens:
+    """Choose the share of tokens with the largest key (2606.07082, section 5.1); :func:`random_tokens` is its control.
+
+    >>> top("log-ratio", 0.25)
+    Tokens(ranking='log-ratio', share=0.25, per_completion=True)
+    """
+    return Tokens(ranking, share, per_completion)
+
+
+def random_tokens(share: float = 0.25, per_completion: bool = True) -> Tokens:
+    """Choose a random share of tokens."""
+    return Tokens("random", share, per_completion)
+
+
+def project(k: int = 16, start: float = 0.2, **how: Any) -> Projection:
+    """Project training, from a share of it on, onto the top ``k`` input directions of its update so far.
+
+    Args:
+        k: directions of each matrix.
+        start: share of the training.
+        how: other fields of :class:`Projection`, such as ``acts_on="gradient"``.
+    """
+    return Projection(start, k, **how)
+
+
+def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
+    """Supervised fine-tuning: imitate the task's demonstrations, or a teacher's own completions.
+
+    Args:
+        student: a model folder.
+        teacher: with one, its completions are imitated instead (matched SFT, the control of the book).
+        variant: other fields of :class:`Arm`.
+    """
+    writer = "teacher" if teacher is not None else "task"
+    return Arm(as_model(student), writer, "cross_entropy", _teacher(teacher), **variant)
+
+
+def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
+    """On-policy distillation: the student writes, and the teacher grades each token (2606.07082, section 5).
+
+    Args:
+        student: a model folder.
+        teacher: a model folder with the same vocabulary.
+        estimator: of the reverse KL: "sampled" (the paper's), "full" (over the whole vocabulary), or one of the
+            others in :data:`ESTIMATORS`.
+        variant: other fields of :class:`Arm`, such as ``tokens`` (:func:`top`) and ``projection`` (:func:`project`).
+
+    Raises:
+        OpdlabError: if there is no such estimator.
+    """
+    if estimator not in ESTIMATORS:
+        raise OpdlabError(f"there is no estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
+    options = {"rollouts_by": "student"} | variant
+    return Arm(as_model(student), loss=ESTIMATORS[estimator], teacher=_teacher(teacher), **options)
+
+
+def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
+    """Reinforcement learning with verifiable rewards, by GRPO (2402.03300): the student writes, the task rewards.
+
+    Args:
+        student: a model folder.
+        teacher: never listened to; with one, evaluations also say how far the student is from it.
+        variant: other fields of :class:`Arm`.
+    """
+    return Arm(as_model(student), "student", "grpo", _teacher(teacher), **variant)
+
+
+def _teacher(teacher: Model | str | Path | None) -> Model | None:
+    return None if teacher is None else as_model(teacher)
+
+
+def changed_fields(value: Any) -> dict[str, Any]:
+    """Return the fields of an arm or a projection that differ from their defaults, as plain values.
+
+    Models and projections are left out, as they have an identity of their own.
+
+    >>> changed_fields(project(k=4, acts_on="gradient"))
+    {'k': 4, 'acts_on': 'gradient'}
+    """
+    found = {item.name: getattr(value, item.name) for item in fields(value)}
+    defaults = {item.name: item.default for item in fields(value)}
+    return {
+        name: asdict(entry) if isinstance(entry, Tokens) else entry
+        for name, entry in found.items()
+        if name not in ("student", "teacher", "projection", "source") and entry != defaults[name]
+    }

@@ -1,0 +1,207 @@
+"""Experiments: everything that decides a run, held together as one value.
+
+An :class:`Experiment` is an arm (:mod:`opdlab.training.arms`), a task (:mod:`opdlab.training.tasks`), a recipe and a
+seed. It is its own identity: its key is a hash of everything that decides the result, and names the folder of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from math import cos, pi
+from typing import Any
+
+from opdlab.errors import OpdlabError
+from opdlab.models.folders import chat_template
+from opdlab.training.arms import Arm, Projection, changed_fields
+from opdlab.training.tasks import Task
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The budget and the optimizer of a run. A batch is ``prompts`` x ``samples`` completions."""
+
+    steps: int
+    prompts: int = 32
+    samples: int = 4
+    learning_rate: float = 1.5e-4
+    # The paper trains OPD and RLVR at a constant rate; its SFT decays along a cosine to a tenth of the peak.
+    schedule: str = "constant"
+    warmup: int = 10
+    betas: tuple[float, float] = (0.9, 0.98)
+    # The paper's 0.1 shrinks weights by 1e-7 a step at its learning rate; at the book's it would rival the update.
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    @property
+    def completions(self) -> int:
+        """The number of completions in a batch."""
+        return self.prompts * self.samples
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of the update that follows ``step`` updates."""
+        rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "cosine":
+            rate *= 0.1 + 0.45 * (1 + cos(pi * step / self.steps))
+        return rate
+
+    def steps_at(self, shares: tuple[float, ...]) -> tuple[int, ...]:
+        """Turn shares of the training into steps, without repeats.
+
+        >>> Recipe(steps=50).steps_at((0.001, 0.1, 1.0))
+        (1, 5, 50)
+        """
+        return tuple(sorted({max(1, round(share * self.steps)) for share in shares}))
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a run is computed. None of it is meant to change a result by more than rounding.
+
+    Attributes:
+        dtype: what the passes compute in on a GPU; weights and moments stay float32.
+        micro_batch: completions in one pass, about: like lengths go together, and the loss does not depend on it.
+        threads: CPU threads; with one, sums keep their order, and small matrices gain nothing from a second.
+        gpu: whether a GPU is used where there is one.
+        tokens_at_once: completion tokens whose logits are held at once; 0 for those of a whole micro-batch.
+        recompute: compute the activations of a layer again instead of keeping them.
+    """
+
+    dtype: str = "float32"
+    micro_batch: int = 32
+    threads: int = 1
+    gpu: bool = False
+    tokens_at_once: int = 0
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run.
+
+    Attributes:
+        arm: who is taught, on whose completions, by which loss.
+        task: where prompts, demonstrations and rewards come from.
+        recipe: budget and optimizer.
+        seed: of prompts and rollouts, and of the weights where they start at random.
+        max_new_tokens: a completion is cut at this many tokens.
+        temperature: of the rollouts in training; evaluations sample at 1.
+        evaluations: steps after which accuracy is measured, beside step 0.
+        evaluation_prompts: prompts of one evaluation.
+        snapshots: steps after which the weights are kept, beside step 0.
+        compute: precision, batching and device.
+        name: what the run is called in folders and messages; it decides nothing.
+    """
+
+    arm: Arm
+    task: Task
+    recipe: Recipe
+    seed: int = 0
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    evaluations: tuple[int, ...] = ()
+    evaluation_prompts: int = 256
+    snapshots: tuple[int, ...] = ()
+    compute: Compute = field(default_factory=Compute)
+    name: str = ""
+
+    @property
+    def begin(self) -> int | None:
+        """The step after which training is projected, or None."""
+        return self.recipe.steps_at((self.arm.projection.start,))[0] if self.arm.projection else None
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The steps whose weights are kept: 0, those of ``snapshots``, and where a projection begins.
+
+        Of a model that starts from random weights only the last.
+        """
+        if self.arm.student.shape:
+            return (self.recipe.steps,)
+        return tuple(sorted({0, *self.snapshots, *([self.begin] if self.begin else [])}))
+
+    @cached_property
+    def config(self) -> dict:
+        """Everything that decides the result, as JSON values.
+
+        Raises:
+            OpdlabError: if a model is missing, or a task's reward fails.
+        """
+        arm, recipe = self.arm, asdict(self.recipe)
+        config: dict[str, Any] = {
+            "arm": changed_fields(arm),
+            "student": arm.student.identity,
+            "teacher": arm.teacher.identity if arm.teacher else None,
+            "task": self.task.name,
+            "data": self.task.digest,
+            "recipe": recipe,
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "micro_batch": self.compute.micro_batch,
+            "threads": self.compute.threads,
+            "evaluation_prompts": self.evaluation_prompts,
+            "evaluations": [0, *self.evaluations],
+            "snapshots": self.kept,
+        }
+        # Named only where it is not as usual, so that a new kind of entry leaves older records valid.
+        if self.task.chat and arm.student.folder:
+            config["template"] = hashlib.sha256(chat_template(arm.student.folder).encode()).hexdigest()[:8]
+        if self.compute.dtype != "float32":
+            config["compute"] = self.compute.dtype
+        if arm.projection:
+            config["projection"] = self._projection(arm.projection)
+        return json.loads(json.dumps(config))
+
+    def _projection(self, projection: Projection) -> dict:
+        """Return the fields of a projection that are not as usual, and which step of which run gives its directions."""
+        source = projection.source
+        step = (source or self).recipe.steps if projection.final else self.begin
+        return (
+            changed_fields(projection) | {"begin": self.begin, "step": step} | ({"run": source.key} if source else {})
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """The first 8 hex digits of the SHA-256 of :attr:`config`."""
+        return config_key(self.config)
+
+    @property
+    def title(self) -> str:
+        """What the run is called."""
+        return self.name or self.arm.loss
+
+    @property
+    def folder(self) -> str:
+        """The name of the run's folder."""
+        return f"{self.title}-seed{self.seed}-{self.key}"
+
+
+def config_key(config: dict) -> str:
+    """Return the first 8 hex digits of the SHA-256 of ``config``."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def with_fields(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
+    """Return an experiment with some fields replaced, whichever part of it they belong to.
+
+    Args:
+        experiment: the one to start from.
+        settings: values by name: of the experiment itself, or of its arm, recipe or compute.
+
+    Raises:
+        OpdlabError: if no part has such a field, naming those that are near.
+    """
+    for name, value in settings.items():
+        for part in ("", "recipe", "arm", "compute"):
+            owner = getattr(experiment, part) if part else experiment
+            if name in {item.name for item in fields(owner)}:
+                changed = replace(owner, **{name: value})
+                experiment = replace(experiment, **{part: changed}) if part else changed
+                break
+        else:
+            known = [item.name for part in (Recipe, Experiment, Compute, Arm) for item in fields(part)]
+            raise OpdlabError(f"an experiment has no field {name!r}; it has {', '.join(known)}")
+    return experiment

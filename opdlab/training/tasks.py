@@ -1,0 +1,255 @@
+"""Tasks with a verifiable answer: where prompts come from, how a solution is written, what earns a reward.
+
+A task of one's own is made from a data set by :meth:`Task.from_dataset`. No text holds the end of the sequence: that is
+a token, which differs from model to model (:func:`opdlab.training.trainer.score`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opdlab.errors import OpdlabError
+
+# One prompt in eight is kept for evaluation, by a hash of its text: the two sets cannot overlap, whatever the seed.
+EVALUATION_SHARE = 8
+# On so many prompts the digest of a task looks at demonstrations and rewards.
+DIGESTED = 64
+
+Reward = Callable[[str, str, str], float]
+
+
+def is_evaluation(prompt: str) -> bool:
+    """Tell whether ``prompt`` belongs to the evaluation set; the rest is for training.
+
+    >>> [is_evaluation(f"Q1+{n}=?A:") for n in (1, 2, 3)]
+    [False, False, False]
+    """
+    return hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % EVALUATION_SHARE == 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task.
+
+    Attributes:
+        name: the name in messages and records.
+        draw: draws a prompt; None where the prompts are those of ``data``.
+        demonstration: writes a correct completion of a prompt, which SFT imitates.
+        score: the reward of (prompt, completion).
+        data: the prompts of a data set, in order.
+        chat: whether prompts are written through the chat template of the tokenizer, where it has one.
+        content: a digest of what a data set and its reward are.
+    """
+
+    name: str
+    draw: Callable[[np.random.Generator], str] | None
+    demonstration: Callable[[str], str]
+    score: Callable[[str, str], float]
+    data: tuple[str, ...] = ()
+    chat: bool = False
+    content: str = ""
+
+    @classmethod
+    def from_dataset(
+        cls,
+        rows: Any,
+        *,
+        prompt: str = "prompt",
+        answer: str = "answer",
+        reward: Reward | None = None,
+        demonstration: str | None = None,
+        name: str = "",
+        chat: bool = True,
+    ) -> Task:
+        """Make a task of a data set.
+
+        One row in eight is held out for evaluation, chosen by a hash of its prompt, so no prompt is both trained on
+        and evaluated on. A batch takes 32 prompts unless told otherwise, and all of them where there are fewer.
+
+        Args:
+            rows: a list of dicts, the path of a JSONL file, a ``datasets.Dataset``, or the name of one on the hub.
+            prompt: the column with the question.
+            answer: the column with the right answer, which only the reward and SFT see.
+            reward: (prompt, completion, answer) -> float, of any size; by default 1.0 where the completion holds the
+                answer as its last word, and 0.0 elsewhere.
+            demonstration: the column that SFT imitates; by default ``answer``.
+            name: of the task; by default that of the file or data set.
+            chat: write prompts through the tokenizer's chat template, where it has one.
+
+        Raises:
+            OpdlabError: if the rows cannot be read, a column is missing, one prompt has two answers, or there are too
+                few rows to hold any out.
+        """
+        records, found_name = _read_rows(rows)
+        table: dict[str, tuple[str, str]] = {}
+        for number, row in enumerate(records):
+            entries = [_entry(row, column, number) for column in (prompt, answer, demonstration or answer)]
+            if table.setdefault(entries[0], (entries[1], entries[2])) != (entries[1], entries[2]):
+                raise OpdlabError(
+                    f"row {number} asks {entries[0][:60]!r} again with another {answer!r}: keep one of them"
+                )
+        held_out = sum(map(is_evaluation, table))
+        if not 0 < held_out < len(table):
+            raise OpdlabError(
+                f"the data set has {len(table)} different prompts, of which {held_out} would be held out for "
+                "evaluation: give at least some twenty rows"
+            )
+        of_rows = _Rows(table, reward or last_word)
+        return cls(name or found_name, None, of_rows.demonstration, of_rows.score, tuple(table), chat, of_rows.digest)
+
+    @property
+    def training_prompts(self) -> int | None:
+        """The number of different prompts to train on, or None where they are drawn without end."""
+        return sum(not is_evaluation(prompt) for prompt in self.data) if self.data else None
+
+    @property
+    def held_out(self) -> int | None:
+        """The number of prompts held out for evaluation, or None where they are drawn without end."""
+        return sum(map(is_evaluation, self.data)) if self.data else None
+
+    def reward(self, prompt: str, completion: str) -> float:
+        """Return the reward of a completion.
+
+        Raises:
+            OpdlabError: if the task's function raises or returns no finite number, quoting the prompt.
+        """
+        try:
+            reward = float(self.score(prompt, completion))
+        except Exception as problem:
+            if isinstance(problem, OpdlabError):
+                raise
+            raise OpdlabError(
+                f"the reward of task {self.name!r} raised {type(problem).__name__} ({problem}) on the prompt "
+                f"{prompt[:60]!r} and the completion {completion[:60]!r}: mend the reward function"
+            ) from problem
+        if not math.isfinite(reward):
+            raise OpdlabError(
+                f"the reward of task {self.name!r} is {reward} on the prompt {prompt[:60]!r} and the completion "
+                f"{completion[:60]!r}: return a finite number"
+            )
+        return reward
+
+    def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
+        """Draw ``count`` prompts of the training set, or ``count`` different ones of the evaluation set.
+
+        From a data set, a batch has no prompt twice.
+
+        Raises:
+            OpdlabError: if there are not so many.
+        """
+        if self.data:
+            chosen = [prompt for prompt in self.data if is_evaluation(prompt) == evaluation]
+            if count > len(chosen):
+                kind = "evaluation" if evaluation else "training"
+                raise OpdlabError(f"task {self.name!r} has {len(chosen)} {kind} prompts, not {count}; ask for fewer")
+            return [chosen[i] for i in rng.permutation(len(chosen))[:count]]
+        assert self.draw, "a task has data or draws its prompts"
+        drawn: list[str] = []
+        seen: set[str] = set()
+        for _ in range(1000 * count):
+            prompt = self.draw(rng)
+            if is_evaluation(prompt) != evaluation or (evaluation and prompt in seen):
+                continue
+            drawn.append(prompt)
+            seen.add(prompt)
+            if len(drawn) == count:
+                return drawn
+        raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity of prompts, demonstrations and rewards: 8 hex digits.
+
+        It is taken from all rows of a data set, the name of its reward and what that gives for 64 demonstrations, each
+        with its own prompt and with another's. So a comment in the reward changes nothing, and another value does.
+        """
+        if self.data:
+            prompts = list(self.data[:DIGESTED])
+        else:
+            assert self.draw, "a task has data or draws its prompts"
+            random = np.random.default_rng(0)
+            prompts = [self.draw(random) for _ in range(DIGESTED)]
+        texts = [self.demonstration(prompt) for prompt in prompts]
+        scrambled = texts[1:] + texts[:1]
+        rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in (texts, scrambled)]
+        told = json.dumps([self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat])
+        return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+
+class _Rows:
+    """A data set by its prompts, and its reward."""
+
+    def __init__(self, table: Mapping[str, tuple[str, str]], reward: Reward):
+        self.table, self.reward = dict(table), reward
+        told = json.dumps([self.table, getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")])
+        self.digest = hashlib.sha256(told.encode()).hexdigest()
+
+    def demonstration(self, prompt: str) -> str:
+        return self.table[prompt][1]
+
+    def score(self, prompt: str, completion: str) -> float:
+        return self.reward(prompt, completion, self.table[prompt][0])
+
+
+def last_word(prompt: str, completion: str, answer: str) -> float:
+    """Return 1.0 if the last word of a completion, without a full stop, is the answer.
+
+    >>> last_word("2 + 2?", "It is 4.", "4"), last_word("2 + 2?", "4 or 5", "4")
+    (1.0, 0.0)
+    """
+    words = completion.strip().rstrip(".").split()
+    return float(bool(words) and words[-1] == answer.strip())
+
+
+def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float | str:
+    """Return a reward for the digest; one that fails on a scrambled answer is known by its error."""
+    try:
+        return float(score(prompt, text))
+    except Exception as problem:
+        return type(problem).__name__
+
+
+def _entry(row: Any, column: str, number: int) -> str:
+    if not isinstance(row, Mapping) or row.get(column) is None:
+        held = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise OpdlabError(f"row {number} of the data set has no column {column!r}, only {held}: say which column it is")
+    return str(row[column])
+
+
+def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
+    """Return the rows of whatever a data set is given as, and a name for it."""
+    if isinstance(rows, str | Path):
+        path = Path(rows).expanduser()
+        if path.suffix in (".jsonl", ".json") or path.exists():
+            return _read_jsonl(path), path.stem
+        return _from_hub(str(rows)), str(rows)
+    name = getattr(getattr(rows, "info", None), "dataset_name", None)
+    return rows, name or "data"
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as problem:
+        raise OpdlabError(f"the data set {path} cannot be read ({problem}): give one JSON object a line") from problem
+
+
+def _from_hub(name: str) -> Iterable[Any]:
+    try:
+        from datasets import load_dataset
+
+        return load_dataset(name, split="train")
+    except Exception as problem:  # The library has an error of its own for each way to fail.
+        raise OpdlabError(
+            f"there is no file {name}, and the hub's data set of this name cannot be had ({problem}): give a JSONL "
+            "file or a list of rows, or install opdlab[real] and check the network and HF_HUB_OFFLINE"
+        ) from problem
