@@ -119,7 +119,7 @@ _arms: dict[str, NamedArm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
     """Add an arm that is like ``parent`` but for ``differences``, of the arm itself or of what the book says of it."""
     own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
-    models = {key: Model(differences[key]) for key in ("student", "teacher") if key in differences}
+    models: dict[str, Any] = {key: Model(differences[key]) for key in ("student", "teacher") if key in differences}
     arm = replace(_arms[parent].arm, **differences | models)
     _arms[name] = replace(_arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
 

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weights_digest
-from opdlab.training.objectives import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
+from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
 
 if TYPE_CHECKING:
     from opdlab.training.config import Experiment
@@ -107,7 +108,7 @@ class Arm:
     Attributes:
         student: the model that is trained.
         rollouts_by: who writes the completions, one of :data:`WRITERS`.
-        loss: the loss per token, a key of :data:`opdlab.training.objectives.LOSSES`.
+        loss: the loss per token, a key of :data:`opdlab.training.losses.LOSSES`.
         teacher: the model that grades or writes, or None.
         teacher_share: share of the prompts whose completions the teacher writes instead.
         tokens: which tokens count; None for all.
@@ -226,6 +227,15 @@ def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = No
 
 def _teacher(teacher: Model | str | Path | None) -> Model | None:
     return None if teacher is None else as_model(teacher)
+
+
+def with_local_models(arm: Arm, local_folder: Callable[[str], Path]) -> Arm:
+    """Return an arm whose models are in folders on this machine, as ``local_folder`` finds or fetches them."""
+
+    def local(model: Model | None) -> Model | None:
+        return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
+
+    return replace(arm, student=local(arm.student), teacher=local(arm.teacher))
 
 
 def changed_fields(value: Any) -> dict[str, Any]:

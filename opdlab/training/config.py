@@ -196,10 +196,11 @@ def with_fields(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
     """
     for name, value in settings.items():
         for part in ("", "recipe", "arm", "compute"):
-            owner = getattr(experiment, part) if part else experiment
+            owner: Any = getattr(experiment, part) if part else experiment
             if name in {item.name for item in fields(owner)}:
-                changed = replace(owner, **{name: value})
-                experiment = replace(experiment, **{part: changed}) if part else changed
+                changed: Any = replace(owner, **{name: value})
+                entry: dict[str, Any] = {part: changed}
+                experiment = replace(experiment, **entry) if part else changed
                 break
         else:
             known = [item.name for part in (Recipe, Experiment, Compute, Arm) for item in fields(part)]

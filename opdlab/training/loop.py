@@ -135,17 +135,16 @@ def _at_origin(run: Run, trainer: Trainer) -> dict:
 
 def _source_weights(run: Run) -> dict[str, Tensor]:
     """Return the weights whose update gives the directions of a projected run: its own, or those of another run."""
-    source = run.experiment.arm.projection.source
+    projection = run.experiment.arm.projection
+    assert projection, "only projected runs ask for directions"
+    source = projection.source
     return (train(source, run.root) if source else run).snapshot(run.config["projection"]["step"])
 
 
 def install_model(run: Run, folder: Path) -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
     start = run.experiment.arm.student
-    if start.shape:
-        model, tokenizer = new_model(dict(start.shape), run.experiment.seed), character_tokenizer()
-    else:
-        model, tokenizer = load_model(start.folder), load_tokenizer(start.folder)
+    model = new_model(dict(start.shape), run.experiment.seed) if start.shape else load_model(start.folder)
     model.load_state_dict(run.snapshot(run.steps), strict=False)
-    save_model(model, tokenizer, folder)
+    save_model(model, character_tokenizer() if start.shape else load_tokenizer(start.folder), folder)
     return folder

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from opdlab.models.folders import character_tokenizer, check_same_vocabulary, lo
 from opdlab.processes import find_device
 from opdlab.training import objectives
 from opdlab.training.config import Experiment
+from opdlab.training.losses import LOSSES, token_ranking, token_weights
 from opdlab.training.optimizers import load_moments, make_optimizers, moments
 from opdlab.training.projection import Projector
 from opdlab.training.rollouts import (
@@ -110,7 +112,7 @@ class Trainer:
     def _teacher(self) -> transformers.PreTrainedModel | None:
         if self.arm.teacher is None:
             return None
-        check_same_vocabulary(self.arm.student.folder, self.arm.teacher.folder)
+        check_same_vocabulary(Path(self.arm.student.folder), Path(self.arm.teacher.folder))
         # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
         return load_model(self.arm.teacher.folder, self.device, self.dtype)
 
@@ -186,8 +188,10 @@ class Trainer:
         if not (self.task.chat and self.tokenizer.chat_template):
             return list(prompts)
         return [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            str(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
             )
             for prompt in prompts
         ]
@@ -261,13 +265,13 @@ class Trainer:
         weights, chosen = None, self.arm.tokens
         with torch.no_grad():
             if chosen:
-                key = objectives.token_ranking(chosen.ranking, logits, part.tokens, teacher, noise)
-                weights = objectives.token_weights(key, part.mask, chosen.share, chosen.per_completion)
+                key = token_ranking(chosen.ranking, logits, part.tokens, teacher, noise)
+                weights = token_weights(key, part.mask, chosen.share, chosen.per_completion)
             kl = logits.new_zeros(()) if teacher is None else objectives.reverse_kl(logits, teacher)[part.mask].sum()
             sums = {"entropy": objectives.entropy(logits)[part.mask].sum(), "kl": kl}
         losses = {}
         for name in self.arm.losses:
-            per_token = objectives.LOSSES[name](logits, part.tokens, teacher, part.advantages, part.mask)
+            per_token = LOSSES[name](logits, part.tokens, teacher, part.advantages, part.mask)
             losses[name] = objectives.token_mean(
                 per_token if weights is None else per_token * weights, part.mask, normalizer=tokens
             )

@@ -1,17 +1,53 @@
-"""One run of TRL: ``accelerate launch -m opdlab.training.trl RUN/config.json`` starts this in each process.
+"""Training on many GPUs: an experiment run by TRL's trainers, under ``accelerate launch``.
 
-The configuration is that of :func:`opdlab.training.trl_config.configure`; snapshots and the trainer's log are written
-beside it. TRL is imported when it is used, so that this module can be read without it.
+``opdlab train --arm opd_full --scale paper --engine trl`` writes what the run needs into its folder (the arguments of a
+TRL trainer, and those of ``accelerate``, FSDP2), prints the command and runs it: each process is then this module. The
+weights at the steps of ``snapshots`` are put together from all GPUs, as files that ``opdlab measure BASE --trajectory
+RUN/snapshots`` reads. TRL is imported when it is used, so that this module can be read without it.
+
+What TRL can run, by who writes the completions and what is learned from them:
+
+============  ==============================================  =======================================================
+arm           trainer                                         loss
+============  ==============================================  =======================================================
+sft           ``SFTTrainer``                                  cross-entropy of the completion
+opd_full      ``DistillationTrainer``, beta = 1               KL(student || teacher) over the whole vocabulary
+opd_forward   ``DistillationTrainer``, beta = 0               KL(teacher || student), likewise
+opd           ``trl.experimental`` ``IWOPDTrainer``, gamma 0  the paper's: a policy gradient on the sampled token
+rlvr          ``GRPOTrainer``                                 GRPO, averaged over tokens ("dapo"), no KL, 0.2 and 0.28
+============  ==============================================  =======================================================
+
+``DistillationTrainer`` has no estimator from the sampled token. Matched SFT is left out, as no trainer samples from the
+teacher; so are variants that choose tokens, mix objectives, project training or round the weights.
+
+Step t sees the same prompts in the same order as in opdlab's own loop, the loss is averaged over the same tokens, and
+rate, clipping and AdamW are the same: from the same completions comes the same update
+(``tests/training/test_engines.py``). But TRL
+
+- samples from random streams of its own, so the completions are others;
+- spares norms from weight decay;
+- has the paper's epsilon of Adam for RLVR, 1e-15, where opdlab's loop has 1e-8: some per cent of a first step;
+- makes an update from momentum where all rewards of a batch are alike, which opdlab's loop skips;
+- in bf16 under FSDP2 adds up the gradients of different GPUs in bf16, and only those of micro-batches in float32;
+- keeps the whole teacher on each GPU: 64 GB for 32 billion weights in bf16;
+- starts anew when it was stopped, and measures no accuracy.
+
+The tests run on CPUs in float32. On GPUs, in bf16 and with vLLM this has not been run yet.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,77 +56,340 @@ import transformers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from opdlab.errors import exit_status
-from opdlab.lab.scales import Recipe
-from opdlab.lab.tasks import TASKS
-from opdlab.measuring.callback import GeometryCallback
-from opdlab.models.files import load_tensors
+from opdlab.errors import OpdlabError, exit_status
+from opdlab.models.files import load_tensors, write_json, write_whole
 from opdlab.models.folders import check_same_vocabulary, load_model, load_tokenizer, save_model
-from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
+from opdlab.training.arms import changed_fields
+from opdlab.training.config import Experiment, Recipe
+from opdlab.training.objectives import CLIP
+from opdlab.training.rollouts import Rollouts, context_length, encode_completions, encode_prompts
 from opdlab.training.trainer import random_numbers, score
 
 if TYPE_CHECKING:
     import datasets
 
-# How often the geometry of attention is logged in a run: at 8 billion weights a measurement takes minutes.
-MEASUREMENTS = 10
+#: The name of TRL's trainer and its configuration, without ending, by who writes the completions and the loss.
+TRAINERS = {
+    ("task", "cross_entropy"): "SFT",
+    ("student", "reverse_kl"): "Distillation",
+    ("student", "forward_kl"): "Distillation",
+    ("student", "opd_sampled"): "IWOPD",
+    ("student", "grpo"): "GRPO",
+}
+# GPUs that a scale for many of them is configured for on a machine without any.
+GPUS = 8
+# Tokens of context for a prompt, which vLLM makes room for beside the completion.
+PROMPT_ROOM = 2048
+
+#: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
+Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.TrainerCallback]
+
+
+# --- what TRL and accelerate are told ---------------------------------------------------------------------------------
+
+
+def trainer_of(experiment: Experiment) -> str:
+    """Return which trainer of TRL an experiment is for, a value of :data:`TRAINERS`.
+
+    Raises:
+        OpdlabError: if there is none.
+    """
+    arm = experiment.arm
+    trainer = TRAINERS.get((arm.rollouts_by, arm.loss))
+    unheeded = sorted({*changed_fields(arm), *(["projection"] if arm.projection else [])} - {"rollouts_by", "loss"})
+    if not trainer or unheeded or arm.student.shape:
+        why = f"rollouts by the {arm.rollouts_by} and the loss {arm.loss}" if not trainer else ", ".join(unheeded)
+        raise OpdlabError(
+            f"TRL has no trainer for {experiment.title!r} ({why or 'it starts from random weights'}): choose sft, opd, "
+            "opd_full or rlvr, or a scale that opdlab's own loop trains"
+        )
+    if experiment.task.chat:
+        raise OpdlabError(f"TRL is given prompts as they are: make task {experiment.task.name!r} with chat=False")
+    return trainer
+
+
+def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) -> dict:
+    """Return what TRL is told, as JSON values.
+
+    Args:
+        experiment: what to train.
+        processes: how many take part.
+        gpu: whether each has a GPU, or the CPU is used, in float32.
+        vllm: whether rollouts are sampled with vLLM.
+
+    Raises:
+        OpdlabError: if TRL has no trainer for the arm, or the processes cannot share the batch.
+    """
+    trainer, arm = trainer_of(experiment), experiment.arm
+    return {
+        "arm": experiment.title,
+        "seed": experiment.seed,
+        "task": experiment.task.name,
+        "recipe": asdict(experiment.recipe),
+        "start": arm.student.folder,
+        "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
+        "snapshots": list(experiment.snapshots),
+        "processes": processes,
+        "trainer": trainer,
+        "arguments": _common(experiment, trainer, processes, gpu, vllm) | _special(experiment, trainer, vllm),
+    }
+
+
+def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vllm: bool) -> dict:
+    """Return the arguments that all trainers have; those of the paper are in its Tables 3 to 5."""
+    recipe, compute = experiment.recipe, experiment.compute
+    share, rest = divmod(recipe.completions, max(1, processes))
+    if rest or processes < 1:
+        raise OpdlabError(
+            f"{processes} processes cannot share a batch of {recipe.completions} completions evenly: give --processes "
+            "a divisor of it"
+        )
+    # IWOPD holds the logits of a whole micro-batch, student's and teacher's; the other trainers compute them in parts.
+    most = 1 if trainer == "IWOPD" and compute.tokens_at_once else compute.micro_batch
+    per_device = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+    # The nearest that TRL has a name for, and the paper's own. this module takes the rates of opdlab's loop:
+    # there warm-up begins at its first share, not at 0, and the cosine at the first step, not when warm-up is over.
+    schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
+    if recipe.schedule == "cosine":
+        schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    return {
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": share // per_device,
+        "learning_rate": recipe.learning_rate,
+        **schedule,
+        "warmup_steps": recipe.warmup,
+        "optim": "adamw_torch",
+        "adam_beta1": recipe.betas[0],
+        "adam_beta2": recipe.betas[1],
+        # The paper gives one for RLVR only (Table 5); the other is PyTorch's.
+        "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+        "seed": experiment.seed,
+        "use_cpu": not gpu,
+        # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
+        "bf16": gpu and compute.dtype == "bfloat16",
+        "gradient_checkpointing": compute.recompute,
+        "logging_steps": 1,
+        "report_to": "none",
+        # The weights are among the snapshots; in a run that goes on from a checkpoint of TRL, the origin would be lost.
+        "save_strategy": "no",
+    }
+
+
+def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
+    """Return the arguments that one trainer has."""
+    recipe, room = experiment.recipe, experiment.max_new_tokens
+    if trainer == "SFT":
+        # The rows hold tokens and labels already, in the order that opdlab's loop reads them.
+        return {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+            "shuffle_dataset": False,
+            "train_sampling_strategy": "sequential",
+            "remove_unused_columns": False,
+        }
+    rollouts: dict[str, Any] = {"max_completion_length": room, "temperature": experiment.temperature}
+    rollouts |= {"top_p": 1.0, "top_k": 0, "use_vllm": vllm}
+    if vllm:
+        rollouts |= {
+            "vllm_mode": "colocate",
+            "vllm_max_model_length": room + PROMPT_ROOM,
+            # Its memory is the trainer's while the update is made.
+            "vllm_enable_sleep_mode": True,
+        }
+    if trainer == "Distillation":
+        return rollouts | {"shuffle_dataset": False, "beta": 1.0 if experiment.arm.loss == "reverse_kl" else 0.0}
+    if trainer == "IWOPD":
+        # gamma = 0 leaves the plain estimator: -log p_S(token) times the detached log p_T - log p_S.
+        objective = {"distillation_objective": "iw_opd", "iw_opd_gamma": 0.0, "lmbda": 1.0, "num_generations": 1}
+        return rollouts | objective | {"max_length": None}
+    if vllm:
+        # The paper's ratio is 1. TRL's correction for vLLM's rounding drops whole completions, the long ones first.
+        rollouts["vllm_importance_sampling_correction"] = False
+    return rollouts | {
+        "shuffle_dataset": False,
+        "num_generations": recipe.samples,
+        "num_iterations": 1,
+        "beta": 0.0,
+        "epsilon": CLIP[0],
+        "epsilon_high": CLIP[1],
+        "loss_type": "dapo",
+        "scale_rewards": "group",
+        "mask_truncated_completions": False,
+    }
+
+
+def accelerate_arguments(config: dict) -> dict:
+    """Return the configuration file of ``accelerate launch``: FSDP2, each layer a unit of its own.
+
+    On CPUs accelerate 1.15 starts the processes and then shares nothing among them but gradients (DDP).
+    """
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "FSDP",
+        "use_cpu": config["arguments"]["use_cpu"],
+        "mixed_precision": "bf16" if config["arguments"]["bf16"] else "no",
+        "num_machines": 1,
+        "machine_rank": 0,
+        "num_processes": config["processes"],
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_offload_params": False,
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            # Else only the first process would read the teacher, whose weights nobody sends to the others.
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_activation_checkpointing": False,
+        },
+    }
+
+
+# --- starting it ------------------------------------------------------------------------------------------------------
+
+
+def launch(
+    experiment: Experiment,
+    folder: Path,
+    callback: Callback,
+    *,
+    processes: int | None = None,
+    gpu: bool = True,
+    vllm: bool = True,
+    produces: Path | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Train an experiment with TRL, and say where its files are.
+
+    Args:
+        experiment: one that TRL has a trainer for. Its models are folders, or names on the Hugging Face hub.
+        folder: of the run.
+        callback: makes what measures the run on its way and writes its snapshots.
+        processes: how many take part; by default one for each GPU here.
+        gpu: whether it needs GPUs.
+        vllm: whether rollouts are sampled with vLLM.
+        produces: folder of the model that the run makes, if it makes one.
+        dry_run: only write the configuration and print the command.
+
+    Raises:
+        OpdlabError: if TRL cannot train the experiment, something is missing here, or training fails.
+    """
+    processes = processes or torch.cuda.device_count() or (GPUS if gpu else 1)
+    config = configure(experiment, processes, gpu=gpu, vllm=vllm)
+    print(f"run folder: {folder}")
+    if (folder / "trainer_state.json").exists():
+        print("finished before; delete the folder to train it again")
+        return
+    if not dry_run:
+        check_ready(config)
+    command = write(config, experiment, callback, folder, produces)
+    print(shlex.join(command), flush=True)
+    if dry_run:
+        return
+    try:
+        status = subprocess.run(command).returncode
+    except KeyboardInterrupt:
+        raise OpdlabError("stopped; the same command trains from the start again") from None
+    if status:
+        raise OpdlabError(f"training ended with status {status}; what went wrong is said above")
+    print(f"to measure it: opdlab measure {config['start']} --trajectory {folder / 'snapshots'}")
+
+
+def write(config: dict, experiment: Experiment, callback: Callback, folder: Path, produces: Path | None) -> list[str]:
+    """Write what the processes need into a run's folder, and return the command that trains, as its words.
+
+    Raises:
+        OpdlabError: if the task cannot be handed to other processes.
+    """
+    write_json(folder / "config.json", config)
+    write_json(folder / "accelerate.json", accelerate_arguments(config))
+    try:
+        packed = pickle.dumps((config, experiment, callback, produces))
+    except (pickle.PicklingError, AttributeError) as problem:
+        raise OpdlabError(
+            f"task {experiment.task.name!r} cannot be handed to other processes ({problem}): put its reward in a module"
+        ) from problem
+    write_whole(folder / "run.pickle", lambda temporary: temporary.write_bytes(packed))
+    program = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
+    files = folder / "accelerate.json", folder / "run.pickle"
+    return [program, "launch", "--config_file", str(files[0]), "-m", "opdlab.training.trl", str(files[1])]
+
+
+def check_ready(config: dict) -> None:
+    """Check that this machine has what the command needs.
+
+    Raises:
+        OpdlabError: if programs, GPUs or a model are missing.
+    """
+    if not find_spec("trl"):
+        raise OpdlabError("the engine trl is not installed: pip install 'opdlab[trl]'")
+    gpus, wanted = torch.cuda.device_count(), config["processes"]
+    if not config["arguments"]["use_cpu"] and gpus < wanted:
+        raise OpdlabError(
+            f"{config['arm']!r} needs {wanted} CUDA GPUs, and this machine has {gpus}: run it where they are, or only "
+            "write its configuration with --dry-run"
+        )
+    if config["arguments"].get("use_vllm") and not find_spec("vllm"):
+        raise OpdlabError(f"{config['arm']!r} samples with vLLM: pip install 'trl[vllm]'")
+    for source in filter(None, (config["start"], config["teacher"])):
+        if Path(source).is_absolute() and not Path(source).is_dir():
+            raise OpdlabError(f"there is no model in {source}: make it first, or give the folder of another")
+
+
+# --- one process of the run -------------------------------------------------------------------------------------------
 
 
 def run(path: Path) -> None:
-    """Train what the configuration in ``path`` says, and write the model that the run makes, if it makes one.
+    """Train what was written into ``path``, and write the model that the run makes, if it makes one.
 
     Raises:
         OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
     """
-    config = json.loads(path.read_text())
-    trainer = make_trainer(config, path.parent)
+    # What launch wrote on this machine a moment ago.
+    config, experiment, callback, produces = pickle.loads(path.read_bytes())
+    trainer = make_trainer(config, experiment, callback, path.parent)
     trainer.train()
     trainer.save_state()
-    if config["makes"] and not Path(config["makes"]).exists() and trainer.is_world_process_zero():
+    if produces and not produces.exists() and trainer.is_world_process_zero():
         # From the last snapshot, which is whole: of the model at hand each process has a part.
         snapshot = path.parent / "snapshots" / f"step-{max(config['snapshots']):06d}.safetensors"
         start = local_folder(config["start"])
         model = load_model(start)
         model.load_state_dict(load_tensors(snapshot)[0], strict=False)
-        save_model(model, load_tokenizer(start), Path(config["makes"]))
+        save_model(model, load_tokenizer(start), produces)
 
 
-def make_trainer(config: dict, folder: Path) -> transformers.Trainer:
+def make_trainer(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> transformers.Trainer:
     """Return the trainer of a configuration, with data, models and callback, which writes into ``folder``."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    name, recipe = config["trainer"], recipe_of(config)
-    kind, settings = _classes(name, recipe)
+    name = config["trainer"]
+    kind, settings = _classes(name, experiment.recipe)
     # First of all, as it joins the processes and says which device is whose.
     settings = settings(output_dir=str(folder), **config["arguments"])
     start = local_folder(config["start"])
     tokenizer, student = load_tokenizer(start), load_model(start)
-    options = {"args": settings, "processing_class": tokenizer, "train_dataset": rows(config, tokenizer, student)}
+    data = rows(experiment, name, tokenizer, student)
+    options = {"args": settings, "processing_class": tokenizer, "train_dataset": data}
     if config["teacher"]:
         teacher = local_folder(config["teacher"])
         check_same_vocabulary(start, teacher)
         options["teacher_model"] = load_model(teacher, dtype=torch.bfloat16 if settings.bf16 else torch.float32)
     if name == "GRPO":
-        options["reward_funcs"] = reward(config, tokenizer)
+        options["reward_funcs"] = reward(experiment, tokenizer)
     elif name == "IWOPD":
         options["data_collator"] = _prompts_of(tokenizer)
     trainer = kind(student, **options)
-    every = max(1, recipe.steps // MEASUREMENTS)
-    trainer.add_callback(
-        GeometryCallback(trainer, every=every, snapshots=folder / "snapshots", snapshot_steps=config["snapshots"])
-    )
+    trainer.add_callback(callback(trainer, folder, experiment.snapshots))
     return trainer
-
-
-def recipe_of(config: dict) -> Recipe:
-    """Return the recipe in a configuration."""
-    return Recipe(**config["recipe"] | {"betas": tuple(config["recipe"]["betas"])})
 
 
 def local_folder(source: str) -> Path:
     """Return the folder of a model, downloaded if it has a name on the hub."""
     if Path(source).is_absolute():
         return Path(source)
-    from huggingface_hub import snapshot_download  # Unlike opdlab.models.fetch, it lets only one process download.
+    from huggingface_hub import snapshot_download  # Unlike opdlab's own, it lets only one process download.
 
     return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
 
@@ -132,7 +431,10 @@ def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
 
 
 def rows(
-    config: dict, tokenizer: transformers.PreTrainedTokenizerBase, student: transformers.PreTrainedModel
+    experiment: Experiment,
+    trainer: str,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    student: transformers.PreTrainedModel,
 ) -> datasets.Dataset:
     """Return the data set: the prompts of step 0 as opdlab's loop sees them, those of step 1, and so on.
 
@@ -141,18 +443,18 @@ def rows(
     """
     import datasets
 
-    task, recipe = TASKS[config["task"]], recipe_of(config)
-    repeats = 1 if config["trainer"] == "GRPO" else recipe.samples
+    task, recipe = experiment.task, experiment.recipe
+    repeats = 1 if trainer == "GRPO" else recipe.samples
     a_step = recipe.prompts * repeats
-    room = student.config.max_position_embeddings - config["max_new_tokens"]
+    room = context_length(student) - experiment.max_new_tokens
 
     @lru_cache(maxsize=2)
     def prompts_of(step: int) -> list[str]:
-        return task.prompts(recipe.prompts, random_numbers(config["seed"], "prompts", step))
+        return task.prompts(recipe.prompts, random_numbers(experiment.seed, "prompts", step))
 
     def draw(batch: dict[str, list[int]]) -> dict[str, list]:
         prompts = [prompts_of(number // a_step)[number % a_step // repeats] for number in batch["number"]]
-        if config["trainer"] != "SFT":
+        if trainer != "SFT":
             return {"prompt": prompts}
         before = encode_prompts(tokenizer, prompts, room)
         after = encode_completions(tokenizer, [task.demonstration(prompt) for prompt in prompts])
@@ -165,12 +467,12 @@ def rows(
     return datasets.Dataset.from_dict({"number": range(recipe.steps * a_step)}).with_transform(draw)
 
 
-def reward(config: dict, tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[..., list[float]]:
+def reward(experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[..., list[float]]:
     """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
-    task = TASKS[config["task"]]
 
     def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return score(tokenizer, task, prompts, Rollouts([[]] * len(prompts), completion_ids)).tolist()
+        found = Rollouts([[]] * len(prompts), completion_ids)
+        return score(tokenizer, experiment.task, prompts, found).tolist()
 
     return accuracy
 

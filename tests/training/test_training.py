@@ -16,7 +16,7 @@ from opdlab.lab.tasks import TASKS
 from opdlab.models.files import write_json
 from opdlab.training import loop as training
 from opdlab.training.loop import train
-from opdlab.training.objectives import LOSSES
+from opdlab.training.losses import LOSSES
 from opdlab.training.store import Home, Run
 from opdlab.training.trainer import Learner
 

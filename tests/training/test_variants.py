@@ -6,7 +6,7 @@ import torch
 from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS, PAPER, RECORDED
 from opdlab.lab.scales import SMOKE
-from opdlab.training.objectives import LOSSES, RANKINGS, token_ranking, token_weights
+from opdlab.training.losses import LOSSES, RANKINGS, token_ranking, token_weights
 from opdlab.training.optimizers import make_optimizers
 from opdlab.training.projection import Confinement, Constraint
 
