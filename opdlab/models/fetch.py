@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -192,13 +193,14 @@ def _dequantise(file: Path, folder: Path) -> None:
     Raises:
         OpdlabError: if the file lacks a weight of the model.
     """
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32,
         quantization_config=transformers.GgufConfig(dequantize=True),  # Packed weights cannot be trained or saved.
         output_loading_info=True,
     )
+    model, loading = loaded  # A pair because of output_loading_info, which the types of transformers leave out.
     # transformers would only warn, and leave such a weight random.
     if missing := sorted(loading["missing_keys"]):
         raise OpdlabError(f"{file.name} lacks {', '.join(missing[:4])}; another version of transformers may read it")
