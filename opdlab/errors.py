@@ -1,4 +1,4 @@
-"""The one exception that opdlab raises on bad input, and what a command makes of it."""
+"""The exception that opdlab raises on bad input, and the exit status of its commands."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from collections.abc import Callable
 
 
 class OpdlabError(Exception):
-    """Bad input, said in one sentence that names the thing and the remedy.
+    """Bad input: the message is one sentence that names the argument or file and the remedy.
 
-    The command line prints the sentence alone and exits with status 2; in a notebook it is the last
-    line of the traceback. Nothing that was computed before is removed.
+    The command line prints only that sentence and exits with status 2; in a notebook it is the last line of the
+    traceback. Earlier results are kept.
     """
 
 
 def exit_status(program: str, work: Callable[[], int | None]) -> int:
-    """Do a command's work and return its exit status: the work's own or 0, 2 for bad input, 130 when interrupted.
+    """Run a command and return its exit status: its own or 0, 2 on bad input, 130 if interrupted.
 
-    When whoever reads the output has gone, as in ``opdlab plan | head``, it ends without a word, with 141.
+    If the reader of its output has closed the pipe, as in ``opdlab plan | head``, the status is 141 and nothing is
+    printed.
+
+    Args:
+        program: name to print before an error message.
+        work: the command; it returns its exit status, or None for 0.
 
     >>> exit_status("opdlab", lambda: None)
     0
@@ -31,8 +36,8 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
         print(f"{program}: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped; the same command goes on from what is done", file=sys.stderr)
+        print(f"\n{program}: stopped; run the same command again to continue", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit.
         return 141

@@ -1,6 +1,6 @@
-"""This machine: worker processes, threads and devices, and what a result was computed on.
+"""Worker processes, threads and devices, and a record of the machine on which a result was computed.
 
-Work on small matrices runs in processes side by side: two with one thread each beat one with two threads.
+Work on small matrices is spread over processes, because two processes of one thread are faster than one of two threads.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 
-# Spawned, as a fork of a process that has used several threads may hang.
+# Spawned, because forking a process that has used several threads may hang.
 CONTEXT = multiprocessing.get_context("spawn")
 
 
 def _start(prepare: Callable | None, arguments: tuple) -> None:
-    # Ctrl-C reaches the workers too: they may stop at once, as killed work loses nothing.
+    # Ctrl-C reaches the workers too. They may stop at once, because interrupted work is simply done again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # tqdm's own lock spans processes; in a killed one it would be reported as leaked.
+    # tqdm's default lock spans processes, and would be reported as leaked when a worker is killed.
     tqdm.set_lock(RLock())
     torch.set_num_threads(1)
-    # Nobody would be left to hear of what a worker finds after its parent was killed.
+    # If the parent is killed, nothing is left to receive a worker's results.
     Thread(target=_end_with_parent, daemon=True).start()
     if prepare:
         prepare(*arguments)
@@ -41,14 +41,14 @@ def _start(prepare: Callable | None, arguments: tuple) -> None:
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None, "only workers wait for the end of their parent"
+    assert parent is not None, "only a worker waits for its parent to end"
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` CPU threads, and put the old number back."""
+    """Use ``count`` CPU threads inside the ``with`` block, and restore the previous number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -59,19 +59,19 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def workers(count: int, prepare: Callable | None = None, *arguments: object) -> Iterator[ProcessPoolExecutor]:
-    """Open ``count`` processes of one thread each, and end them at once if anything goes wrong, Ctrl-C included.
+    """Start ``count`` single-threaded worker processes, and end them at once on any exception, Ctrl-C included.
 
     Args:
-        count: how many.
-        prepare: called in each of them with ``arguments`` before any work.
-        arguments: of ``prepare``.
+        count: number of processes.
+        prepare: function to call once in each process before any work.
+        arguments: arguments of ``prepare``.
     """
-    # glibc reads these when a worker starts. Without them it hands large tensors back to the system and gets them again
-    # page by page: a tenth of the time of a training step, a quarter of that of a measurement. Above 32 MB it may,
-    # or a worker would keep twice the memory that it needs.
+    # glibc reads these when a worker starts. Without them it returns the memory of large tensors to the system and gets
+    # it back page by page, which takes a tenth of a training step and a quarter of a measurement. Above 32 MB it still
+    # may: otherwise a worker would hold twice the memory that it needs.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**29))
-    # SciPy's own BLAS knows nothing of PyTorch's number of threads.
+    # SciPy's BLAS does not follow PyTorch's number of threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with ProcessPoolExecutor(count, CONTEXT, _start, (prepare, arguments)) as pool:
         try:
@@ -84,10 +84,10 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
 
 
 def find_device(gpu: bool = False) -> torch.device:
-    """Return the device to train on: ``OPDLAB_DEVICE``, or a GPU if ``gpu`` asks for one and there is one, or the CPU.
+    """Return the device to train on: ``OPDLAB_DEVICE`` if set, else a GPU if ``gpu`` and one is there, else the CPU.
 
     Raises:
-        OpdlabError: if there is no such device.
+        OpdlabError: if the device cannot be used.
     """
     wanted = os.environ.get("OPDLAB_DEVICE") or ("cuda" if gpu and torch.cuda.is_available() else "cpu")
     try:
@@ -97,7 +97,7 @@ def find_device(gpu: bool = False) -> torch.device:
 
 
 def _processor() -> str:
-    """Return the processor's name as Linux tells it, with family and model; elsewhere what Python knows."""
+    """Return the processor's name, with family and model on Linux; elsewhere, whatever Python reports."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         fields = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines())
@@ -107,7 +107,7 @@ def _processor() -> str:
 
 
 def provenance(device: torch.device | None = None) -> dict:
-    """Return what floating-point results depend on beside the configuration: versions, processor and device."""
+    """Return what floating-point results depend on besides the configuration: versions, processor and device."""
     device = device or torch.device("cpu")
     gpu = {} if device.type == "cpu" else {"cuda": torch.version.cuda}
     return {

@@ -1,4 +1,4 @@
-"""Intervals: how sure a number is, over prompts and over seeds."""
+"""Confidence intervals: how certain a number is, given a few prompts or seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """An estimate with the two ends of its interval; a format holds for all three numbers.
+    """An estimate and the ends of its interval; a format specification applies to all three numbers.
 
     >>> f"{Interval(0.5, 0.25, 0.75):+.2f}"
     '+0.50 [+0.25, +0.75]'
@@ -22,13 +22,13 @@ class Interval(NamedTuple):
     high: float
 
     def __format__(self, spec: str) -> str:
-        """Write the mean and, if they are known, the ends in brackets."""
+        """Format the mean, followed by the ends in brackets if they are known."""
         ends = "" if isnan(self.low) else f" [{self.low:{spec}}, {self.high:{spec}}]"
         return f"{self.mean:{spec}}{ends}"
 
 
 def proportion_interval(share: float, count: int, confidence: float = 0.95) -> Interval:
-    """Return Wilson's interval of a share of ``count`` independent trials: the accuracy of one model on its prompts.
+    """Return Wilson's interval for a proportion of ``count`` independent trials, such as a model's accuracy on prompts.
 
     >>> proportion_interval(0.5, 1024)
     Interval(mean=0.5, low=0.4694..., high=0.5305...)
@@ -38,7 +38,7 @@ def proportion_interval(share: float, count: int, confidence: float = 0.95) -> I
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return Student's interval of the mean of a few values, one per seed; without spread if there is only one.
+    """Return Student's t interval for the mean of a few values, one per seed; from a single value its ends are NaN.
 
     >>> mean_interval([1.0, 2.0, 3.0])
     Interval(mean=2.0, low=-0.484..., high=4.484...)
@@ -51,26 +51,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - float(half), mean + float(half))
 
 
-def bootstrap_interval(values: Sequence[float], confidence: float = 0.95, draws: int = 20_000) -> Interval:
-    """Return the bootstrap's percentile interval of the mean: exact, over all resamples, for six values or fewer.
-
-    With a handful of values it is too short (it never leaves their range), so verdicts use :func:`mean_interval`.
-
-    >>> bootstrap_interval([1.0, 2.0, 3.0])
-    Interval(mean=2.0, low=1.0, high=3.0)
-    """
-    sample = np.asarray(values, dtype=float)
-    count = len(sample)
-    if count <= 6:
-        means = sample[np.indices((count,) * count).reshape(count, -1)].mean(0)
-    else:
-        means = sample[np.random.default_rng(0).integers(count, size=(count, draws))].mean(0)
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2], method="inverted_cdf")
-    return Interval(float(sample.mean()), float(low), float(high))
-
-
 def prediction_interval(values: Sequence[float], confidence: float = 0.99) -> Interval:
-    """Return the interval in which one more value is expected, given a few: the spread that a replication must hit.
+    """Return the prediction interval for one more value, given a few: where a replication should fall.
 
     >>> prediction_interval([1.0, 2.0, 3.0], 0.95)
     Interval(mean=2.0, low=-2.968..., high=6.968...)

@@ -22,7 +22,7 @@ from scipy import stats
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.records import Records, nearest, per_run
-from opdlab.stats import Interval, bootstrap_interval, mean_interval
+from opdlab.stats import Interval, mean_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
@@ -186,7 +186,6 @@ class Verdict:
         verdict: one of :data:`opdlab.claims.judging.VERDICTS`.
         by: the control that explains it, or "".
         effect: mean and Student's 95 % interval over seeds.
-        bootstrap: the same, with the bootstrap's interval.
         p: one-sided p-value of an effect above the smallest that counts, corrected after Holm.
         seeds: how many.
         left: what each control leaves of the effect, and what each rival shows of it, with its interval.
@@ -197,7 +196,6 @@ class Verdict:
     verdict: str
     by: str
     effect: Interval
-    bootstrap: Interval
     p: float
     seeds: int
     left: dict[str, Interval]
@@ -237,8 +235,8 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
         verdict, by = _verdict(effect, claim.smallest, p, explains)
         perhaps = [name for name, much in explains.items() if verdict == "reproduced" and much.high > 0]
         intervals = {name: mean_interval(values) for name, values in (left | rivals).items()}
-        found = mean_interval(effect), bootstrap_interval(effect)
-        verdicts.append(Verdict(claim, verdict, by, *found, p, len(effect), intervals, tuple(perhaps)))
+        found = mean_interval(effect)
+        verdicts.append(Verdict(claim, verdict, by, found, p, len(effect), intervals, tuple(perhaps)))
     return verdicts
 
 
@@ -288,7 +286,6 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
                 "paper": found.claim.source,
                 "known": found.claim.known,
                 "effect": f"{found.effect:+.3g}",
-                "bootstrap": f"[{found.bootstrap.low:+.3g}, {found.bootstrap.high:+.3g}]",
                 "counts from": f"{found.claim.smallest:.3g}",
                 "p": f"{found.p:.2g}",
                 "seeds": found.seeds,

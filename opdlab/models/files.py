@@ -1,4 +1,4 @@
-"""Files: each is written under another name, then moved into place, so a killed program leaves whole files only."""
+"""Write files whole: under a temporary name first, then moved into place, so a killed program leaves none half done."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from opdlab.errors import OpdlabError
 def cache_folder() -> Path:
     """Return the cache folder (safe to delete): ``OPDLAB_CACHE``, or opdlab's own folder among the user's caches.
 
-    It holds fetched models and decompositions of the models that updates were measured from.
+    It holds fetched models, and decompositions of the models from which updates were measured.
     """
     folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
     return Path(folder).expanduser()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` write a file under a temporary name, then move it to ``path``.
+    """Call ``write`` with a temporary path, then move the file it wrote to ``path``, making folders as needed.
 
     Raises:
-        OpdlabError: if the disk is full or the folder cannot be written; ``path`` is then as it was before.
+        OpdlabError: if the disk is full or the folder is not writable; ``path`` is then left unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -48,10 +48,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def link_or_copy(path: Path, source: Path) -> None:
-    """Make ``path`` a second name of the file ``source``, or a copy where a disk has one name for a file.
+    """Make ``path`` a hard link to the file ``source``, or a copy where hard links are not possible.
 
-    Files of runs are replaced as a whole, never changed, so one name does not follow the other. Raises what
-    :func:`write_whole` does.
+    The files of a run are replaced, never modified in place, so writing to one name does not change the other.
+
+    Raises:
+        OpdlabError: as :func:`write_whole` does.
     """
 
     def link(temporary: Path) -> None:
@@ -60,17 +62,17 @@ def link_or_copy(path: Path, source: Path) -> None:
         except OSError:
             shutil.copyfile(source, temporary)
 
-    if not (path.exists() and path.samefile(source)):  # Two names of one file are not moved onto each other.
+    if not (path.exists() and path.samefile(source)):  # Moving one name of a file onto another name of it does nothing.
         write_whole(path, link)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as indented JSON; what is undefined becomes null."""
+    """Write ``value`` as indented JSON, with NaN and infinity as null; raises as :func:`write_whole` does."""
     write_text(path, json.dumps(_defined(value), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, or not at all."""
+    """Write a text file; raises as :func:`write_whole` does."""
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
@@ -83,16 +85,16 @@ def _defined(value: object) -> object:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write tensors and text fields as one safetensors file."""
+    """Write tensors, and text as metadata, to a safetensors file; raises as :func:`write_whole` does."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: the tensors and the text fields.
+    """Return the tensors and the metadata of a safetensors file.
 
     Raises:
-        OpdlabError: if it is missing, truncated or not a safetensors file.
+        OpdlabError: if the file is missing, truncated or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,11 +1,11 @@
-"""Models and tokenizers as ordinary Hugging Face folders.
+"""Open and save models and tokenizers as ordinary Hugging Face folders.
 
-Everything is opened by ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``, so a model of
-the lab and Qwen3-8B take the same path. Weights are float32 (the bf16 cast is something that diagnostics look at, not
-something that training does), only safetensors are read, and no code from a model folder is ever run.
+Everything goes through ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``, so the lab's own
+models and Qwen3-8B take the same path. Weights are loaded in float32 by default (the cast to bf16 is something to
+measure, not something that training does). Only safetensors are read, and code in a model folder is never run.
 
-The library writes ``transformers.AutoModelForCausalLM`` with its module because ``transformers`` imports what is behind
-such a name when it is first used: who only reads records does not wait for it.
+The library always spells out ``transformers.AutoModelForCausalLM`` because ``transformers`` imports such a name only
+when it is first used, so a program that only reads records need not wait for it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tokenizers import models as tokenizer_models
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weight_files
 
-#: The end of the sequence and the padding of the lab's tokenizer, and all its tokens.
+#: The lab's tokenizer: its end-of-sequence token, its padding token, and all its tokens in the order of their ids.
 EOS = "$"
 PAD = "_"
 ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
 
 
 def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Build the lab's tokenizer: one token per character of :data:`opdlab.models.folders.ALPHABET`, padded on the left.
+    """Build the lab's tokenizer: one token per character of :data:`opdlab.models.folders.ALPHABET`, left-padded.
 
     >>> tokenizer = character_tokenizer()
     >>> tokenizer("17+5").input_ids, tokenizer.decode([1, 7, 10, 5])
@@ -45,8 +45,8 @@ def new_model(shape: dict, seed: int) -> transformers.Qwen3ForCausalLM:
     """Build a randomly initialised Qwen3 model for the character tokenizer.
 
     Args:
-        shape: the fields of ``Qwen3Config`` that give its size.
-        seed: of the initial weights; the global random state is left as it was.
+        shape: the fields of ``Qwen3Config`` that set the model's size.
+        seed: seed of the initial weights; the global random state is left unchanged.
     """
     config = transformers.Qwen3Config(
         vocab_size=len(ALPHABET),
@@ -64,12 +64,12 @@ def new_model(shape: dict, seed: int) -> transformers.Qwen3ForCausalLM:
 def load_model(
     folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> transformers.PreTrainedModel:
-    """Open the causal language model in ``folder``, in evaluation mode.
+    """Load the causal language model in ``folder``, in evaluation mode.
 
     Args:
-        folder: of the model.
-        device: where it goes.
-        dtype: of its weights.
+        folder: the model's folder.
+        device: the device to load it onto.
+        dtype: the dtype to load its weights in.
 
     Raises:
         OpdlabError: if the folder or its weights are missing, pickled or damaged.
@@ -81,15 +81,15 @@ def load_model(
         )
     except Exception as problem:
         raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem
-    # transformers wraps the method, and its type with it.
+    # transformers decorates `to`, which hides its type.
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
-    """Open the tokenizer in ``folder``, padding on the left.
+    """Load the tokenizer in ``folder``, set to pad on the left; without a padding token, it pads with end-of-sequence.
 
     Raises:
-        OpdlabError: if it is missing or cannot be opened, or has no end-of-sequence token.
+        OpdlabError: if the tokenizer is missing, cannot be loaded or has no end-of-sequence token.
     """
     if not any(Path(folder).glob("tokenizer*")):
         raise OpdlabError(f"the model folder {folder} has no tokenizer: it needs tokenizer.json and its configuration")
@@ -99,6 +99,8 @@ def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
         raise OpdlabError(f"the tokenizer in {folder} cannot be opened ({problem}); restore or remake it") from problem
     if tokenizer.eos_token_id is None:
         raise OpdlabError(f"the tokenizer in {folder} has no end-of-sequence token, so a rollout could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # Padding is masked everywhere, so any token will do.
     return tokenizer
 
 
@@ -110,20 +112,27 @@ def chat_template(folder: Path | str) -> str:
 def save_model(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write an ordinary Hugging Face folder: config, safetensors and tokenizer."""
+    """Save a model and its tokenizer as an ordinary Hugging Face folder: config, safetensors and tokenizer files."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def check_same_vocabulary(student: Path, teacher: Path) -> None:
-    """Check that a token means the same to student and teacher, which every distillation loss takes for granted.
+    """Check that student and teacher share one vocabulary and one end of sequence, as every distillation loss assumes.
 
     Raises:
-        OpdlabError: if the two vocabularies differ, naming the folders.
+        OpdlabError: if the vocabularies or the end-of-sequence tokens differ, naming the folders and the difference.
     """
-    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (student, teacher))
-    if ours != theirs:
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
         raise OpdlabError(
-            f"student {student} and teacher {teacher} have different vocabularies ({len(ours)} and {len(theirs)} "
-            f"tokens, {len(ours.items() & theirs.items())} in common): choose a teacher of the same family"
+            f"student {student} and teacher {teacher} have different vocabularies ({len(mine)} and {len(other)} "
+            f"tokens, {len(mine.items() & other.items())} in common): choose a teacher of the same family"
+        )
+    if ours.eos_token_id != theirs.eos_token_id:
+        raise OpdlabError(
+            f"student {student} ends a sequence with {ours.eos_token!r} (token {ours.eos_token_id}) and teacher "
+            f"{teacher} with {theirs.eos_token!r} (token {theirs.eos_token_id}): set the same eos_token in both "
+            "tokenizer_config.json files"
         )

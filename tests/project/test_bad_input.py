@@ -12,9 +12,9 @@ from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.lab.records import find_tables, load_records, read_record
 from opdlab.lab.scales import get_scale
+from opdlab.models import files
 from opdlab.models.files import load_tensors, write_whole
 from opdlab.models.folders import load_model, load_tokenizer, save_model
-from opdlab.training import store as runs
 from opdlab.training.loop import train
 from opdlab.training.store import Home, Run
 
@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_while_training(scale, own, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(runs, "save_file", save)
+    monkeypatch.setattr(files, "save_file", save)
     with pytest.raises(OpdlabError, match=r"the disk is full"):
         train("opd", 1, scale, home=own)
     monkeypatch.undo()
