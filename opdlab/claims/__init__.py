@@ -1,16 +1,16 @@
-"""The paper's claims as data, and the verdict on each of them, computed from records.
+"""The paper's claims as data, and the verdict on each of them, computed from the records.
 
-:mod:`~opdlab.claims.judging` says what a verdict is, :mod:`~opdlab.claims.paper` holds the claims.
+:mod:`~opdlab.claims.judging` defines the verdicts, and :mod:`~opdlab.claims.paper` holds the claims.
 """
 
 from opdlab.claims.judging import (
     VERDICTS,
     Claim,
-    Difference,
-    Value,
+    Contrast,
+    Metric,
     Verdict,
+    contrasts,
     count_verdicts,
-    differences,
     holm,
     judge,
     judgeable,
@@ -23,11 +23,11 @@ __all__ = [
     "FINDINGS",
     "VERDICTS",
     "Claim",
-    "Difference",
-    "Value",
+    "Contrast",
+    "Metric",
     "Verdict",
+    "contrasts",
     "count_verdicts",
-    "differences",
     "holm",
     "judge",
     "judgeable",

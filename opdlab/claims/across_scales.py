@@ -1,81 +1,89 @@
-"""Scales beside each other: the same quantities of the same arms, as far as each scale has records of them."""
+"""The same metrics and the same arms at several scales, as far as each scale has records of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import pandas as pd
 
-from opdlab.claims import CLAIMS, Value, Verdict, judge, judgeable
+from opdlab.claims import CLAIMS, Metric, Verdict, judge, judgeable
 from opdlab.lab.grid import ARMS
-from opdlab.lab.records import Records, load_records, recorded_analyses, recorded_arms
-from opdlab.lab.scales import SCALES
+from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import Records, load, recorded_analyses, recorded_arms
 from opdlab.stats import mean_interval
-from opdlab.training.store import Home
 
-#: The scales that the book shows beside each other, whichever a chapter runs at.
+#: The scales that the book compares, at whichever scale a chapter is run.
 SHOWN = ("tiny", "small")
 
 
 def records_at(
-    name: str, arms: Sequence[str], home: Home | None = None, analyses: tuple[str, ...] = ()
+    name: str, arms: Sequence[str], root: Path | None = None, analyses: tuple[str, ...] = ()
 ) -> Records | None:
-    """Return the records of those of ``arms`` that a scale has, and of some analyses. Nothing is trained.
-
-    It returns None if the scale has none of the arms, or lacks one of the analyses.
-    """
-    there = recorded_arms(SCALES[name], home)
-    found = tuple(arm for arm in arms if arm in there)
-    if not found or set(analyses) - set(recorded_analyses(SCALES[name], home)):
-        return None
-    return load_records(found, SCALES[name], home=home, progress=False, analyses=analyses)
-
-
-def at_scales(
-    values: Mapping[str, Value], arms: Sequence[str], scales: Sequence[str] = SHOWN, home: Home | None = None
-) -> pd.DataFrame:
-    """Return values of arms at several scales, one row for each scale, value, arm and seed that is recorded.
+    """Return the records of a scale, as far as there are any.
 
     Args:
-        values: by title. Scales that have no record of an analysis that one of them is of are left out.
-        arms: in order.
-        scales: names of scales.
-        home: by default the repository.
+        name: the name of the scale.
+        arms: the arms to load; those that are not recorded are left out.
+        root: the folder that holds data/records; by default the repository.
+        analyses: the analyses to load.
+
+    Returns:
+        The records, or None if the scale has no record of any of the arms, or lacks one of the analyses.
+    """
+    lab = Laboratory.at(name, root)
+    there = recorded_arms(lab)
+    found = tuple(arm for arm in arms if arm in there)
+    if not found or set(analyses) - set(recorded_analyses(lab)):
+        return None
+    return load(lab, found, analyses=analyses)
+
+
+def compare_scales(
+    metrics: Mapping[str, Metric], arms: Sequence[str], scales: Sequence[str] = SHOWN, root: Path | None = None
+) -> pd.DataFrame:
+    """Return metrics of arms at several scales, one row per scale, metric, arm and seed that is recorded.
+
+    Args:
+        metrics: by title. A scale is left out if it lacks an analysis that one of them reads.
+        arms: the arms, in order.
+        scales: the names of the scales.
+        root: the folder that holds data/records; by default the repository.
 
     Returns:
         A table with the columns scale, title, arm, label, seed and value.
     """
     rows = []
-    analyses = tuple({value.analysis for value in values.values() if value.analysis})
+    analyses = tuple({metric.analysis for metric in metrics.values() if metric.analysis})
     for scale in scales:
-        records = records_at(scale, arms, home, analyses)
+        records = records_at(scale, arms, root, analyses)
         if records is None:
             continue
-        for title, value in values.items():
+        for title, metric in metrics.items():
             for arm in arms:
-                if arm in set(records.sources["arm"]):
-                    found = value.of(records, arm)
+                if arm in set(records.runs["arm"]):
+                    found = metric.of(records, arm)
                     who = {"scale": scale, "title": title, "arm": arm, "label": ARMS[arm].label}
                     rows += [who | {"seed": seed, "value": number} for seed, number in found.items()]
     return pd.DataFrame(rows, columns=["scale", "title", "arm", "label", "seed", "value"])
 
 
-def judge_at(name: str, home: Home | None = None) -> list[Verdict]:
-    """Return the verdicts on the claims that the records of a scale can test."""
-    scale = SCALES[name]
-    records = records_at(name, scale.recorded, home, recorded_analyses(scale, home))
+def judge_at(name: str, root: Path | None = None) -> list[Verdict]:
+    """Return the verdicts on the claims that the records of a scale can decide."""
+    lab = Laboratory.at(name, root)
+    records = records_at(name, lab.scale.policy.arms, root, recorded_analyses(lab))
     return judge(judgeable(CLAIMS, records), records) if records else []
 
 
 def compare_order(table: pd.DataFrame, title: str) -> str:
-    """Say in which order the arms lie at each scale, and in how many pairs of them the scales agree.
+    """Say how a metric orders the arms at each of two scales, and on how many pairs of arms the scales agree.
 
-    A pair is told apart at a scale if the 95 % interval of its difference over the seeds there leaves out zero.
+    A pair is told apart at a scale if the 95 % interval of its difference, paired by seed, does not contain zero.
 
     Args:
-        table: what :func:`at_scales` returns, of two scales.
-        title: of which value.
+        table: what :func:`compare_scales` returns for two scales.
+        title: the title of the metric.
     """
     wide = table[table["title"] == title].pivot_table(index=["scale", "seed"], columns="arm", values="value")
     scales, means = list(table["scale"].unique()), wide.groupby("scale").mean()

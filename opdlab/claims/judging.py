@@ -1,13 +1,14 @@
-"""How a claim is judged: the number that tests it, one per seed, and the verdict that follows from the records.
+"""How a claim is judged: the statistic that tests it, one value per seed, and the verdict that follows from it.
 
 The verdicts:
 
-- *reproduced*: the effect exceeds the smallest that counts (one-sided t-test over seeds, corrected after Holm over all
-  claims of the same finding), no control takes most of it away, and no rival passes the same test;
-- *explained*: so it does, but a control takes more than half of it away (95 % interval, paired by seed), or a rival, to
-  which the paper's explanation does not apply, shows the effect too (95 % interval above the smallest that counts);
+- *reproduced*: the effect exceeds the smallest that counts (one-sided t-test over seeds, corrected by Holm's method
+  over all claims of the same finding), no control removes most of it, and no negative control shows it;
+- *explained*: the effect exceeds the smallest that counts, but a control removes more than half of it (95 % interval,
+  paired by seed), or a negative control, to which the paper's explanation does not apply, shows it too (95 % interval
+  above the smallest that counts);
 - *not reproduced*: the 95 % interval of the effect lies below the smallest that counts;
-- *inconclusive*: anything else; more seeds could tell.
+- *inconclusive*: anything else; more seeds could decide it.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from opdlab.stats import Interval, mean_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
-#: How sure the paper's number is. Printed in it, or in a neighbour's text; said in words without a number; in a draft's
-#: comments, not in the published text; or secondary, as others read it off a figure.
+#: Where the paper's number is from: printed, in the paper or in a neighbouring one; said in words, without a number;
+#: found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
 KNOWN = ("printed", "words", "draft", "secondary")
 _EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 
 
 @dataclass(frozen=True)
-class Value:
-    """One number per run: the mean of a column over matrices.
+class Metric:
+    """A number that each run has: the mean of one column over matrices.
 
     Attributes:
-        column: of the records' ``matrices``, or of their ``trajectory`` where ``progress`` is given; "sampled" and
-            "greedy" (accuracy), "entropy" and "kl_teacher" are of their ``evaluations``.
-        analysis: the column is of this analysis instead (:data:`opdlab.lab.analyses.ANALYSES`).
-        where: of an analysis, only rows with these entries.
-        progress: share of the training; the snapshot nearest to it.
-        since: the change since that share of the training, instead of the value itself.
+        column: a column of the records' ``matrices``, or of their ``trajectory`` if ``progress`` is given. The columns
+            "sampled" and "greedy" (accuracy), "entropy" and "kl_teacher" are those of their ``evaluations``.
+        analysis: the analysis to read instead (:data:`opdlab.lab.analyses.ANALYSES`).
+        where: entries that pick the rows of an analysis, by column.
+        progress: a share of the training; the nearest snapshot is read.
+        since: a share of the training from which the change is taken, instead of the number itself.
         block: "attention" leaves the MLP out, as the paper does for trajectories.
-        log: take the natural logarithm, for what is compared by its ratio.
+        log: take the natural logarithm, for quantities that are compared by their ratio.
     """
 
     column: str
@@ -56,7 +57,11 @@ class Value:
     log: bool = False
 
     def of(self, records: Records, arm: str) -> pd.Series:
-        """Return the value of an arm's runs, by seed; of all rows if ``arm`` is ""."""
+        """Return the metric of each run of an arm, by seed; all rows count if ``arm`` is empty.
+
+        Raises:
+            OpdlabError: if the records lack the analysis, or have no such column of the arm.
+        """
         table = records.matrices if self.progress is None else records.trajectory
         if self.column in _EVALUATED:
             table = records.evaluations
@@ -84,97 +89,97 @@ def _at(runs: pd.DataFrame, column: str, progress: float | None) -> pd.Series:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A statistic: the value of one arm minus that of another (or minus another value, or a number), by seed.
+class Contrast:
+    """A statistic with one value per seed: a metric of one arm minus that of another arm, another metric, or a number.
 
     Attributes:
-        value: of what.
-        arm: of which arm.
-        minus_arm: the other arm, if it is another.
-        minus: the other value, if it is another, or a number.
-        size: 1 for the size of the difference whatever its sign ("far"), -1 for minus that ("near"), 0 for itself.
+        metric: the metric.
+        arm: the arm that it is taken of.
+        minus_arm: the arm that is subtracted, if it is another.
+        minus: the metric that is subtracted, if it is another, or a number.
+        size: 0 for the difference itself, 1 for its absolute value ("far"), -1 for minus that ("near").
     """
 
-    value: Value
+    metric: Metric
     arm: str
     minus_arm: str = ""
-    minus: Value | float | None = None
+    minus: Metric | float | None = None
     size: int = 0
 
     def of(self, records: Records) -> pd.Series:
-        """Return the difference, by seed; only seeds that both sides have count."""
-        difference = self.value.of(records, self.arm)
+        """Return the contrast by seed, for the seeds that both sides have."""
+        difference = self.metric.of(records, self.arm)
         if isinstance(self.minus, (int, float)):
             difference = difference - self.minus
         else:
-            other = (self.minus or self.value).of(records, self.minus_arm or self.arm)
+            other = (self.minus or self.metric).of(records, self.minus_arm or self.arm)
             difference = (difference - other).dropna()
         return self.size * difference.abs() if self.size else difference
 
     @property
-    def values(self) -> tuple[Value, ...]:
-        """The values that it is made of."""
-        return (self.value, self.minus) if isinstance(self.minus, Value) else (self.value,)
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics that it is made of."""
+        return (self.metric, self.minus) if isinstance(self.minus, Metric) else (self.metric,)
 
     @property
     def arms(self) -> set[str]:
-        """The arms whose runs it needs records of."""
-        if all(value.analysis for value in self.values):
+        """The arms whose runs must be recorded."""
+        if all(metric.analysis for metric in self.metrics):
             return set()
         return {self.arm, self.minus_arm or self.arm}
 
 
-def differences(records: Records, value: Value, arms: Sequence[str], baseline: str) -> pd.DataFrame:
-    """Return what arms have of ``value`` beyond ``baseline``: one column per arm, one row per seed that both have.
+def contrasts(records: Records, metric: Metric, arms: Sequence[str], baseline: str) -> pd.DataFrame:
+    """Return a metric of several arms minus that of a baseline, one column per arm and one row per seed.
 
     Args:
-        records: of all these arms.
-        value: of what.
-        arms: in order.
-        baseline: the arm that they are held against.
+        records: the records of all these arms.
+        metric: the metric.
+        arms: the arms, in order.
+        baseline: the arm that is subtracted.
     """
-    return pd.DataFrame({arm: Difference(value, arm, baseline).of(records) for arm in arms})
+    return pd.DataFrame({arm: Contrast(metric, arm, baseline).of(records) for arm in arms})
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, and how it is tested.
+    """A statement of the paper, and how it is tested.
 
     Attributes:
         name: the name in code and links.
-        finding: the chapter that it belongs to.
+        finding: the finding that it belongs to, a key of :data:`opdlab.claims.paper.FINDINGS`.
         statement: the claim in one sentence.
-        source: where the paper makes it, and what it prints.
+        source: where the paper makes it, and the numbers that it prints.
         effect: the statistic that tests it; positive speaks for the claim.
-        smallest: the smallest effect that counts, in its units.
-        controls: by what could explain it: what is then left of the effect.
-        rivals: by where the paper's explanation does not apply: the same statistic there.
-        known: how sure the paper's number is, one of :data:`opdlab.claims.judging.KNOWN`.
+        smallest: the smallest effect that counts, in the units of the statistic.
+        controls: what is left of the effect without a simpler explanation, by that explanation.
+        negative_controls: the same statistic where the paper's explanation does not apply, by the reason why not.
+        known: where the paper's number is from, one of :data:`opdlab.claims.judging.KNOWN`.
     """
 
     name: str
     finding: str
     statement: str
     source: str
-    effect: Difference
+    effect: Contrast
     smallest: float
-    controls: dict[str, Difference] = field(default_factory=dict)
-    rivals: dict[str, Difference] = field(default_factory=dict)
+    controls: dict[str, Contrast] = field(default_factory=dict)
+    negative_controls: dict[str, Contrast] = field(default_factory=dict)
     known: str = "words"
 
     @property
     def arms(self) -> set[str]:
-        """The arms that it needs records of."""
+        """The arms that must be recorded to judge it."""
         return set().union(*(part.arms for part in self._parts))
 
     @property
     def analyses(self) -> set[str]:
-        """The analyses that it needs records of."""
-        return {value.analysis for part in self._parts for value in part.values if value.analysis}
+        """The analyses that must be recorded to judge it."""
+        return {metric.analysis for part in self._parts for metric in part.metrics if metric.analysis}
 
     @property
-    def _parts(self) -> tuple[Difference, ...]:
-        return self.effect, *self.controls.values(), *self.rivals.values()
+    def _parts(self) -> tuple[Contrast, ...]:
+        return self.effect, *self.controls.values(), *self.negative_controls.values()
 
 
 @dataclass(frozen=True)
@@ -182,14 +187,15 @@ class Verdict:
     """What the records say about a claim.
 
     Attributes:
-        claim: which.
+        claim: the claim.
         verdict: one of :data:`opdlab.claims.judging.VERDICTS`.
-        by: the control that explains it, or "".
-        effect: mean and Student's 95 % interval over seeds.
-        p: one-sided p-value of an effect above the smallest that counts, corrected after Holm.
-        seeds: how many.
-        left: what each control leaves of the effect, and what each rival shows of it, with its interval.
-        perhaps: the controls and rivals of which the seeds do not tell whether they explain what is reproduced.
+        by: the control or negative control that explains the effect, or "".
+        effect: the mean over seeds with Student's 95 % interval.
+        p: the one-sided p-value of an effect above the smallest that counts, corrected by Holm's method.
+        seeds: the number of seeds.
+        left: what each control leaves of the effect, and what each negative control shows of it, with intervals.
+        perhaps: for a reproduced claim, the controls and negative controls that the seeds cannot rule out as its
+            explanation.
     """
 
     claim: Claim
@@ -203,21 +209,21 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The verdict in words, with what explains the effect, or may do so."""
+        """The verdict in words, with what explains the effect or may explain it."""
         if self.perhaps:
             return f"{self.verdict}, perhaps explained by {' or '.join(self.perhaps)}"
         return f"{self.verdict} by {self.by}" if self.by else self.verdict
 
 
 def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
-    """Return the verdicts on claims; those of one finding are a family, corrected together.
+    """Return the verdicts on claims; the p-values of one finding's claims are corrected together.
 
     Args:
-        claims: to judge.
-        records: of all arms and analyses that the claims need (:func:`judgeable`).
+        claims: the claims.
+        records: the records of all arms and analyses that they need (:func:`judgeable`).
 
     Raises:
-        OpdlabError: if the records lack an arm or a column, naming it.
+        OpdlabError: if the records lack an arm or a column, which it names.
     """
     effects = [claim.effect.of(records) for claim in claims]
     p_values = [_p_above(effect, claim.smallest) for claim, effect in zip(claims, effects, strict=True)]
@@ -228,21 +234,22 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     verdicts = []
     for claim, effect, p in zip(claims, effects, p_values, strict=True):
         left = {name: control.of(records) for name, control in claim.controls.items()}
-        rivals = {name: rival.of(records) for name, rival in claim.rivals.items()}
-        # Above zero where most of the effect is gone, in every seed's own measure, or where a rival has it, too.
+        shown = {name: control.of(records) for name, control in claim.negative_controls.items()}
+        # Above zero where a control leaves less than half of the effect, seed by seed, or where a negative control
+        # shows an effect that counts.
         explains = {name: mean_interval((effect / 2 - values).dropna()) for name, values in left.items()}
-        explains |= {name: mean_interval(values - claim.smallest) for name, values in rivals.items()}
+        explains |= {name: mean_interval(values - claim.smallest) for name, values in shown.items()}
         verdict, by = _verdict(effect, claim.smallest, p, explains)
         perhaps = [name for name, much in explains.items() if verdict == "reproduced" and much.high > 0]
-        intervals = {name: mean_interval(values) for name, values in (left | rivals).items()}
+        intervals = {name: mean_interval(values) for name, values in (left | shown).items()}
         found = mean_interval(effect)
         verdicts.append(Verdict(claim, verdict, by, found, p, len(effect), intervals, tuple(perhaps)))
     return verdicts
 
 
 def judgeable(claims: Sequence[Claim], records: Records) -> list[Claim]:
-    """Return the claims of which the records have all arms and analyses: those that :func:`judge` can judge."""
-    arms, analyses = set(records.sources["arm"]), set(records.analyses)
+    """Return the claims that can be judged, because the records have all arms and analyses that they need."""
+    arms, analyses = set(records.runs["arm"]), set(records.analyses)
     return [claim for claim in claims if claim.arms <= arms and claim.analyses <= analyses]
 
 
@@ -254,7 +261,7 @@ def _verdict(effect: pd.Series, smallest: float, p: float, explains: dict[str, I
 
 
 def _p_above(effect: pd.Series, smallest: float) -> float:
-    """Return the one-sided p-value of Student's test; 1 where a single seed cannot tell."""
+    """Return the one-sided p-value of Student's t-test, which is 1 for a single seed."""
     if len(effect) < 2:
         return 1.0
     if effect.std(ddof=1) == 0:
@@ -263,7 +270,7 @@ def _p_above(effect: pd.Series, smallest: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for testing them together, after Holm (1979).
+    """Return p-values corrected for being tested together, by the method of Holm (1979).
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -295,11 +302,11 @@ def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
 
 
 def count_verdicts(verdicts: Sequence[Verdict], chapters: Mapping[str, tuple[str, str]]) -> str:
-    """Return how many claims of each finding have each verdict, as a Markdown table.
+    """Return a Markdown table of how many claims of each finding have each verdict.
 
     Args:
-        verdicts: to count.
-        chapters: title and page of the chapter of each finding (``FINDINGS``).
+        verdicts: the verdicts.
+        chapters: the title and the page of each finding's chapter (:data:`opdlab.claims.paper.FINDINGS`).
     """
     lines = ["| finding | " + " | ".join(VERDICTS) + " |", "| --- |" + " ---: |" * len(VERDICTS)]
     for finding, (title, page) in chapters.items():

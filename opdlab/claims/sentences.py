@@ -1,4 +1,4 @@
-"""Sentences and tables that are computed from records, so that a chapter never says more than they do."""
+"""Sentences and tables that are computed from the records, so that a chapter never says more than they show."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from opdlab.stats import mean_interval
 
 
 def answer(values: pd.Series, above: float = 0.0, *, yes: str = "yes", no: str = "no", digits: int = 2) -> str:
-    """Say whether values, one per seed, lie above a mark with their whole 95 % interval, and give it.
+    """Say whether the 95 % interval of values, one per seed, lies wholly above a threshold, and give mean and interval.
 
     Args:
-        values: one per seed; what is undefined does not count.
-        above: the mark.
-        yes: the word if the interval lies above it.
-        no: the word if it lies below; between the two the answer is "undecided", as it is with a single seed.
-        digits: of the numbers.
+        values: one value per seed; missing ones do not count.
+        above: the threshold.
+        yes: the answer if the interval lies above the threshold.
+        no: the answer if it lies below. If it contains the threshold, or if there is a single seed, the answer is
+            "undecided".
+        digits: decimal places of the numbers.
 
     >>> answer(pd.Series([1.0, 2.0, 3.0]), -1)
     'yes (+2.00 [-0.48, +4.48])'
@@ -29,21 +30,21 @@ def answer(values: pd.Series, above: float = 0.0, *, yes: str = "yes", no: str =
     return f"{word} ({found:+.{digits}f})"
 
 
-def listed(arms: Sequence[str]) -> str:
+def name_arms(arms: Sequence[str]) -> str:
     """Join the labels of arms.
 
-    >>> listed([])
-    'none'
+    >>> name_arms(["opd", "sft_matched"]), name_arms([])
+    ('OPD; matched SFT', 'none')
     """
     return "; ".join(ARMS[arm].label for arm in arms) or "none"
 
 
-def computed(lines: Sequence[str] | Mapping[str, str | pd.Series], about: str = "") -> str:
-    """Return a list in Markdown under the words "Computed from the records".
+def list_results(lines: Sequence[str] | Mapping[str, str | pd.Series], about: str = "") -> str:
+    """Return a Markdown list under the words "Computed from the records".
 
     Args:
-        lines: sentences; or questions with their answers, of which those that are values go through :func:`answer`.
-        about: of which records, in a few words.
+        lines: sentences; or answers by question, where values, one per seed, are answered by :func:`answer`.
+        about: which records these are, in a few words.
     """
     if isinstance(lines, Mapping):
         answers = {question: found if isinstance(found, str) else answer(found) for question, found in lines.items()}
@@ -53,11 +54,12 @@ def computed(lines: Sequence[str] | Mapping[str, str | pd.Series], about: str = 
 
 
 def effect_table(effects: Mapping[str, pd.DataFrame], arms: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return one row per arm and one column per effect: the mean over seeds with its 95 % interval.
+    """Return a table of means over seeds with 95 % intervals, one row per arm and one column per effect.
 
     Args:
-        effects: by title, one column per arm and one row per seed (:func:`opdlab.claims.judging.differences`).
-        arms: by default all that an effect has.
+        effects: by title, tables with one column per arm and one row per seed
+            (:func:`opdlab.claims.judging.contrasts`).
+        arms: the arms to show; by default all that an effect has.
     """
     columns = {}
     for title, effect in effects.items():

@@ -1,1 +1,1 @@
-"""Figures: functions from a table to a picture, in one visual language."""
+"""Figures: from a table to a picture, in one visual language; which arms there are is handed in."""

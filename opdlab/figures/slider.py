@@ -1,10 +1,9 @@
-"""A figure that is stepped through: one picture per step and a slider, all in the page, so that no server is needed."""
+"""A figure with a slider: one picture per step, all of them in the page itself, so that it works without a server."""
 
 from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 
@@ -15,8 +14,8 @@ from PIL import Image
 
 from opdlab.errors import OpdlabError
 
-# Handlers stand in the elements, for a notebook does not run the scripts of what it shows in every editor. Pictures but
-# the one in view are hidden, also from screen readers; the slider says where it is in words.
+# The handlers stand in the elements, because not every editor runs the scripts of a notebook's output. All pictures but
+# the one in view are hidden, from screen readers too; the slider says in words which step it is at.
 _SHOW = (
     "const box = this.closest('.steppable'), slider = box.querySelector('input');"
     "{move}"
@@ -26,22 +25,14 @@ _SHOW = (
 )
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One step: what is drawn, the words beside the slider, and what a reader who does not see it is told."""
-
-    figure: Figure
-    label: str
-    alt: str
-
-
-def steppable(frames: Sequence[Frame], caption: str, *, start: int = 0) -> HTML:
-    """Return a figure with a slider over ``frames``; the figures are closed.
+def slider(frames: Sequence[tuple[Figure, str, str]], caption: str, *, start: int = 0) -> HTML:
+    """Return a figure that is stepped through with a slider, and close the figures that it is made of.
 
     Args:
-        frames: in order; all figures of one size.
-        caption: plain text under it that says what to see.
-        start: the frame in view at first, and on paper.
+        frames: for each step the figure, the label beside the slider, and the text for readers who cannot see the
+            figure; all figures have one size.
+        caption: plain text under the figure that says what to see.
+        start: the frame that is shown at first, and on paper.
 
     Raises:
         OpdlabError: if there is no frame ``start``.
@@ -49,13 +40,13 @@ def steppable(frames: Sequence[Frame], caption: str, *, start: int = 0) -> HTML:
     if not 0 <= start < len(frames):
         raise OpdlabError(f"start is {start}, but there are {len(frames)} frames")
     pictures = []
-    for i, frame in enumerate(frames):
+    for i, (figure, label, alt) in enumerate(frames):
         hidden = "" if i == start else " hidden"
         pictures.append(
-            f'<img src="data:image/png;base64,{_png(frame.figure)}" alt="{escape(frame.alt)}" '
-            f'style="max-width: 100%;" data-label="{escape(frame.label)}"{hidden}>'
+            f'<img src="data:image/png;base64,{_png(figure)}" alt="{escape(alt)}" '
+            f'style="max-width: 100%;" data-label="{escape(label)}"{hidden}>'
         )
-    label = escape(frames[start].label)
+    label = escape(frames[start][1])
     back, on = (
         f'<button type="button" aria-label="{word}" onclick="{_SHOW.format(move=move)}">{sign}</button>'
         for word, sign, move in (("earlier", "◀", "slider.stepDown();"), ("later", "▶", "slider.stepUp();"))
@@ -74,11 +65,11 @@ def steppable(frames: Sequence[Frame], caption: str, *, start: int = 0) -> HTML:
 
 
 def _png(figure: Figure) -> str:
-    """Return a figure as PNG at double density, the same bytes whenever it is drawn, and close it."""
+    """Return a figure as PNG at twice its resolution, the same bytes whenever it is drawn, and close it."""
     drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=2 * figure.dpi)
     plt.close(figure)
-    # A page holds many frames: 128 colours are enough for a figure, and a third of the bytes.
+    # A page holds many frames; with 128 colours a figure looks the same and takes a third of the bytes.
     Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
         small, format="png", optimize=True
     )

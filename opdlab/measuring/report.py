@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opdlab.figures.plots import NULL, panels, use_style
+from opdlab.figures.style import NULL, panels, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.summary import course_means, largest_k, of_layers, overall_means
 from opdlab.models.files import write_whole

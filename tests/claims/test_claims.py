@@ -12,10 +12,10 @@ from opdlab.claims import (
     FINDINGS,
     VERDICTS,
     Claim,
-    Difference,
-    Value,
+    Contrast,
+    Metric,
+    contrasts,
     count_verdicts,
-    differences,
     holm,
     judge,
     scorecard,
@@ -27,9 +27,9 @@ from opdlab.lab.grid import PAPER, RECORDED
 from opdlab.lab.records import Records, load_records
 
 CLAIM = Claim(
-    "size", "regime", "A is larger than B", "nowhere", Difference(Value("x"), "a", "b"), 1.0,
-    {"the control": Difference(Value("x"), "a", "c")},
-    {"a rival": Difference(Value("x"), "d", "b")},
+    "size", "regime", "A is larger than B", "nowhere", Contrast(Metric("x"), "a", "b"), 1.0,
+    {"the control": Contrast(Metric("x"), "a", "c")},
+    {"a negative control": Contrast(Metric("x"), "d", "b")},
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def records(seeds=5, noise=0.05, **means):
     [
         ({"a": 5, "b": 2, "c": 2.2, "d": 2}, 0.05, "reproduced", ""),
         ({"a": 5, "b": 2, "c": 4.5, "d": 2}, 0.05, "explained", "the control"),
-        ({"a": 5, "b": 2, "c": 2.2, "d": 4}, 0.05, "explained", "a rival"),
+        ({"a": 5, "b": 2, "c": 2.2, "d": 4}, 0.05, "explained", "a negative control"),
         ({"a": 2.5, "b": 2, "c": 2, "d": 2}, 0.05, "not reproduced", ""),
         ({"a": 1, "b": 2, "c": 2, "d": 9}, 0.05, "not reproduced", ""),
         ({"a": 4, "b": 2, "c": 2, "d": 2}, 3.0, "inconclusive", ""),
@@ -70,8 +70,8 @@ def test_a_verdict_can_come_out_any_way(means, noise, expected, by):
     [
         ({"c": 2.2, "d": 2}, ()),
         ({"c": 3.5, "d": 2}, ("the control",)),  # which takes about half of the effect
-        ({"c": 2.2, "d": 3}, ("a rival",)),  # which has about the smallest that counts
-        ({"c": 3.5, "d": 3}, ("the control", "a rival")),
+        ({"c": 2.2, "d": 3}, ("a negative control",)),  # which has about the smallest that counts
+        ({"c": 3.5, "d": 3}, ("the control", "a negative control")),
     ],
 )
 def test_what_may_explain_an_effect_is_said(means, perhaps):
@@ -85,19 +85,19 @@ def test_one_seed_cannot_tell():
     assert found.verdict == "inconclusive" and found.p == 1
 
 
-def test_values_by_progress_block_and_change():
+def test_metrics_by_progress_block_and_change():
     made = records(a=5, b=2)
     end = made.matrices[made.matrices["block"] == "mlp"].groupby(["arm", "seed"])["x"].mean()
-    assert Value("x", progress=0.19, block="attention").of(made, "a").tolist() == pytest.approx(0.2 * end["a"])
-    assert Value("x", progress=1.0, since=0.1).of(made, "a").tolist() == pytest.approx(0.9 * end["a"])
-    assert Value("x", log=True).of(made, "a").tolist() == pytest.approx(np.log(end["a"]))
-    assert Difference(Value("x"), "a", minus=3.0).of(made).tolist() == pytest.approx(end["a"] - 3)
-    two = Difference(Value("x"), "a", minus=Value("x", log=True)).of(made)
+    assert Metric("x", progress=0.19, block="attention").of(made, "a").tolist() == pytest.approx(0.2 * end["a"])
+    assert Metric("x", progress=1.0, since=0.1).of(made, "a").tolist() == pytest.approx(0.9 * end["a"])
+    assert Metric("x", log=True).of(made, "a").tolist() == pytest.approx(np.log(end["a"]))
+    assert Contrast(Metric("x"), "a", minus=3.0).of(made).tolist() == pytest.approx(end["a"] - 3)
+    two = Contrast(Metric("x"), "a", minus=Metric("x", log=True)).of(made)
     assert two.tolist() == pytest.approx(end["a"] - np.log(end["a"]))
     with pytest.raises(OpdlabError, match="no 'x' of the arm 'z'"):
-        Value("x").of(made, "z")
+        Metric("x").of(made, "z")
     with pytest.raises(OpdlabError, match="no 'y' of the arm 'a'"):
-        Value("y").of(made, "a")
+        Metric("y").of(made, "a")
 
 
 def test_only_seeds_on_both_sides_count():
@@ -112,7 +112,7 @@ def test_holm_corrects_for_testing_together():
     assert holm([0.5, 0.01, 0.02]) == pytest.approx([0.5, 0.03, 0.04])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     # A claim that holds alone needs more beside others.
-    close = Claim("close", "regime", "A is a little larger", "nowhere", Difference(Value("x"), "a", "b"), 2.93, {})
+    close = Claim("close", "regime", "A is a little larger", "nowhere", Contrast(Metric("x"), "a", "b"), 2.93, {})
     made = records(a=5, b=2, c=2, d=2)
     alone = judge([close], made)[0].p
     assert judge([close] * 10, made)[0].p == pytest.approx(min(1, 10 * alone))
@@ -121,12 +121,12 @@ def test_holm_corrects_for_testing_together():
     assert judge([close, *others], made)[0].p == pytest.approx(alone)
 
 
-def test_sizes_of_differences():
+def test_sizes_of_contrasts():
     made = records(a=5, b=7)
-    plain = Difference(Value("x"), "a", "b").of(made)
+    plain = Contrast(Metric("x"), "a", "b").of(made)
     assert (plain < 0).all()
-    assert Difference(Value("x"), "a", "b", size=1).of(made).tolist() == (-plain).tolist()
-    assert Difference(Value("x"), "a", "b", size=-1).of(made).tolist() == plain.tolist()
+    assert Contrast(Metric("x"), "a", "b", size=1).of(made).tolist() == (-plain).tolist()
+    assert Contrast(Metric("x"), "a", "b", size=-1).of(made).tolist() == plain.tolist()
 
 
 def test_the_paper_s_claims_can_be_judged_from_the_records():
@@ -154,30 +154,30 @@ def test_every_finding_has_its_chapter_and_its_row():
     assert total.startswith(f"| **all {len(of_paper)}** |")
 
 
-def test_values_of_an_analysis():
+def test_metrics_of_an_analysis():
     table = pd.DataFrame(
         [{"seed": seed, "arm": "a", "other": other, "x": seed + len(other)} for seed in (0, 1) for other in ("b", "cc")]
     )
     made = replace(records(a=5, b=2), analyses={"pairs": table})
-    value = Value("x", "pairs", {"other": "cc"})
-    assert value.of(made, "a").to_dict() == {0: 2, 1: 3}
-    difference = Difference(value, "a", minus=replace(value, where={"other": "b"}))
-    assert difference.of(made).tolist() == [1, 1] and difference.arms == set()
+    metric = Metric("x", "pairs", {"other": "cc"})
+    assert metric.of(made, "a").to_dict() == {0: 2, 1: 3}
+    contrast = Contrast(metric, "a", minus=replace(metric, where={"other": "b"}))
+    assert contrast.of(made).tolist() == [1, 1] and contrast.arms == set()
     # Of all arms, where a table is about none.
-    assert value.of(replace(made, analyses={"pairs": table.drop(columns="arm")}), "").to_dict() == {0: 2, 1: 3}
-    claim = Claim("of-pairs", "locking", "A is more like C than like B", "nowhere", difference, 0.5)
+    assert metric.of(replace(made, analyses={"pairs": table.drop(columns="arm")}), "").to_dict() == {0: 2, 1: 3}
+    claim = Claim("of-pairs", "locking", "A is more like C than like B", "nowhere", contrast, 0.5)
     assert claim.analyses == {"pairs"} and claim.arms == set()
     with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
         judge([claim], records(a=5, b=2))
     with pytest.raises(OpdlabError, match="no 'x' of the arm 'z'"):
-        value.of(made, "z")
+        metric.of(made, "z")
 
 
-def test_differences_are_one_column_per_arm():
+def test_contrasts_are_one_column_per_arm():
     made = records(a=5, b=2, c=2)
-    table = differences(made, Value("x"), ("a", "c"), "b")
+    table = contrasts(made, Metric("x"), ("a", "c"), "b")
     assert list(table) == ["a", "c"] and len(table) == 5
-    assert table["a"].tolist() == Difference(Value("x"), "a", "b").of(made).tolist()
+    assert table["a"].tolist() == Contrast(Metric("x"), "a", "b").of(made).tolist()
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)

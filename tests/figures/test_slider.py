@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from opdlab.errors import OpdlabError
-from opdlab.figures.slider import Frame, steppable
+from opdlab.figures.slider import slider
 
 
 def frames(count=3):
@@ -16,7 +16,7 @@ def frames(count=3):
     for i in range(count):
         figure, axis = plt.subplots(figsize=(1, 1))
         axis.plot([0, i])
-        made.append(Frame(figure, f"step {i} < {count}", f"A line that rises to {i}."))
+        made.append((figure, f"step {i} < {count}", f"A line that rises to {i}."))
     return made
 
 
@@ -36,28 +36,28 @@ class Elements(HTMLParser):
 
 
 def test_one_frame_is_in_view_and_all_are_told_in_words():
-    elements = Elements(steppable(frames(), "What to see.", start=1).data)
+    elements = Elements(slider(frames(), "What to see.", start=1).data)
     pictures = elements.all("img")
     assert ["hidden" in picture for picture in pictures] == [True, False, True]
     assert [picture["alt"] for picture in pictures] == [f"A line that rises to {i}." for i in range(3)]
-    (slider,) = elements.all("input")
-    assert (slider["type"], slider["min"], slider["max"], slider["value"]) == ("range", "0", "2", "1")
-    assert slider["aria-valuetext"] == "step 1 < 3" and slider["aria-label"]
+    (control,) = elements.all("input")
+    assert (control["type"], control["min"], control["max"], control["value"]) == ("range", "0", "2", "1")
+    assert control["aria-valuetext"] == "step 1 < 3" and control["aria-label"]
     assert len(elements.all("button")) == 2
 
 
 def test_it_needs_nothing_from_elsewhere_and_repeats_itself():
-    first = steppable(frames(), "What to see.").data
-    assert first == steppable(frames(), "What to see.").data
+    first = slider(frames(), "What to see.").data
+    assert first == slider(frames(), "What to see.").data
     assert not re.search(r"https?:|<script|<link", first)
 
 
 def test_figures_are_closed():
     before = plt.get_fignums()
-    steppable(frames(), "What to see.")
+    slider(frames(), "What to see.")
     assert plt.get_fignums() == before
 
 
 def test_a_frame_that_is_not_there():
     with pytest.raises(OpdlabError, match="start is 3, but there are 3 frames"):
-        steppable(frames(), "What to see.", start=3)
+        slider(frames(), "What to see.", start=3)

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from opdlab.claims import sentences as prose
+from opdlab.claims.sentences import answer, effect_table, list_results, name_arms
 
 
 @pytest.mark.parametrize(
@@ -18,27 +18,27 @@ from opdlab.claims import sentences as prose
     ],
 )
 def test_answers_follow_from_the_interval(values, above, said):
-    assert prose.answer(pd.Series(values, dtype=float), above) == said
+    assert answer(pd.Series(values, dtype=float), above) == said
 
 
 def test_answers_take_other_words():
-    assert prose.answer(pd.Series([1.0, 1.1, 0.9]), yes="higher", no="lower", digits=1) == "higher (+1.0 [+0.8, +1.2])"
+    assert answer(pd.Series([1.0, 1.1, 0.9]), yes="higher", no="lower", digits=1) == "higher (+1.0 [+0.8, +1.2])"
 
 
 def test_lists_of_what_was_computed():
     values = pd.Series([1.0, 1.1, 0.9])
-    said = prose.computed({"It rises": values, "Which": prose.listed(["opd_top25", "rlvr_short"])}, "at the end")
+    said = list_results({"It rises": values, "Which": name_arms(["opd_top25", "rlvr_short"])}, "at the end")
     assert said.splitlines() == [
         "**Computed from the records**, at the end:",
         "",
         "- It rises: yes (+1.00 [+0.75, +1.25])",
         "- Which: top 25 %; RLVR",
     ]
-    assert prose.computed(["one", "two"]) == "**Computed from the records.**\n\n- one\n- two"
+    assert list_results(["one", "two"]) == "**Computed from the records.**\n\n- one\n- two"
 
 
 def test_effects_as_a_table():
     effects = {"rank": pd.DataFrame({"opd_top25": [1.0, 1.1, 0.9], "rlvr_short": [2.0, 2.0, 2.0]})}
-    table = prose.effect_table(effects)
+    table = effect_table(effects)
     assert table["rank"].to_dict() == {"top 25 %": "+1.00 [+0.75, +1.25]", "RLVR": "+2.00 [+2.00, +2.00]"}
-    assert prose.effect_table(effects, ["rlvr_short"]).index.tolist() == ["RLVR"]
+    assert effect_table(effects, ["rlvr_short"]).index.tolist() == ["RLVR"]

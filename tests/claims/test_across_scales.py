@@ -1,19 +1,21 @@
+"""Scales are compared as far as they have records, and nothing is trained for it."""
+
 import pandas as pd
 import pytest
 
-from opdlab.claims import CLAIMS, Value, judge, judgeable
-from opdlab.claims.across_scales import at_scales, compare_order, judge_at, records_at
-from opdlab.figures import plots
+from opdlab.claims import CLAIMS, Metric, judge, judgeable
+from opdlab.claims.across_scales import compare_order, compare_scales, judge_at, records_at
+from opdlab.lab import plots
 from opdlab.lab.scales import SMALL, TINY
 from opdlab.training.store import Home, default_home
 
-VALUES = {"accuracy": Value("sampled", progress=1.0), "stable rank": Value("stable_rank", progress=1.0)}
+METRICS = {"accuracy": Metric("sampled", progress=1.0), "stable rank": Metric("stable_rank", progress=1.0)}
 
 
 def test_values_at_scales_are_those_of_the_records():
-    table = at_scales(VALUES, ("opd", "opd_random16"), ("tiny", "small"))
+    table = compare_scales(METRICS, ("opd", "opd_random16"), ("tiny", "small"))
     of_tiny = table[table["scale"] == "tiny"]
-    assert set(of_tiny["arm"]) == {"opd", "opd_random16"} and list(dict.fromkeys(of_tiny["title"])) == list(VALUES)
+    assert set(of_tiny["arm"]) == {"opd", "opd_random16"} and list(dict.fromkeys(of_tiny["title"])) == list(METRICS)
     evaluations = pd.read_csv(default_home().records(TINY) / "opd-seed3" / "evaluations.csv")
     row = of_tiny[(of_tiny["title"] == "accuracy") & (of_tiny["arm"] == "opd") & (of_tiny["seed"] == 3)]
     assert row["value"].item() == pytest.approx(evaluations["sampled"].iloc[-1])
@@ -24,20 +26,20 @@ def test_values_at_scales_are_those_of_the_records():
 
 
 def test_a_scale_without_a_record_of_an_analysis_is_left_out():
-    outside = {"outside": Value("residual", "span", {"basis": "two other seeds"})}
-    table = at_scales(outside, ("opd",))
+    outside = {"outside": Metric("residual", "span", {"basis": "two other seeds"})}
+    table = compare_scales(outside, ("opd",))
     assert set(table["scale"]) == {"tiny"} and len(table) == len(TINY.seeds) and "span" not in SMALL.analyses
 
 
 def test_what_is_not_recorded_is_left_out(tmp_path):
     home = Home(tmp_path)
     assert records_at("small", ("opd",), home) is None
-    assert at_scales(VALUES, ("opd",), ("small",), home).empty
+    assert compare_scales(METRICS, ("opd",), ("small",), home).empty
     assert judge_at("small", home) == []
 
 
 def test_panels_by_scale():
-    table = at_scales(VALUES, ("opd", "rlvr"), ("tiny",))
+    table = compare_scales(METRICS, ("opd", "rlvr"), ("tiny",))
     figure = plots.draw_scales(table)
     assert [axis.get_title() for axis in figure.axes] == ["accuracy, tiny", "stable rank, tiny"]
 
@@ -75,5 +77,5 @@ def test_the_claims_that_the_records_can_tell():
 def test_claims_about_runs_variants_and_analyses_are_judged_at_another_scale():
     found = judge_at("small")
     assert {"norm-opd-rlvr", "rank-opd_mix50"} <= {verdict.claim.name for verdict in found}
-    # With two, an interval is so wide that hardly any rival could explain an effect.
+    # With two, an interval is so wide that hardly any negative control could explain an effect.
     assert {verdict.seeds for verdict in found} == {len(SMALL.seeds)} == {3}

@@ -1,0 +1,355 @@
+"""Figures that compare arms: methods that draw a table, one row per arm and seed, in one visual language.
+
+A thin line or a small dot is one seed, a thick line the mean over seeds, a band its 95 % interval, and a dashed line
+the null. The only quantities computed here are means and intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from opdlab.errors import OpdlabError
+from opdlab.figures.style import ABOVE, NULL, panels, set_log
+from opdlab.stats import mean_interval
+
+# The matrices of a layer, in the order in which they are applied.
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Look(NamedTuple):
+    """How one arm looks in every figure: its label, colour and marker, the last two as Matplotlib writes them."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class ArmFigures:
+    """Figures of arms that each have a look of their own.
+
+    Attributes:
+        looks: the look of each arm, by the arm's name in the column ``arm`` of the tables.
+    """
+
+    looks: Mapping[str, Look]
+
+    def look_of(self, arm: str, colours: Mapping[str, str] | None = None) -> Look:
+        """Return the look of an arm.
+
+        Args:
+            arm: the arm.
+            colours: colours that replace those of some arms.
+
+        Raises:
+            OpdlabError: if the arm has no look.
+        """
+        if arm not in self.looks:
+            raise OpdlabError(f"looks has no entry for the arm {arm!r}: add its label, colour and marker")
+        look = self.looks[arm]
+        return look._replace(colour=colours[arm]) if colours and arm in colours else look
+
+    def colour_of(self, arm: str) -> str:
+        """Return the colour of an arm."""
+        return self.look_of(arm).colour
+
+    def marker_of(self, arm: str) -> str:
+        """Return the marker of an arm."""
+        return self.look_of(arm).marker
+
+    def draw_curves(
+        self,
+        axis: Axes,
+        table: pd.DataFrame,
+        x: str,
+        y: str,
+        *,
+        null: str | None = None,
+        labels: bool = True,
+        smooth: int = 1,
+        log: bool = False,
+        bands: Sequence[str] | None = None,
+        colours: Mapping[str, str] | None = None,
+    ) -> None:
+        """Draw ``y`` against ``x`` for each arm: every seed, the mean with its interval, and the mean of the null.
+
+        Args:
+            axis: the panel.
+            table: one row per arm, seed and x.
+            x: the column of the horizontal axis.
+            y: the column of the vertical axis; rows where it is missing are left out.
+            null: the column that holds the null of each row.
+            labels: whether to write each arm's label at the end of its curve.
+            smooth: the width of a running mean over rows, for noisy histories.
+            log: whether the vertical axis is logarithmic; it then makes room for the null, too.
+            bands: the arms whose interval is drawn; by default all, but many bands hide the curves.
+            colours: colours that replace those of some arms.
+        """
+        ends, drawn = [], []
+        # An undefined value has no curve: an arm that gained nothing has no share of its gain, for instance.
+        table = table.dropna(subset=[y])
+        if table.empty:
+            return
+        for arm, rows in table.groupby("arm", sort=False):
+            look = self.look_of(arm, colours)
+            wide = rows.pivot_table(index=x, columns="seed", values=y)
+            if smooth > 1:
+                wide = wide.rolling(smooth, min_periods=1).mean()
+            drawn.append(wide.to_numpy().ravel())
+            axis.plot(wide.index, wide, color=look.colour, linewidth=0.7, alpha=0.5)
+            mean = wide.mean(axis=1)
+            axis.plot(
+                wide.index, mean, color=look.colour, linewidth=2, marker=look.marker if smooth == 1 else None, ms=4
+            )
+            if smooth == 1 and wide.shape[1] > 1 and (bands is None or arm in bands):
+                intervals = [mean_interval(row) for row in wide.to_numpy()]
+                low, high = [i.low for i in intervals], [i.high for i in intervals]
+                axis.fill_between(wide.index, low, high, color=look.colour, alpha=0.12, linewidth=0)
+            if null:
+                nulls = rows.groupby(x)[null].mean()
+                axis.plot(nulls, **NULL | {"color": look.colour}, zorder=0)
+                if log:
+                    drawn.append(nulls.to_numpy())
+            ends.append((float(mean.iloc[-1]), arm))
+        _fit(axis, np.concatenate(drawn), log)
+        if labels:
+            self.label_ends(axis, ends, colours=colours)
+
+    def label_ends(
+        self,
+        axis: Axes,
+        ends: Sequence[tuple[float, str]],
+        gap: float = 0.075,
+        colours: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the arms' labels to the right of their curves, pushed apart where they would overlap.
+
+        The labels follow their curves when the limits of the axis change; whether it is logarithmic must be set before.
+
+        Args:
+            axis: the panel.
+            ends: for each curve the height of its end, in data units, and its arm.
+            gap: the smallest distance between two labels, as a share of the axis.
+            colours: colours that replace those of some arms.
+        """
+        ends = sorted(ends)
+        names = []
+        for _, arm in ends:
+            look = self.look_of(arm, colours)
+            names.append(
+                axis.annotate(
+                    look.label,
+                    (1.02, 0.0),
+                    xycoords="axes fraction",
+                    color=look.colour,
+                    fontsize=9,
+                    va="center",
+                    annotation_clip=False,
+                )
+            )
+
+        def place(axis: Axes) -> None:
+            low, high, *heights = axis.yaxis.get_transform().transform([*axis.get_ylim(), *(y for y, _ in ends)])
+            places: list[float] = []
+            for height in heights:
+                share = min(max((height - low) / (high - low), 0.0), 1.0)
+                places.append(max(share, places[-1] + gap) if places else share)
+            # From the top down, a label that was pushed out of the panel is pushed back into it.
+            ceiling = 1.0
+            for i in range(len(places) - 1, -1, -1):
+                places[i] = min(places[i], ceiling)
+                ceiling = places[i] - gap
+            for name, share in zip(names, places, strict=True):
+                name.xy = (1.02, share)
+                name.set_position(name.xy)
+
+        place(axis)
+        axis.callbacks.connect("ylim_changed", place)
+
+    def draw_dots(
+        self, axis: Axes, table: pd.DataFrame, y: str, *, null: str | None = None, log: bool = False, wrap: int = 11
+    ) -> None:
+        """Draw ``y`` for each arm: one dot per seed, a line at the mean, and a grey dashed line at the null.
+
+        Args:
+            axis: the panel.
+            table: one row per arm and seed.
+            y: the column of the vertical axis.
+            null: the column that holds the null of each row.
+            log: whether the vertical axis is logarithmic.
+            wrap: the number of characters after which a label is broken; a longer word stays whole.
+        """
+        arms = list(dict.fromkeys(table["arm"]))
+        for i, arm in enumerate(arms):
+            rows, look = table[table["arm"] == arm], self.look_of(arm)
+            axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=look.colour, linewidth=2)
+            spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else [0.0]
+            axis.plot(i + np.asarray(spread), rows[y], look.marker, color=look.colour, ms=5, alpha=0.8)
+            if null:
+                axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
+        labels = [fill(self.look_of(arm).label, wrap, break_long_words=False) for arm in arms]
+        axis.set_xticks(range(len(arms)), labels, fontsize=8)
+        axis.set_xlim(-0.6, len(arms) - 0.4)
+        if log:
+            set_log(axis.yaxis)
+
+    def draw_modules(self, table: pd.DataFrame, views: Sequence[tuple[str, str, str | None, bool]]) -> Figure:
+        """Draw every matrix of a model: a row of panels per view, a column per module, and in each panel the layers.
+
+        Args:
+            table: one row per run and matrix, with the columns ``arm``, ``seed``, ``module`` and ``layer``.
+            views: for each row of panels a column of the table, its title, the column of its null or None, and whether
+                its axis is logarithmic.
+        """
+        present = set(table["module"])
+        modules = [name for name in MODULES if name in present] + sorted(present - set(MODULES))
+        size = (1.15 * len(modules), 1.75 * len(views) + 0.8)
+        figure, axes = plt.subplots(len(views), len(modules), figsize=size, squeeze=False, sharex=True, sharey="row")
+        for row, (column, title, null, log) in zip(axes, views, strict=True):
+            limits = []
+            for axis, module in zip(row, modules, strict=True):
+                of_module = table[table["module"] == module]
+                self.draw_curves(axis, of_module, "layer", column, null=null, labels=False, log=log)
+                axis.xaxis.get_major_locator().set_params(integer=True)
+                limits.append(axis.get_ylim())
+            low, high = np.array(limits).T
+            row[0].set_ylim(low.min(), high.max())
+            row[0].set_ylabel(title)
+        for axis, module in zip(axes[0], modules, strict=True):
+            axis.set_title(module.removesuffix("_proj"), loc="center")
+        axes[0, 0].margins(x=0.15)
+        figure.supxlabel("layer", fontsize=10)
+        arms, nulls = list(dict.fromkeys(table["arm"])), any(null for _, _, null, _ in views)
+        self.arm_legend(figure, arms, null="permuted null" if nulls else None, **ABOVE)
+        return figure
+
+    def draw_scales(
+        self,
+        table: pd.DataFrame,
+        width: float = 4.2,
+        height: float = 2.3,
+        *,
+        null: str | None = None,
+        near: Mapping[str, float] | None = None,
+        wrap: int = 11,
+    ) -> Figure:
+        """Draw quantities at several scales: a row of panels per quantity, a panel per scale, and a dot per seed.
+
+        Args:
+            table: one row per scale, quantity, arm and seed, in the columns ``scale``, ``title``, ``arm`` and
+                ``value``.
+            width: the width of a panel in inches.
+            height: the height of a panel in inches.
+            null: the column that holds the null of each row; none is drawn where it is missing.
+            near: by title, the distance from the first arm's mean that is shaded as near enough.
+            wrap: the number of characters after which a label is broken.
+        """
+        titles, scales = list(dict.fromkeys(table["title"])), list(dict.fromkeys(table["scale"]))
+        figure, axes = panels(len(titles) * len(scales), len(scales), width, height)
+        for i, axis in enumerate(axes):
+            title, scale = titles[i // len(scales)], scales[i % len(scales)]
+            rows = table[(table["title"] == title) & (table["scale"] == scale)]
+            self.draw_dots(axis, rows, "value", null=null, wrap=wrap)
+            axis.set_title(f"{title}, {scale}")
+            if near and title in near:
+                middle = rows.loc[rows["arm"] == rows["arm"].iloc[0], "value"].mean()
+                axis.axhspan(middle - near[title], middle + near[title], color="0.93", zorder=0, linewidth=0)
+        return figure
+
+    def draw_points(self, axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+        """Draw one point per row in the plane of ``x`` and ``y``, both logarithmic."""
+        for arm, rows in table.groupby("arm", sort=False):
+            look = self.look_of(arm)
+            axis.scatter(rows[x], rows[y], s=14, color=look.colour, marker=look.marker, alpha=0.6, linewidths=0)
+        set_log(axis.xaxis)
+        set_log(axis.yaxis)
+
+    def draw_paths(self, axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
+        """Draw the path of each run in the plane of ``x`` (logarithmic) and ``y``, its rows joined in their order."""
+        for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
+            look = self.look_of(arm)
+            axis.plot(rows[x], rows[y], color=look.colour, marker=look.marker, ms=3.5, linewidth=0.9, alpha=0.8)
+        set_log(axis.xaxis)
+
+    def draw_rows(
+        self,
+        axis: Axes,
+        table: pd.DataFrame,
+        *,
+        names: bool = True,
+        counts: float = 0.0,
+        colours: Mapping[str, str] | None = None,
+    ) -> None:
+        """Draw one row per arm: a small dot per seed, the mean and its 95 % interval, and a dashed line at zero.
+
+        Args:
+            axis: the panel.
+            table: one column per arm, named after it, and one row per seed.
+            names: whether to write the arms' labels at the left.
+            counts: the smallest effect that counts; what lies closer to zero is shaded.
+            colours: colours that replace those of some arms.
+        """
+        for row, (arm, values) in enumerate(table.items()):
+            look, values = self.look_of(arm, colours), values.dropna()
+            found = mean_interval(values)
+            axis.plot(values, np.full(len(values), row), "o", color=look.colour, ms=3, alpha=0.5)
+            axis.plot([found.low, found.high], [row, row], color=look.colour, linewidth=2)
+            axis.plot(found.mean, row, look.marker, color=look.colour, ms=6)
+        axis.axvline(0, **NULL)
+        if counts:
+            axis.axvspan(-counts, counts, color="0.93", zorder=0, linewidth=0)
+        axis.set_yticks(range(table.shape[1]), [self.look_of(arm).label for arm in table] if names else [])
+        axis.set_ylim(table.shape[1] - 0.5, -0.5)
+        axis.tick_params(axis="y", length=0)
+        axis.locator_params(axis="x", nbins=4)
+
+    def arm_legend(
+        self,
+        place: Axes | Figure,
+        arms: Sequence[str],
+        *,
+        null: str | None = None,
+        colours: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Add a legend of arms; a panel without data is given over to it.
+
+        Args:
+            place: a panel, or the whole figure.
+            arms: the arms, in order.
+            null: what to call the null, if there is one.
+            colours: colours that replace those of some arms.
+            options: further arguments of Matplotlib's ``legend``, such as :data:`opdlab.figures.style.ABOVE`.
+        """
+        handles = []
+        for arm in arms:
+            label, colour, marker = self.look_of(arm, colours)
+            handles.append(plt.Line2D([], [], color=colour, marker=marker, linewidth=2, ms=5, label=label))
+        if null:
+            handles.append(plt.Line2D([], [], label=null, **NULL))
+        if isinstance(place, Axes) and not place.has_data():
+            place.set_axis_off()
+            options = {"loc": "center left", "fontsize": 11} | options
+        place.legend(handles=handles, **options)
+
+
+def _fit(axis: Axes, values: np.ndarray, log: bool) -> None:
+    """Set the vertical limits so that every value is seen; a band may leave the panel, and so may a null."""
+    if log:
+        set_log(axis.yaxis)
+        values = values[values > 0]
+        if len(values):
+            axis.set_ylim(values.min() / 1.2, values.max() * 1.2)
+        return
+    lowest, highest = np.nanmin(values), np.nanmax(values)
+    margin = 0.06 * (highest - lowest or 1.0)
+    axis.set_ylim(lowest - margin, highest + margin)

@@ -1,0 +1,91 @@
+"""The look that all figures share: fonts, panels, logarithmic axes, and how a null is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+#: How the line of a null is drawn.
+NULL: dict[str, Any] = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
+#: Where a legend goes that serves all panels of a figure.
+ABOVE: dict[str, Any] = {"loc": "outside upper left", "ncols": 3}
+
+
+def use_style() -> None:
+    """Set the look of all figures and, in a notebook, their format: PNG at twice the resolution, without metadata."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "savefig.facecolor": "white",
+            "font.family": "DejaVu Sans",
+        },
+    )
+    try:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    # Without the Software field, every version of Matplotlib writes the same bytes for the same figure.
+    set_matplotlib_formats("retina", metadata={"Software": None}, bbox_inches="tight")
+
+
+def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9) -> tuple[Figure, list[Axes]]:
+    """Return a figure with ``count`` panels in rows of at most ``columns``; width and height of a panel in inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.remove()
+    return figure, flat[:count]
+
+
+def set_log(axis: XAxis | YAxis) -> None:
+    """Make one axis of a panel logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
+
+
+def note_null(axis: Axes, value: float, name: str = "permuted") -> None:
+    """Write the value of a null that lies above a panel at its top right, so that the panel need not stretch to it.
+
+    Args:
+        axis: the panel.
+        value: the value of the null.
+        name: the name of the null.
+    """
+    style = {"color": NULL["color"], "fontsize": 9, "ha": "right", "va": "bottom"}
+    axis.annotate(f"{name}: {value:.3g} ↑", (1.0, 1.0), xycoords="axes fraction", annotation_clip=False, **style)
+
+
+def shades(names: Sequence[str], palette: str = "blend:#16002B,#6A3D9A,#C9B1E4") -> dict[str, str]:
+    """Return a colour for each name, from dark to light in the order of the names.
+
+    Args:
+        names: the names, darkest first.
+        palette: the name of a seaborn palette that begins dark; by default purples.
+
+    >>> shades(["three quarters", "half"])
+    {'three quarters': '#16002b', 'half': '#6a3d9a'}
+    """
+    # One colour more than names, so that the last of them is not too pale to be seen.
+    return dict(zip(names, sns.color_palette(palette, len(names) + 1).as_hex(), strict=False))

@@ -1,0 +1,57 @@
+"""The figures of the book: the functions of :mod:`opdlab.figures`, with a look for each arm of the grid.
+
+Each of the paper's arms has a colour of its own, from Okabe and Ito's palette, which colour-blind readers tell apart,
+and a marker of its own, which tells it apart in grey. A variant has those of the paper's arm that it descends from.
+"""
+
+from opdlab.figures.arms import ArmFigures, Look
+from opdlab.figures.style import ABOVE, NULL, note_null, panels, set_log, shades, use_style
+from opdlab.lab.grid import ARMS, ancestor
+
+#: The colour of each of the paper's arms.
+COLOURS = {"sft": "#0072B2", "opd": "#D55E00", "opd_full": "#CC79A7", "rlvr": "#009E73", "sft_matched": "#56B4E9"}
+#: The marker of each of the paper's arms.
+MARKERS = {"sft": "s", "opd": "o", "opd_full": "D", "rlvr": "^", "sft_matched": "v"}
+
+# Arms that only make models descend from none of the paper's and are in no figure.
+_FIGURES = ArmFigures(
+    {
+        name: Look(arm.label, COLOURS[ancestor(name)], MARKERS[ancestor(name)])
+        for name, arm in ARMS.items()
+        if ancestor(name) in COLOURS
+    }
+)
+colour_of = _FIGURES.colour_of
+marker_of = _FIGURES.marker_of
+arm_legend = _FIGURES.arm_legend
+label_ends = _FIGURES.label_ends
+draw_curves = _FIGURES.draw_curves
+draw_dots = _FIGURES.draw_dots
+draw_modules = _FIGURES.draw_modules
+draw_paths = _FIGURES.draw_paths
+draw_points = _FIGURES.draw_points
+draw_rows = _FIGURES.draw_rows
+draw_scales = _FIGURES.draw_scales
+
+__all__ = [
+    "ABOVE",
+    "COLOURS",
+    "MARKERS",
+    "NULL",
+    "arm_legend",
+    "colour_of",
+    "draw_curves",
+    "draw_dots",
+    "draw_modules",
+    "draw_paths",
+    "draw_points",
+    "draw_rows",
+    "draw_scales",
+    "label_ends",
+    "marker_of",
+    "note_null",
+    "panels",
+    "set_log",
+    "shades",
+    "use_style",
+]
