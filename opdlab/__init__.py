@@ -1,13 +1,119 @@
 """opdlab: the parameter-space geometry of on-policy distillation, next to SFT and RLVR.
 
-The rooms, each below the next: :mod:`opdlab.geometry` (tensors in, numbers out), :mod:`opdlab.models` (weights on
-disk), :mod:`opdlab.training` (how models learn), :mod:`opdlab.figures`, :mod:`opdlab.measuring` (updates between
-checkpoints), :mod:`opdlab.lab` (the book's own experiments) and :mod:`opdlab.claims` (what they say about the paper).
+>>> import opdlab as ol
+>>> student = ol.opd(student="student-folder", teacher="teacher-folder", tokens=ol.top("log-ratio", 0.25))
+>>> student.loss, student.tokens.share
+('opd_sampled', 0.25)
+
+What is here is imported when it is first used. Behind it are seven rooms, each of which imports only those before it:
+:mod:`opdlab.geometry` (tensors in, numbers out), :mod:`opdlab.models` (weights on disk), :mod:`opdlab.training` (how
+models learn), :mod:`opdlab.figures`, :mod:`opdlab.measuring` (updates between checkpoints), :mod:`opdlab.lab` (the
+book's own experiments) and :mod:`opdlab.claims` (what they say about the paper).
 """
 
+from __future__ import annotations
+
 import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+    from opdlab.lab.records import Records
+    from opdlab.measuring.compare import Comparison
+    from opdlab.measuring.update import Update
+    from opdlab.training.arms import Arm
+    from opdlab.training.tasks import Task
+    from opdlab.training.trained import Trained
 
 # transformers imports tqdm.auto, which warns in every notebook kernel without ipywidgets; our bars are plain text.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 __version__ = "0.1.0"
+
+# Where each name comes from.
+_ROOMS = {
+    "GeometryCallback": "measuring.callback",
+    "OpdlabError": "errors",
+    "Task": "training.tasks",
+    "load": "lab.records",
+    "measure": "measuring.update",
+    "opd": "training.arms",
+    "project": "training.arms",
+    "random_tokens": "training.arms",
+    "rlvr": "training.arms",
+    "sft": "training.arms",
+    "top": "training.arms",
+}
+
+__all__ = [*_ROOMS, "compare", "judge", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return getattr(import_module(f"opdlab.{_ROOMS[name]}"), name)
+    raise AttributeError(f"module 'opdlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOMS])
+
+
+def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path | str, **settings: Any) -> Trained:
+    """Train an arm on a task, and return the run; the same call goes on where it was stopped.
+
+    Args:
+        arm: from :func:`sft`, :func:`opd` or :func:`rlvr`.
+        task: such as one from :meth:`Task.from_dataset`.
+        steps: updates.
+        learning_rate: of the optimizer.
+        out: the folder of the run.
+        settings: ``seed``, ``progress``, or any other field of an experiment
+            (:func:`opdlab.training.trained.make_experiment`, which also says what is taken by default).
+
+    Raises:
+        OpdlabError: on bad input, if ``out`` holds another experiment, or if the loss is not finite.
+    """
+    from opdlab.measuring.update import measure_run
+    from opdlab.training.trained import train_arm
+
+    return train_arm(arm, task, out=out, measure=measure_run, steps=steps, learning_rate=learning_rate, **settings)
+
+
+def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Comparison:
+    """Compare updates: do they move the same weights, and in the same directions?
+
+    Args:
+        updates: measured ones, runs of :func:`train`, or folders that ``opdlab measure`` wrote.
+        options: of :func:`opdlab.measuring.compare.compare`.
+
+    Raises:
+        OpdlabError: if there are fewer than two, or they are not of the same matrices.
+    """
+    from opdlab.measuring.compare import compare as compare_updates
+
+    return compare_updates(
+        [getattr(update, "trajectory", update) if hasattr(update, "run") else update for update in updates], **options
+    )
+
+
+def judge(records: Records, finding: str = "") -> pd.DataFrame:
+    """Judge the paper's claims by records, and return the scorecard, one row per claim that the records can test.
+
+    Args:
+        records: from :func:`load`.
+        finding: only the claims of this finding, a key of :data:`opdlab.claims.FINDINGS`; by default all.
+
+    Raises:
+        OpdlabError: if there is no such finding.
+    """
+    from opdlab import claims
+    from opdlab.errors import OpdlabError
+
+    if finding and finding not in claims.FINDINGS:
+        raise OpdlabError(f"there is no finding {finding!r}; choose one of {', '.join(claims.FINDINGS)}")
+    chosen = [claim for claim in claims.CLAIMS if finding in ("", claim.finding)]
+    return claims.scorecard(claims.judge(claims.judgeable(chosen, records), records))

@@ -14,10 +14,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
+from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.scales import SMOKE
 from opdlab.models.folders import new_model
-from opdlab.training.loop import install_model, train
-from opdlab.training.store import Home
+from opdlab.training.loop import install_model
 
 # Of models that are only stored and measured.
 SMALL_SHAPE = {
@@ -49,16 +49,28 @@ def script(request):
 @pytest.fixture(scope="session")
 def scale():
     """The smoke scale with fewer evaluation prompts: untrained models never stop early."""
-    return replace(SMOKE, evaluation_prompts=8)
+    return replace(SMOKE, budget=replace(SMOKE.budget, evaluation_prompts=8))
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory, scale):
-    """A home whose base, teacher and anchor were trained for six steps."""
-    home = Home(tmp_path_factory.mktemp("home"))
+def lab(tmp_path_factory, scale):
+    """A laboratory whose base, teacher and anchor were trained for six steps."""
+    lab = Laboratory(scale, tmp_path_factory.mktemp("lab"))
     for arm, name in (("base", "base"), ("teacher", "teacher"), ("sft", "anchor")):
-        install_model(train(arm, 0, scale, home=home), home, scale, name)
-    return home
+        install_model(lab.train(arm), lab.models / name)
+    return lab
+
+
+@pytest.fixture(scope="session")
+def copy_of():
+    """Makes a laboratory with the same models and no runs in another folder."""
+
+    def copy(lab, folder):
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "models").symlink_to(lab.root / "data" / "models")
+        return replace(lab, root=folder)
+
+    return copy
 
 
 @pytest.fixture(scope="session")

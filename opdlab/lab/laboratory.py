@@ -123,9 +123,14 @@ class Laboratory:
     # --- models -------------------------------------------------------------------------------------------------------
 
     def model(self, name: str) -> Model:
-        """Return a model by the name of its folder; where that is missing, its digest is taken from the records."""
-        folder = self.models / name
-        return Model(str(folder), known="" if folder.is_dir() else self._recorded_digest(name))
+        """Return a model by the name of its folder. Where that is missing, its digest is taken from the records.
+
+        A model that the scale takes from the Hugging Face hub is then named as it is there.
+        """
+        folder, published = self.models / name, self.scale.models.pretrained.get(name, "")
+        if folder.is_dir():
+            return Model(str(folder))
+        return Model(published if "/" in published else str(folder), known=self._recorded_digest(name))
 
     def _recorded_digest(self, name: str) -> str:
         path = self.records / "runs.csv"
@@ -167,21 +172,37 @@ class Laboratory:
         return Run(self.experiment(name, seed), self.runs)
 
     def train(
-        self, name: str, seed: int = 0, *, progress: bool = False, on_steps: Callable[[int], None] = lambda steps: None
+        self,
+        name: str,
+        seed: int = 0,
+        *,
+        change: Callable[[Experiment], Experiment] = lambda experiment: experiment,
+        progress: bool = False,
+        on_steps: Callable[[int], None] = lambda steps: None,
     ) -> Run:
         """Train the experiment of an arm and a seed, or go on with it (:func:`opdlab.training.loop.train`).
+
+        Args:
+            name: of the arm.
+            seed: of prompts and rollouts.
+            change: what to change of the experiment.
+            progress: show a bar.
+            on_steps: called with the steps that were done.
 
         Raises:
             OpdlabError: if a model is missing; otherwise as :func:`opdlab.training.loop.train`.
         """
-        named, experiment = self.arm(name), self.experiment(name, seed)
+        named, experiment = self.arm(name), change(self.experiment(name, seed))
         if not Run(experiment, self.runs).finished:
             for folder in named.models:
                 self.model_folder(folder)
-        parent = self.experiment(named.parent, seed) if named.parent and experiment.arm.projection else None
-        steps = tuple(self.branch_steps(name))
         return train(
-            experiment, self.runs, branch_from=parent, branch_steps=steps, progress=progress, on_steps=on_steps
+            experiment,
+            self.runs,
+            branch_from=self.experiment(named.parent, seed) if named.parent and experiment.arm.projection else None,
+            branch_steps=tuple(self.branch_steps(name)),
+            progress=progress,
+            on_steps=on_steps,
         )
 
     def branch_steps(self, name: str) -> set[int]:

@@ -175,22 +175,29 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that follow from the name, the shape and the resolution of a matrix."""
     m, n, k = matrices["rows"], matrices["cols"], matrices["k"]
+    size = m * n
     described = pd.DataFrame([describe(name)._asdict() for name in matrices["matrix"]], index=matrices.index)
     ranks = {shape: gaussian_stable_rank(*shape) for shape in set(zip(m, n, strict=True))}
     derived = {
-        "parameters": m * n,
+        "parameters": size,
         "energy_left_random": k / m,
         "energy_right_random": k / n,
         "energy_both_random": k / m * (k / n),
         "stable_rank_gaussian": [ranks[shape] for shape in zip(m, n, strict=True)],
     }
+    for percent in MASK_PERCENTS:
+        share = (percent / 100 * size).round() / size
+        derived |= {f"principal_share_a{percent}": share, f"low_share_a{percent}": share}
     return pd.concat([matrices, described, pd.DataFrame(derived, index=matrices.index)], axis=1)
 
 
+#: Shares of the entries in the masks, in percent.
+MASK_PERCENTS = (30, 50)
 #: Columns of ``matrices`` that are not stored, as :func:`add_derived` adds them.
 DERIVED = (
     *("layer", "module", "block", "parameters", "stable_rank_gaussian"),
     *("energy_left_random", "energy_right_random", "energy_both_random"),
+    *(f"{mask}_share_a{percent}" for mask in ("principal", "low") for percent in MASK_PERCENTS),
 )
 
 
@@ -243,7 +250,8 @@ def measure_run(run: Run, lab: Laboratory) -> Path:
             _on(device, run.snapshot(0)),
             snapshots,
             seed=experiment.seed,
-            follow=lambda name: block in ("", describe(name).block),
+            blocks=("attention", "mlp"),
+            trajectory_blocks=(block,) if block else None,
         )
     tables = {
         "history": pd.DataFrame(run.lines("history")),

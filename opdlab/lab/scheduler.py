@@ -302,6 +302,21 @@ def _of_analysis(name: str, seeds: tuple[int, ...], lab: Laboratory) -> dict[int
     return found
 
 
+def missing_records(names: tuple[str, ...], seeds: tuple[int, ...], lab: Laboratory) -> list[str]:
+    """Return which arms and analyses have no record with all of these seeds.
+
+    Raises:
+        OpdlabError: if an arm is unknown.
+    """
+    path, index = lab.records / "analyses.csv", read_index(lab.records)
+    kept = set(zip(index["arm"], index["seed"], strict=True))
+    if path.exists():
+        table = pd.read_csv(path)
+        kept |= set(zip(table["analysis"], table["seed"], strict=True))
+    known = [name if name in ANALYSES else lab.arm(name).name for name in names]
+    return [name for name in known if not all((name, seed) in kept for seed in seeds)]
+
+
 def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
     """Compare repeated runs and analyses with the record, one row for each figure of each that has one of the seeds.
 

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 def cache_folder() -> Path:
     """Return the cache folder (safe to delete): ``OPDLAB_CACHE``, or opdlab's own folder among the user's caches.
@@ -25,6 +28,30 @@ def cache_folder() -> Path:
     """
     folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
     return Path(folder).expanduser()
+
+
+def local_folder(source: str | Path) -> Path:
+    """Return the folder of a model on this machine; one that is named on the Hugging Face hub is fetched first.
+
+    Args:
+        source: a folder, or the name of a model on the hub, OWNER/NAME.
+
+    Raises:
+        OpdlabError: if there is neither, with how to fetch it where there is a network.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not _ON_HUB.fullmatch(str(source)):
+        return path
+    from huggingface_hub import snapshot_download  # imported late: few ask for it
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+    except Exception as problem:
+        why = str(problem).splitlines()[0]
+        raise OpdlabError(
+            f"there is no folder {source}, and the Hugging Face hub did not give a model of that name ({why}): where "
+            f"there is a network run 'hf download {source} --local-dir FOLDER', and give that folder"
+        ) from problem
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

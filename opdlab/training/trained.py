@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.models.fetch import local_folder
+from opdlab.models.files import local_folder
 from opdlab.training.arms import Arm, with_local_models
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model, train

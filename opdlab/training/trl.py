@@ -57,7 +57,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from opdlab.errors import OpdlabError, exit_status
-from opdlab.models.files import load_tensors, write_json, write_whole
+from opdlab.models.files import load_tensors, local_folder, write_json, write_whole
 from opdlab.models.folders import check_same_vocabulary, load_model, load_tokenizer, save_model
 from opdlab.training.arms import changed_fields
 from opdlab.training.config import Experiment, Recipe
@@ -383,15 +383,6 @@ def make_trainer(config: dict, experiment: Experiment, callback: Callback, folde
     trainer = kind(student, **options)
     trainer.add_callback(callback(trainer, folder, experiment.snapshots))
     return trainer
-
-
-def local_folder(source: str) -> Path:
-    """Return the folder of a model, downloaded if it has a name on the hub."""
-    if Path(source).is_absolute():
-        return Path(source)
-    from huggingface_hub import snapshot_download  # Unlike opdlab's own, it lets only one process download.
-
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
 
 
 def _classes(name: str, recipe: Recipe) -> tuple[type, type]:

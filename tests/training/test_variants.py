@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.lab.grid import ARMS, PAPER, RECORDED
-from opdlab.lab.scales import SMOKE
+from opdlab.lab.grid import ARMS, PAPER, RECORDED, ancestor
+from opdlab.lab.laboratory import Laboratory
+from opdlab.training.arms import Projection, changed_fields
 from opdlab.training.losses import LOSSES, RANKINGS, token_ranking, token_weights
 from opdlab.training.optimizers import make_optimizers
-from opdlab.training.projection import Confinement, Constraint
+from opdlab.training.projection import Projector
 
 NAME = "layers.0.self_attn.q_proj.weight"
 
@@ -54,10 +55,10 @@ def weights():
 
 @pytest.mark.parametrize("space", ["update", "weights", "random", "entries", "random entries"])
 def test_a_projection_applied_twice_is_one(space, weights):
-    confinement = Confinement(Constraint(k=3, space=space), *weights, seed=4)
+    projector = Projector(Projection(k=3, space=space), *weights, seed=4)
     gradient = torch.randn(24, 16, generator=torch.Generator().manual_seed(2))
-    once = confinement.apply(NAME, gradient)
-    torch.testing.assert_close(confinement.apply(NAME, once), once)
+    once = projector.apply(NAME, gradient)
+    torch.testing.assert_close(projector.apply(NAME, once), once)
     assert once.norm() < gradient.norm()
     if "entries" in space:
         assert int((once != 0).sum()) == round(3 / 16 * 24 * 16)
@@ -66,43 +67,54 @@ def test_a_projection_applied_twice_is_one(space, weights):
     if space == "update":  # the best approximation of rank 3 keeps the update's largest directions
         delta = weights[1][NAME] - weights[0][NAME]
         values = torch.linalg.svdvals(delta.double())
-        assert float(confinement.apply(NAME, delta).norm()) == pytest.approx(float(values[:3].norm()), rel=1e-5)
+        assert float(projector.apply(NAME, delta).norm()) == pytest.approx(float(values[:3].norm()), rel=1e-5)
 
 
 def test_a_rescaled_update_keeps_its_norm(weights):
     origin, after = weights
     parameters = {NAME: after[NAME].clone()}
-    Confinement(Constraint(k=2, rescale=True), origin, after).confine_update(parameters, origin)
+    Projector(Projection(k=2, rescale=True), origin, after).project_update(parameters, origin)
     step = parameters[NAME] - origin[NAME]
     assert float(step.norm()) == pytest.approx(float((after[NAME] - origin[NAME]).norm()), rel=1e-5)
     assert torch.linalg.matrix_rank(step, rtol=1e-4) == 2
 
 
-def test_what_cannot_be_confined(weights):
+def test_what_cannot_be_projected(weights):
     with pytest.raises(OpdlabError, match="expected 16 at most"):
-        Confinement(Constraint(k=17), *weights)
+        Projector(Projection(k=17), *weights)
     with pytest.raises(OpdlabError, match="no space 'here'"):
-        Confinement(Constraint(k=2, space="here"), *weights)
-    assert not Confinement(Constraint(k=2, block="mlp"), *weights).of
+        Projector(Projection(k=2, space="here"), *weights)
+    assert not Projector(Projection(k=2, block="mlp"), *weights).of
 
 
 def test_every_arm_can_be_told_apart_by_what_decides_it():
-    described = [{k: v for k, v in arm.decisive.items() if k != "name"} for arm in ARMS.values()]
+    described = [
+        (
+            changed_fields(arm.arm),
+            arm.models,
+            arm.recipe,
+            arm.task,
+            arm.lr_factor,
+            arm.arm.projection,
+            arm.directions(0, 1),
+        )
+        for arm in ARMS.values()
+    ]
     for i, (arm, one) in enumerate(zip(ARMS.values(), described, strict=True)):
         # The makers of models differ in their shapes too, which a scale has.
-        assert arm.makes or one not in described[:i], arm.name
-    for arm in ARMS.values():
-        assert set(arm.signals) <= set(LOSSES) and sum(arm.signals.values()) == pytest.approx(1)
-        assert arm.ancestor in PAPER or arm.makes
-        assert not arm.like or arm.like in ARMS
+        assert arm.produces or one not in described[:i], arm.name
+    for name, arm in ARMS.items():
+        assert set(arm.arm.losses) <= set(LOSSES) and sum(arm.arm.losses.values()) == pytest.approx(1)
+        assert ancestor(name) in PAPER or arm.produces
+        assert not arm.parent or arm.parent in ARMS
     assert set(PAPER) < set(RECORDED)
     with pytest.raises(OpdlabError, match="no arm makes the model 'x'"):
-        SMOKE.maker_of("x")
+        Laboratory.at("smoke").maker_of("x")
 
 
 def test_every_weight_has_one_optimizer(pair):
-    from opdlab.lab.scales import Recipe
     from opdlab.models.folders import load_model
+    from opdlab.training.config import Recipe
 
     model = load_model(pair[0])
     for name in ("adamw", "sgd", "muon"):
