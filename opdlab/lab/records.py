@@ -23,6 +23,7 @@ from torch import Tensor
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair, measure_trajectory, weight_matrices
 from opdlab.geometry.matrices import describe
+from opdlab.geometry.summary import means
 from opdlab.lab.analyses import ANALYSES, Study
 from opdlab.lab.grid import ARMS, PAPER
 from opdlab.lab.scales import Scale, get_scale
@@ -332,7 +333,7 @@ def nearest(table: pd.DataFrame, progress: float) -> pd.DataFrame:
 
 def by_block(table: pd.DataFrame, keys: tuple[str, ...] = ("step",)) -> pd.DataFrame:
     """Average over the matrices of each block, as :func:`per_run` does, keeping apart what differs in ``keys``."""
-    return _means(table, [*keys, "block"])
+    return means(table, [*keys, "block"])
 
 
 def per_run(table: pd.DataFrame, columns: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -343,22 +344,4 @@ def per_run(table: pd.DataFrame, columns: tuple[str, ...] = ()) -> pd.DataFrame:
     The mean is unweighted, the paper's rule for all diagnostics but one: sparsity weighs a matrix by its parameters
     (2606.07082, Appendix C.3). ``matrices`` counts what was averaged.
     """
-    return _means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table], columns)
-
-
-def _means(table: pd.DataFrame, keys: list[str], columns: tuple[str, ...] = ()) -> pd.DataFrame:
-    skipped = [*keys, "layer", "rows", "cols", "matrices", "parameters"]
-    numbers = columns or table.select_dtypes("number").columns.difference(skipped, sort=False)
-    groups = [table[key] for key in keys]
-    # A row is one matrix, or the mean of several, whose parameters it has in all.
-    count = table["matrices"] if "matrices" in table else pd.Series(1, table.index)
-    weights = {name: table["parameters"] if name.startswith("sparsity") else count for name in numbers}
-    parts = {
-        "sum": pd.DataFrame({name: table[name] * weights[name] for name in numbers}),
-        # What is undefined for a matrix does not count in the mean.
-        "weight": pd.DataFrame({name: weights[name].where(table[name].notna(), 0) for name in numbers}),
-        "size": pd.DataFrame({"matrices": count, "parameters": table["parameters"]}),
-    }
-    totals = pd.concat(parts, axis=1).groupby(groups, sort=False).sum()
-    means = totals["sum"] / totals["weight"].where(totals["weight"] > 0)
-    return pd.concat([means, totals["size"]], axis=1).reset_index()
+    return means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table], columns)

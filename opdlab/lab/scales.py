@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import cos, pi
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import GeometrySettings
+from opdlab.geometry import Resolution
 from opdlab.lab.grid import ARMS, RECORDED, Arm, get_arm
 
 
@@ -94,8 +94,8 @@ class Scale:
     keep_snapshots: bool = True
     # What trains it, if it is too large for the loop of opdlab.training.loop: "trl" (opdlab.training.trl).
     engine: str = ""
-    geometry: GeometrySettings = field(
-        default_factory=lambda: GeometrySettings(
+    geometry: Resolution = field(
+        default_factory=lambda: Resolution(
             k=16, sim_ks=(4, 8, 16), mask_rank=16, alphas=(0.3, 0.5), angle_ks=(4, 8), matched_norm=0.002
         )
     )
@@ -255,9 +255,7 @@ SMALL = Scale(
     keep_snapshots=False,
     # As in the paper where the matrices are large enough: an eighth of the smaller side for most of them (72), 16 and
     # 64; the keys and values have 192 rows.
-    geometry=GeometrySettings(
-        k=72, sim_ks=(4, 16), mask_rank=64, alphas=(0.3, 0.5), angle_ks=(4, 16), matched_norm=0.002
-    ),
+    geometry=Resolution(k=72, sim_ks=(4, 16), mask_rank=64, alphas=(0.3, 0.5), angle_ks=(4, 16), matched_norm=0.002),
 )
 
 # One GPU of 80 GB. The recipes have the paper's rates, with fewer and shorter rollouts.
@@ -298,7 +296,7 @@ FULL = Scale(
     recompute=True,
     keep_snapshots=False,
     # The paper's: 16 directions over training, masks of rank 64; an eighth of 2048 singular vectors in the angles.
-    geometry=GeometrySettings(k=256, sim_ks=(4, 16), mask_rank=64, alphas=(0.3, 0.5), angle_ks=(16, 64)),
+    geometry=Resolution(k=256, sim_ks=(4, 16), mask_rank=64, alphas=(0.3, 0.5), angle_ks=(16, 64)),
 )
 
 FULL_SMALLER = replace(

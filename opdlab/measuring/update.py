@@ -25,7 +25,7 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import (
-    GeometrySettings,
+    Resolution,
     Svd,
     describe,
     measure_course,
@@ -40,7 +40,7 @@ from opdlab.models.files import load_tensors, save_tensors, write_json, write_wh
 from opdlab.processes import provenance
 
 
-def settings_for(shape: tuple[int, ...]) -> GeometrySettings:
+def settings_for(shape: tuple[int, ...]) -> Resolution:
     """Return the resolution for a matrix: the paper's, and an eighth of the smaller side where that is relative.
 
     >>> settings = settings_for((4096, 4096))
@@ -51,7 +51,7 @@ def settings_for(shape: tuple[int, ...]) -> GeometrySettings:
     """
     smaller = min(shape)
     eighth = max(1, smaller // 8)
-    return GeometrySettings(
+    return Resolution(
         k=eighth,
         sim_ks=tuple(k for k in (4, 8, 16) if k <= smaller),
         mask_rank=64 if smaller >= 128 else eighth,
