@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -61,14 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = "measure the update from one checkpoint to another, or the way through several"
     measure = command("measure", what, scale=False)
-    measure.add_argument("base", type=Path, help="model folder or .safetensors file before")
+    measure.add_argument("base", type=Path, help="model folder, .safetensors file, or OWNER/NAME on the hub, before")
     measure.add_argument("tuned", type=Path, nargs="*", help="model or LoRA adapter folders, or files, after; in order")
     measure.add_argument("--trajectory", type=Path, metavar="DIR", help="take the checkpoints in DIR, by their steps")
     measure.add_argument("--out", type=Path, help="folder for the results (default: geometry-NAME, here)")
     measure.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     measure.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     measure.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
-    measure.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices measured side by side")
+    what = "matrices measured at once (default: one for each processor, or 1 for a small model)"
+    measure.add_argument("--processes", type=int, help=what)
     measure.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
     what = "compare updates that were measured: the same weights, the same directions?"
     compare = command("compare", what, scale=False)
@@ -81,51 +81,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--out", type=Path, default=Path("geometry-compare"), help="default: geometry-compare, here")
     compare.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
-    compare.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices compared side by side")
+    compare.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices compared at once")
     return parser
 
 
 def _measure(options: argparse.Namespace) -> None:
-    import pandas as pd
-
-    from opdlab.geometry.summary import overall_means
-    from opdlab.measuring.update import default_out, find_trajectory, measure_checkpoints
+    from opdlab.measuring.sources import default_out, find_trajectory
+    from opdlab.measuring.update import measure
     from opdlab.models.files import cache_folder
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
     path = options.tuned or find_trajectory(options.trajectory)
     out = options.out or default_out(options.trajectory or path[-1])
-    table = measure_checkpoints(
+    update = measure(
         options.base,
         path,
-        out,
+        out=out,
         seed=options.seed,
         nulls=not options.no_nulls,
-        processes=options.processes if options.device == "cpu" else 1,
-        cache=None if options.no_cache else cache_folder(),
+        processes=options.processes,
         device=options.device,
+        cache=None if options.no_cache else cache_folder(),
         progress=True,
     )
-    print(overall_means(table).to_string(float_format=lambda value: f"{value:.4g}", na_rep=""))
-    summary = json.loads((out / "summary.json").read_text())
-    if summary.get("trajectory"):
-        course = pd.DataFrame(summary["trajectory"]).set_index("step").astype(float).T
-        print(f"\n{course.to_string(float_format=lambda value: f'{value:.4g}', na_rep='')}")
-    for note in summary["notes"]:
-        print(f"\n{note}")
+    print(update)
     print(f"\nwith figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from opdlab.measuring.compare import compare_measurements, pair_means
+    from opdlab.measuring.compare import compare
 
-    models, pairs = compare_measurements(
-        options.results, options.out, seed=options.seed, processes=options.processes, progress=True
-    )
-    for table in (models, pair_means(pairs).set_index(["a", "b"]).T):
-        print(table.to_string(float_format=lambda value: f"{value:.4g}", na_rep=""), end="\n\n")
-    print(f"with a figure: {options.out / 'compare.html'}; every matrix: {options.out / 'pairs.csv'}")
+    processes = options.processes
+    print(compare(options.results, out=options.out, seed=options.seed, processes=processes, progress=True))
+    print(f"\nwith a figure: {options.out / 'compare.html'}; every matrix: {options.out / 'pairs.csv'}")
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -197,7 +197,7 @@ def measure_matrix(
     w1 = _checks.matrix(w1, f"{name} in w1s")
     sized = {"": _size_row(w0, w1, svd0, masks, at)}
     delta = w1 - w0
-    row = {"k": at.k, "mask_rank": at.mask_rank}
+    row: dict[str, float] = {"k": at.k, "mask_rank": at.mask_rank}
     row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
     del w1
     row |= spectrum_stats(delta, at.k)

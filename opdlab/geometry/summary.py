@@ -153,7 +153,7 @@ def _entry(known: pd.DataFrame, column: str, null: str | None) -> dict:
     """Return the entry of one diagnostic, from matrices where it and its null are defined."""
     value = _mean(known, column)
     weighting = "per parameter" if _by_parameters(column) else "per matrix"
-    entry = {"value": value, "weighting": weighting, "defined": len(known)}
+    entry: dict = {"value": value, "weighting": weighting, "defined": len(known)}
     if column.startswith(("angle", "energy", "top_energy", "hill")) and "k" in known:
         entry["k"] = sorted(set(known["k"].astype(int)))
     if null:

@@ -1,7 +1,8 @@
-"""Checkpoints: the weights of a model on disk, whoever trained it, read one tensor at a time.
+"""Checkpoints: the weights of a model, whoever trained it, read one tensor at a time.
 
 A checkpoint is a Hugging Face folder (one safetensors file or several shards, with or without their index), a LoRA
-adapter's folder (merged with its base on the fly), or a single safetensors file such as a snapshot of a run. Fused
+adapter's folder (merged with its base on the fly), a single safetensors file such as a snapshot of a run, or
+what is in memory: a state dict or a module. Fused
 projections come out split into the matrices that they hold, stacked experts one by one, and tied embeddings once.
 Pickles are never opened.
 """
@@ -11,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import describe
@@ -82,7 +83,7 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 class Piece:
     """Where one tensor comes from: a file, its name there, and what turns the stored tensor into the one wanted."""
 
-    file: Path
+    file: Path | Mapping[str, Tensor]  # or the tensors in memory
     stored: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
@@ -94,11 +95,11 @@ class Piece:
         return replace(self, shape=shape, take=lambda tensor: take(self.take(tensor)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of a model by name; nothing but their shapes is in memory until :meth:`read` is called."""
+    """The tensors of a model by name; of files, nothing but the shapes is in memory until :meth:`read` is called."""
 
-    path: Path
+    path: Path | str  # a str says what is in memory
     pieces: dict[str, Piece] = field(repr=False)
     # As they are stored, fused projections whole: what an adapter is added to.
     whole: dict[str, Piece] = field(repr=False)
@@ -125,17 +126,27 @@ class Checkpoint:
         return ", ".join(sorted({_FLOATS.get(piece.dtype, piece.dtype) for piece in self.pieces.values()}))
 
 
-def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpoint:
+#: What :func:`open_checkpoint` opens.
+Source = Path | str | Mapping[str, Tensor] | nn.Module | Checkpoint
+
+
+def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
     Args:
-        path: a model folder, an adapter folder, or one safetensors file.
-        base: what an adapter was trained on; its updates are added to these weights.
+        source: a model folder, an adapter folder, one safetensors file, a state dict, or a module; a checkpoint that is
+            open already is returned as it is.
+        base: what an adapter was trained on; its updates are added to these weights. A state dict, which does not say
+            what model it is of, is taken for one of the same model.
 
     Raises:
         OpdlabError: if files are missing, pickled or damaged, or an adapter comes without its base.
     """
-    path = Path(path)
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, (Mapping, nn.Module)):
+        return _in_memory(source, base)
+    path = Path(source)
     if not path.exists():
         raise OpdlabError(f"there is no checkpoint {path}: give a model folder or a .safetensors file")
     if path.suffix in (".bin", ".pt", ".pth"):
@@ -147,7 +158,8 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
         for stored, shape, dtype in _header(file):
             name = plain_name(stored)
             if name in pieces:
-                raise OpdlabError(f"{path} has the tensor {name} twice, in {pieces[name].file.name} and {file.name}")
+                first = getattr(pieces[name].file, "name", "memory")
+                raise OpdlabError(f"{path} has the tensor {name} twice, in {first} and {file.name}: delete one")
             if not name.endswith(_BUFFERS):
                 pieces[name] = Piece(file, stored, shape, dtype)
     if not pieces:
@@ -159,7 +171,33 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
     return _checkpoint(path, pieces, config)
 
 
-def _checkpoint(path: Path, whole: dict[str, Piece], config: dict) -> Checkpoint:
+def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None) -> Checkpoint:
+    if isinstance(source, nn.Module):
+        what, config = f"the {type(source).__name__} in memory", getattr(source, "config", None)
+        config = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        tensors: dict[str, Tensor] = dict(source.named_parameters())  # each once, also where two layers share one
+    else:
+        what, config, tensors = "the state dict in memory", base.config if base else {}, dict(source)
+    pieces: dict[str, Piece] = {}
+    for stored, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise OpdlabError(f"{stored} in {what} is of type {type(tensor).__name__}: give names and tensors only")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if not plain_name(stored).endswith(_BUFFERS):
+            dtype = next((name for name, found in _FLOATS.items() if found == dtype), dtype)
+            pieces[plain_name(stored)] = Piece(tensors, stored, tuple(tensor.shape), dtype)
+    if not pieces:
+        raise OpdlabError(f"{what} holds no weights: give a model, or its state dict")
+    head, embedding = "lm_head.weight", next((name for name in pieces if describe(name).block == "embedding"), None)
+    # Of tied embeddings, a state dict lists both ends.
+    if head in pieces and embedding:
+        ends = [tensors[pieces[name].stored] for name in (head, embedding)]
+        if ends[0].data_ptr() == ends[1].data_ptr():
+            del pieces[head]
+    return _checkpoint(what, pieces, config)
+
+
+def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict) -> Checkpoint:
     split = {part: piece for name, piece in whole.items() for part, piece in _split(name, piece, config)}
     return Checkpoint(path, dict(sorted(split.items(), key=lambda item: _natural(item[0]))), whole, config)
 
@@ -215,7 +253,9 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         raise OpdlabError(f"{file} is damaged or not a safetensors file ({problem}): fetch it again") from problem
 
 
-def _stored(file: Path, name: str, index: int | None = None) -> Tensor:
+def _stored(file: Path | Mapping[str, Tensor], name: str, index: int | None = None) -> Tensor:
+    if not isinstance(file, Path):
+        return file[name].detach() if index is None else file[name].detach()[index]
     try:
         with safe_open(file, "pt") as opened:
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
