@@ -77,10 +77,10 @@ def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path |
     Raises:
         OpdlabError: on bad input, if ``out`` holds another experiment, or if the loss is not finite.
     """
-    from opdlab.measuring.update import measure_run
+    from opdlab.measuring.update import measure
     from opdlab.training.trained import train_arm
 
-    return train_arm(arm, task, out=out, measure=measure_run, steps=steps, learning_rate=learning_rate, **settings)
+    return train_arm(arm, task, out=out, measure=measure, steps=steps, learning_rate=learning_rate, **settings)
 
 
 def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Comparison:

@@ -29,7 +29,7 @@ from opdlab.geometry.masks import (
 )
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
 from opdlab.geometry.measure import (
-    GeometrySettings,
+    Resolution,
     measure_matrix,
     measure_pair,
     measure_vector,
@@ -70,12 +70,12 @@ from opdlab.geometry.subspaces import (
     top_left,
     top_right,
 )
-from opdlab.geometry.trajectory import measure_course, measure_trajectory
+from opdlab.geometry.trajectory import measure_matrix_trajectory, measure_trajectory
 
 __all__ = [
     "Description",
     "Energy",
-    "GeometrySettings",
+    "Resolution",
     "Rotation",
     "Similarity",
     "Svd",
@@ -96,8 +96,8 @@ __all__ = [
     "jaccard",
     "largest_entries",
     "low_magnitude_mask",
-    "measure_course",
     "measure_matrix",
+    "measure_matrix_trajectory",
     "measure_pair",
     "measure_trajectory",
     "measure_vector",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from math import nan
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -224,16 +225,7 @@ def _select(values: Tensor, count: int, largest: bool) -> Tensor:
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest of (n,) values; a sample brackets it, so that few of them need a closer look."""
-    n, drawn = values.numel(), 10_000
-    if n > 10 * drawn:
-        places = torch.randint(n, (drawn,), generator=torch.Generator().manual_seed(0)).to(values.device)
-        sample = values[places].sort().values
-        # Four standard deviations of the rank in the sample; a bracket that misses costs time only.
-        place, margin = k * drawn // n, 200
-        low = sample[place - margin] if place > margin else values.min()
-        high = sample[place + margin] if place + margin < drawn else values.max()
-        below, inside = int((values < low).count_nonzero()), values[(values >= low) & (values <= high)]
-        if below < k <= below + len(inside):
-            return inside.kthvalue(k - below).values
-    return values.kthvalue(k).values
+    """Return the k-th smallest of (n,) values."""
+    if values.device.type != "cpu":
+        return values.kthvalue(k).values
+    return torch.from_numpy(np.partition(values.numpy(), k - 1))[k - 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -48,6 +49,22 @@ def describe(name: str) -> Description:
         if block == "other" and (module in _MLP_MODULES or any(part in inside for part in _MLP_PARENTS)):
             block = "mlp"
     return Description(int(found[1]) if found else -1, module, block)
+
+
+def identity(name: str, shape: tuple[int, ...]) -> dict:
+    """Return the columns that say which tensor a row is about; one that is no matrix counts as a single column.
+
+    >>> identity("norm.weight", (4,))
+    {'matrix': 'norm.weight', 'layer': -1, 'module': 'norm', 'block': 'norm', 'rows': 4, 'cols': 1, 'parameters': 4}
+    """
+    layer, module, block = describe(name)
+    if len(shape) > 2:
+        block = "stacked"  # several matrices in one tensor, and how is not known
+    elif len(shape) < 2 and block in ("attention", "mlp"):
+        block = "other"  # those two are for matrices
+    rows, cols = shape if len(shape) == 2 else (prod(shape), 1)
+    where = {"layer": layer, "module": module, "block": block}
+    return {"matrix": name} | where | {"rows": rows, "cols": cols, "parameters": rows * cols}
 
 
 def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

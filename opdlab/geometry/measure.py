@@ -1,8 +1,7 @@
 """Tables: every diagnostic of every matrix, for one update.
 
-One row is one matrix. To summarise as the paper does, take the unweighted mean over matrices of any
-column but sparsity, whose overall value weighs each matrix by its number of parameters:
-:func:`~opdlab.geometry.overall_sparsity`.
+One row is one matrix. To average as the paper does, weigh all matrices alike in every column but sparsity, where each
+counts by its number of parameters: :func:`opdlab.geometry.summary.means`.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
-from pandas import DataFrame
 from torch import Generator, Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, reconstruct
-from opdlab.geometry.matrices import describe, float64_matrices
+from opdlab.geometry.matrices import float64_matrices, identity
 from opdlab.geometry.nulls import noise_mask, permute
 from opdlab.geometry.sparsity import absolute_sparsity, density, relative_sparsity, update_mask
 from opdlab.geometry.spectrum import (
@@ -37,20 +36,21 @@ from opdlab.geometry.spectrum import (
 )
 from opdlab.geometry.subspaces import rotation, subspace_energy
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 # Share of the entries in the overlaps that look at the largest changes, before any rounding.
 LARGEST = 0.1
-
-
 # Relative norm to which updates are scaled before they are compared at equal size. At this one about half of the
 # weights move visibly, as in the paper's OPD: masks then have room to differ (see feasible_range).
 MATCHED_NORM = 0.002
 
 
 @dataclass(frozen=True)
-class GeometrySettings:
-    """The resolution of the measurements; none may exceed the smaller side of a measured matrix."""
+class Resolution:
+    """How finely a matrix is measured; no number of directions may exceed its smaller side."""
 
-    # Singular vectors in the principal angles. The paper's 512 is an eighth of its matrices' 4096.
+    # Singular vectors in the principal angles, and singular values in the tail. The paper's 512 is an eighth of 4096.
     k: int
     # Dimensions of the subspaces in Sim_K; the paper has 16.
     sim_ks: tuple[int, ...]
@@ -75,11 +75,37 @@ class GeometrySettings:
             _checks.share(alpha, f"alphas[{i}]")
         _checks.share(self.matched_norm, "matched_norm")
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> Resolution:
+        """Return the resolution for a matrix of this shape, by which every update is measured unless told otherwise.
+
+        It is the paper's where a matrix is large enough; what depends on the size is an eighth of the smaller side.
+
+        >>> Resolution.of((4096, 4096)).k, Resolution.of((4096, 4096)).mask_rank
+        (512, 64)
+        >>> Resolution.of((64, 48))
+        Resolution(k=6, sim_ks=(4, 8, 16), mask_rank=6, alphas=(0.3, 0.5), angle_ks=(4,), matched_norm=0.002)
+        """
+        smaller = min(shape)
+        eighth = max(1, smaller // 8)
+        return cls(
+            k=eighth,
+            sim_ks=tuple(k for k in (4, 8, 16) if k <= smaller),
+            mask_rank=min(64, eighth),
+            alphas=(0.3, 0.5),
+            angle_ks=tuple(k for k in (4, 8, 16) if k < eighth),
+        )
+
+    @property
+    def vectors(self) -> int:
+        """The number of singular vectors of w0 that the static diagnostics need."""
+        return max(self.k, self.mask_rank, *self.angle_ks)
+
 
 def measure_pair(
     w0s: Mapping[str, Tensor],
     w1s: Mapping[str, Tensor],
-    settings: GeometrySettings,
+    resolution: Resolution | None = None,
     seed: int = 0,
     base_svds: Mapping[str, Svd] | None = None,
 ) -> DataFrame:
@@ -90,29 +116,31 @@ def measure_pair(
     Args:
         w0s: state dict before; :func:`~opdlab.geometry.weight_matrices` chooses from it.
         w1s: state dict after, with the same matrices.
-        settings: the resolution.
+        resolution: the same for all matrices; by default that of each, :meth:`Resolution.of` its shape.
         seed: of the permutations. A null is one draw, the same whatever else is measured.
         base_svds: :func:`~opdlab.geometry.decompose` of ``w0s``, if it is at hand.
 
     Raises:
-        OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is smaller than a setting
-            allows, or if ``base_svds`` belongs to other weights.
+        OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is smaller than the
+            resolution asks for, or if ``base_svds`` belongs to other weights.
 
     Source: 2606.07082, Appendices C.3 and E; the nulls are additions.
 
     >>> w0s = {"layers.0.mlp.up_proj.weight": torch.eye(4)}
     >>> w1s = {"layers.0.mlp.up_proj.weight": 1.5 * torch.eye(4)}
-    >>> table = measure_pair(w0s, w1s, GeometrySettings(k=4, sim_ks=(2,), mask_rank=2, alphas=(0.25,)))
+    >>> table = measure_pair(w0s, w1s, Resolution(k=4, sim_ks=(2,), mask_rank=2, alphas=(0.25,)))
     >>> table[["layer", "module", "sparsity", "nss", "stable_rank"]]
        layer   module  sparsity  nss  stable_rank
     0      0  up_proj      0.75  0.5          4.0
     """
+    from pandas import DataFrame  # imported late: the functions on tensors do without
+
     w0s = float64_matrices(w0s, "w0s")
     w1s = float64_matrices(w1s, "w1s", like=w0s)
     rows = []
     for name, w0 in w0s.items():
         svd0 = None if base_svds is None else _base_svd(name, w0, base_svds)
-        rows.append(identity(name, w0) | measure_matrix(name, w0, w1s[name], settings, seed, svd0))
+        rows.append(identity(name, tuple(w0.shape)) | measure_matrix(name, w0, w1s[name], resolution, seed, svd0))
     return DataFrame(rows)
 
 
@@ -120,7 +148,7 @@ def measure_matrix(
     name: str,
     w0: Tensor,
     w1: Tensor,
-    settings: GeometrySettings,
+    resolution: Resolution | None = None,
     seed: int = 0,
     svd0: Svd | None = None,
     nulls: bool = True,
@@ -129,17 +157,18 @@ def measure_matrix(
 
     Keys:
 
+    - k, mask_rank and, with nulls, matched_norm: the resolution, as far as no other column has it in its name;
     - frobenius, relative_norm;
-    - stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular values),
+    - stable_rank, effective_rank, effective_rank_squared, top_energy and hill (the last two of k singular values),
       each with _null: of the permuted, unrounded update; and stable_rank_gaussian;
     - energy_left, energy_right, energy_both: of the update in the top-k subspaces of w0, each with _random: k/m, k/n
       and their product;
-    - of the update and, as sparsity_matched and so on, of the norm-matched update with relative norm
-      ``settings.matched_norm``: sparsity, sparsity_absolute, sparsity_relative, density; nss; angle_left_mean, _median,
-      _max and angle_right_mean, _median, _max (degrees, of ``settings.k`` angles), and angle_left_mean_k8 for each k of
-      ``settings.angle_ks``; for each alpha, written in percent, and for the masks principal, low and principal_only
-      (principal and not low): principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the
-      permuted update, rounded to bfloat16 anew);
+    - of the update and, as sparsity_matched and so on, of the update scaled to the relative norm matched_norm:
+      sparsity, sparsity_absolute, sparsity_relative, density; nss; angle_left_mean, _median, _max and angle_right_mean,
+      _median, _max (in degrees, of k angles), and angle_left_mean_k8 for each of ``resolution.angle_ks``; for each
+      alpha, written in percent, and for the masks principal, low and principal_only (principal and not low):
+      principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the permuted update, rounded to
+      bfloat16 anew);
     - principal_overlap_a30_noise, of Gaussian noise at the same density (:func:`~opdlab.geometry.noise_mask`);
     - principal_overlap_a30_top, of the tenth of the entries where the unrounded update is largest, and
       principal_share_a30, the share of the entries in the mask, which is its random rate.
@@ -148,44 +177,47 @@ def measure_matrix(
         name: of the matrix: it seeds the permutation, and stands in errors.
         w0: (m, n) weights before.
         w1: (m, n) weights after.
-        settings: the resolution.
+        resolution: by default :meth:`Resolution.of` the shape.
         seed: of the permutation.
-        svd0: the Svd of w0, if it is at hand, with as many vectors as the largest of ``settings.k``,
-            ``mask_rank`` and ``angle_ks``.
+        svd0: the Svd of w0, if it is at hand, with :attr:`Resolution.vectors` vectors or more.
         nulls: whether to compute what needs a permuted or a norm-matched update, about a third of the time.
 
     Raises:
-        OpdlabError: naming the matrix, if it is not finite or smaller than a setting allows, or the shapes differ.
+        OpdlabError: naming the matrix, if it is not finite or smaller than the resolution asks for, or the
+            shapes differ.
     """
     _checks.same_shape(w0, f"{name} in w0s", w1, f"{name} in w1s")
     w0 = _checks.matrix(w0, f"{name} in w0s")
-    ks = {f"angle_ks[{i}]": k for i, k in enumerate(settings.angle_ks)}
-    check_size(name, w0, k=settings.k, mask_rank=settings.mask_rank, **ks)
-    svd0 = svd0 or svd(w0, k=max(settings.k, settings.mask_rank, *settings.angle_ks))
+    at = resolution or Resolution.of(tuple(w0.shape))
+    ks = {f"angle_ks[{i}]": k for i, k in enumerate(at.angle_ks)}
+    check_size(name, w0, k=at.k, mask_rank=at.mask_rank, **ks)
+    svd0 = svd0 or svd(w0, k=at.vectors)
     # What is large is dropped as soon as it has been used: of float64 matrices of this shape, six are alive at most.
-    masks = _masks(w0, svd0, settings)
+    masks = _masks(w0, svd0, at)
     w1 = _checks.matrix(w1, f"{name} in w1s")
-    sized = {"": _size_row(w0, w1, svd0, masks, settings)}
+    sized = {"": _size_row(w0, w1, svd0, masks, at)}
     delta = w1 - w0
-    row = {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
+    row: dict[str, float] = {"k": at.k, "mask_rank": at.mask_rank}
+    row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
     del w1
-    row |= summaries(delta, settings.k)
-    row |= {f"energy_{side}": share for side, share in subspace_energy(delta, svd0, settings.k)._asdict().items()}
+    row |= spectrum_stats(delta, at.k)
+    row |= {f"energy_{side}": share for side, share in subspace_energy(delta, svd0, at.k)._asdict().items()}
     moved, largest = row["frobenius"] > 0, largest_entries(delta, round(LARGEST * delta.numel()))
     for key, value in _overlaps(masks, largest if moved else torch.zeros_like(largest)).items():
         row[f"{key}_top"] = value
     for key, value in _overlaps(masks, torch.ones_like(largest)).items():
         row[key.replace("overlap", "share")] = value
     if nulls:
-        left, right = (settings.k / side for side in w0.shape)
+        row["matched_norm"] = at.matched_norm
+        left, right = (at.k / side for side in w0.shape)
         row |= {"energy_left_random": left, "energy_right_random": right, "energy_both_random": left * right}
         row["stable_rank_gaussian"] = gaussian_stable_rank(*w0.shape)
         random = generator_of(seed, name)
         shuffled = permute(delta, random)
-        row |= {f"{key}_null": value for key, value in summaries(shuffled, settings.k).items()}
+        row |= {f"{key}_null": value for key, value in spectrum_stats(shuffled, at.k).items()}
         sized[""] |= _null_row(w0, w0 + shuffled, masks)
         sized["_matched"] = dict.fromkeys(sized[""], nan)
-        scale = settings.matched_norm * frobenius(w0) / row["frobenius"] if moved else 0.0
+        scale = at.matched_norm * frobenius(w0) / row["frobenius"] if moved else 0.0
         null = _null_row(w0, torch.add(w0, shuffled, alpha=scale), masks)
         del shuffled
         noise = noise_mask(w0, round(sized[""]["density"] * w0.numel()), random)
@@ -193,7 +225,7 @@ def measure_matrix(
         if scale > 0:
             matched = torch.add(w0, delta, alpha=scale)
             del delta
-            sized["_matched"] = _size_row(w0, matched, svd0, masks, settings) | null
+            sized["_matched"] = _size_row(w0, matched, svd0, masks, at) | null
     return row | {f"{key}{suffix}": value for suffix, found in sized.items() for key, value in found.items()}
 
 
@@ -208,6 +240,7 @@ def overall_sparsity(table: DataFrame) -> float:
 
     Source: 2606.07082, Appendix C.3 and Table 1. All other columns are averaged without weights.
 
+    >>> from pandas import DataFrame
     >>> overall_sparsity(DataFrame({"matrix": ["a", "b"], "sparsity": [1.0, 0.5], "parameters": [100, 300]}))
     0.625
     """
@@ -216,12 +249,6 @@ def overall_sparsity(table: DataFrame) -> float:
             "table has a matrix in several rows; expected the rows of one update, for example of one step"
         )
     return float((table["sparsity"] * table["parameters"]).sum() / table["parameters"].sum())
-
-
-def identity(name: str, w0: Tensor) -> dict:
-    """Return the columns that say which matrix a row is about."""
-    rows, cols = w0.shape
-    return {"matrix": name, **describe(name)._asdict(), "rows": rows, "cols": cols, "parameters": rows * cols}
 
 
 def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
@@ -253,11 +280,11 @@ def _visible(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
 Masks = dict[str, tuple[Tensor, Tensor]]  # by share, as in a30: the principal and the low-magnitude weights
 
 
-def _masks(w0: Tensor, svd0: Svd, settings: GeometrySettings) -> Masks:
-    reconstruction, size = reconstruct(svd0, settings.mask_rank), w0.numel()
+def _masks(w0: Tensor, svd0: Svd, at: Resolution) -> Masks:
+    reconstruction, size = reconstruct(svd0, at.mask_rank), w0.numel()
     return {
         f"a{100 * alpha:g}": (largest_entries(reconstruction, round(alpha * size)), low_magnitude_mask(w0, alpha))
-        for alpha in settings.alphas
+        for alpha in at.alphas
     }
 
 
@@ -270,8 +297,8 @@ def _overlaps(masks: Masks, update: Tensor) -> dict[str, float]:
     return row
 
 
-def summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
-    """Return what the singular values of an update tell."""
+def spectrum_stats(delta: Tensor | Svd, k: int) -> dict[str, float]:
+    """Return the statistics of an update's singular values: its ranks, and energy and tail of the k largest."""
     if not isinstance(delta, Svd):
         m, n = delta.shape
         delta = Svd(delta.new_empty(m, 0), singular_values(delta), delta.new_empty(0, n))
@@ -284,15 +311,15 @@ def summaries(delta: Tensor | Svd, k: int) -> dict[str, float]:
     }
 
 
-def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, settings: GeometrySettings) -> dict[str, float]:
+def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, at: Resolution) -> dict[str, float]:
     """Return the diagnostics that depend on the size of the update."""
-    svd1, visible = svd(w1, k=max((settings.k, *settings.angle_ks))), update_mask(w0, w1)
+    svd1, visible = svd(w1, k=max((at.k, *at.angle_ks))), update_mask(w0, w1)
     row = _visible(w0, w1, visible) | {"nss": spectral_drift(svd0, svd1)}
-    for side, angles in rotation(svd0, svd1, settings.k)._asdict().items():
+    for side, angles in rotation(svd0, svd1, at.k)._asdict().items():
         row[f"angle_{side}_mean"] = float(angles.mean())
         row[f"angle_{side}_median"] = float(angles.quantile(0.5))
         row[f"angle_{side}_max"] = float(angles.max())
-    for k in settings.angle_ks:
+    for k in at.angle_ks:
         for side, angles in rotation(svd0, svd1, k)._asdict().items():
             row[f"angle_{side}_mean_k{k}"] = float(angles.mean())
     return row | _overlaps(masks, visible)
@@ -303,10 +330,10 @@ def _null_row(w0: Tensor, shuffled: Tensor, masks: Masks) -> dict[str, float]:
     return {f"{key}_null": value for key, value in _overlaps(masks, update_mask(w0, shuffled)).items()}
 
 
-def check_size(name: str, w0: Tensor, **settings: int) -> None:
-    """Raise if a setting exceeds the smaller side of a matrix."""
+def check_size(name: str, w0: Tensor, **numbers: int) -> None:
+    """Raise if a number of directions exceeds the smaller side of a matrix."""
     largest = min(w0.shape)
-    for setting, value in settings.items():
+    for setting, value in numbers.items():
         if value > largest:
             raise OpdlabError(f"{setting} is {value}; expected {largest} at most, as {name} is {tuple(w0.shape)}")
 

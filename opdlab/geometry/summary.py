@@ -1,11 +1,13 @@
-"""Means over matrices: what a table of measurements says about a whole model, a block or a module.
+"""Summaries: what a table of measurements says about a whole model, a block or a module, as means over its matrices.
 
-Each mean names how it weighs matrices. It stands beside the same mean of its null, or, where size is what explains it
-(sparsity, angles, drift), beside that of the update at equal norm.
+All means are weighted by one rule, the paper's (2606.07082, Appendix C.3): sparsity weighs a matrix by its parameters,
+every other diagnostic weighs all matrices alike. A mean stands beside the same mean of its null, or, where size is what
+explains it (sparsity, angles, drift), beside that of the update at equal norm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, nan
 
 import pandas as pd
@@ -13,17 +15,52 @@ import pandas as pd
 from opdlab.geometry import enrichment, feasible_range
 
 _RANKS = ("stable_rank", "effective_rank", "effective_rank_squared", "top_energy", "hill")
-_MASKS = [(star, f"a{alpha}") for alpha in (30, 50) for star in ("principal", "low", "principal_only")]
-# The column, its null, and whether matrices weigh by their parameters (the paper's rule for sparsity) or count alike
-# (its rule for the rest).
-SUMMARY = (
-    *((column, None, "parameter") for column in ("sparsity", "sparsity_absolute", "sparsity_relative")),
-    *((column, None, "matrix") for column in ("density", "frobenius", "relative_norm", "nss")),
-    *((f"angle_{side}_{value}", None, "matrix") for value in ("mean", "max") for side in ("left", "right")),
-    *((column, f"{column}_null", "matrix") for column in _RANKS),
-    *((f"energy_{side}", f"energy_{side}_random", "matrix") for side in ("left", "right", "both")),
-    *((f"{star}_overlap_{alpha}", f"{star}_overlap_{alpha}_null", "matrix") for star, alpha in _MASKS),
-)
+_MASKS = [f"{star}_overlap_a{alpha}" for alpha in (30, 50) for star in ("principal", "low", "principal_only")]
+# The columns that a summary is about, each with its null.
+SUMMARY: dict[str, str | None] = {
+    **dict.fromkeys(("sparsity", "sparsity_absolute", "sparsity_relative", "density")),
+    **dict.fromkeys(("frobenius", "relative_norm", "nss")),
+    **dict.fromkeys(f"angle_{side}_{value}" for value in ("mean", "max") for side in ("left", "right")),
+    **{column: f"{column}_null" for column in _RANKS},
+    **{f"energy_{side}": f"energy_{side}_random" for side in ("left", "right", "both")},
+    **{column: f"{column}_null" for column in _MASKS},
+}
+# Numbers that say which matrix a row is about and how it was measured, and not what was found.
+_NOT_MEASURED = ("layer", "rows", "cols", "matrices", "parameters", "k", "mask_rank", "matched_norm")
+
+
+def means(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Average over the rows that agree in ``keys``: sparsity by parameters, everything else with all matrices alike.
+
+    Args:
+        table: one row per matrix, or per group of matrices that was averaged before, which then has the column
+            ``matrices``, their number. The column ``parameters`` is needed.
+        keys: columns to group by; without any, all rows are one group.
+        columns: what to average; by default everything that was measured.
+
+    Returns:
+        One row per group, in the order of their first rows, with the keys, the means (what is NaN for a matrix does not
+        count) and the totals ``matrices`` and ``parameters``.
+
+    Source: 2606.07082, Appendix C.3.
+
+    >>> table = pd.DataFrame({"step": [1, 1], "parameters": [100, 300], "sparsity": [1.0, 0.5], "nss": [1.0, nan]})
+    >>> means(table, ["step"])
+       step  sparsity  nss  matrices  parameters
+    0     1     0.625  1.0         2         400
+    """
+    numbers = list(columns) or table.select_dtypes("number").columns.difference([*keys, *_NOT_MEASURED], sort=False)
+    groups = [table[key] for key in keys] or [pd.Series(0, table.index)]
+    weights = {name: _weights(table, name) for name in numbers}
+    parts = {
+        "sum": pd.DataFrame({name: table[name] * weights[name] for name in numbers}),
+        # What is undefined for a matrix does not count in the mean.
+        "weight": pd.DataFrame({name: weights[name].where(table[name].notna(), 0) for name in numbers}),
+        "size": pd.DataFrame({"matrices": _weights(table, "matrices"), "parameters": table["parameters"]}),
+    }
+    totals = pd.concat(parts, axis=1).groupby(groups, sort=False).sum()
+    averaged = totals["sum"] / totals["weight"].where(totals["weight"] > 0)
+    return pd.concat([averaged, totals["size"]], axis=1).reset_index(drop=not keys)
 
 
 def of_layers(table: pd.DataFrame) -> pd.DataFrame:
@@ -32,12 +69,12 @@ def of_layers(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame) -> dict[str, dict]:
-    """Return the means of a table of measurements (one row per tensor): overall, by block and by module.
+    """Return the summary of a table of measurements (one row per tensor): overall, by block and by module.
 
     Each entry has its value, the null, their ratio, the z-score of their difference over the matrices of this one
     model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; an overlap also has
     that of noise at its density, its enrichment, and what counting allows (feasible). *Overall* is attention and MLP,
-    as in the paper; the rest stands apart.
+    as in the paper; everything else stands apart.
     """
     layers = of_layers(table)
     groups = {"overall": layers}
@@ -52,35 +89,23 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
     for entry in rows.values():
         if "feasible" in entry:
             entry["feasible"] = "{:.3f} to {:.3f}".format(*entry["feasible"])
-    columns = [
-        "value",
-        "null",
-        "noise",
-        "ratio",
-        "z",
-        "enrichment",
-        "feasible",
-        "at equal norm",
-        "null at equal norm",
-        "weighting",
-    ]
-    means = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
-    return means.dropna(axis="columns", how="all")
+    columns = ["value", "null", "noise", "ratio", "z", "enrichment", "feasible"]
+    columns += ["at equal norm", "null at equal norm", "weighting"]
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).dropna(axis="columns", how="all")
 
 
-def course_means(course: pd.DataFrame) -> pd.DataFrame:
+def trajectory_means(trajectory: pd.DataFrame) -> pd.DataFrame:
     """Return one row per step: the means of a trajectory over the matrices of attention and MLP, with their nulls.
 
     Sim is on the right side, at the largest K: to the end, of a random walk, to the rest of the update, between
     consecutive intervals, at random.
     """
-    by_step = of_layers(course).groupby("step")
     columns = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
     columns += [f"{column}{null}" for column in ("stable_rank", "effective_rank", "hill") for null in ("", "_null")]
-    k = largest_k(course)
+    k = largest_k(trajectory)
     if k:
         columns += [f"sim_right_K{k}{kind}" for kind in ("", "_null", "_rest", "_interval")] + [f"sim_random_K{k}"]
-    return by_step[columns].mean()
+    return means(of_layers(trajectory), ["step"], columns).set_index("step")[columns]
 
 
 def largest_k(table: pd.DataFrame) -> int | None:
@@ -94,40 +119,66 @@ def largest_k(table: pd.DataFrame) -> int | None:
     return max((k for k in ks if table[f"sim_right_K{k}"].notna().any()), default=ks[0] if ks else None)
 
 
+def _by_parameters(column: str) -> bool:
+    return column.startswith("sparsity")
+
+
+def _weights(table: pd.DataFrame, column: str) -> pd.Series:
+    """Return what each row weighs in the mean of a column."""
+    if _by_parameters(column):
+        return table["parameters"]
+    # A row is one matrix, or the mean of several, whose parameters it has in all.
+    return table["matrices"] if "matrices" in table else pd.Series(1, table.index)
+
+
+def _mean(rows: pd.DataFrame, column: str) -> float:
+    """Return the mean of a column that is defined in every row, as :func:`means` does for groups of rows."""
+    weights = _weights(rows, column)
+    return float((rows[column] * weights).sum() / weights.sum())
+
+
 def _summary(rows: pd.DataFrame) -> dict:
+    """Return the entries of one group of matrices."""
     found: dict = {"tensors": len(rows), "parameters": int(rows["parameters"].sum())}
-    for column, null, weighting in SUMMARY:
+    for column, null in SUMMARY.items():
         columns = [name for name in (column, null) if name in rows and rows[name].notna().any()]
         # Where a diagnostic or its null is undefined or infinite, neither counts.
         known = rows.replace([inf, -inf], nan).dropna(subset=["parameters", *columns])
-        if column not in columns or known.empty:
-            continue
-        weights = known["parameters"] if weighting == "parameter" else pd.Series(1.0, known.index)
-        means = {name: float((known[name] * weights).sum() / weights.sum()) for name in columns}
-        entry = {"value": means[column], "weighting": f"per {weighting}", "defined": len(known)}
-        if column.startswith(("angle", "energy", "top_energy", "hill")) and "k" in known:
-            entry["k"] = sorted(set(known["k"].astype(int)))
-        if null in columns:
-            difference = known[column] - known[null]
-            entry["null"] = means[null]
-            entry["ratio"] = means[column] / means[null] if means[null] else None
-            error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-            entry["z"] = float(difference.mean() / error) if error > 0 else None
-        if column == "stable_rank" and "stable_rank_gaussian" in known:
-            entry["gaussian"] = float(known["stable_rank_gaussian"].mean())
-        matched = {"at equal norm": f"{column}_matched", "null at equal norm": f"{null}_matched"}
-        matched = {kind: name for kind, name in matched.items() if name in known and known[name].notna().any()}
-        # A matrix that did not move has nothing to scale.
-        moved = known.dropna(subset=list(matched.values()))
-        for kind, name in matched.items():
-            entry[kind] = float((moved[name] * weights[moved.index]).sum() / weights[moved.index].sum())
-        if "_overlap_" in column:
-            shares = known[column.replace("overlap", "share")]
-            limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
-            gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
-            if f"{column}_noise" in known:
-                entry["noise"] = float(known[f"{column}_noise"].mean())
-            entry["enrichment"] = sum(gains) / len(gains)
-            entry["feasible"] = [sum(side) / len(limits) for side in zip(*limits, strict=True)]
-        found[column] = entry
+        if column in columns and len(known):
+            found[column] = _entry(known, column, null if null in columns else None)
     return found
+
+
+def _entry(known: pd.DataFrame, column: str, null: str | None) -> dict:
+    """Return the entry of one diagnostic, from matrices where it and its null are defined."""
+    value = _mean(known, column)
+    weighting = "per parameter" if _by_parameters(column) else "per matrix"
+    entry: dict = {"value": value, "weighting": weighting, "defined": len(known)}
+    if column.startswith(("angle", "energy", "top_energy", "hill")) and "k" in known:
+        entry["k"] = sorted(set(known["k"].astype(int)))
+    if null:
+        difference = known[column] - known[null]
+        entry["null"] = _mean(known, null)
+        entry["ratio"] = value / entry["null"] if entry["null"] else None
+        error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+        entry["z"] = float(difference.mean() / error) if error > 0 else None
+    if column == "stable_rank" and "stable_rank_gaussian" in known:
+        entry["gaussian"] = _mean(known, "stable_rank_gaussian")
+    matched = {"at equal norm": f"{column}_matched", "null at equal norm": f"{null}_matched"}
+    matched = {kind: name for kind, name in matched.items() if name in known and known[name].notna().any()}
+    # A matrix that did not move has nothing to scale.
+    moved = known.dropna(subset=list(matched.values()))
+    entry |= {kind: _mean(moved, name) for kind, name in matched.items()}
+    if "_overlap_" in column:
+        entry |= _counted(known, column)
+    return entry
+
+
+def _counted(known: pd.DataFrame, column: str) -> dict:
+    """Return what belongs to an overlap: that of noise, the enrichment, and what counting allows."""
+    shares = known[column.replace("overlap", "share")]
+    limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
+    gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
+    noise = {"noise": _mean(known, f"{column}_noise")} if f"{column}_noise" in known else {}
+    feasible = [sum(side) / len(limits) for side in zip(*limits, strict=True)]
+    return noise | {"enrichment": sum(gains) / len(gains), "feasible": feasible}

@@ -1,38 +1,41 @@
-"""The course of a training: rank, size and subspaces of the cumulative update at every snapshot, with their nulls."""
+"""Trajectories: rank, size and subspaces of the update so far at every snapshot of a training run, with their nulls."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import nan
+from typing import TYPE_CHECKING
 
-from pandas import DataFrame, concat
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
-from opdlab.geometry.matrices import float64_matrices
-from opdlab.geometry.measure import GeometrySettings, check_size, generator_of, identity, summaries
+from opdlab.geometry.matrices import float64_matrices, identity
+from opdlab.geometry.measure import Resolution, check_size, generator_of, spectrum_stats
 from opdlab.geometry.nulls import permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity
 from opdlab.geometry.spectrum import frobenius, relative_norm, stable_rank, svd
 from opdlab.geometry.subspaces import sim_k, similarity_to_end, top_left, top_right
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 
 def measure_trajectory(
     w0s: Mapping[str, Tensor],
     snapshots: Sequence[tuple[int, Mapping[str, Tensor]]],
-    settings: GeometrySettings,
+    resolution: Resolution | None = None,
     seed: int = 0,
 ) -> DataFrame:
-    """Measure the course of a training: the cumulative update at every snapshot, one row per step and matrix.
+    """Measure the trajectory of a training run: the update so far at every snapshot, one row per step and matrix.
 
-    Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_course`.
+    Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_matrix_trajectory`.
 
     Args:
         w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
         snapshots: (step, state dict) in ascending order of steps; the last is t_end.
-        settings: the resolution.
+        resolution: the same for all matrices; by default that of each, :meth:`Resolution.of` its shape.
         seed: of the permutations and walks. A null is one draw, the same whatever else is measured.
 
     Raises:
@@ -44,12 +47,14 @@ def measure_trajectory(
     >>> import torch
     >>> name = "layers.0.mlp.up_proj.weight"
     >>> path = [(step, {name: step * torch.diag(torch.tensor([3.0, 2.0, 1.0]))}) for step in (1, 2)]
-    >>> settings = GeometrySettings(k=1, sim_ks=(1,), mask_rank=1, alphas=())
-    >>> measure_trajectory({name: torch.zeros(3, 3)}, path, settings)[["step", "stable_rank", "sim_right_K1"]].round(4)
+    >>> at = Resolution(k=1, sim_ks=(1,), mask_rank=1, alphas=())
+    >>> measure_trajectory({name: torch.zeros(3, 3)}, path, at)[["step", "stable_rank", "sim_right_K1"]].round(4)
        step  stable_rank  sim_right_K1
     0     1       1.5556           1.0
     1     2       1.5556           1.0
     """
+    from pandas import DataFrame, concat  # imported late: the functions on tensors do without
+
     steps = [step for step, _ in snapshots]
     if not steps or steps != sorted(set(steps)):
         raise OpdlabError(f"snapshots has the steps {steps}; expected one or more, ascending, none twice")
@@ -57,38 +62,42 @@ def measure_trajectory(
     w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
     parts = []
     for name, w0 in w0s.items():
-        columns = measure_course(name, w0, [w_t[name] for w_t in w_ts], settings, seed)
-        parts.append(DataFrame({"step": steps} | identity(name, w0) | columns))
+        columns = measure_matrix_trajectory(name, w0, [w_t[name] for w_t in w_ts], resolution, seed)
+        parts.append(DataFrame({"step": steps} | identity(name, tuple(w0.shape)) | columns))
     # The sort is stable: within a step, matrices stay in the order of the model.
     return concat(parts).sort_values("step", kind="stable", ignore_index=True)
 
 
-def measure_course(
-    name: str, w0: Tensor, w_ts: Sequence[Tensor], settings: GeometrySettings, seed: int = 0
+def measure_matrix_trajectory(
+    name: str, w0: Tensor, w_ts: Sequence[Tensor], resolution: Resolution | None = None, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Measure the course of one matrix over T snapshots; each key has T values, and what is undefined is NaN.
+    """Measure the trajectory of one matrix over T snapshots; each key has T values, and what is undefined is NaN.
 
-    Keys: frobenius, relative_norm; interval_norm and interval_stable_rank, of the update since the snapshot before;
-    sparsity; stable_rank, effective_rank, effective_rank_squared, top_energy and hill (both of ``settings.k`` singular
-    values), each with _null (of the permuted update). For each K of ``settings.sim_ks`` and for right and left:
-    sim_right_K16, the similarity to the last snapshot, sim_right_K16_null, that of a random walk with the same interval
-    norms, sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the
-    last, and sim_right_K16_interval, that of the update in this interval to that in the one before; sim_random_K16
-    is K / n, the value of two unrelated subspaces on the right side (on the left it is K / m).
+    Keys: k and mask_rank, the resolution; frobenius, relative_norm; interval_norm and interval_stable_rank, of the
+    update since the snapshot before; sparsity; stable_rank, effective_rank, effective_rank_squared, top_energy and hill
+    (the last two of k singular values), each with _null (of the permuted update). For each K of ``resolution.sim_ks``,
+    on the right and on the left:
+
+    - sim_right_K16, the similarity to the last snapshot;
+    - sim_right_K16_null, that of a random walk with the same interval norms;
+    - sim_right_K16_rest, the similarity of the update so far to the rest of it, from this snapshot to the last;
+    - sim_right_K16_interval, the similarity of the update in this interval to that in the one before;
+    - sim_random_K16, which is K / n, the value of two unrelated subspaces on the right (on the left it is K / m).
 
     Args:
         name: of the matrix: it seeds the nulls, and stands in errors.
         w0: (m, n) weights at the origin.
         w_ts: T snapshots (m, n), in order; the last is t_end. It may be a sequence that reads them from disk.
-        settings: the resolution.
+        resolution: by default :meth:`Resolution.of` the shape.
         seed: of the permutations and walks.
 
     Raises:
-        OpdlabError: naming the matrix, if a tensor is not finite or the matrix is smaller than a setting allows.
+        OpdlabError: naming the matrix, if a tensor is not finite or the matrix is smaller than the resolution asks for.
     """
     w0 = _checks.matrix(w0, f"{name} in w0s")
-    check_size(name, w0, k=settings.k, **{f"sim_ks[{i}]": k for i, k in enumerate(settings.sim_ks)})
-    generator, vectors, count = generator_of(seed, name), max(settings.sim_ks, default=1), len(w_ts)
+    on = resolution or Resolution.of(tuple(w0.shape))
+    check_size(name, w0, k=on.k, **{f"sim_ks[{i}]": k for i, k in enumerate(on.sim_ks)})
+    generator, vectors, count = generator_of(seed, name), max(on.sim_ks, default=1), len(w_ts)
 
     def at(t: int) -> Tensor:
         return _checks.matrix(w_ts[t].to(w0.device), f"{name} in the snapshot {t}")
@@ -108,18 +117,20 @@ def measure_course(
         intervals.append((last or svd(w_t - before, k=vectors)) if t else svds[0])
         before = w_t
         row = {
+            "k": on.k,
+            "mask_rank": on.mask_rank,
             "frobenius": frobenius(delta),
             "relative_norm": relative_norm(w0, w_t),
             "interval_norm": interval_norms[t],
             "interval_stable_rank": stable_rank(intervals[t]),
             "sparsity": bf16_sparsity(w0, w_t),
         }
-        seen, null = summaries(svds[t], settings.k), summaries(permute(delta, generator), settings.k)
+        seen, null = spectrum_stats(svds[t], on.k), spectrum_stats(permute(delta, generator), on.k)
         for key, value in seen.items():
             row |= {key: value, f"{key}_null": null[key]}
         rows.append(row)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
-    for k in settings.sim_ks:
+    for k in on.sim_ks:
         ours, walk = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
         for side, top in (("right", top_right), ("left", top_left)):
             columns[f"sim_{side}_K{k}"] = getattr(ours, side)

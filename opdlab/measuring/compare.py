@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import (
+    Resolution,
+    Svd,
     cosine,
     density,
     describe,
@@ -33,148 +36,225 @@ from opdlab.geometry import (
 )
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.geometry.summary import largest_k, of_layers, overall_means
-from opdlab.measuring.parallel import collect, finish
-from opdlab.measuring.update import settings_for
-from opdlab.models.checkpoints import open_checkpoint
-from opdlab.models.files import write_json, write_whole
+from opdlab.measuring.parallel import resumable_map
+from opdlab.measuring.sources import Located, name_of, open_all
+from opdlab.measuring.update import Update, as_html, as_text, write_table
+from opdlab.models.files import write_json
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
+class Comparison:
+    """Updates that were compared; shown by itself, it is the means of each pair, beside those of unrelated updates.
+
+    Attributes:
+        models: the diagnostics, one row each and one column per model (value, and at equal norm).
+        pairs: one row per pair of models and matrix: cosine of their updates, Jaccard index of their visible masks (at
+            their own size, and at equal norm: _matched) with its value for independent and for permuted ones, and Sim_K
+            with K/n.
+        updates: label, base and tuned checkpoint of each model.
+    """
+
+    models: pd.DataFrame
+    pairs: pd.DataFrame
+    updates: list[list[str]]
+
+    @property
+    def means(self) -> pd.DataFrame:
+        """One row per pair of models (:func:`pair_means`)."""
+        return pair_means(self.pairs)
+
+    def save(self, folder: Path | str) -> None:
+        """Write models.csv, pairs.csv, compare.json and compare.html.
+
+        Raises:
+            OpdlabError: if the folder cannot be written.
+        """
+        from opdlab.measuring.report import write_comparison
+
+        folder, means = Path(folder), self.means
+        write_table(folder / "pairs.csv", self.pairs)
+        flat = self.models.set_axis([f"{label}, {kind}" for label, kind in self.models.columns], axis="columns")
+        write_table(folder / "models.csv", flat.rename_axis("diagnostic").reset_index())
+        what = {"updates": self.updates, "weighting": "per matrix", "pairs": means.to_dict("records")}
+        write_json(folder / "compare.json", what)
+        write_comparison(folder / "compare.html", self.models, self.pairs, means)
+
+    def _shown(self) -> list[pd.DataFrame]:
+        return [self.models, self.means.set_index(["a", "b"]).T]
+
+    def __repr__(self) -> str:
+        """Return models and means as text."""
+        return "\n\n".join(as_text(table) for table in self._shown())
+
+    def _repr_html_(self) -> str:
+        return "\n".join(as_html(table) for table in self._shown())
+
+
+def compare(
+    updates: Sequence[Update | Path | str],
+    *,
+    out: Path | str | None = None,
+    seed: int = 0,
+    processes: int = 1,
+    progress: bool = False,
+) -> Comparison:
+    """Compare measured updates. Nothing is written unless ``out`` is given.
+
+    Args:
+        updates: what :func:`opdlab.measuring.update.measure` returned, or its summary.json files, or their folders.
+            Their checkpoints are read again: subspaces and masks are too large to keep.
+        out: folder for the results (:meth:`Comparison.save`); what an earlier call left unfinished there is resumed.
+        seed: of the permutations.
+        processes: matrices compared at once; weights in memory are always compared in this process.
+        progress: show a bar.
+
+    Raises:
+        OpdlabError: on bad input, naming the file.
+    """
+    measured, folder = load_measured(updates), Path(out) if out else None
+    sizes = {name: prod(shape) for name, *shape in measured[0].table[["rows", "cols"]].itertuples()}
+    sizes = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    job = _Pairs(
+        tuple((update.label, update.base, update.tuned) for update in measured),
+        tuple(update.table["frobenius"].to_dict() for update in measured),
+        seed,
+    )
+    on_disk = all(isinstance(place, Path) for _, *places in job.updates for place in places)
+    # What is in memory has no place to write down.
+    named = [[part if isinstance(part, str) else str(getattr(part, "path", part)) for part in u] for u in job.updates]
+    identity = {"updates": named, "norms": job.norms, "seed": seed}
+    log, processes = (folder, processes) if on_disk else (None, 1)
+    open_all.cache_clear()  # files may have changed
+    with resumable_map(job.compare, sizes, identity, out=log, processes=processes, progress=progress) as compared:
+        found = [compared[name]["pairs"] for name in measured[0].table.index]
+        pairs = pd.DataFrame([row for pair in zip(*found, strict=True) for row in pair])
+        comparison = Comparison(side_by_side(measured), pairs, named)
+        if folder:
+            comparison.save(folder)
+    open_all.cache_clear()
+    return comparison
+
+
+@dataclass(frozen=True, eq=False)
 class Measured:
     """One update that was measured: where its weights are, and what the measurement found."""
 
     label: str
-    base: Path
-    tuned: Path
-    table: pd.DataFrame
+    base: Located
+    tuned: Located
+    table: pd.DataFrame  # by matrix
 
 
-def load_measured(paths: Sequence[Path]) -> list[Measured]:
-    """Read the results of ``opdlab measure``.
+def load_measured(updates: Sequence[Update | Path | str]) -> list[Measured]:
+    """Bring measured updates to one form, whether they are in memory or on disk.
 
     Args:
-        paths: summary.json files, or the folders that they are in.
+        updates: see :func:`compare`.
 
     Raises:
-        OpdlabError: if there are fewer than two, one is none, or they are not about the same matrices.
+        OpdlabError: if there are fewer than two, a file is no result, or they are not about the same matrices.
     """
-    files = [path / "summary.json" if path.is_dir() else path for path in map(Path, paths)]
-    if len({file.resolve() for file in files}) < 2:
+    asked = [update if isinstance(update, Update) else _summary_file(Path(update)) for update in updates]
+    if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
-    summaries, tables = [], []
-    for file in files:
-        try:
-            summary, table = json.loads(file.read_text()), pd.read_csv(file.with_name("matrices.csv"))
-            summaries.append((Path(summary["base"]), Path(summary["path"][-1])))
-            # What is too small for any subspace is left out.
-            table = of_layers(table)[lambda rows: rows[["rows", "cols"]].min(axis=1) >= 4].set_index("matrix")
-            tables.append(table.astype({"frobenius": float, "density": float, "parameters": int}))
-        except (OSError, ValueError, LookupError, TypeError) as problem:
-            raise OpdlabError(
-                f"{file} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
-            ) from problem
-    for file, table in zip(files, tables, strict=True):
-        other = tables[0][["rows", "cols"]]
-        if table.empty or not table[["rows", "cols"]].sort_index().equals(other.sort_index()):
-            raise OpdlabError(f"{file} is about other matrices than {files[0]}: compare models of one architecture")
-    names = [tuned.name.removesuffix(".safetensors") for _, tuned in summaries]
+    measured = [_of_update(one) if isinstance(one, Update) else _of_file(one) for one in asked]
+    first = measured[0].table[["rows", "cols"]].sort_index()
+    for one, found in zip(asked, measured, strict=True):
+        if found.table.empty or not found.table[["rows", "cols"]].sort_index().equals(first):
+            what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
+            raise OpdlabError(f"{what} is about other matrices than {than}: compare models of one architecture")
+    names = [found.label for found in measured]
     if len(set(names)) < len(names):
-        names = [file.resolve().parent.name for file in files]
+        names = [one.title if isinstance(one, Update) else one.resolve().parent.name for one in asked]
     if len(set(names)) < len(names):
-        names = [str(file.parent) for file in files]
-    return [Measured(name, *where, table) for name, where, table in zip(names, summaries, tables, strict=True)]
+        names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
+    return [replace(found, label=name) for found, name in zip(measured, names, strict=True)]
+
+
+def _summary_file(path: Path) -> Path:
+    return path / "summary.json" if path.is_dir() else path
+
+
+def _of_update(update: Update) -> Measured:
+    base, tuned = (end.path if isinstance(end.path, Path) else end for end in (update.base, update.path[-1]))
+    return Measured(name_of(update.path[-1]), base, tuned, _compared(update.table))
+
+
+def _of_file(file: Path) -> Measured:
+    try:
+        summary, table = json.loads(file.read_text()), pd.read_csv(file.with_name("matrices.csv"))
+        base, tuned = Path(summary["base"]), Path(summary["path"][-1])
+        table = _compared(table).astype({"frobenius": float, "density": float, "parameters": int})
+        return Measured(tuned.name.removesuffix(".safetensors"), base, tuned, table)
+    except (OSError, ValueError, LookupError, TypeError) as problem:
+        raise OpdlabError(f"{file} is no summary.json of 'opdlab measure' with its matrices.csv beside it") from problem
+
+
+def _compared(table: pd.DataFrame) -> pd.DataFrame:
+    # What is too small for any subspace is left out.
+    return of_layers(table)[lambda rows: rows[["rows", "cols"]].min(axis=1) >= 4].set_index("matrix")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Pairs:
     """What one process needs to compare the updates of any matrix."""
 
-    updates: tuple[tuple[str, Path, Path], ...]  # label, base, tuned
+    updates: tuple[tuple[str, Located, Located], ...]  # label, base, tuned
     norms: tuple[dict[str, float], ...]  # of each update, by matrix, as measured
     seed: int
 
     def compare(self, name: str) -> dict:
         """Compare the updates of one matrix, every pair of them."""
-        seen = []
-        for (label, base_path, tuned_path), norms in zip(self.updates, self.norms, strict=True):
-            base = open_checkpoint(base_path)
-            tuned = open_checkpoint(tuned_path, base)
-            shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
-            changed = f"{tuned_path} or {base_path} has changed since it was measured: measure it again"
-            if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-                raise OpdlabError(changed)
-            w0, w1 = base.read(name).double(), tuned.read(name).double()
-            delta = w1 - w0
-            if abs(frobenius(delta) - norms[name]) > 1e-6 * norms[name]:
-                raise OpdlabError(changed)
-            ks = settings_for(tuple(w0.shape)).sim_ks
-            # Each with a permutation of its own: a shared one would make two equal updates equal again.
-            shuffled = permute(delta, generator_of(self.seed, f"{label} {name}"))
-            masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled))}
-            # Without an update there is nothing to scale, and both masks stay empty.
-            scale = MATCHED_NORM * frobenius(w0) / norms[name] if norms[name] else 0.0
-            matched, null = (update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
-            masks["_matched"] = matched, null
-            seen.append((label, svd(delta, k=max(ks)), delta, masks))
-        rows, (m, n) = [], w0.shape
-        for (a, svd_a, delta_a, masks_a), (b, svd_b, delta_b, masks_b) in combinations(seen, 2):
-            row = {"a": a, "b": b, "matrix": name, **describe(name)._asdict(), "rows": m, "cols": n}
-            row |= {"cosine": cosine(delta_a, delta_b), "cosine_random": (m * n) ** -0.5}
-            for size in masks_a:
-                (mask_a, null_a), (mask_b, null_b) = masks_a[size], masks_b[size]
-                row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
-                row[f"jaccard_independent{size}"] = independent_jaccard(density(mask_a), density(mask_b))
-                row[f"jaccard_permuted{size}"] = jaccard(null_a, null_b)
-            for k in ks:
-                row[f"sim_right_K{k}"] = sim_k(top_right(svd_a, k), top_right(svd_b, k))
-                row[f"sim_left_K{k}"] = sim_k(top_left(svd_a, k), top_left(svd_b, k))
-                row |= {f"sim_right_random_K{k}": k / n, f"sim_left_random_K{k}": k / m}
-            rows.append(row)
-        return {"pairs": rows}
+        seen = [self._see(i, name) for i in range(len(self.updates))]
+        return {"pairs": [a.beside(b, name) for a, b in combinations(seen, 2)]}
+
+    def _see(self, i: int, name: str) -> _Seen:
+        (label, base_at, tuned_at), norm = self.updates[i], self.norms[i][name]
+        base, tuned = open_all(base_at, (tuned_at,))
+        shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
+        changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+            raise OpdlabError(changed)
+        w0, w1 = base.read(name).double(), tuned.read(name).double()
+        delta = w1 - w0
+        if abs(frobenius(delta) - norm) > 1e-6 * norm:
+            raise OpdlabError(changed)
+        # Each with a permutation of its own: a shared one would make two equal updates equal again.
+        shuffled = permute(delta, generator_of(self.seed, f"{label} {name}"))
+        masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled))}
+        # Without an update there is nothing to scale, and both masks stay empty.
+        scale = MATCHED_NORM * frobenius(w0) / norm if norm else 0.0
+        matched, null = (update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
+        masks["_matched"] = matched, null
+        ks = Resolution.of(shapes[0]).sim_ks
+        return _Seen(label, svd(delta, k=max(ks)), delta, masks, ks)
 
 
-def compare_measurements(
-    paths: Sequence[Path], out: Path, *, seed: int = 0, processes: int = 2, progress: bool = False
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compare measured updates, and write models.csv, pairs.csv, compare.json and compare.html.
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One update of one matrix, as comparisons see it."""
 
-    Args:
-        paths: summary.json files of ``opdlab measure``, or their folders. The checkpoints that they name are read
-            again: subspaces and masks are too large to keep.
-        out: folder for the results; what an earlier call left unfinished there is gone on with.
-        seed: of the permutations.
-        processes: matrices compared side by side.
-        progress: show a bar.
+    label: str
+    directions: Svd
+    delta: Tensor
+    masks: dict[str, tuple[Tensor, Tensor]]  # by size, the visible update and its permuted null
+    ks: tuple[int, ...]
 
-    Returns:
-        The diagnostics, one row each and one column per model (value, and at equal norm); and one row per pair of
-        models and matrix: cosine of their updates, Jaccard index of their visible masks (at their own size, and at
-        equal norm: _matched) with its value for independent and for permuted ones, and Sim_K with K/n.
-
-    Raises:
-        OpdlabError: on bad input, naming the file.
-    """
-    measured, out = load_measured(paths), Path(out)
-    sizes = {name: prod(shape) for name, *shape in measured[0].table[["rows", "cols"]].itertuples()}
-    sizes = dict(sorted(sizes.items(), key=lambda item: -item[1]))
-    updates = tuple((update.label, update.base, update.tuned) for update in measured)
-    job = Comparison(updates, tuple(update.table["frobenius"].to_dict() for update in measured), seed)
-    identity = {"updates": [[str(part) for part in update] for update in updates], "norms": job.norms, "seed": seed}
-    done = collect(out, identity, job.compare, sizes, processes, progress)
-    found = [done[name]["pairs"] for name in measured[0].table.index]
-    pairs = pd.DataFrame([row for pair in zip(*found, strict=True) for row in pair])
-    models = side_by_side(measured)
-    write_whole(out / "pairs.csv", lambda file: pairs.to_csv(file, index=False, lineterminator="\n"))
-    flat = models.set_axis([f"{label}, {kind}" for label, kind in models.columns], axis="columns")
-    write_whole(out / "models.csv", lambda file: flat.to_csv(file, index_label="diagnostic", lineterminator="\n"))
-    means = pair_means(pairs)
-    what = {"updates": identity["updates"], "weighting": "per matrix", "pairs": means.to_dict("records")}
-    write_json(out / "compare.json", what)
-    from opdlab.measuring.report import write_comparison
-
-    write_comparison(out / "compare.html", models, pairs, means)
-    finish(out)
-    return models, pairs
+    def beside(self, other: _Seen, name: str) -> dict:
+        """Return the row of a pair."""
+        row = {"a": self.label, "b": other.label, "matrix": name, **describe(name)._asdict()}
+        row |= {"rows": (m := self.delta.shape[0]), "cols": (n := self.delta.shape[1])}
+        row |= {"cosine": cosine(self.delta, other.delta), "cosine_random": (m * n) ** -0.5}
+        for size in self.masks:
+            (mask_a, null_a), (mask_b, null_b) = self.masks[size], other.masks[size]
+            row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
+            row[f"jaccard_independent{size}"] = independent_jaccard(density(mask_a), density(mask_b))
+            row[f"jaccard_permuted{size}"] = jaccard(null_a, null_b)
+        for k in self.ks:
+            row[f"sim_right_K{k}"] = sim_k(top_right(self.directions, k), top_right(other.directions, k))
+            row[f"sim_left_K{k}"] = sim_k(top_left(self.directions, k), top_left(other.directions, k))
+            row |= {f"sim_right_random_K{k}": k / n, f"sim_left_random_K{k}": k / m}
+        return row
 
 
 def side_by_side(measured: Sequence[Measured]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Work that is done tensor by tensor: side by side, within a bound of memory, and gone on with where it was stopped."""
+"""Work that is done tensor by tensor: in parallel, within a memory bound, resumably."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -15,61 +17,64 @@ from opdlab.models.files import write_json, write_whole
 from opdlab.processes import workers
 
 
-def collect(
-    out: Path,
-    identity: dict,
+@contextmanager
+def resumable_map(
     work: Callable[[str], dict],
     sizes: dict[str, int],
-    processes: int,
-    progress: bool,
-) -> dict[str, dict]:
-    """Call ``work`` on every name and return what it found, by name.
+    identity: dict,
+    *,
+    out: Path | None = None,
+    processes: int = 1,
+    progress: bool = False,
+) -> Iterator[dict[str, dict]]:
+    """Map a function over tensors in parallel, within a memory bound, resumably.
 
-    Each result is written to ``out`` as soon as it is there, so that the same call after a stop does what is left.
-    :func:`finish` ends that.
+    Use it as ``with resumable_map(...) as found:``, and write what comes of ``found``, the results by name, inside the
+    block. Each result is written to ``out`` as soon as it is known, so the same call after a stop does only what is
+    left; when the block ends without an error, that log is deleted.
 
     Args:
-        out: folder of the results.
-        identity: what stopped work must share with this to be gone on with, as JSON values.
-        work: what to do with one tensor; it returns JSON values, and can be pickled.
-        sizes: names of the tensors and their numbers of entries, largest first.
+        work: what to do with one tensor; it returns JSON values and, for several processes, can be pickled.
+        sizes: the names of the tensors and their numbers of entries, largest first.
+        identity: what stopped work must share with this to be resumed, as JSON values.
+        out: folder of the results; without it nothing is written, and nothing can be resumed.
         processes: how many at once, with one thread each; 1 stays in this process.
         progress: show a bar.
 
     Raises:
         OpdlabError: if the folder cannot be written or holds other work, a process was killed, or as ``work`` does.
     """
-    done = _resume(out, identity)
+    done = _resume(out, identity) if out else {}
     left = {name: size for name, size in sizes.items() if name not in done}
     with (
         tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", disable=not progress) as bar,
-        open(out / "rows.jsonl", "a") as log,
+        open(out / "rows.jsonl", "a") if out else nullcontext() as log,
     ):
-        for name, found in _side_by_side(work, left, processes):
+        for name, found in _in_parallel(work, left, processes):
             done[name] = found
-            try:
-                log.write(json.dumps({"name": name, "found": found}) + "\n")
-                log.flush()
-            except OSError as problem:
-                raise OpdlabError(
-                    f"{log.name} cannot be written ({problem.strerror}); make room, run again"
-                ) from problem
+            if log:
+                _write_line(log, {"name": name, "found": found})
             bar.set_postfix_str(name[-40:])
             bar.update()
-    return done
+    yield done
+    if out:
+        (out / "rows.jsonl").unlink(missing_ok=True)
 
 
-def finish(out: Path) -> None:
-    """Forget what was kept to go on with, as the results are written."""
-    (out / "rows.jsonl").unlink(missing_ok=True)
+def _write_line(log: TextIO, line: dict) -> None:
+    try:
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+    except OSError as problem:
+        raise OpdlabError(f"{log.name} cannot be written ({problem.strerror}); make room, run again") from problem
 
 
-def _side_by_side(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
+def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
     if processes == 1:
         yield from ((name, work(name)) for name in sizes)
         return
-    # Memory is that of the largest tensor, however many processes there are: what is measured side by side is together
-    # hardly larger than that; eight million entries, half a gigabyte, are for the small ones.
+    # The memory needed is that of the largest tensor, however many processes there are: the tensors under way are
+    # together hardly larger than that. Eight million entries more, half a gigabyte, leave room for the small ones.
     room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
     running: dict[Future[dict], str] = {}
     with workers(processes) as pool:
@@ -97,7 +102,7 @@ def _resume(out: Path, identity: dict) -> dict[str, dict]:
         if (out / "job.json").is_file() and json.loads((out / "job.json").read_text()) != identity:
             raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
         if log.is_file():
-            # A kill may have cut the last line, so keep whole lines only.
+            # A kill may have cut the last line, so only whole lines are kept.
             lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         done = {line["name"]: line["found"] for line in map(json.loads, lines)}
     except (OSError, ValueError, KeyError, TypeError) as problem:

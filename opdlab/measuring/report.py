@@ -3,93 +3,73 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from opdlab.errors import OpdlabError
 from opdlab.figures.style import NULL, panels, use_style
 from opdlab.geometry import feasible_range
-from opdlab.geometry.summary import course_means, largest_k, of_layers, overall_means
-from opdlab.models.files import write_whole
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a;
-       background: #fff; }
-table { border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto; }
-td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child { text-align: left; }
-img { max-width: 100%; }
-figcaption { color: #444; font-size: 14px; }
-"""
+from opdlab.geometry.summary import largest_k, means, of_layers, trajectory_means
+from opdlab.measuring.update import Update, as_html
+from opdlab.models.files import write_text
 
 
-def write_report(path: Path, table: pd.DataFrame, course: pd.DataFrame, title: str, notes: list[str]) -> None:
-    """Write the report of a table of :func:`opdlab.measuring.update.measure_checkpoints`.
-
-    Args:
-        path: the HTML file.
-        table: one row per tensor.
-        course: one row per checkpoint and matrix; empty if there was one checkpoint only.
-        title: what was measured.
-        notes: sentences to keep in mind.
-    """
+def write_report(path: Path, update: Update) -> None:
+    """Write the report of an update."""
     use_style()
-    layers = of_layers(table)
+    layers, steps, figures = of_layers(update.table), update.trajectory, []
+    steps = of_layers(steps) if len(steps) else steps
     # Matrices that moved, which is what there is to draw.
     layers = layers[layers["stable_rank"].notna()] if "stable_rank" in layers else layers.head(0)
-    figures = [
-        (lambda: _by_layer(layers), "Sparsity, rotation and size of each matrix, by layer; one line per module."),
-        (
-            lambda: _ranks(layers),
-            "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null.",
-        ),
-        (
-            lambda: _masks(layers),
-            "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
-            "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate.",
-        ),
-    ]
-    if layers.empty:
-        figures = []
-    if len(course) and not of_layers(course)["stable_rank"].dropna().empty:
-        figures.append(
-            (
-                lambda: _course(course),
-                "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, "
-                "norm, and similarity of the leading right subspace to the last one. Dashes: the null, of permuted "
-                "updates for the rank and of a random walk for the similarity.",
-            )
+    if len(layers):
+        figures += [
+            _drawn(_by_layer(layers), "Sparsity, rotation and size of each matrix, by layer; one line per module."),
+            _drawn(
+                _ranks(layers),
+                "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null.",
+            ),
+            _drawn(
+                _masks(layers),
+                "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot "
+                "per matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the "
+                "random rate.",
+            ),
+        ]
+    if len(steps) and steps["stable_rank"].notna().any():
+        caption = (
+            "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, norm, "
+            "and similarity of the leading right subspace to the last one. Dashes: the null, of permuted updates for "
+            "the rank and of a random walk for the similarity."
         )
-    parts = [_figure(draw, caption) for draw, caption in figures]
-    text = f"""<p>{len(table)} tensors, {table["parameters"].sum():,} parameters. Means below are over the matrices of
-attention and MLP and weigh each of them alike, but for sparsity, which weighs it by its parameters. A null is what the
-same computation shows on an update without geometry; <i>z</i> is the difference from it in standard errors over the
-matrices of this model, and says nothing about other seeds; the enrichment of an overlap is against the mask's share of
-the entries; noise is the overlap of Gaussian noise at the same density; feasible is what counting allows.
-{html.escape(" ".join(notes))}</p>
-{_html(overall_means(table))}
-{_html(course_means(course)) if len(course) and not of_layers(course).empty else ""}
-{"".join(parts)}
-<p>Every number for every tensor is in matrices.csv beside this file.</p>"""
-    _write_page(path, title, text)
+        figures.append(_drawn(_trajectory(steps), caption))
+    _write_page(
+        path,
+        title=update.title,
+        notes=update.notes,
+        tensors=len(update.table),
+        parameters=update.table["parameters"].sum(),
+        tables=[update.means, *([trajectory_means(steps)] if len(steps) else [])],
+        figures=figures,
+    )
 
 
-def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, means: pd.DataFrame) -> None:
-    """Write the report of :func:`opdlab.measuring.compare.compare_measurements`.
+def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, by_pair: pd.DataFrame) -> None:
+    """Write the report of :func:`opdlab.measuring.compare.compare`.
 
     Args:
         path: the HTML file.
         models: one row per diagnostic, one column per model and kind.
         pairs: one row per pair of models and matrix.
-        means: one row per pair of models.
+        by_pair: one row per pair of models, the means.
     """
     use_style()
     caption = (
@@ -97,37 +77,51 @@ def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, mean
         "Jaccard index of the visible masks at equal norm. Dashes: unrelated updates (random subspaces; permuted "
         "updates, rounded). Dotted: masks that are independent given their densities."
     )
-    text = f"""<p>Each model at its own size and, where nulls were measured, scaled to an equal relative norm.</p>
-{_html(models)}
-<p>Means over the matrices of attention and MLP, each alike. Two masks agree by their densities alone (independent) and
-because rounding lets small weights show first (permuted); only what lies above both is agreement between the runs.</p>
-{_html(means)}
-{_figure(lambda: _pairs(pairs), caption)}
-<p>Every matrix is in pairs.csv beside this file.</p>"""
-    _write_page(path, f"{len(set(pairs['a']) | set(pairs['b']))} updates compared", text)
+    title = f"{len(set(pairs['a']) | set(pairs['b']))} updates compared"
+    _write_page(path, title=title, models=models, pairs=by_pair, figures=[_drawn(_pairs(pairs), caption)])
 
 
-def _write_page(path: Path, title: str, text: str) -> None:
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-{text}
-</body></html>
-"""
-    write_whole(path, lambda temporary: temporary.write_text(page))
+def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure:
+    """Draw a column of an update's table, a dot per matrix, or of its trajectory, a curve per block; dashes are nulls.
+
+    Args:
+        table: of :class:`opdlab.measuring.update.Update`.
+        column: what to draw.
+        over_steps: whether the table is a trajectory.
+
+    Raises:
+        OpdlabError: if the column has no numbers for the matrices of attention and MLP.
+    """
+    layers = of_layers(table)
+    known = layers[column].replace([np.inf, -np.inf], np.nan).dropna()
+    if known.empty:
+        raise OpdlabError(f"{column!r} has no numbers for the matrices of attention and MLP: choose another column")
+    use_style()
+    figure, (axis,) = panels(1, width=5.2 if over_steps else 9.2, height=3)
+    if over_steps:
+        _follow(axis, layers, column)
+        axis.legend()
+        axis.set_xlabel("step")
+    else:
+        _dots(axis, layers, column)
+    # What spans orders of magnitude, as ranks beside their nulls do.
+    null = layers[f"{column}_null"].mean() if f"{column}_null" in layers else known.mean()
+    wide = known.min() > 0 and null > 0 and max(known.max(), null) > 5 * min(known.min(), null)
+    axis.set(title=column.replace("_", " "), yscale="log" if wide else "linear")
+    return figure
 
 
-def _html(means: pd.DataFrame) -> str:
-    return means.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
+def _write_page(path: Path, **parts: object) -> None:
+    pages = Environment(loader=PackageLoader("opdlab.measuring", ""), autoescape=True, undefined=StrictUndefined)
+    pages.filters["frame"] = lambda table: Markup(as_html(table))
+    write_text(path, pages.get_template("report.html.jinja").render(parts).lstrip() + "\n")
 
 
-def _figure(draw: Callable[[], Figure], caption: str) -> str:
-    figure, buffer, text = draw(), io.BytesIO(), html.escape(caption)
+def _drawn(figure: Figure, caption: str) -> dict[str, str]:
+    buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, metadata={"Software": None})
     plt.close(figure)
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f"<figure><img alt='{text}' src='{source}'><figcaption>{text}</figcaption></figure>"
+    return {"caption": caption, "png": base64.b64encode(buffer.getvalue()).decode()}
 
 
 def _by_layer(layers: pd.DataFrame) -> Figure:
@@ -177,18 +171,25 @@ def _masks(layers: pd.DataFrame) -> Figure:
     return figure
 
 
-def _course(course: pd.DataFrame) -> Figure:
-    k = largest_k(course)
+def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
+    """Draw the means of a column over the steps, and dashed its null."""
+    for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
+        rows = trajectory[trajectory["block"] == block]
+        if len(rows):
+            axis.plot(means(rows, ["step"], [column]).set_index("step")[column], "o-", color=colour, ms=4, label=block)
+            if f"{column}_null" in rows:
+                null = means(rows, ["step"], [f"{column}_null"]).set_index("step")
+                axis.plot(null[f"{column}_null"], **NULL | {"color": colour})
+
+
+def _trajectory(trajectory: pd.DataFrame) -> Figure:
+    k = largest_k(trajectory)
     views = {"stable_rank": "stable rank", "frobenius": "Frobenius norm"}
     if k:
         views[f"sim_right_K{k}"] = f"similarity to the end, K = {k}"
     figure, axes = panels(4, columns=2, width=4.6, height=3)
     for axis, (column, title) in zip(axes, views.items(), strict=False):
-        for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
-            means = course[course["block"] == block].groupby("step")
-            axis.plot(means[column].mean(), "o-", color=colour, ms=4, label=block)
-            if f"{column}_null" in course:
-                axis.plot(means[f"{column}_null"].mean(), **NULL | {"color": colour})
+        _follow(axis, trajectory, column)
         axis.set(title=title, xlabel="step")
     axes[0].set_yscale("log")
     for spare in axes[len(views) :]:

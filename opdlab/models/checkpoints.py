@@ -1,9 +1,9 @@
-"""Read the weights of any model on disk, one tensor at a time, whatever trained it.
+"""Read the weights of any model, one tensor at a time, whatever trained it.
 
 A checkpoint is a Hugging Face folder (one safetensors file, or shards with or without an index), the folder of a LoRA
-adapter (merged with its base on the fly), or a single safetensors file such as a snapshot of a run. Fused projections
-are split into their matrices, stacked experts are read one at a time, and tied embeddings appear once. Pickles are
-never opened.
+adapter (merged with its base on the fly), a single safetensors file such as a snapshot of a run, or weights in memory:
+a state dict or a module. Fused projections are split into their matrices, stacked experts are read one at a time, and
+tied embeddings appear once. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import describe
@@ -86,7 +86,7 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 class Piece:
     """The source of one tensor: a file, a name in that file, and what turns the stored tensor into the one wanted."""
 
-    file: Path
+    file: Path | Mapping[str, Tensor]  # or the tensors in memory
     stored: str
     shape: tuple[int, ...]
     dtype: str  # as safetensors calls it
@@ -98,11 +98,11 @@ class Piece:
         return replace(self, shape=shape, take=lambda tensor: take(self.take(tensor)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of a model by name; only shapes and dtypes are in memory until :meth:`read` is called."""
+    """The tensors of a model by name; of files, only shapes and dtypes are in memory until :meth:`read` is called."""
 
-    path: Path
+    path: Path | str  # a str says what is in memory
     pieces: dict[str, Piece] = field(repr=False)
     # The tensors as stored, with fused projections whole: an adapter is added to these.
     whole: dict[str, Piece] = field(repr=False)
@@ -129,17 +129,27 @@ class Checkpoint:
         return ", ".join(sorted({_FLOATS.get(piece.dtype, piece.dtype) for piece in self.pieces.values()}))
 
 
-def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpoint:
+#: What :func:`open_checkpoint` opens.
+Source = Path | str | Mapping[str, Tensor] | nn.Module | Checkpoint
+
+
+def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
     Args:
-        path: a model folder, an adapter folder or a single safetensors file.
-        base: the model on which an adapter was trained; the adapter's update is added to its weights.
+        source: a model folder, an adapter folder, a single safetensors file, a state dict or a module; an open
+            checkpoint is returned as it is.
+        base: the model on which an adapter was trained; the adapter's update is added to its weights. A state dict,
+            which does not say what model it is of, is taken for one of the same model.
 
     Raises:
         OpdlabError: if files are missing, pickled or damaged, or an adapter is given without its base.
     """
-    path = Path(path)
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, (Mapping, nn.Module)):
+        return _in_memory(source, base)
+    path = Path(source)
     if not path.exists():
         raise OpdlabError(f"there is no checkpoint {path}: give a model folder or a .safetensors file")
     if path.suffix in (".bin", ".pt", ".pth"):
@@ -151,7 +161,8 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
         for stored, shape, dtype in _header(file):
             name = plain_name(stored)
             if name in pieces:
-                raise OpdlabError(f"{path} has the tensor {name} twice, in {pieces[name].file.name} and {file.name}")
+                first = getattr(pieces[name].file, "name", "memory")
+                raise OpdlabError(f"{path} has the tensor {name} twice, in {first} and {file.name}: delete one")
             if not name.endswith(_BUFFERS):
                 pieces[name] = Piece(file, stored, shape, dtype)
     if not pieces:
@@ -163,7 +174,33 @@ def open_checkpoint(path: Path | str, base: Checkpoint | None = None) -> Checkpo
     return _checkpoint(path, pieces, config)
 
 
-def _checkpoint(path: Path, whole: dict[str, Piece], config: dict) -> Checkpoint:
+def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None) -> Checkpoint:
+    if isinstance(source, nn.Module):
+        what, config = f"the {type(source).__name__} in memory", getattr(source, "config", None)
+        config = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        tensors: dict[str, Tensor] = dict(source.named_parameters())  # each once, also where two layers share one
+    else:
+        what, config, tensors = "the state dict in memory", base.config if base else {}, dict(source)
+    pieces: dict[str, Piece] = {}
+    for stored, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise OpdlabError(f"{stored} in {what} is of type {type(tensor).__name__}: give names and tensors only")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if not plain_name(stored).endswith(_BUFFERS):
+            dtype = next((name for name, found in _FLOATS.items() if found == dtype), dtype)
+            pieces[plain_name(stored)] = Piece(tensors, stored, tuple(tensor.shape), dtype)
+    if not pieces:
+        raise OpdlabError(f"{what} holds no weights: give a model, or its state dict")
+    head, embedding = "lm_head.weight", next((name for name in pieces if describe(name).block == "embedding"), None)
+    # Of tied embeddings, a state dict lists both ends.
+    if head in pieces and embedding:
+        ends = [tensors[pieces[name].stored] for name in (head, embedding)]
+        if ends[0].data_ptr() == ends[1].data_ptr():
+            del pieces[head]
+    return _checkpoint(what, pieces, config)
+
+
+def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict) -> Checkpoint:
     split = {part: piece for name, piece in whole.items() for part, piece in _split(name, piece, config)}
     return Checkpoint(path, dict(sorted(split.items(), key=lambda item: _natural(item[0]))), whole, config)
 
@@ -219,7 +256,9 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         raise OpdlabError(f"{file} is damaged or not a safetensors file ({problem}): fetch it again") from problem
 
 
-def _stored(file: Path, name: str, index: int | None = None) -> Tensor:
+def _stored(file: Path | Mapping[str, Tensor], name: str, index: int | None = None) -> Tensor:
+    if not isinstance(file, Path):
+        return file[name].detach() if index is None else file[name].detach()[index]
     try:
         with safe_open(file, "pt") as opened:
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
-_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+# OWNER/NAME; the name of a file is no model of the hub.
+_ON_HUB = re.compile(r"[\w.-]+/(?!.*\.safetensors$)[\w.-]+")
 
 
 def cache_folder() -> Path:

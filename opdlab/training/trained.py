@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
@@ -29,8 +27,8 @@ EVALUATIONS = (0.5, 1.0)
 #: Prompts of a batch, completions of each, and prompts of an evaluation, unless told otherwise or there are fewer.
 PROMPTS, SAMPLES, EVALUATION_PROMPTS = 32, 4, 256
 
-#: Given the weights at step 0 and (step, weights) after it, returns what was measured of the update.
-Measure = Callable[[dict[str, torch.Tensor], Sequence[tuple[int, dict[str, torch.Tensor]]], int], Any]
+#: Given the file of the weights at step 0 and those after it, and ``seed=`` of the nulls, measures the update.
+Measure = Callable[..., Any]
 
 
 def make_experiment(
@@ -146,8 +144,8 @@ class Trained:
         if self._measure is None:
             raise OpdlabError("this run came without a measure: train it by opdlab.train, or measure its snapshots")
         origin, *steps = self.run.experiment.kept
-        path = [(step, self.run.snapshot(step)) for step in steps]
-        return self._measure(self.run.snapshot(origin), path, self.run.experiment.seed)
+        path = [self.run.snapshot_path(step) for step in steps]
+        return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)
 
     def transcripts(self, count: int = 3) -> pd.DataFrame:
         """Return what the model writes on held-out prompts before the training and after it, with the rewards.

@@ -259,7 +259,7 @@ def test_a_table_sees_the_smallest_turns(degrees: float):
     n, k = 40, 5
     u, v, s = orthogonal(n, 1), orthogonal(n, 2), torch.linspace(2, 1, n, dtype=torch.float64)
     w0, w1 = (u * s) @ v.T, (u @ turn(n, degrees, 0, n - 1) * s) @ v.T
-    row = g.measure_matrix("w", w0, w1, g.GeometrySettings(k=k, sim_ks=(2,), mask_rank=k, alphas=(0.3,)))
+    row = g.measure_matrix("w", w0, w1, g.Resolution(k=k, sim_ks=(2,), mask_rank=k, alphas=(0.3,)))
     assert row["angle_left_max"] == pytest.approx(degrees, rel=1e-7)
     assert row["angle_left_mean"] == pytest.approx(degrees / k, rel=1e-7)
     assert row["angle_right_max"] < 1e-11 and row["nss"] < 1e-14
@@ -269,7 +269,7 @@ def test_a_table_sees_one_step_of_one_weight():
     w0 = gaussian(48, 40, seed=3).bfloat16()
     w1 = w0.clone()
     w1[5, 7] = torch.nextafter(w1[5, 7], torch.tensor(9.0, dtype=torch.bfloat16))
-    row = g.measure_matrix("w", w0, w1, g.GeometrySettings(k=6, sim_ks=(2,), mask_rank=6, alphas=(0.3,)))
+    row = g.measure_matrix("w", w0, w1, g.Resolution(k=6, sim_ks=(2,), mask_rank=6, alphas=(0.3,)))
     assert row["sparsity"] == 1 - 1 / (48 * 40) and row["stable_rank"] == pytest.approx(1, abs=1e-12)
     assert row["effective_rank"] == pytest.approx(1, abs=1e-9) and isnan(row["hill"])
     (u0, s0, _), (u1, s1, _) = (np.linalg.svd(w.double().numpy()) for w in (w0, w1))

@@ -15,7 +15,7 @@ from opdlab.errors import OpdlabError
 
 torch.set_num_threads(1)
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
-SETTINGS = g.GeometrySettings(k=3, sim_ks=(2, 4), mask_rank=3, alphas=(0.3, 0.5), angle_ks=(2,))
+SETTINGS = g.Resolution(k=3, sim_ks=(2, 4), mask_rank=3, alphas=(0.3, 0.5), angle_ks=(2,))
 MODULES = {"self_attn.q_proj": (8, 8), "self_attn.o_proj": (8, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12)}
 
 seeds = st.integers(0, 2**31 - 1)
@@ -215,15 +215,16 @@ def test_columns_of_a_pair():
     noise = [f"{m}_overlap_{a}_noise" for m, a in masks]
     ends = [column for m, a in masks for column in (f"{m}_overlap_{a}_top", f"{m}_share_{a}")]
     sizes = ["frobenius", "relative_norm"]
+    resolution = ["k", "mask_rank", "matched_norm"]
     assert list(table)[: len(identity)] == identity
     assert sorted(table) == sorted(
-        identity + sizes + ranks + energy + rules + angles + overlaps + matched + noise + ends
+        identity + resolution + sizes + ranks + energy + rules + angles + overlaps + matched + noise + ends
     )
     assert len(table) == 8 and not table.isna().any(axis=None)
     name = "model.layers.1.mlp.up_proj.weight"
     fast = g.measure_matrix(name, model()[name], moved(model(), 1, 0.01)[name], SETTINGS, nulls=False)
     row = table.set_index("matrix").loc[name]
-    assert not any("_null" in column or "_matched" in column for column in fast)
+    assert not any("_null" in column or "matched" in column for column in fast)
     assert all(row[column] == value for column, value in fast.items())
 
 
@@ -276,8 +277,8 @@ def test_columns_of_a_trajectory():
     w0s = model()
     table = g.measure_trajectory(w0s, [(step, moved(w0s, step, 0.01)) for step in (1, 5, 9)], SETTINGS)
     identity = ["step", "matrix", "layer", "module", "block", "rows", "cols", "parameters"]
-    course = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
-    course += [column for rank in RANKS for column in (rank, f"{rank}_null")]
+    followed = ["k", "mask_rank", "frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
+    followed += [column for rank in RANKS for column in (rank, f"{rank}_null")]
     sims = [
         column
         for k in (2, 4)
@@ -286,7 +287,7 @@ def test_columns_of_a_trajectory():
             f"sim_random_K{k}",
         )
     ]
-    assert list(table) == identity + course + sims
+    assert list(table) == identity + followed + sims
     assert table.step.tolist() == 8 * [1] + 8 * [5] + 8 * [9]
     assert table.matrix.tolist() == 3 * list(g.weight_matrices(w0s))
     rest = [column for column in table if column.endswith("_rest")]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import GeometrySettings
+from opdlab.geometry import Resolution
 from opdlab.lab import scheduler as reproduction
 from opdlab.lab.budget import DEVICES, plan_run, shape_of
 from opdlab.lab.grid import ARMS
@@ -34,7 +34,7 @@ SCALE = replace(
         for name in SMALL.recipes
     },
     evaluation_prompts=8,
-    geometry=GeometrySettings(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,)),
+    geometry=Resolution(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,)),
 )
 
 

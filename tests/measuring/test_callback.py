@@ -12,7 +12,7 @@ from opdlab import geometry as g
 from opdlab.errors import OpdlabError
 from opdlab.measuring import callback
 from opdlab.measuring.callback import GeometryCallback
-from opdlab.measuring.update import find_trajectory
+from opdlab.measuring.sources import find_trajectory
 from opdlab.models.files import load_tensors
 from opdlab.models.folders import new_model
 

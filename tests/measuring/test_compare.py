@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from opdlab import geometry as g
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.measuring.compare import compare_measurements, load_measured, pair_means
-from opdlab.measuring.update import measure_checkpoints
+from opdlab.measuring.compare import compare, load_measured
+from opdlab.measuring.update import measure
 from opdlab.models.checkpoints import open_checkpoint
 
 
@@ -27,13 +27,14 @@ def results(pair, tmp_path_factory):
     tuned["half"] = {name: (w + tuned["first"][name]) / 2 for name, w in w0s.items()}
     for name, weights in tuned.items():
         save_file(weights, folder / f"{name}.safetensors")
-        measure_checkpoints(pair[0], [folder / f"{name}.safetensors"], folder / name, processes=1)
+        measure(pair[0], folder / f"{name}.safetensors", out=folder / name)
     return folder
 
 
 def test_pairs_are_those_of_the_functions(pair, results, tmp_path):
     files = [results / name / "summary.json" for name in ("first", "second", "half")]
-    models, pairs = compare_measurements(files, tmp_path, processes=2)
+    compared = compare(files, out=tmp_path, processes=2)
+    models, pairs = compared.models, compared.pairs
     assert list(dict.fromkeys(models.columns.get_level_values(0))) == ["first", "second", "half"]
     name = "model.layers.1.mlp.up_proj.weight"
     w0 = open_checkpoint(pair[0]).read(name).double()
@@ -53,7 +54,7 @@ def test_pairs_are_those_of_the_functions(pair, results, tmp_path):
     expected["jaccard_matched"] = g.jaccard(*equal)
     row = pairs[(pairs["a"] == "first") & (pairs["b"] == "second")].set_index("matrix").loc[name]
     assert {column: row[column] for column in expected} == pytest.approx(expected)
-    means = pair_means(pairs).set_index(["a", "b"])
+    means = compared.means.set_index(["a", "b"])
     # The same direction at half the size: the same subspaces, and at equal norm the same mask.
     half = means.loc["first", "half"]
     assert half[["cosine", "sim_right_K16", "sim_left_K16", "jaccard_matched"]].min() > 0.999
@@ -70,8 +71,8 @@ def test_pairs_are_those_of_the_functions(pair, results, tmp_path):
 
 
 def test_models_without_nulls_have_their_own_size_only(pair, results, tmp_path):
-    measure_checkpoints(pair[0], [results / "first.safetensors"], tmp_path / "plain", nulls=False, processes=1)
-    models, _ = compare_measurements([results / "second", tmp_path / "plain"], tmp_path / "out", processes=1)
+    measure(pair[0], results / "first.safetensors", out=tmp_path / "plain", nulls=False)
+    models = compare([results / "second", tmp_path / "plain"]).models
     assert ("first", "at equal norm") not in models.columns and ("second", "at equal norm") in models.columns
 
 
@@ -83,9 +84,8 @@ def test_updates_that_share_no_matrix(pair, tmp_path):
     for name in ("q", "v"):
         key = f"model.layers.0.self_attn.{name}_proj.weight"
         save_file(weights | {key: weights[key] + line[: len(weights[key])]}, tmp_path / f"{name}.safetensors")
-        measure_checkpoints(pair[0], [tmp_path / f"{name}.safetensors"], tmp_path / name, processes=1)
-    _, pairs = compare_measurements([tmp_path / "q", tmp_path / "v"], tmp_path / "out", processes=1)
-    means = pair_means(pairs).iloc[0]
+        measure(pair[0], tmp_path / f"{name}.safetensors", out=tmp_path / name)
+    means = compare([tmp_path / "q", tmp_path / "v"], out=tmp_path / "out").means.iloc[0]
     assert means[["cosine", "sim_right_K4"]].isna().all() and means["jaccard"] == 0
     written = json.loads((tmp_path / "out" / "compare.json").read_text(), parse_constant=pytest.fail)
     assert written["pairs"][0]["cosine"] is None
@@ -121,7 +121,7 @@ def test_bad_input_is_one_sentence(pair, results, tmp_path):
         ([first, moved], "first.safetensors or .*base has changed since it was measured: measure it again"),
     ):
         with pytest.raises(OpdlabError, match=message):
-            compare_measurements(paths, tmp_path / "out", processes=1)
+            compare(paths, out=tmp_path / "out")
         assert not (tmp_path / "out" / "pairs.csv").exists()
 
 

@@ -20,6 +20,7 @@ pytest.importorskip("trl")
 import engine_worker
 import transformers
 from engine_worker import ANY_END
+from opdlab.training.trl_config import accelerate_arguments, configure, trainer_of
 from torch import Tensor
 
 from opdlab.cli import main
@@ -27,14 +28,14 @@ from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS
 from opdlab.lab.scales import get_scale
 from opdlab.lab.tasks import TASKS
-from opdlab.measuring.update import find_trajectory, measure_checkpoints
+from opdlab.measuring.sources import find_trajectory
+from opdlab.measuring.update import measure
 from opdlab.models.files import load_tensors
 from opdlab.models.folders import load_model
 from opdlab.training import trl as engine
 from opdlab.training import trl_launch as launch
 from opdlab.training.store import Home
 from opdlab.training.trainer import Learner
-from opdlab.training.trl_config import accelerate_arguments, configure, trainer_of
 
 TRAINERS = {"sft": "SFT", "opd_full": "Distillation", "opd": "IWOPD", "rlvr": "GRPO"}
 # After each of two AdamW steps in float32: the norm of the difference of the two updates, as a share of the norm of
@@ -239,8 +240,8 @@ def test_in_two_processes_under_fsdp2(ours, short, home, tmp_path):
     for arm, folder in folders.items():
         assert_same_updates(arm, ours[arm], folder)
     path = find_trajectory(folders["opd"] / "snapshots")
-    table = measure_checkpoints(home.models(short) / "anchor", path, tmp_path / "measured", nulls=False, processes=1)
-    assert (table["frobenius"] > 0).any() and (tmp_path / "measured" / "trajectory.csv").exists()
+    update = measure(home.models(short) / "anchor", path, nulls=False)
+    assert (update.table["frobenius"] > 0).any() and len(update.trajectory)
 
 
 def test_it_samples_by_itself_and_makes_a_model(short, home, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opdlab.geometry import GeometrySettings
+from opdlab.geometry import Resolution
 from opdlab.lab.budget import SHAPES
 from opdlab.lab.grid import PAPER
 from opdlab.lab.scales import FULL, Recipe
@@ -19,7 +19,7 @@ SCALE = replace(
     recipes={name: Recipe(4, prompts=4, samples=1 if name == "sft" else 2) for name in FULL.recipes},
     typical_tokens=(120, 20),
     tokens_at_once=30,
-    geometry=GeometrySettings(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,)),
+    geometry=Resolution(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,)),
 )
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,30 +15,29 @@ from opdlab import geometry as g
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means
-from opdlab.measuring import update as instrument
-from opdlab.measuring.compare import compare_measurements, pair_means
-from opdlab.measuring.parallel import collect
-from opdlab.measuring.update import settings_for
+from opdlab.measuring import update as program
+from opdlab.measuring.compare import compare
+from opdlab.measuring.parallel import resumable_map
+from opdlab.measuring.sources import find_trajectory, step_of
+from opdlab.measuring.update import Job, base_svd, measure
+from opdlab.models.checkpoints import open_checkpoint
 from opdlab.processes import workers
-
-# In this process; the fixture below uses two others.
-measure_checkpoints = partial(instrument.measure_checkpoints, processes=1)
 
 
 @pytest.fixture(scope="module")
 def measured(pair, tmp_path_factory):
     """The table of the pair, and the folder of its results."""
     out = tmp_path_factory.mktemp("measured")
-    return measure_checkpoints(pair[0], pair[1:], out, processes=2), out
+    return measure(pair[0], pair[1], out=out, processes=2).table, out
 
 
 def test_tables_are_those_of_the_functions(pair, measured):
     table, out = measured[0].set_index("matrix"), measured[1]
-    base, tuned = map(instrument.open_checkpoint, pair)
+    base, tuned = map(open_checkpoint, pair)
     assert list(table.index) == list(base.pieces)
     name = "model.layers.1.mlp.down_proj.weight"
     w0, w1 = base.read(name), tuned.read(name)
-    expected = g.measure_matrix(name, w0, w1, settings_for(w0.shape))
+    expected = g.measure_matrix(name, w0, w1, g.Resolution.of(w0.shape))
     assert {column: table.loc[name, column] for column in expected} == pytest.approx(expected, nan_ok=True)
     norm = table.loc["model.norm.weight"]
     assert norm["block"] == "norm" and pd.isna(norm["stable_rank"]) and norm["rows"] == 16
@@ -66,13 +65,16 @@ def test_the_summary_names_its_weighting(measured):
     assert "null" not in summary["norm"]["sparsity"]
 
 
-def test_rounded_weights_are_said_to_be(measured, tmp_path):
+def test_rounded_weights_are_said_to_be(pair, measured, tmp_path):
     (note,) = json.loads((measured[1] / "summary.json").read_text())["notes"]
     assert "stored in bfloat16, so their rounding is part of the update" in note
     assert note in (measured[1] / "report.html").read_text()
-    assert instrument.notes(tmp_path, {"base": "bfloat16", "tuned": "float32"}) == []
+    base = open_checkpoint(pair[0])
+    adapter = replace(open_checkpoint(pair[1]), path=tmp_path)
+    wide = open_checkpoint({name: base.read(name).float() for name in base.pieces})
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert instrument.notes(tmp_path, {"base": "bfloat16", "tuned": "bfloat16"}) == [], "an adapter is not rounded"
+    for tuned in (wide, adapter):
+        assert program.Update(base, (tuned,), measured[0], pd.DataFrame(), 0, "cpu").notes == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is asked of Linux")
@@ -82,7 +84,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     for name, w in (("base", w0), ("tuned", w0 + 1e-3 * torch.randn(m, n))):
         save_file({"model.embed_tokens.weight": w.bfloat16()}, tmp_path / f"{name}.safetensors")
     with workers(1) as pool:
-        job = instrument.Job(tmp_path / "base.safetensors", (tmp_path / "tuned.safetensors",), 0, True, None)
+        job = Job(tmp_path / "base.safetensors", (tmp_path / "tuned.safetensors",), (1,))
         used = pool.submit(peak_memory, job, "model.embed_tokens.weight").result()
     # Half a matrix is the files' own pages, which the system takes back when it needs them.
     assert used < 6.5 * 8 * m * n + 2**28, "six float64 matrices, and 256 MB of which the libraries need most"
@@ -102,46 +104,45 @@ def _memory(what):
     return 1024 * int(status[what].split()[0])
 
 
-def test_without_nulls(pair, tmp_path):
-    table = measure_checkpoints(pair[0], pair[1:], tmp_path, nulls=False)
+def test_without_nulls(pair):
+    table = measure(*pair, nulls=False).table
     assert not [column for column in table if column.endswith(("_null", "_matched"))]
 
 
 def test_stopped_work_goes_on(pair, measured, tmp_path):
     whole, _ = measured
-    opened = instrument.open_checkpoint(pair[0])
-    job = instrument.Job(pair[0], pair[1:], 0, True, None)
+    opened = open_checkpoint(pair[0])
+    job = Job(pair[0], pair[1:], (1,))
     stopped = tmp_path / "stopped"
-    assert collect(stopped, job.identity(), job.measure, {}, 1, progress=False) == {}
+    with resumable_map(job.measure, {}, job.identity(), out=stopped) as found:
+        assert found == {} and (stopped / "rows.jsonl").exists()
     rows = {name: job.measure(name)["row"] | {"frobenius": 7.0} for name in list(opened.pieces)[:3]}
-    lines = [{"name": name, "found": {"row": row, "course": []}} for name, row in rows.items()]
+    lines = [{"name": name, "found": {"row": row, "trajectory": []}} for name, row in rows.items()]
     (stopped / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"name": "model.la')
-    table = measure_checkpoints(pair[0], pair[1:], stopped)
+    table = measure(pair[0], pair[1:], out=stopped).table
     assert (table["frobenius"].head(3) == 7).all(), "rows that were there are not measured again"
     pd.testing.assert_frame_equal(table.tail(-3), whole.tail(-3))
     with pytest.raises(OpdlabError, match="holds another measurement: choose another with --out"):
-        measure_checkpoints(pair[0], pair[1:], stopped, seed=1)
+        measure(pair[0], pair[1:], out=stopped, seed=1)
     assert pd.read_csv(stopped / "matrices.csv")["frobenius"].iloc[0] == 7
 
 
 def test_the_cache_holds_decompositions_by_content(pair, tmp_path):
-    cold = measure_checkpoints(pair[0], pair[1:], tmp_path / "a", cache=tmp_path / "cache")
+    cold = measure(pair[0], pair[1:], out=tmp_path / "a", cache=tmp_path / "cache").table
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
     assert len(files) == 15
-    warm = measure_checkpoints(pair[0], pair[1:], tmp_path / "b", cache=tmp_path / "cache")
+    warm = measure(pair[0], pair[1:], out=tmp_path / "b", cache=tmp_path / "cache").table
     pd.testing.assert_frame_equal(cold, warm)
     assert sorted((tmp_path / "cache").glob("*.safetensors")) == files
     # A cache only saves time: a broken entry is computed anew, and one that cannot be kept is not.
     files[0].write_bytes(files[0].read_bytes()[:-40])
-    pd.testing.assert_frame_equal(
-        cold, measure_checkpoints(pair[0], pair[1:], tmp_path / "c", cache=tmp_path / "cache")
-    )
+    pd.testing.assert_frame_equal(cold, measure(pair[0], pair[1:], out=tmp_path / "c", cache=tmp_path / "cache").table)
     (tmp_path / "file").write_text("")
-    pd.testing.assert_frame_equal(cold, measure_checkpoints(pair[0], pair[1:], tmp_path / "d", cache=tmp_path / "file"))
+    pd.testing.assert_frame_equal(cold, measure(pair[0], pair[1:], out=tmp_path / "d", cache=tmp_path / "file").table)
 
 
 def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
-    base, tuned = (instrument.open_checkpoint(path) for path in pair)
+    base, tuned = (open_checkpoint(path) for path in pair)
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     halfway = {name: ((base.read(name).float() + tuned.read(name).float()) / 2) for name in base.pieces}
@@ -150,15 +151,15 @@ def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
     (folder / "checkpoint-200").mkdir()
     save_file({name: tuned.read(name) for name in tuned.pieces}, folder / "checkpoint-200" / "model.safetensors")
     (folder / "tensorboard-1").mkdir()
-    path = instrument.find_trajectory(folder)
-    assert [instrument.step_of(checkpoint) for checkpoint in path] == [50, 200]
-    table = measure_checkpoints(pair[0], path, tmp_path / "out")
+    path = find_trajectory(folder)
+    assert [step_of(checkpoint) for checkpoint in path] == [50, 200]
+    table = measure(pair[0], path, out=tmp_path / "out").table
     pd.testing.assert_frame_equal(table, measured[0])
-    course = pd.read_csv(tmp_path / "out" / "trajectory.csv")
-    assert course["step"].tolist() == 15 * [50] + 15 * [200]
+    trajectory = pd.read_csv(tmp_path / "out" / "trajectory.csv")
+    assert trajectory["step"].tolist() == 15 * [50] + 15 * [200]
     name = "model.layers.0.mlp.up_proj.weight"
-    rows = course[course["matrix"] == name]
-    expected = g.measure_course(name, base.read(name), [halfway[name], tuned.read(name)], settings_for((24, 16)))
+    rows = trajectory[trajectory["matrix"] == name]
+    expected = g.measure_matrix_trajectory(name, base.read(name), [halfway[name], tuned.read(name)])
     for column, values in expected.items():
         assert rows[column].tolist() == pytest.approx(values, nan_ok=True)
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 4
@@ -166,17 +167,15 @@ def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
     assert [line["step"] for line in summary["trajectory"]] == [50, 200]
     assert summary["trajectory"][0]["sim_right_K16_interval"] is None, "there is no interval before the first"
     with pytest.raises(OpdlabError, match="there are no checkpoints in"):
-        instrument.find_trajectory(tmp_path / "out")
+        find_trajectory(tmp_path / "out")
     (folder / "checkpoint-300").mkdir()
     (folder / "checkpoint-300" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(OpdlabError, match=r"pytorch_model\.bin is a pickle"):
-        measure_checkpoints(pair[0], instrument.find_trajectory(folder), tmp_path / "pickled")
+        measure(pair[0], find_trajectory(folder), out=tmp_path / "pickled")
 
 
 def variant(pair, folder, change):
-    state = {
-        name: instrument.open_checkpoint(pair[0]).read(name) for name in instrument.open_checkpoint(pair[0]).pieces
-    }
+    state = {name: open_checkpoint(pair[0]).read(name) for name in open_checkpoint(pair[0]).pieces}
     change(state)
     folder.mkdir(exist_ok=True)
     save_file(state, folder / "model.safetensors")
@@ -184,22 +183,22 @@ def variant(pair, folder, change):
 
 
 def test_a_copy_of_tied_embeddings_is_left_out(pair, measured, tmp_path):
-    tuned = instrument.open_checkpoint(pair[1])
+    tuned = open_checkpoint(pair[1])
     state = {name: tuned.read(name).clone() for name in tuned.pieces}
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / "tuned.safetensors")
-    table = measure_checkpoints(pair[0], [tmp_path / "tuned.safetensors"], tmp_path / "out")
+    table = measure(pair[0], [tmp_path / "tuned.safetensors"], out=tmp_path / "out").table
     pd.testing.assert_frame_equal(table, measured[0])
     # On the way, too: here the last checkpoint stores the copy and the one before does not.
     base = tmp_path / "base.safetensors"
-    start = instrument.open_checkpoint(pair[0])
+    start = open_checkpoint(pair[0])
     first = {name: start.read(name).clone() for name in start.pieces}
     save_file(first | {"lm_head.weight": first["model.embed_tokens.weight"].clone()}, base)
     path = [pair[1], tmp_path / "tuned.safetensors"]
-    assert "lm_head.weight" not in set(measure_checkpoints(base, path, tmp_path / "way")["matrix"])
+    assert "lm_head.weight" not in set(measure(base, path, out=tmp_path / "way").table["matrix"])
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(OpdlabError, match=r"such as lm_head.weight in .*other"):
-        measure_checkpoints(pair[0], [tmp_path / "other.safetensors"], tmp_path / "other")
+        measure(pair[0], [tmp_path / "other.safetensors"], out=tmp_path / "other")
 
 
 def test_means_count_only_what_is_defined_on_both_sides():
@@ -217,12 +216,12 @@ def test_means_count_only_what_is_defined_on_both_sides():
 
 
 def test_a_killed_process_is_one_sentence(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(instrument, "Job", DyingJob)
+    monkeypatch.setattr(program, "Job", DyingJob)
     with pytest.raises(OpdlabError, match="was killed, perhaps for lack of memory: use fewer --processes"):
-        measure_checkpoints(pair[0], pair[1:], tmp_path / "out", processes=2)
+        measure(pair[0], pair[1:], out=tmp_path / "out", processes=2)
 
 
-class DyingJob(instrument.Job):
+class DyingJob(Job):
     """A job whose process is killed."""
 
     def measure(self, name):
@@ -234,7 +233,7 @@ def test_what_did_not_move_is_counted(pair, tmp_path):
     """One matrix of attention moves: the others count in the sparsity, and have no null at equal norm."""
     name = "model.layers.0.self_attn.q_proj.weight"
     tuned = variant(pair, tmp_path / "tuned", lambda state: state.update({name: state[name] + 0.01}))
-    table = measure_checkpoints(pair[0], [tuned], tmp_path / "out")
+    table = measure(pair[0], [tuned], out=tmp_path / "out").table
     overall = json.loads((tmp_path / "out" / "summary.json").read_text())["groups"]["overall"]
     layers = table[table["block"].isin(["attention", "mlp"])]
     assert (
@@ -248,7 +247,7 @@ def test_what_did_not_move_is_counted(pair, tmp_path):
 @pytest.mark.parametrize("moved", ["model.embed_tokens.weight", "model.norm.weight"])
 def test_an_update_outside_the_layers(pair, tmp_path, moved):
     tuned = variant(pair, tmp_path / "tuned", lambda state: state.update({moved: state[moved] + 0.01}))
-    measure_checkpoints(pair[0], [tuned], tmp_path / "out")
+    measure(pair[0], [tuned], out=tmp_path / "out")
     assert "<img" not in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -264,12 +263,12 @@ def test_weights_of_other_shapes(pair, tmp_path):
     for name in ("one", "two"):
         change = others | shift | {"model.layers.0.mlp.up_proj.weight": torch.randn(24, 16)}
         tuned = variant(pair, tmp_path / name, lambda state, change=change: state.update(change))
-        table = measure_checkpoints(base, [tuned], tmp_path / f"out-{name}").set_index("matrix")
+        table = measure(base, [tuned], out=tmp_path / f"out-{name}").table.set_index("matrix")
     assert table.loc["model.layers.0.self_attn.sinks", "block"] == "other"
     assert table.loc["model.layers.0.mlp.shared_expert_gate.weight", "sparsity"] == 0
-    _, pairs = compare_measurements([tmp_path / "out-one", tmp_path / "out-two"], tmp_path / "compared", processes=1)
-    assert len(pairs) == 14
-    means = pair_means(pairs).iloc[0]
+    compared = compare([tmp_path / "out-one", tmp_path / "out-two"])
+    assert len(compared.pairs) == 14
+    means = compared.means.iloc[0]
     assert means["cosine_matrices"] == 1 and means["sim_right_random_K16"] == 1
 
 
@@ -277,7 +276,7 @@ def test_the_cache_tells_dtypes_apart(tmp_path):
     bits = torch.randint(1, 2**14, (12, 8), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         w0 = bits.view(dtype)
-        found, expected = instrument.base_svd(w0, 2, tmp_path), g.svd(w0)
+        found, expected = base_svd(w0, 2, tmp_path), g.svd(w0)
         assert torch.allclose(found.s, expected.s)
 
 
@@ -286,7 +285,7 @@ def test_two_checkpoints_of_one_step(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     with pytest.raises(OpdlabError, match="are of one step"):
-        instrument.find_trajectory(tmp_path)
+        find_trajectory(tmp_path)
 
 
 def test_what_cannot_be_compared(pair, tmp_path):
@@ -305,19 +304,19 @@ def test_what_cannot_be_compared(pair, tmp_path):
         )
     ):
         with pytest.raises(OpdlabError, match=message):
-            measure_checkpoints(base, [tuned], tmp_path / str(i))
+            measure(base, [tuned], out=tmp_path / str(i))
         assert not (tmp_path / str(i) / "matrices.csv").exists()
     with pytest.raises(OpdlabError, match="device 'nowhere' cannot be used here: give cpu"):
-        measure_checkpoints(base, pair[1:], tmp_path / "out", device="nowhere")
+        measure(base, pair[1:], out=tmp_path / "out", device="nowhere")
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
-        measure_checkpoints(base, pair[1:], pair[1])
+        measure(base, pair[1:], out=pair[1])
     for path, processes in (([], 1), (pair[1:], 0)):
         with pytest.raises(OpdlabError, match="expected one or more of both"):
-            measure_checkpoints(base, path, tmp_path / "out", processes=processes)
+            measure(base, path, out=tmp_path / "out", processes=processes)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OpdlabError, match="cannot be used"):
-        measure_checkpoints(pair[0], pair[1:], blocked)
+        measure(pair[0], pair[1:], out=blocked)
 
 
 def test_the_command(pair, tmp_path, monkeypatch, capsys):

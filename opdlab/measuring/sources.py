@@ -1,0 +1,154 @@
+"""The checkpoints that an update is between: where they are, whether they belong together, and at which steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import torch
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import describe
+from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
+from opdlab.models.files import local_folder
+
+#: A checkpoint that every process can open by itself, or one that is open since it is in memory.
+Located = Path | Checkpoint
+
+
+def locate(base: Source, path: Iterable[Source]) -> tuple[Located, tuple[Located, ...]]:
+    """Return where the checkpoints are: files and folders as paths, models of the hub once they are fetched.
+
+    Raises:
+        OpdlabError: if a model of the hub cannot be fetched, or what is in memory is no model.
+    """
+    origin = _locate_one(base, None)
+    return origin, tuple(_locate_one(checkpoint, origin) for checkpoint in path)
+
+
+def _locate_one(source: Source, base: Located | None) -> Located:
+    if not isinstance(source, (str, Path)):
+        return open_checkpoint(source, None if base is None else open_checkpoint(base))
+    return local_folder(source)
+
+
+@lru_cache(maxsize=64)
+def open_all(base: Located, path: tuple[Located, ...]) -> tuple[Checkpoint, ...]:
+    """Open a base and checkpoints after it; each process reads their headers once."""
+    opened = open_checkpoint(base)
+    return opened, *(open_checkpoint(checkpoint, opened) for checkpoint in path)
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """Return the name of a checkpoint, for titles."""
+    path = checkpoint.path
+    if isinstance(path, Path) and path.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name.removesuffix(".safetensors") if isinstance(path, Path) else path
+
+
+def place_of(checkpoint: Checkpoint) -> str:
+    """Return where a checkpoint is, for what is written."""
+    return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
+
+
+def check_apart(out: Path, checkpoints: Iterable[Checkpoint | Path | str]) -> None:
+    """Raise if results would be written into one of the checkpoints."""
+    if any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):
+        raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
+
+
+def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Return the names that both checkpoints have, largest tensor first.
+
+    An output head that only one of them stores, equal to its embedding, is a copy of it and left out.
+
+    Raises:
+        OpdlabError: if they are one folder, or differ in names or shapes, naming the first tensors that do.
+    """
+    if base is tuned or (isinstance(base.path, Path) and place_of(base) == place_of(tuned)):
+        raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
+    alone = sorted(base.pieces.keys() ^ tuned.pieces.keys())
+    if alone == ["lm_head.weight"]:
+        owner = base if alone[0] in base.pieces else tuned
+        embedding = next((name for name in owner.pieces if describe(name).block == "embedding"), alone[0])
+        if embedding != alone[0] and torch.equal(owner.read(embedding), owner.read(alone[0])):
+            alone = []
+    if alone:
+        holder = base.path if alone[0] in base.pieces else tuned.path
+        why = "one has a head of its own, and the other's is its embedding" if alone == ["lm_head.weight"] else ""
+        raise OpdlabError(
+            f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
+            f"such as {alone[0]} in {holder}{why and f' ({why})'}"
+        )
+    shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
+    for name, shape in shapes.items():
+        if shape != tuned.pieces[name].shape:
+            raise OpdlabError(
+                f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: give a model and "
+                "what was tuned from it"
+            )
+    return sorted(shapes, key=lambda name: -prod(shapes[name]))
+
+
+def step_of(path: Path) -> int | None:
+    """Return the last number in a checkpoint's name, its step.
+
+    >>> step_of(Path("run/checkpoint-500")), step_of(Path("snapshots/step-000040.safetensors")), step_of(Path("final"))
+    (500, 40, None)
+    """
+    numbers = re.findall(r"\d+", path.name.removesuffix(".safetensors"))
+    return int(numbers[-1]) if numbers else None
+
+
+def steps_of(path: Sequence[Located]) -> tuple[int, ...]:
+    """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ...
+
+    >>> steps_of([Path("run/checkpoint-50"), Path("run/checkpoint-100")]), steps_of([Path("early"), Path("late")])
+    ((50, 100), (1, 2))
+    """
+    named = [step for place in path if isinstance(place, Path) and (step := step_of(place)) is not None]
+    ascending = len(named) == len(path) and named == sorted(set(named))
+    return tuple(named) if ascending else tuple(range(1, len(path) + 1))
+
+
+def find_trajectory(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, by step; step 0, the origin itself, is left out.
+
+    Raises:
+        OpdlabError: if there is none.
+    """
+    kinds = ("*.safetensors", "*.bin", "*config.json")
+    found = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        # One without weights, or with pickled ones, is listed too, and refused by name when it is opened.
+        if step_of(path) and (path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds))
+    ]
+    if not found:
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) if folder.is_dir() else ""
+        held = held or "nothing"
+        raise OpdlabError(
+            f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
+            "of safetensors, or step-<step>.safetensors files"
+        )
+    found = sorted(found, key=lambda path: (step_of(path), path.name))
+    for before, after in pairwise(found):
+        if step_of(before) == step_of(after):
+            raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
+    return found
+
+
+def default_out(measured: Path) -> Path:
+    """Return the folder for the results of a checkpoint or a run; what is only numbered gets its run's name too.
+
+    >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
+    (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))
+    """
+    measured = measured.resolve()
+    name = measured.name.removesuffix(".safetensors")
+    return Path(f"geometry-{name}" if step_of(measured) is None else f"geometry-{measured.parent.name}-{name}")
