@@ -173,7 +173,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns that follow from the name, the shape and the resolution of a matrix."""
+    """Add the columns that follow from name, shape and resolution of a matrix, with as many digits as the others."""
     m, n, k = matrices["rows"], matrices["cols"], matrices["k"]
     size = m * n
     described = pd.DataFrame([describe(name)._asdict() for name in matrices["matrix"]], index=matrices.index)
@@ -188,7 +188,8 @@ def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
     for percent in MASK_PERCENTS:
         share = (percent / 100 * size).round() / size
         derived |= {f"principal_share_a{percent}": share, f"low_share_a{percent}": share}
-    return pd.concat([matrices, described, pd.DataFrame(derived, index=matrices.index)], axis=1)
+    rounded = pd.DataFrame(derived, index=matrices.index).map(lambda value: float(f"{value:.7g}"))
+    return pd.concat([matrices, described, rounded.astype({"parameters": int})], axis=1)
 
 
 #: Shares of the entries in the masks, in percent.

@@ -19,7 +19,7 @@ from torch import Tensor
 from opdlab.errors import OpdlabError
 
 # OWNER/NAME; the name of a file is no model of the hub.
-_ON_HUB = re.compile(r"[\w.-]+/(?!.*\.safetensors$)[\w.-]+")
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")
 
 
 def cache_folder() -> Path:
