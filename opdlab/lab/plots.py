@@ -5,7 +5,9 @@ and a marker of its own, which tells it apart in grey. A variant has those of th
 """
 
 from opdlab.figures.arms import ArmFigures, Look
-from opdlab.figures.style import ABOVE, NULL, note_null, panels, set_log, shades, use_style
+
+# What needs no arm is here too, so that a chapter draws all its figures by one name.
+from opdlab.figures.style import ABOVE, NULL, note_null, panels, set_log, shades, use_style  # noqa: F401
 from opdlab.lab.grid import ARMS, ancestor
 
 #: The colour of each of the paper's arms.
@@ -32,26 +34,3 @@ draw_paths = _FIGURES.draw_paths
 draw_points = _FIGURES.draw_points
 draw_rows = _FIGURES.draw_rows
 draw_scales = _FIGURES.draw_scales
-
-__all__ = [
-    "ABOVE",
-    "COLOURS",
-    "MARKERS",
-    "NULL",
-    "arm_legend",
-    "colour_of",
-    "draw_curves",
-    "draw_dots",
-    "draw_modules",
-    "draw_paths",
-    "draw_points",
-    "draw_rows",
-    "draw_scales",
-    "label_ends",
-    "marker_of",
-    "note_null",
-    "panels",
-    "set_log",
-    "shades",
-    "use_style",
-]
