@@ -2,6 +2,7 @@
 
 import base64
 from io import BytesIO
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 SCRIPT = "scripts/execute_book.py"
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "book").glob("*.ipynb"))
 
 
 def png(pixels):
@@ -65,3 +67,11 @@ def test_the_executor_stores_small_figures(script, figure):
     script.normalise(notebook)
     stored = base64.b64decode(notebook.cells[0].outputs[0].data["image/png"])
     assert stored == script.fewer_colours(png(figure))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_figures_of_the_book_are_stored_small(script, path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", ()):
+            if data := output.get("data", {}).get("image/png"):
+                assert script.fewer_colours(base64.b64decode(data)) == base64.b64decode(data)
