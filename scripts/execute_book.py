@@ -63,9 +63,9 @@ def name_cells(notebook: nbformat.NotebookNode) -> None:
 def fewer_colours(png: bytes) -> bytes:
     """Return a PNG picture in 128 colours, the same bytes every time.
 
-    Median cut keeps the colours of large areas, so that overlapping bands do not change their hue, and the k-means steps
-    after it bring the rest closer; dithering would speckle flat areas. A picture that this would harm keeps its full
-    colour: one with a gradient, or one whose mean error is too large. A picture with transparent parts, or with a
+    Median cut keeps the colours of large areas, so that overlapping bands do not change their hue, and the k-means
+    steps after it bring the rest closer; dithering would speckle flat areas. A picture that this would harm keeps its
+    full colour: one with a gradient, or one whose mean error is too large. A picture with transparent parts, or with a
     palette, is returned as it is.
     """
     picture = Image.open(BytesIO(png))
