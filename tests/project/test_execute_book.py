@@ -1,0 +1,77 @@
+"""scripts/execute_book.py without a kernel: what it makes of the figures of a chapter."""
+
+import base64
+from io import BytesIO
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = "scripts/execute_book.py"
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "book").glob("*.ipynb"))
+
+
+def png(pixels):
+    stored = BytesIO()
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(stored, format="png")
+    return stored.getvalue()
+
+
+def pixels(data):
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def figure():
+    """Four flat areas, and an edge of 300 shades that are a pixel each."""
+    rng = np.random.default_rng(0)
+    picture = np.full((200, 200, 4), 255)
+    picture[50:100, :, :3] = 229, 227, 224  # two bands, one over the other: the greys of the one below must stay grey
+    picture[100:150, :, :3] = 213, 94, 0
+    picture[150:, :100, :3] = 0, 158, 115
+    picture[49, :150, :3] = rng.integers(0, 256, (150, 3))
+    picture[99, :150, :3] = rng.integers(0, 256, (150, 3))
+    return picture
+
+
+def test_a_figure_has_128_colours_and_its_areas_keep_theirs(script, figure):
+    small = script.fewer_colours(png(figure))
+    assert Image.open(BytesIO(small)).mode == "P" and len(np.unique(pixels(small).reshape(-1, 3), axis=0)) <= 128
+    flat = np.ones((200, 200), dtype=bool)
+    flat[[49, 99]] = False
+    assert np.abs(pixels(small) - figure[..., :3])[flat].max() <= 1
+
+
+def test_it_gives_the_same_bytes_every_time_and_changes_nothing_twice(script, figure):
+    small = script.fewer_colours(png(figure))
+    assert script.fewer_colours(png(figure)) == small == script.fewer_colours(small)
+
+
+def test_gradients_noise_and_transparent_parts_keep_their_colours(script, figure):
+    bar = np.zeros((64, 400, 3))
+    bar[..., 0], bar[..., 1] = np.minimum(np.arange(400), 255), np.maximum(np.arange(400) - 255, 0)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
+    for picture in (np.repeat(bar, 2, axis=0), noise):
+        kept = script.fewer_colours(png(picture))
+        assert (pixels(kept) == picture).all()
+        assert script.fewer_colours(kept) == kept
+    figure[:10, :, 3] = 0
+    assert script.fewer_colours(png(figure)) == png(figure)
+
+
+def test_the_executor_stores_small_figures(script, figure):
+    output = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(png(figure)).decode()})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("plot()", outputs=[output])])
+    script.normalise(notebook)
+    stored = base64.b64decode(notebook.cells[0].outputs[0].data["image/png"])
+    assert stored == script.fewer_colours(png(figure))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_figures_of_the_book_are_stored_small(script, path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", ()):
+            if data := output.get("data", {}).get("image/png"):
+                assert script.fewer_colours(base64.b64decode(data)) == base64.b64decode(data)
