@@ -94,10 +94,10 @@ def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Com
         OpdlabError: if there are fewer than two, or they are not of the same matrices.
     """
     from opdlab.measuring.compare import compare as compare_updates
+    from opdlab.training.trained import Trained
 
-    return compare_updates(
-        [getattr(update, "trajectory", update) if hasattr(update, "run") else update for update in updates], **options
-    )
+    measured = [update.trajectory if isinstance(update, Trained) else update for update in updates]
+    return compare_updates(measured, **options)
 
 
 def judge(records: Records, finding: str = "") -> pd.DataFrame:

@@ -232,10 +232,10 @@ def _teacher(teacher: Model | str | Path | None) -> Model | None:
 def with_local_models(arm: Arm, local_folder: Callable[[str], Path]) -> Arm:
     """Return an arm whose models are in folders on this machine, as ``local_folder`` finds or fetches them."""
 
-    def local(model: Model | None) -> Model | None:
-        return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
+    def local(model: Model) -> Model:
+        return replace(model, folder=str(local_folder(model.folder))) if model.folder else model
 
-    return replace(arm, student=local(arm.student), teacher=local(arm.teacher))
+    return replace(arm, student=local(arm.student), teacher=local(arm.teacher) if arm.teacher else None)
 
 
 def changed_fields(value: Any) -> dict[str, Any]:

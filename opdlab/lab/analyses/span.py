@@ -66,8 +66,8 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
         for basis, pair in bases.items():
             first, second = (make() for make in pair)
             left, (c_first, c_second) = residual(whole, (first, second))
-            parts = zip(*(update.split(sizes) for update in (whole, first, second)), strict=True)
-            squares = sum((residual(w, two)[0] * w.norm()) ** 2 for w, *two in parts)
+            matrices = zip(*(update.split(sizes) for update in (whole, first, second)), strict=True)
+            squares = sum((residual(w, two)[0] * w.norm()) ** 2 for w, *two in matrices)
             rows.append(
                 {
                     "arm": arm,
