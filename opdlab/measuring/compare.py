@@ -163,11 +163,11 @@ def load_measured(updates: Sequence[Update | Path | str]) -> list[Measured]:
         if found.table.empty or not found.table[["rows", "cols"]].sort_index().equals(first):
             what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
             raise OpdlabError(f"{what} is about other matrices than {than}: compare models of one architecture")
-    names = [found.label for found in measured]
+    names = labels = [found.label for found in measured]
     if len(set(names)) < len(names):
         names = [one.title if isinstance(one, Update) else one.resolve().parent.name for one in asked]
     if len(set(names)) < len(names):
-        names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
+        names = [f"{label} ({i})" for i, label in enumerate(labels, 1)]
     return [replace(found, label=name) for found, name in zip(measured, names, strict=True)]
 
 
