@@ -69,6 +69,11 @@ def place_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
 
 
+def source_of(checkpoint: Checkpoint) -> Located:
+    """Return what opens a checkpoint again, in any process if it is on disk."""
+    return checkpoint.path if isinstance(checkpoint.path, Path) else checkpoint
+
+
 def check_apart(out: Path, checkpoints: Iterable[Checkpoint | Path | str]) -> None:
     """Raise if results would be written into one of the checkpoints."""
     if any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):

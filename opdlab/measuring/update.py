@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -224,6 +225,27 @@ class Update:
     def _repr_html_(self) -> str:
         title, *notes = (f"<p>{escape(text)}</p>" for text in (self.title, *self.notes))
         return "\n".join([title, *map(as_html, self._shown()), *notes])
+
+
+def load_update(summary: Path) -> Update:
+    """Read an update that was saved, from its summary.json and the tables beside it.
+
+    Raises:
+        OpdlabError: if a file is missing or something else, or the checkpoints are gone.
+    """
+    try:
+        found, table = json.loads(summary.read_text()), pd.read_csv(summary.with_name("matrices.csv"))
+        followed = summary.with_name("trajectory.csv")
+        trajectory = pd.read_csv(followed) if "trajectory" in found else pd.DataFrame()
+        table = table.astype({"frobenius": float, "density": float, "parameters": int, "block": str})
+        base, path = Path(found["base"]), tuple(map(Path, found["path"]))
+        seed, device = int(found["seed"]), str(found["provenance"]["device"])
+    except (OSError, ValueError, LookupError, TypeError) as problem:
+        raise OpdlabError(
+            f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
+        ) from problem
+    opened = open_all(base, path)
+    return Update(opened[0], opened[1:], table, trajectory, seed, device)
 
 
 def as_text(table: pd.DataFrame) -> str:

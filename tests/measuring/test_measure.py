@@ -18,7 +18,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import means
 from opdlab.lab.scales import TINY
 from opdlab.measuring.compare import compare
-from opdlab.measuring.update import measure, measure_update
+from opdlab.measuring.update import load_update, measure, measure_update
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.folders import load_model
 
@@ -139,6 +139,7 @@ def test_what_an_update_shows(anchor, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["matrices.csv", "report.html", "summary.json"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["groups"]["overall"]["stable_rank"]["value"] == anchor.means.loc["stable_rank", "value"]
+    assert repr(load_update(tmp_path / "summary.json")) == text
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
         anchor.save(DATA / "models/tiny/anchor")
 
