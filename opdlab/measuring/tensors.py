@@ -141,10 +141,7 @@ def measured(
     _check_device(job.device)
     open_all.cache_clear()  # files may have changed
     base, *path = open_all(job.base, job.path)
-    comparable = [check_comparable(base, checkpoint) for checkpoint in path]
-    shapes = {name: base.pieces[name].shape for name in comparable[-1] if all(name in others for others in comparable)}
-    if blocks is not None:
-        shapes = {name: shape for name, shape in shapes.items() if identity(name, shape)["block"] in blocks}
+    shapes = _common(base, path, blocks)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     small = sum(prod(shape) * min(shape) for shape in shapes.values() if len(shape) == 2) < SMALL
     on_disk = all(isinstance(source, Path) for source in (job.base, *job.path))
@@ -165,6 +162,14 @@ def measured(
             trajectory = trajectory.sort_values("step", kind="stable", ignore_index=True)
         yield table, trajectory
     open_all.cache_clear()  # weights in memory may go
+
+
+def _common(base: Checkpoint, path: list[Checkpoint], blocks: Collection[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that all checkpoints have, largest first."""
+    comparable = [check_comparable(base, checkpoint) for checkpoint in path]
+    names = [name for name in comparable[-1] if all(name in others for others in comparable)]
+    shapes = {name: base.pieces[name].shape for name in names}
+    return {name: shape for name, shape in shapes.items() if not blocks or identity(name, shape)["block"] in blocks}
 
 
 def _check_device(device: str) -> None:

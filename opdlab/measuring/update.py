@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
 
@@ -16,7 +16,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means, summarise, trajectory_means
 from opdlab.measuring.sources import check_apart, locate, name_of, open_all, place_of, steps_of
 from opdlab.measuring.tensors import Job, measured
-from opdlab.models.checkpoints import Checkpoint, Source
+from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
 from opdlab.models.files import write_json, write_whole
 from opdlab.processes import provenance
 
@@ -38,9 +38,8 @@ def measure(
 ) -> Update:
     """Measure every tensor of an update. Nothing is written unless ``out`` or ``cache`` is given.
 
-    A checkpoint is a model folder, a LoRA adapter's folder, a safetensors file, the name of a model on the Hugging Face
-    hub (OWNER/NAME, which is fetched), a state dict or a module. With several checkpoints after the base, the update is
-    that of the last, and the trajectory has the way there.
+    A checkpoint is a model folder, a LoRA adapter's folder, a safetensors file, a model of the Hugging Face hub
+    (OWNER/NAME, which is fetched), a state dict or a module. Of several after the base, the last ends the update.
 
     Args:
         base: the checkpoint before.
@@ -48,9 +47,8 @@ def measure(
         out: folder for the results (:meth:`Update.save`); what an earlier call left unfinished there is resumed.
         seed: of the nulls.
         nulls: whether to compute the nulls and the norm-matched diagnostics.
-        processes: how many matrices are measured at once, with one thread each; 1 stays in this process. By default one
-            for each processor where the model is large enough; weights in memory are always measured in this process.
-        device: where to compute, "cuda" for a GPU (then with one process).
+        processes: how many tensors are measured at once (see :func:`opdlab.measuring.tensors.measured`).
+        device: where to compute, "cuda" for a GPU.
         cache: folder for decompositions of bases.
         progress: show a bar.
 
@@ -65,22 +63,23 @@ def measure(
     0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
     several: Sequence[Any] = tuned if isinstance(tuned, (list, tuple)) else [tuned]
-    located = locate(base, several)
-    job = Job(*located, steps_of(located[1]), seed, nulls, cache=cache, device=device)
+    start, ends = locate(base, several)
+    job = Job(start, ends, steps_of(ends), seed, nulls, cache=cache, device=device)
     folder = Path(out) if out else None
-    if folder:
-        check_apart(folder, [job.base, *job.path])
+    check_apart(folder, [job.base, *job.path])
     with measured(job, processes=processes, out=folder, progress=progress) as (table, trajectory):
-        opened = open_all(job.base, job.path)
-        update = Update(opened[0], opened[1:], table, trajectory, seed, device)
-        moved = bool((table["frobenius"] != 0).any())
-        if moved and folder:
+        origin, *path = open_all(job.base, job.path)
+        update = Update(origin, tuple(path), table, trajectory, seed, device)
+        if folder and update.moved:
             update.save(folder)
-    if not moved:
-        if folder and (folder / "job.json").is_file():
-            (folder / "job.json").unlink()
-        raise OpdlabError(f"{job.base} and {job.path[-1]} hold the same weights: there is no update to measure")
-    return update
+    return update if update.moved else _refuse(update, folder)
+
+
+def _refuse(update: Update, out: Path | None) -> NoReturn:
+    if out:
+        (out / "job.json").unlink(missing_ok=True)
+    ends = f"{update.base.path} and {update.path[-1].path}"
+    raise OpdlabError(f"{ends} hold the same weights: there is no update to measure")
 
 
 def measure_update(
@@ -145,6 +144,11 @@ class Update:
     def means(self) -> pd.DataFrame:
         """The means over the matrices of attention and MLP (:func:`opdlab.geometry.summary.overall_means`)."""
         return overall_means(self.table)
+
+    @property
+    def moved(self) -> bool:
+        """Whether any weight changed."""
+        return bool((self.table["frobenius"] != 0).any())
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -244,8 +248,8 @@ def load_update(summary: Path) -> Update:
         raise OpdlabError(
             f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
         ) from problem
-    opened = open_all(base, path)
-    return Update(opened[0], opened[1:], table, trajectory, seed, device)
+    opened = open_checkpoint(base)
+    return Update(opened, tuple(open_checkpoint(end, opened) for end in path), table, trajectory, seed, device)
 
 
 def as_text(table: pd.DataFrame) -> str:
