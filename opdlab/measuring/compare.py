@@ -1,7 +1,7 @@
 """Several updates side by side: do they move the same weights, and in the same directions?
 
-Every similarity stands beside what unrelated updates would show: random subspaces, masks that are independent given
-their densities, and masks of permuted updates, which share what rounding alone prefers.
+Every similarity stands beside that of unrelated updates: random subspaces, masks that are independent given their
+densities, and masks of permuted updates, which have in common what rounding alone prefers.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _summary_file(path: Path) -> Path:
 
 
 def _labels(asked: Sequence[Update | Path], loaded: Sequence[Update]) -> list[str]:
-    """Return a name for each update: that of its tuned model, or where there are several such, of its folder."""
+    """Return a name for each update: that of its tuned model, or of its folder where that is not unique."""
     labels = names = [name_of(update.path[-1]) for update in loaded]
     if len(set(names)) < len(names):
         names = [one.title if isinstance(one, Update) else one.resolve().parent.name for one in asked]
@@ -167,7 +167,7 @@ def _check_alike(asked: Sequence[Update | Path], tables: Sequence[pd.DataFrame])
 
 @dataclass(frozen=True)
 class _Pairs:
-    """What one process needs to compare the updates of any matrix."""
+    """All that a process needs to compare the updates of any matrix."""
 
     updates: tuple[tuple[str, Located, Located], ...]  # label, base, tuned
     norms: tuple[dict[str, float], ...]  # of each update, by matrix, as measured

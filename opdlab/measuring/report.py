@@ -1,4 +1,4 @@
-"""The report of a measurement: one HTML file with the means, the figures and what they show, to be opened anywhere."""
+"""The report of a measurement: one self-contained HTML file with the means, and figures with what they show."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _masks(layers: pd.DataFrame) -> Figure:
 
 
 def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
-    """Draw the means of a column over the steps, and dashed its null."""
+    """Draw the means of a column over the steps, and its null as dashes."""
     for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
         rows = trajectory[trajectory["block"] == block]
         if len(rows):

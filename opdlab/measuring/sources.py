@@ -1,4 +1,4 @@
-"""The checkpoints that an update is between: where they are, whether they belong together, and at which steps."""
+"""The checkpoints of an update: where they are, whether they belong together, and their steps."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def find_trajectory(folder: Path) -> list[Path]:
 
 
 def default_out(measured: Path) -> Path:
-    """Return the folder for the results of a checkpoint or a run; what is only numbered gets its run's name too.
+    """Return the default folder for results; a checkpoint that only has a number gets its run's name too.
 
     >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
     (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))

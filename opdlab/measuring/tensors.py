@@ -34,7 +34,7 @@ SMALL = 1e9
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to measure any tensor on the way from a base to the last of its checkpoints."""
+    """All that a process needs to measure any tensor on the way from a base to the last of its checkpoints."""
 
     base: Located  # a checkpoint, if it is in memory
     path: tuple[Located, ...]
@@ -122,7 +122,7 @@ def measured(
     out: Path | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-    """Measure the tensors of a job, for the block that uses the tables: of the tensors, and of the trajectory.
+    """Measure the tensors of a job; the ``with`` block gets the table of the tensors and that of the trajectory.
 
     Args:
         job: what is measured, and how.
