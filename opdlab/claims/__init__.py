@@ -17,19 +17,3 @@ from opdlab.claims.judging import (
     scorecard,
 )
 from opdlab.claims.paper import CLAIMS, FINDINGS
-
-__all__ = [
-    "CLAIMS",
-    "FINDINGS",
-    "VERDICTS",
-    "Claim",
-    "Contrast",
-    "Metric",
-    "Verdict",
-    "contrasts",
-    "count_verdicts",
-    "holm",
-    "judge",
-    "judgeable",
-    "scorecard",
-]

@@ -14,5 +14,3 @@ from opdlab.lab.analyses.span import SPAN
 #:
 #: :meta hide-value:
 ANALYSES = {analysis.name: analysis for analysis in (SIMILARITY, DIRECTIONS, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS)}
-
-__all__ = ["ANALYSES", "Analysis", "Part", "RunSet"]
