@@ -294,6 +294,13 @@ def test_an_analysis_whose_runs_are_others_now_is_not_read(own):
     assert missing_parts(SPAN, 0, other) and not missing_parts(SPAN, 0, own)
 
 
+def test_a_seed_is_not_recorded_by_another_that_reads_the_same_runs(own):
+    """With two seeds, each reads its own runs and the other's."""
+    two = replace(own, scale=replace(own.scale, policy=replace(own.scale.policy, seeds=(0, 1))))
+    record("span", 0, two)
+    assert not missing_parts(SPAN, 0, two) and missing_parts(SPAN, 1, two)
+
+
 def test_analyses_wait_for_their_runs(tmp_path):
     empty = Laboratory.at("tiny", tmp_path)
     jobs = {job.name: job for job in plan(empty, (), (0,), analyses=("span", "gradients"))}
