@@ -25,7 +25,7 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError, exit_status
-from opdlab.measuring.update import Job
+from opdlab.measuring.tensors import Job
 from opdlab.models.files import write_json
 from opdlab.processes import provenance, workers
 
@@ -53,7 +53,7 @@ def _memory(device: str) -> int:
 
 def time_measure(folder: Path, nulls: bool, device: str, repeats: int) -> tuple[float, float]:
     """Return seconds (the median of repeats) and bytes beyond those of the process; called in a process of its own."""
-    job = Job(folder / "base.safetensors", (folder / "tuned.safetensors",), 0, nulls, None, device)
+    job = Job(folder / "base.safetensors", (folder / "tuned.safetensors",), (1,), nulls=nulls, device=device)
     # The libraries start up on a matrix of their own.
     torch.linalg.svdvals(torch.randn(64, 64, dtype=torch.float64, device=device))
     before, seconds = _memory(device), []

@@ -19,6 +19,7 @@ from threading import RLock, Thread
 
 import numpy
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
@@ -52,7 +53,8 @@ def cpu_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        yield
+        with threadpool_limits(count):  # of SciPy's BLAS, which PyTorch's number says nothing to
+            yield
     finally:
         torch.set_num_threads(before)
 

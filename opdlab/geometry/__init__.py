@@ -5,14 +5,14 @@ Nothing here knows how the weights were trained. Read in this order, one idea a 
 1. :mod:`~opdlab.geometry.sparsity`: which weights visibly moved.
 2. :mod:`~opdlab.geometry.spectrum`: how far, in how many directions, and what became of the singular values.
 3. :mod:`~opdlab.geometry.subspaces`: which directions; how far they turned, how early they are settled.
-4. :mod:`~opdlab.geometry.masks`: which coordinates, against the principal and the small weights.
+4. :mod:`~opdlab.geometry.masks`: which coordinates, in comparison with the principal and the small weights.
 5. :mod:`~opdlab.geometry.nulls`: what each of these shows when there is nothing to see.
 6. :mod:`~opdlab.geometry.matrices`, :mod:`~opdlab.geometry.measure` and :mod:`~opdlab.geometry.trajectory`: all of
-   it, for the matrices of a model, in a table.
+   it, in a table, for the matrices of a model.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
-left is the output side and right the input side. Arithmetic is in float64, on the device that a
-tensor is on. What is undefined is NaN, never 0; what is wrong is an :class:`opdlab.errors.OpdlabError`.
+left is the output side and right the input side. Arithmetic is in float64, on the device of the
+tensor. What is undefined is NaN, never 0; bad input raises :class:`opdlab.errors.OpdlabError`.
 """
 
 from opdlab.geometry.masks import (

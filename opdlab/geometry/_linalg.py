@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def gram(tall: Tensor) -> Tensor:
-    """Return the lower triangle of tall^T tall, all that an eigensolver reads, for five eighths of the work."""
+    """Return the lower triangle of tall^T tall, all that an eigensolver reads, at five eighths of the cost."""
     n = tall.shape[1]
     squares, block = tall.new_zeros(n, n), -(-n // 4)
     for start in range(0, n, block):
@@ -20,7 +20,8 @@ def gram(tall: Tensor) -> Tensor:
 def eigenvalues(lower: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues (n,) of a symmetric matrix, ascending, and the vectors (n, k) of the k largest.
 
-    On a CPU, LAPACK's steps one by one: torch.linalg.eigh would compute every vector, in two to three times the time.
+    On a CPU this calls LAPACK step by step: torch.linalg.eigh would compute every vector and take two to three times as
+    long.
 
     Args:
         lower: (n, n) in float64, of which the lower triangle is read.
@@ -35,10 +36,10 @@ def eigenvalues(lower: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
     values, failed = lapack.dsterf(diagonal, beside)
     vectors = np.empty((n, k), order="F")
     if k:
-        # By index (2); LAPACK wants room for one more entry beside the diagonal.
+        # Selected by index (2); LAPACK needs room for one more entry beside the diagonal.
         _, _, found, failed_too = lapack.dstemr(diagonal, np.append(beside, 0.0), 2, 0.0, 0.0, n - k + 1, n)
         failed |= failed_too
-        # The reflectors turn the vectors of the tridiagonal matrix into those of the full one, all but their first row.
+        # The reflectors turn the vectors of the tridiagonal matrix into those of the full one, except their first row.
         vectors[0] = found[0, :k]
         vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors[1:, :-1], factors, found[1:, :k], 64 * k)
     if failed:

@@ -1,8 +1,8 @@
 """Coordinates: does the visible update fall on principal weights, or on small ones?
 
 A mask M* marks a share alpha of the weights of one matrix by a property of w0 alone; its overlap with the visible
-update M is the share of M inside M*. A random update has overlap alpha. So has, within narrow limits, any update that
-moves nearly everything: :func:`~opdlab.geometry.feasible_range`.
+update M is the share of M inside M*. A random update has overlap alpha. So does, within narrow limits, any update that
+moves nearly every weight: :func:`~opdlab.geometry.feasible_range`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from opdlab.geometry.spectrum import Svd, svd
 
 
 def largest_entries(values: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` entries of largest magnitude; of equal ones, those that come first in row-major order.
+    """Mark the ``count`` entries of largest magnitude; ties go to the entries that come first in row-major order.
 
     Args:
         values: a tensor of any shape, for example an update before rounding.
@@ -61,7 +61,7 @@ def principal_mask(w0: Tensor | Svd, r: int, alpha: float) -> Tensor:
     Raises:
         OpdlabError: if r or alpha is out of range, or as for :func:`opdlab.geometry.svd`.
 
-    Source: 2606.07082, Appendix C.3, where alpha is 0.5; only 0.3, as in the text, can have made its Figure 3 (see
+    Source: 2606.07082, Appendix C.3, where alpha is 0.5; only the 0.3 of the text can have produced its Figure 3 (see
     :func:`feasible_range`). The mask is that of LIFT, 2506.00772, by way of 2511.08567.
 
     >>> principal_mask(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), 1, 0.25)
@@ -168,10 +168,10 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 
 
 def independent_jaccard(density_a: float, density_b: float) -> float:
-    """Return the Jaccard index of two large masks that have nothing to do with each other; NaN if both are empty.
+    """Return the Jaccard index of two large masks that are independent of each other; NaN if both are empty.
 
     Args:
-        density_a: share of True entries in the one, from 0 to 1.
+        density_a: share of True entries in one mask, from 0 to 1.
         density_b: share of True entries in the other.
 
     Raises:
@@ -214,7 +214,7 @@ def feasible_range(alpha: float, density: float) -> tuple[float, float]:
 
 
 def _select(values: Tensor, count: int, largest: bool) -> Tensor:
-    """Mark the ``count`` smallest or largest values, of equal ones the first: a selection, far faster than a sort."""
+    """Mark the ``count`` smallest or largest values, ties going to the first: a selection, far faster than a sort."""
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     threshold = _kth_smallest(values.flatten(), values.numel() - count + 1 if largest else count)

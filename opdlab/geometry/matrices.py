@@ -52,7 +52,7 @@ def describe(name: str) -> Description:
 
 
 def identity(name: str, shape: tuple[int, ...]) -> dict:
-    """Return the columns that say which tensor a row is about; one that is no matrix counts as a single column.
+    """Return the columns that say which tensor a row is about; what is not a matrix counts as a single column.
 
     >>> identity("norm.weight", (4,))
     {'matrix': 'norm.weight', 'layer': -1, 'module': 'norm', 'block': 'norm', 'rows': 4, 'cols': 1, 'parameters': 4}
@@ -70,14 +70,14 @@ def identity(name: str, shape: tuple[int, ...]) -> dict:
 def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Choose the weights that the diagnostics are about: the matrices of the layers, in the order given.
 
-    Embeddings, the output head, norms and biases are left out: the first two are not in a layer, the others are not
+    Embeddings, the output head, norms and biases are left out: the first two are not in a layer, and the others are not
     matrices.
 
     Args:
         state_dict: names and tensors of a model.
 
     Raises:
-        OpdlabError: if no weight is left, or one holds several matrices side by side: the paper splits those first.
+        OpdlabError: if no weight is left, or one holds several matrices side by side, which the paper splits first.
 
     Source: 2606.07082, Appendix C.3 ("standard weight matrices across layers").
 

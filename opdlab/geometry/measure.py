@@ -64,7 +64,7 @@ class Resolution:
     matched_norm: float = MATCHED_NORM
 
     def __post_init__(self) -> None:
-        """Refuse what no matrix could be measured with."""
+        """Reject values that no matrix could be measured with."""
         _checks.whole(self.k, "k", 1)
         _checks.whole(self.mask_rank, "mask_rank", 1)
         for i, k in enumerate(self.sim_ks):
@@ -118,7 +118,7 @@ def measure_pair(
         w1s: state dict after, with the same matrices.
         resolution: the same for all matrices; by default that of each, :meth:`Resolution.of` its shape.
         seed: of the permutations. A null is one draw, the same whatever else is measured.
-        base_svds: :func:`~opdlab.geometry.decompose` of ``w0s``, if it is at hand.
+        base_svds: :func:`~opdlab.geometry.decompose` of ``w0s``, if it is already known.
 
     Raises:
         OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is smaller than the
@@ -157,7 +157,7 @@ def measure_matrix(
 
     Keys:
 
-    - k, mask_rank and, with nulls, matched_norm: the resolution, as far as no other column has it in its name;
+    - k, mask_rank and, with nulls, matched_norm: the parts of the resolution that no column's name tells;
     - frobenius, relative_norm;
     - stable_rank, effective_rank, effective_rank_squared, top_energy and hill (the last two of k singular values),
       each with _null: of the permuted, unrounded update; and stable_rank_gaussian;
@@ -179,8 +179,8 @@ def measure_matrix(
         w1: (m, n) weights after.
         resolution: by default :meth:`Resolution.of` the shape.
         seed: of the permutation.
-        svd0: the Svd of w0, if it is at hand, with :attr:`Resolution.vectors` vectors or more.
-        nulls: whether to compute what needs a permuted or a norm-matched update, about a third of the time.
+        svd0: the Svd of w0, if it is already known, with :attr:`Resolution.vectors` vectors or more.
+        nulls: whether to compute what needs a permuted or a norm-matched update, which takes about a third of the time.
 
     Raises:
         OpdlabError: naming the matrix, if it is not finite or smaller than the resolution asks for, or the
@@ -192,7 +192,7 @@ def measure_matrix(
     ks = {f"angle_ks[{i}]": k for i, k in enumerate(at.angle_ks)}
     check_size(name, w0, k=at.k, mask_rank=at.mask_rank, **ks)
     svd0 = svd0 or svd(w0, k=at.vectors)
-    # What is large is dropped as soon as it has been used: of float64 matrices of this shape, six are alive at most.
+    # Large tensors are dropped once they have been used: at most six float64 matrices of this shape are alive.
     masks = _masks(w0, svd0, at)
     w1 = _checks.matrix(w1, f"{name} in w1s")
     sized = {"": _size_row(w0, w1, svd0, masks, at)}
@@ -252,7 +252,7 @@ def overall_sparsity(table: DataFrame) -> float:
 
 
 def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
-    """Measure the update of a weight that is no matrix, such as a norm's: what needs no directions.
+    """Measure the update of a weight that is not a matrix, such as a norm's, without any directions.
 
     Keys: frobenius, relative_norm, sparsity, sparsity_absolute, sparsity_relative, density, as in
     :func:`measure_matrix`.
@@ -268,7 +268,7 @@ def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
 
 
 def _visible(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
-    """Return how much of an update can be seen, by the three rules."""
+    """Return how much of an update is visible, by the three rules."""
     return {
         "sparsity": density(~visible),
         "sparsity_absolute": absolute_sparsity(w0, w1),
@@ -289,7 +289,7 @@ def _masks(w0: Tensor, svd0: Svd, at: Resolution) -> Masks:
 
 
 def _overlaps(masks: Masks, update: Tensor) -> dict[str, float]:
-    """Return the overlaps of an update with the masks, and with what is principal and not small."""
+    """Return the overlaps of an update with the masks, and with the weights that are principal and not small."""
     row = {}
     for percent, (principal, low) in masks.items():
         for star, mask in {"principal": principal, "low": low, "principal_only": principal & ~low}.items():
@@ -347,6 +347,6 @@ def _base_svd(name: str, w0: Tensor, base_svds: Mapping[str, Svd]) -> Svd:
 
 
 def generator_of(seed: int, name: str) -> Generator:
-    """Return the random numbers for the nulls of one matrix."""
+    """Return the random number generator for the nulls of one matrix."""
     # From the name, not from the position: the null of a matrix does not depend on which others are measured.
     return torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))

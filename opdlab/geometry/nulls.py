@@ -1,7 +1,7 @@
 """Nulls: what a diagnostic shows when there is nothing to see.
 
 Each keeps one trivial property of an update and destroys its geometry: a permutation keeps the sizes of the entries, a
-random walk the sizes of the steps, a rescaling makes two updates equally large.
+random walk the sizes of the steps; rescaling makes two updates equally large.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from opdlab.geometry.subspaces import Similarity, similarity_to_end
 
 
 def permute(delta: Tensor, generator: Generator) -> Tensor:
-    """Return the entries of an update in random places, in float64: the same multiset, no geometry.
+    """Return the entries of an update in random places, in float64: the same entries without any geometry.
 
     Args:
         delta: a tensor of any shape.
@@ -33,7 +33,7 @@ def permute(delta: Tensor, generator: Generator) -> Tensor:
     tensor([0., 1., 2., 3.], dtype=torch.float64)
     """
     delta = _checks.finite(delta, "delta")
-    # Half of the time and memory of 64 bits, where they suffice.
+    # Where 32 bits suffice, they take half the time and memory of 64.
     dtype = torch.int32 if delta.numel() < 2**31 else torch.int64
     places = torch.randperm(delta.numel(), generator=generator, dtype=dtype).to(delta.device)
     return delta.flatten().index_select(0, places).reshape(delta.shape)
@@ -43,7 +43,7 @@ def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
     """Return w0 plus the permuted update w1 - w0, in float64: the null for mask overlaps.
 
     Small weights have small bfloat16 steps, so an update shows on them more often without any geometry. Rounding this
-    tensor to bfloat16 and taking the overlaps again, as ``overlap(m, update_mask(w0, permuted))``, says how often.
+    tensor to bfloat16 and computing the overlaps again, as ``overlap(m, update_mask(w0, permuted))``, tells how often.
 
     Args:
         w0: weights before, any shape.
@@ -64,11 +64,11 @@ def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
 
 
 def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
-    """Mark the ``count`` weights that Gaussian noise, as it grows, carries over to another bfloat16 number first.
+    """Mark the ``count`` weights that growing Gaussian noise would first carry over to another bfloat16 number.
 
-    This is the visible update of noise that knows nothing of the weights, at the density of a real one: what rounding
-    alone prefers. It needs no unrounded update, so it also serves for models that were saved in bfloat16, where the
-    permuted update does not: what is stored there was rounded to the grid of the weight it was made to.
+    This is the visible update of noise that is independent of the weights, at the density of a real update: it shows
+    what rounding alone prefers. It needs no unrounded update, so it also serves for models that were saved in bfloat16.
+    The permuted update does not: there each entry was rounded to the grid of its own weight.
 
     Args:
         w0: weights before, any shape.
@@ -90,8 +90,8 @@ def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
     noise = torch.randn(w0.shape, generator=generator).to(w0.device)
     here = w0.float().to(torch.bfloat16)
     there = torch.nextafter(here, torch.full_like(here, inf).copysign(noise.to(here.dtype)))
-    # How large the noise must be: the way to the border between the two numbers, halfway, over what is drawn here. In
-    # place, for the memory; what would need more than any number needs the most.
+    # How much the noise must grow: the distance to the midpoint of the two numbers over the noise drawn here. It is
+    # computed in place to save memory; a weight that no noise could carry over comes last.
     needed = here.double().add_(there).div_(2).sub_(w0).div_(noise).nan_to_num_(nan=0.0)
     del noise, here, there
     return smallest_entries(needed, _checks.whole(count, "count", 0, w0.numel()))

@@ -70,8 +70,8 @@ def bf16_sparsity(w0: Tensor, w1: Tensor) -> float:
 def absolute_sparsity(w0: Tensor, w1: Tensor, atol: float = 1e-5) -> float:
     """Return the share of weights with ``|w1 - w0| <= atol``, in the units of the weights; NaN for an empty tensor.
 
-    A rule of other tools. It ignores the size of a weight, so it counts as unchanged what bfloat16 would show on a
-    small weight, and as changed what bfloat16 cannot show on a large one.
+    A rule of other tools. It ignores the size of a weight, so it misses changes of small weights that bfloat16 would
+    show, and counts changes of large weights that bfloat16 cannot show.
 
     Args:
         w0: weights before, any shape.

@@ -43,7 +43,7 @@ _GRAM_LEADING = 1e-2
 def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
     """Decompose a matrix; an :class:`Svd` is returned as it is.
 
-    All singular values and a few vectors, which is all that most diagnostics ask for, come from the eigenvalues of the
+    All singular values and a few vectors, which is all that most diagnostics need, come from the eigenvalues of the
     Gram matrix, five to ten times faster than the full SVD. Where that would lose more than two digits, the full SVD is
     used: values are good to 2e-10 of the largest, subspaces to about 1e-9 degrees where the gap behind them is wide.
 
@@ -74,12 +74,12 @@ def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
         squares, vectors = eigenvalues(gram(tall), k)  # ascending
         if squares[0] > _GRAM_FLOOR**2 * squares[-1] and squares[-k] > _GRAM_LEADING**2 * squares[-1]:
             s, v = squares.flip(0).sqrt(), vectors.flip(1)
-            # The columns of tall @ v are orthogonal already but for rounding, which QR takes away.
+            # The columns of tall @ v are orthogonal already except for rounding, which QR removes.
             u, r = torch.linalg.qr(tall @ v)
             u = u * r.diagonal().sign()
         else:
             u, s, vh = torch.linalg.svd(tall, full_matrices=False)
-            # Copies, as views would keep all the vectors alive.
+            # Copied, because views would keep all the vectors alive.
             u, v = u[:, :k].clone(), vh[:k].T.clone()
     else:
         u, s, vh = torch.linalg.svd(tall, full_matrices=False)
@@ -123,7 +123,7 @@ def frobenius(delta: Tensor) -> float:
 
 
 def relative_norm(w0: Tensor, w1: Tensor) -> float:
-    """Return ||w1 - w0||_F / ||w0||_F, without unit; NaN if w0 is zero.
+    """Return ||w1 - w0||_F / ||w0||_F, a number without a unit; NaN if w0 is zero.
 
     Args:
         w0: weights before, any shape.
@@ -280,5 +280,5 @@ def gaussian_stable_rank(m: int, n: int) -> float:
 
 
 def _ratio(a: float, b: float) -> float:
-    """Divide; what has no denominator is undefined."""
+    """Divide; NaN if the denominator is zero."""
     return a / b if b > 0 else nan

@@ -142,7 +142,7 @@ class Energy(NamedTuple):
 
 
 def subspace_energy(delta: Tensor, w0: Tensor | Svd, k: int) -> Energy:
-    """Return how much of an update lies in the top-k singular subspaces of the weights it is made to.
+    """Return how much of an update lies in the top-k singular subspaces of the weights it is applied to.
 
     A random update has k / m on the left, k / n on the right and their product on both sides.
 
@@ -254,7 +254,7 @@ def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
 
 
 def _leading(vectors: Tensor, decomposed: Svd, k: int) -> Tensor:
-    """Take the first k columns; those that belong to a vanishing singular value are undefined."""
+    """Return the first k columns; those that belong to a vanishing singular value are NaN."""
     columns = vectors[:, : _checks.whole(k, "k", 1, vectors.shape[1])].clone()
     columns[:, decomposed.rank :] = nan
     return columns

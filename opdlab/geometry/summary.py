@@ -1,8 +1,8 @@
 """Summaries: what a table of measurements says about a whole model, a block or a module, as means over its matrices.
 
 All means are weighted by one rule, the paper's (2606.07082, Appendix C.3): sparsity weighs a matrix by its parameters,
-every other diagnostic weighs all matrices alike. A mean stands beside the same mean of its null, or, where size is what
-explains it (sparsity, angles, drift), beside that of the update at equal norm.
+every other diagnostic weighs all matrices alike. A mean stands beside the same mean of its null, or, where
+size explains it (sparsity, angles, drift), beside that of the update at equal norm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUMMARY: dict[str, str | None] = {
     **{f"energy_{side}": f"energy_{side}_random" for side in ("left", "right", "both")},
     **{column: f"{column}_null" for column in _MASKS},
 }
-# Numbers that say which matrix a row is about and how it was measured, and not what was found.
+# Columns that say which matrix a row is about and how it was measured, not what was found.
 _NOT_MEASURED = ("layer", "rows", "cols", "matrices", "parameters", "k", "mask_rank", "matched_norm")
 
 
@@ -97,8 +97,8 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
 def trajectory_means(trajectory: pd.DataFrame) -> pd.DataFrame:
     """Return one row per step: the means of a trajectory over the matrices of attention and MLP, with their nulls.
 
-    Sim is on the right side, at the largest K: to the end, of a random walk, to the rest of the update, between
-    consecutive intervals, at random.
+    The similarities are on the right side at the largest K: to the end, that of a random walk, to the rest of the
+    update, between consecutive intervals, and at random.
     """
     columns = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
     columns += [f"{column}{null}" for column in ("stable_rank", "effective_rank", "hill") for null in ("", "_null")]

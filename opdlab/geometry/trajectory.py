@@ -87,7 +87,7 @@ def measure_matrix_trajectory(
     Args:
         name: of the matrix: it seeds the nulls, and stands in errors.
         w0: (m, n) weights at the origin.
-        w_ts: T snapshots (m, n), in order; the last is t_end. It may be a sequence that reads them from disk.
+        w_ts: T snapshots (m, n), in order; the last is t_end. The sequence may read them from disk.
         resolution: by default :meth:`Resolution.of` the shape.
         seed: of the permutations and walks.
 
@@ -102,7 +102,7 @@ def measure_matrix_trajectory(
     def at(t: int) -> Tensor:
         return _checks.matrix(w_ts[t].to(w0.device), f"{name} in the snapshot {t}")
 
-    # Snapshots are read again for each question, so that two of them at most are in memory.
+    # Snapshots are read again where they are needed, so that at most two of them are in memory.
     interval_norms = [frobenius(after - before) for before, after in pairwise((w0, *map(at, range(count))))]
     walk_svds = [svd(delta.to(w0.device), k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
     end, svds, rests, intervals, rows = at(count - 1), [], [], [], []

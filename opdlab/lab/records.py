@@ -15,7 +15,6 @@ Columns that follow from others are not stored: :func:`read_tables` adds them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.analyses.runset import clock
 from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.update import measure_update
-from opdlab.models.files import load_tensors, write_json, write_whole
+from opdlab.models.files import tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.store import Run
 
@@ -370,14 +369,6 @@ def _write_sorted(path: Path, table: pd.DataFrame, columns: list[str]) -> None:
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table with seven digits, whole or not at all."""
     write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.7g", lineterminator="\n"))
-
-
-def tensors_digest(path: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the tensors in a snapshot: equal if they agree bit for bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(load_tensors(path)[0].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # --- means ------------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The geometry of an update between checkpoints on disk, whoever trained them."""
+"""The geometry of an update between checkpoints, whoever trained them."""

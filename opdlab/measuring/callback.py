@@ -1,4 +1,4 @@
-"""A callback for trainers: the geometry of the update while a model trains, wherever its trainer logs."""
+"""A callback for trainers: it logs the geometry of the update while a model trains."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from opdlab.models.files import save_tensors
 
 
 class GeometryCallback(TrainerCallback):
-    """Log rank, size, sparsity and direction of the update every so many steps.
+    """Log rank, size, sparsity and direction of the update at regular intervals.
 
-    What is logged, each the mean over the chosen matrices: geometry/stable_rank and geometry/relative_norm of the
-    update since the start, geometry/sparsity (bf16), geometry/sim_right_K16 and geometry/sim_left_K16, the similarity
-    of its leading subspaces to those at the measurement before (unrelated ones have geometry/sim_random_K16 on the
-    right; shared history lifts it for any run), and geometry/seconds, what this measurement took.
-    Divided by ``every``, that is the cost of a step: the 120 attention matrices of a 135 M model take 3 seconds on one
-    CPU core, so 0.06 seconds a step at the default. A copy of the chosen matrices is kept in the CPU's memory.
+    These are logged, each as the mean over the chosen matrices: geometry/stable_rank and geometry/relative_norm of the
+    update since the start; geometry/sparsity (bf16); geometry/sim_right_K16 and geometry/sim_left_K16, the similarity
+    of its leading subspaces to those at the previous measurement (unrelated subspaces have geometry/sim_random_K16 on
+    the right; a shared history raises it for any run); and geometry/seconds, the time that this measurement took.
+    Divided by ``every``, that is the cost per step: the 120 attention matrices of a 135 M model take 3 seconds on one
+    CPU core, so 0.06 seconds per step at the default. A copy of the chosen matrices is kept in the CPU's memory.
 
-    It works with transformers' Trainer and those made from it, as all of TRL's are. Weights of which each process has
-    a part (DTensor) are put together to be measured. Those of a LoRA adapter are not an update by themselves: save it,
-    and measure it with ``opdlab measure``.
+    It works with transformers' Trainer and trainers derived from it, as all of TRL's are. Sharded weights (DTensor) are
+    gathered to be measured. A LoRA adapter's weights are not an update by themselves: save the adapter, and measure it
+    with ``opdlab measure``.
 
     Args:
-        trainer: the trainer that it is added to; results go where it logs.
+        trainer: the trainer that it is added to, which logs the results.
         every: optimizer steps between measurements; the last step is measured when training ends.
-        matrices: regular expression, searched for in the names of the weights that are matrices. By default those of
-            attention, which the paper follows over training.
+        matrices: regular expression to search for in the names of the matrices; by default those of attention, which
+            the paper follows over training.
         k: dimension of the subspaces; the paper's 16.
-        snapshots: folder for the model's weights at some steps, one whole file for each, which the main process writes:
-            ``opdlab measure BASE --trajectory SNAPSHOTS`` reads them.
+        snapshots: folder for the model's weights at some steps, one file each, written by the main process; ``opdlab
+            measure BASE --trajectory SNAPSHOTS`` reads them.
         snapshot_steps: those steps.
 
     Raises:
@@ -85,7 +85,7 @@ class GeometryCallback(TrainerCallback):
                 f"training resumes at step {state.global_step}, so its first weights are not here: leave out "
                 "GeometryCallback, and measure the checkpoints with 'opdlab measure BASE --trajectory DIR'"
             )
-        # On the CPU: there is room, and a device has better use for its own.
+        # On the CPU, which has more room than a device.
         self._origin = {
             name: _whole(weight).to("cpu", copy=True)
             for name, weight in _matrices(kwargs["model"])
@@ -111,7 +111,7 @@ class GeometryCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the last step, unless it was."""
+        """Measure the last step, unless it was measured already."""
         if state.global_step > self._measured:
             self._log(state, control, kwargs["model"])
 
@@ -134,8 +134,8 @@ class GeometryCallback(TrainerCallback):
             if not values.isnan().all():
                 logs[f"geometry/{key}"] = float(values.nanmean())
         logs["geometry/seconds"] = time.perf_counter() - start
-        # As Trainer logs, not as those made from it do, which would add their own metrics here and forget them. Logging
-        # also tells the trainer that this step's loss is logged already; it is not.
+        # Trainer's own method: those of derived trainers would add their metrics here and then forget them. Logging
+        # also tells the trainer that this step's loss has been logged, which it has not.
         should_log = control.should_log
         Trainer.log(self.trainer, logs)
         control.should_log = should_log
@@ -176,6 +176,6 @@ def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """Return a weight of which each process has a part as one tensor; every process must ask for it."""
+    """Return a sharded weight as one tensor; every process must call this."""
     weight = weight.detach()
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight

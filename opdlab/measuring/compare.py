@@ -1,16 +1,14 @@
 """Several updates side by side: do they move the same weights, and in the same directions?
 
-Every similarity stands beside what unrelated updates would show: random subspaces, masks that are independent given
-their densities, and masks of permuted updates, which share what rounding alone prefers.
+Every similarity stands beside that of unrelated updates: random subspaces, masks that are independent given their
+densities, and masks of permuted updates, which have in common what rounding alone prefers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
-from math import prod
 from pathlib import Path
 
 import pandas as pd
@@ -35,10 +33,10 @@ from opdlab.geometry import (
     update_mask,
 )
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
-from opdlab.geometry.summary import largest_k, of_layers, overall_means
+from opdlab.geometry.summary import largest_k, of_layers
 from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.sources import Located, name_of, open_all
-from opdlab.measuring.update import Update, as_html, as_text, write_table
+from opdlab.measuring.sources import Located, name_of, open_all, place_of, source_of
+from opdlab.measuring.update import Update, as_html, as_text, load_update, write_table
 from opdlab.models.files import write_json
 
 
@@ -111,83 +109,47 @@ def compare(
     Raises:
         OpdlabError: on bad input, naming the file.
     """
-    measured, folder = load_measured(updates), Path(out) if out else None
-    sizes = {name: prod(shape) for name, *shape in measured[0].table[["rows", "cols"]].itertuples()}
-    sizes = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    asked = [one if isinstance(one, Update) else _summary_file(Path(one)) for one in updates]
+    if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
+        raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
+    loaded = [one if isinstance(one, Update) else load_update(one) for one in asked]
+    measured = dict(zip(_labels(asked, loaded), loaded, strict=True))
+    tables = [_compared(update.table) for update in loaded]
+    _check_alike(asked, tables)
+    sizes = dict(sorted(tables[0]["parameters"].astype(int).items(), key=lambda item: -item[1]))
+    ends = [(source_of(update.base), source_of(update.path[-1])) for update in loaded]
     job = _Pairs(
-        tuple((update.label, update.base, update.tuned) for update in measured),
-        tuple(update.table["frobenius"].to_dict() for update in measured),
+        tuple((label, *where) for label, where in zip(measured, ends, strict=True)),
+        tuple(table["frobenius"].astype(float).to_dict() for table in tables),
         seed,
     )
-    on_disk = all(isinstance(place, Path) for _, *places in job.updates for place in places)
-    # What is in memory has no place to write down.
-    named = [[part if isinstance(part, str) else str(getattr(part, "path", part)) for part in u] for u in job.updates]
+    on_disk = all(isinstance(source, Path) for where in ends for source in where)
+    named = [[label, place_of(update.base), place_of(update.path[-1])] for label, update in measured.items()]
     identity = {"updates": named, "norms": job.norms, "seed": seed}
+    # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
+    folder = Path(out) if out else None
     log, processes = (folder, processes) if on_disk else (None, 1)
     open_all.cache_clear()  # files may have changed
-    with resumable_map(job.compare, sizes, identity, out=log, processes=processes, progress=progress) as compared:
-        found = [compared[name]["pairs"] for name in measured[0].table.index]
-        pairs = pd.DataFrame([row for pair in zip(*found, strict=True) for row in pair])
+    with resumable_map(job.compare, sizes, identity, out=log, processes=processes, progress=progress) as found:
+        of_pairs = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
+        pairs = pd.DataFrame([row for pair in of_pairs for row in pair])
         comparison = Comparison(side_by_side(measured), pairs, named)
         if folder:
             comparison.save(folder)
-    open_all.cache_clear()
+    open_all.cache_clear()  # weights in memory may go
     return comparison
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One update that was measured: where its weights are, and what the measurement found."""
-
-    label: str
-    base: Located
-    tuned: Located
-    table: pd.DataFrame  # by matrix
-
-
-def load_measured(updates: Sequence[Update | Path | str]) -> list[Measured]:
-    """Bring measured updates to one form, whether they are in memory or on disk.
-
-    Args:
-        updates: see :func:`compare`.
-
-    Raises:
-        OpdlabError: if there are fewer than two, a file is no result, or they are not about the same matrices.
-    """
-    asked = [update if isinstance(update, Update) else _summary_file(Path(update)) for update in updates]
-    if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
-        raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
-    measured = [_of_update(one) if isinstance(one, Update) else _of_file(one) for one in asked]
-    first = measured[0].table[["rows", "cols"]].sort_index()
-    for one, found in zip(asked, measured, strict=True):
-        if found.table.empty or not found.table[["rows", "cols"]].sort_index().equals(first):
-            what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
-            raise OpdlabError(f"{what} is about other matrices than {than}: compare models of one architecture")
-    names = [found.label for found in measured]
-    if len(set(names)) < len(names):
-        names = [one.title if isinstance(one, Update) else one.resolve().parent.name for one in asked]
-    if len(set(names)) < len(names):
-        names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
-    return [replace(found, label=name) for found, name in zip(measured, names, strict=True)]
 
 
 def _summary_file(path: Path) -> Path:
     return path / "summary.json" if path.is_dir() else path
 
 
-def _of_update(update: Update) -> Measured:
-    base, tuned = (end.path if isinstance(end.path, Path) else end for end in (update.base, update.path[-1]))
-    return Measured(name_of(update.path[-1]), base, tuned, _compared(update.table))
-
-
-def _of_file(file: Path) -> Measured:
-    try:
-        summary, table = json.loads(file.read_text()), pd.read_csv(file.with_name("matrices.csv"))
-        base, tuned = Path(summary["base"]), Path(summary["path"][-1])
-        table = _compared(table).astype({"frobenius": float, "density": float, "parameters": int})
-        return Measured(tuned.name.removesuffix(".safetensors"), base, tuned, table)
-    except (OSError, ValueError, LookupError, TypeError) as problem:
-        raise OpdlabError(f"{file} is no summary.json of 'opdlab measure' with its matrices.csv beside it") from problem
+def _labels(asked: Sequence[Update | Path], loaded: Sequence[Update]) -> list[str]:
+    """Return a name for each update: that of its tuned model, or of its folder where that is not unique."""
+    labels = names = [name_of(update.path[-1]) for update in loaded]
+    if len(set(names)) < len(names):
+        names = [one.title if isinstance(one, Update) else one.resolve().parent.name for one in asked]
+    return names if len(set(names)) == len(names) else [f"{label} ({i})" for i, label in enumerate(labels, 1)]
 
 
 def _compared(table: pd.DataFrame) -> pd.DataFrame:
@@ -195,9 +157,17 @@ def _compared(table: pd.DataFrame) -> pd.DataFrame:
     return of_layers(table)[lambda rows: rows[["rows", "cols"]].min(axis=1) >= 4].set_index("matrix")
 
 
+def _check_alike(asked: Sequence[Update | Path], tables: Sequence[pd.DataFrame]) -> None:
+    shapes = [table[["rows", "cols"]].sort_index() for table in tables]
+    for one, found in zip(asked, shapes, strict=True):
+        if found.empty or not found.equals(shapes[0]):
+            what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
+            raise OpdlabError(f"{what} is about other matrices than {than}: compare models of one architecture")
+
+
 @dataclass(frozen=True)
 class _Pairs:
-    """What one process needs to compare the updates of any matrix."""
+    """All that a process needs to compare the updates of any matrix."""
 
     updates: tuple[tuple[str, Located, Located], ...]  # label, base, tuned
     norms: tuple[dict[str, float], ...]  # of each update, by matrix, as measured
@@ -257,14 +227,14 @@ class _Seen:
         return row
 
 
-def side_by_side(measured: Sequence[Measured]) -> pd.DataFrame:
-    """Return the overall means of several updates: one row per diagnostic, columns (model, value or at equal norm)."""
+def side_by_side(measured: Mapping[str, Update]) -> pd.DataFrame:
+    """Return the means of several updates: one row per diagnostic, columns (label, value or at equal norm)."""
     columns = {}
-    for update in measured:
-        means = overall_means(update.table)
+    for label, update in measured.items():
+        means = update.means
         for kind in ("value", "null", "noise", "at equal norm", "null at equal norm"):
             if kind in means:
-                columns[(update.label, kind)] = means[kind]
+                columns[(label, kind)] = means[kind]
     return pd.concat(columns, axis=1)
 
 

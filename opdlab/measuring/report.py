@@ -1,4 +1,4 @@
-"""The report of a measurement: one HTML file with the means, the figures and what they show, to be opened anywhere."""
+"""The report of a measurement: one self-contained HTML file with the means, and figures with what they show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from opdlab.errors import OpdlabError
 from opdlab.figures.style import NULL, panels, use_style
@@ -93,7 +94,7 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
         OpdlabError: if the column has no numbers for the matrices of attention and MLP.
     """
     layers = of_layers(table)
-    known = layers[column].replace([np.inf, -np.inf], np.nan).dropna()
+    known, null = layers[column].replace([np.inf, -np.inf], np.nan).dropna(), f"{column}_null"
     if known.empty:
         raise OpdlabError(f"{column!r} has no numbers for the matrices of attention and MLP: choose another column")
     use_style()
@@ -104,10 +105,14 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
         axis.set_xlabel("step")
     else:
         _dots(axis, layers, column)
-    # What spans orders of magnitude, as ranks beside their nulls do.
-    null = layers[f"{column}_null"].mean() if f"{column}_null" in layers else known.mean()
-    wide = known.min() > 0 and null > 0 and max(known.max(), null) > 5 * min(known.min(), null)
-    axis.set(title=column.replace("_", " "), yscale="log" if wide else "linear")
+    axis.set_title(column.replace("_", " ") + ("; dashes: its null" if null in layers else ""))
+    others = layers[null].mean() if null in layers else known.mean()
+    # Some numbers lie far from their nulls, such as ranks.
+    if known.min() > 0 and others > 0 and max(known.max(), others) > 5 * min(known.min(), others):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter())
+    plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
     return figure
 
 
@@ -172,7 +177,7 @@ def _masks(layers: pd.DataFrame) -> Figure:
 
 
 def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
-    """Draw the means of a column over the steps, and dashed its null."""
+    """Draw the means of a column over the steps, and its null as dashes."""
     for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
         rows = trajectory[trajectory["block"] == block]
         if len(rows):

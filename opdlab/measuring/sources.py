@@ -1,4 +1,4 @@
-"""The checkpoints that an update is between: where they are, whether they belong together, and at which steps."""
+"""The checkpoints of an update: where they are, whether they belong together, and their steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from opdlab.geometry import describe
 from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
 from opdlab.models.files import local_folder
 
-#: A checkpoint that every process can open by itself, or one that is open since it is in memory.
+#: A path, which every process can open for itself, or a checkpoint of weights in memory.
 Located = Path | Checkpoint
 
 
@@ -46,26 +46,31 @@ def open_all(base: Located, path: tuple[Located, ...]) -> tuple[Checkpoint, ...]
 def name_of(checkpoint: Checkpoint) -> str:
     """Return the name of a checkpoint, for titles."""
     path = checkpoint.path
-    if isinstance(path, Path) and path.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if isinstance(path, Path) and (model := path.parent.parent.name).startswith("models--"):  # in the hub's cache
+        return model.removeprefix("models--").replace("--", "/")
     return path.name.removesuffix(".safetensors") if isinstance(path, Path) else path
 
 
 def place_of(checkpoint: Checkpoint) -> str:
-    """Return where a checkpoint is, for what is written."""
+    """Return where a checkpoint is, as results name it."""
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
 
 
-def check_apart(out: Path, checkpoints: Iterable[Checkpoint | Path | str]) -> None:
+def source_of(checkpoint: Checkpoint) -> Located:
+    """Return what to open a checkpoint from again: its path, or itself if it is in memory."""
+    return checkpoint.path if isinstance(checkpoint.path, Path) else checkpoint
+
+
+def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint | Path | str]) -> None:
     """Raise if results would be written into one of the checkpoints."""
-    if any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):
+    if out and any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
 
 
 def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """Return the names that both checkpoints have, largest tensor first.
 
-    An output head that only one of them stores, equal to its embedding, is a copy of it and left out.
+    An output head that only one of them stores is left out if it is a copy of the embedding.
 
     Raises:
         OpdlabError: if they are one folder, or differ in names or shapes, naming the first tensors that do.
@@ -144,7 +149,7 @@ def find_trajectory(folder: Path) -> list[Path]:
 
 
 def default_out(measured: Path) -> Path:
-    """Return the folder for the results of a checkpoint or a run; what is only numbered gets its run's name too.
+    """Return the default folder for results; a checkpoint that only has a number gets its run's name too.
 
     >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
     (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))

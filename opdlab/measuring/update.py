@@ -1,52 +1,27 @@
-"""The update between checkpoints: one program that measures it, whoever trained them and wherever they are.
-
-Tensors are read one at a time, from files or from memory, and measured in parallel; with a folder for the results each
-finished one is written down at once, so that stopped work can be resumed. Decompositions of the base can be kept in a
-cache, for the next model that was tuned from it.
-"""
+"""The update between checkpoints, whoever trained them and wherever they are: what ``opdlab measure`` does."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
-from importlib.metadata import version
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_vector, svd
-from opdlab.geometry.matrices import identity
 from opdlab.geometry.summary import overall_means, summarise, trajectory_means
-from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.sources import (
-    Located,
-    check_apart,
-    check_comparable,
-    locate,
-    name_of,
-    open_all,
-    place_of,
-    steps_of,
-)
-from opdlab.models.checkpoints import Checkpoint, Source
-from opdlab.models.files import load_tensors, save_tensors, write_json, write_whole
+from opdlab.measuring.sources import check_apart, locate, name_of, open_all, place_of, steps_of
+from opdlab.measuring.tensors import Job, measured
+from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
+from opdlab.models.files import write_json, write_whole
 from opdlab.processes import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.
-SMALL = 1e9
 
 
 def measure(
@@ -63,9 +38,8 @@ def measure(
 ) -> Update:
     """Measure every tensor of an update. Nothing is written unless ``out`` or ``cache`` is given.
 
-    A checkpoint is a model folder, a LoRA adapter's folder, a safetensors file, the name of a model on the Hugging Face
-    hub (OWNER/NAME, which is fetched), a state dict or a module. With several checkpoints after the base, the update is
-    that of the last, and the trajectory has the way there.
+    A checkpoint is a model folder, a LoRA adapter's folder, a safetensors file, a model of the Hugging Face hub
+    (OWNER/NAME, which is fetched), a state dict or a module. Of several after the base, the last ends the update.
 
     Args:
         base: the checkpoint before.
@@ -73,15 +47,15 @@ def measure(
         out: folder for the results (:meth:`Update.save`); what an earlier call left unfinished there is resumed.
         seed: of the nulls.
         nulls: whether to compute the nulls and the norm-matched diagnostics.
-        processes: how many matrices are measured at once, with one thread each; 1 stays in this process. By default one
-            for each processor where the model is large enough; weights in memory are always measured in this process.
-        device: where to compute, "cuda" for a GPU (then with one process).
+        processes: how many tensors are measured at once (see :func:`opdlab.measuring.tensors.measured`).
+        device: where to compute, "cuda" for a GPU.
         cache: folder for decompositions of bases.
         progress: show a bar.
 
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
 
+    >>> import torch
     >>> w0s = {"layers.0.mlp.up_proj.weight": torch.eye(4)}
     >>> update = measure(w0s, {name: 1.5 * w0 for name, w0 in w0s.items()})
     >>> update.table[["matrix", "k", "sparsity", "nss", "stable_rank"]]
@@ -89,22 +63,23 @@ def measure(
     0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
     several: Sequence[Any] = tuned if isinstance(tuned, (list, tuple)) else [tuned]
-    located = locate(base, several)
-    job = Job(*located, steps_of(located[1]), seed, nulls, cache=cache, device=device)
+    start, ends = locate(base, several)
+    job = Job(start, ends, steps_of(ends), seed, nulls, cache=cache, device=device)
     folder = Path(out) if out else None
-    if folder:
-        check_apart(folder, [job.base, *job.path])
-    with _measured(job, processes, out=folder, progress=progress) as (table, trajectory):
-        opened = open_all(job.base, job.path)
-        update = Update(opened[0], opened[1:], table, trajectory, seed, device)
-        moved = bool((table["frobenius"] != 0).any())
-        if moved and folder:
+    check_apart(folder, [job.base, *job.path])
+    with measured(job, processes=processes, out=folder, progress=progress) as (table, trajectory):
+        origin, *path = open_all(job.base, job.path)
+        update = Update(origin, tuple(path), table, trajectory, seed, device)
+        if folder and update.moved:
             update.save(folder)
-    if not moved:
-        if folder and (folder / "job.json").is_file():
-            (folder / "job.json").unlink()
-        raise OpdlabError(f"{job.base} and {job.path[-1]} hold the same weights: there is no update to measure")
-    return update
+    return update if update.moved else _refuse(update, folder)
+
+
+def _refuse(update: Update, out: Path | None) -> NoReturn:
+    if out:
+        (out / "job.json").unlink(missing_ok=True)
+    ends = f"{update.base.path} and {update.path[-1].path}"
+    raise OpdlabError(f"{ends} hold the same weights: there is no update to measure")
 
 
 def measure_update(
@@ -139,7 +114,7 @@ def measure_update(
     if list(steps) != sorted(set(steps)):
         raise OpdlabError(f"path has the steps {list(steps)}; expected them ascending, none twice")
     job = Job(*locate(base, [source for _, source in path]), steps, seed, True, followed, device=device)
-    with _measured(job, processes, blocks) as tables:
+    with measured(job, processes=processes, blocks=blocks) as tables:
         return tables
 
 
@@ -169,6 +144,11 @@ class Update:
     def means(self) -> pd.DataFrame:
         """The means over the matrices of attention and MLP (:func:`opdlab.geometry.summary.overall_means`)."""
         return overall_means(self.table)
+
+    @property
+    def moved(self) -> bool:
+        """Whether any weight changed."""
+        return bool((self.table["frobenius"] != 0).any())
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -251,6 +231,27 @@ class Update:
         return "\n".join([title, *map(as_html, self._shown()), *notes])
 
 
+def load_update(summary: Path) -> Update:
+    """Read an update that was saved, from its summary.json and the tables beside it.
+
+    Raises:
+        OpdlabError: if a file is missing or something else, or the checkpoints are gone.
+    """
+    try:
+        found, table = json.loads(summary.read_text()), pd.read_csv(summary.with_name("matrices.csv"))
+        followed = summary.with_name("trajectory.csv")
+        trajectory = pd.read_csv(followed) if "trajectory" in found else pd.DataFrame()
+        table = table.astype({"frobenius": float, "density": float, "parameters": int, "block": str})
+        base, path = Path(found["base"]), tuple(map(Path, found["path"]))
+        seed, device = int(found["seed"]), str(found["provenance"]["device"])
+    except (OSError, ValueError, LookupError, TypeError) as problem:
+        raise OpdlabError(
+            f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
+        ) from problem
+    opened = open_checkpoint(base)
+    return Update(opened, tuple(open_checkpoint(end, opened) for end in path), table, trajectory, seed, device)
+
+
 def as_text(table: pd.DataFrame) -> str:
     """Return a table as text, with four digits."""
     return table.to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
@@ -264,135 +265,3 @@ def as_html(table: pd.DataFrame) -> str:
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV with all its digits."""
     write_whole(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
-
-
-# --- one tensor -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a process needs to measure any tensor on the way from a base to the last of its checkpoints."""
-
-    base: Located  # a checkpoint, if it is in memory
-    path: tuple[Located, ...]
-    steps: tuple[int, ...]
-    seed: int = 0
-    nulls: bool = True
-    trajectory_blocks: tuple[str, ...] | None = None
-    cache: Path | None = None
-    device: str = "cpu"
-
-    def identity(self) -> dict:
-        """Return what stopped work must share with this to be resumed: files and options."""
-        beside = ("*.safetensors", "*.json")
-        files = [
-            file
-            for path in (self.base, *self.path)
-            if isinstance(path, Path)
-            for file in sorted([path, *(file for pattern in beside for file in path.glob(pattern))])
-        ]
-        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        made_by = {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls}
-        return made_by | {"files": stamps}
-
-    def measure(self, name: str) -> dict:
-        """Measure one tensor: its row, and the rows of its trajectory where it is followed."""
-        base, *path = open_all(self.base, self.path)
-        shape, origin, snapshots = base.pieces[name].shape, _Way([base], name, self), _Way(path, name, self)
-        who = identity(name, shape)
-        if len(shape) != 2 or min(shape) < 2:
-            return {"row": who | measure_vector(origin[0], snapshots[-1]), "trajectory": []}
-        at = Resolution.of(shape)
-        svd0 = base_svd(origin[0], at.vectors, self.cache)
-        # Tensors are read where they are used, so that nothing here keeps them longer than that.
-        row = who | measure_matrix(name, origin[0], snapshots[-1], at, self.seed, svd0, self.nulls)
-        del svd0
-        followed = len(path) > 1 if self.trajectory_blocks is None else who["block"] in self.trajectory_blocks
-        if not followed:
-            return {"row": row, "trajectory": []}
-        columns = measure_matrix_trajectory(name, origin[0], snapshots, at, self.seed)
-        lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return {
-            "row": row,
-            "trajectory": [{"step": step} | who | line for step, line in zip(self.steps, lines, strict=True)],
-        }
-
-
-class _Way(Sequence[Tensor]):
-    """One tensor in several checkpoints, read when it is asked for."""
-
-    def __init__(self, checkpoints: list[Checkpoint], name: str, job: Job):
-        self.checkpoints, self.name, self.device = checkpoints, name, job.device
-
-    def __len__(self) -> int:
-        return len(self.checkpoints)
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody asks for a slice
-        return self.checkpoints[index].read(self.name).to(self.device)
-
-
-def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
-    """Return the Svd of a base matrix with k vectors, from the cache if its content was decomposed before."""
-    if cache is None:
-        return svd(w0, k=k)
-    content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()[:32]
-    kind = f"{str(w0.dtype).removeprefix('torch.')}-{'x'.join(map(str, w0.shape))}-k{k}-v{version('opdlab')}"
-    file = cache / f"svd-{content}-{kind}.safetensors"
-    # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
-    with suppress(OpdlabError, KeyError):
-        tensors, _ = load_tensors(file)
-        u, s, vh = (tensors[part].to(w0.device) for part in Svd._fields)
-        if (u.shape, s.shape, vh.shape) == ((len(w0), k), (min(w0.shape),), (k, w0.shape[1])):
-            return Svd(u, s, vh)
-    found = svd(w0, k=k)
-    with suppress(OpdlabError):
-        save_tensors(file, found._asdict())
-    return found
-
-
-# --- all tensors ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _measured(
-    job: Job,
-    processes: int | None,
-    blocks: Collection[str] | None = None,
-    out: Path | None = None,
-    progress: bool = False,
-) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-    """Measure a job's tensors; what is left undone can be resumed until the block that uses the tables has ended."""
-    if not job.path or (processes is not None and processes < 1):
-        raise OpdlabError(
-            f"there are {len(job.path)} checkpoints and {processes} processes; expected one or more of both"
-        )
-    try:
-        on_cpu = torch.device(job.device).type == "cpu"
-        usable = on_cpu or torch.device(job.device).type == "cuda"
-        torch.empty(0, dtype=torch.float64, device=job.device)
-    except (RuntimeError, AssertionError):
-        usable = False
-    if not usable:
-        raise OpdlabError(f"device {job.device!r} cannot be used here: give cpu, or cuda where there is a GPU")
-    open_all.cache_clear()  # files may have changed
-    base, *path = open_all(job.base, job.path)
-    comparable = [check_comparable(base, checkpoint) for checkpoint in path]
-    shapes = {name: base.pieces[name].shape for name in comparable[-1] if all(name in others for others in comparable)}
-    if blocks is not None:
-        shapes = {name: shape for name, shape in shapes.items() if identity(name, shape)["block"] in blocks}
-    on_disk = all(isinstance(source, Path) for source in (job.base, *job.path))
-    if not (on_disk and on_cpu):
-        processes = 1  # weights in memory would be copied into each, and a device has room for one
-    elif processes is None:
-        work = sum(prod(shape) * min(shape) for shape in shapes.values() if len(shape) == 2)
-        processes = 1 if work < SMALL else os.cpu_count() or 1
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    log = out if on_disk else None
-    with resumable_map(job.measure, sizes, job.identity(), out=log, processes=processes, progress=progress) as found:
-        in_order = [found[name] for name in base.pieces if name in found]
-        table = pd.DataFrame([tensor["row"] for tensor in in_order])
-        trajectory = pd.DataFrame([line for tensor in in_order for line in tensor["trajectory"]])
-        if len(trajectory):
-            trajectory = trajectory.sort_values("step", kind="stable", ignore_index=True)
-        yield table, trajectory
-    open_all.cache_clear()  # weights in memory may go

@@ -25,14 +25,8 @@ from opdlab.geometry.matrices import describe
 # Prefixes and infixes that trainers add to the names of weights when they wrap a model.
 _WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 # Constants that older models store alongside their weights.
-_BUFFERS = (
-    "rotary_emb.inv_freq",
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-    "position_ids",
-)
+_BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
+_BUFFERS += ("rotary_emb.inv_freq", "position_ids")
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")

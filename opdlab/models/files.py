@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -131,3 +132,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise OpdlabError(
             f"{path} is missing, truncated or not a safetensors file: delete its run folder and train again"
         ) from problem
+
+
+def tensors_digest(path: Path) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the tensors in a snapshot: equal if they agree bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_tensors(path)[0].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -97,53 +97,70 @@ def sample(
     Raises:
         OpdlabError: if a prompt does not fit the model's context.
     """
-    room = context_length(model) - max_new_tokens
-    encoded = encode_prompts(tokenizer, prompts, room)
-    device = model.device
-    width = max(map(len, encoded))
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=device)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in encoded], device=device)
-
-    rows = len(encoded) * samples
+    encoded = encode_prompts(tokenizer, prompts, context_length(model) - max_new_tokens)
+    batch = _Sampling(model, tokenizer, encoded, samples, max_new_tokens)
     # Inverse-transform sampling: one uniform number per row and position, drawn in advance.
-    uniforms = torch.rand(rows, max_new_tokens, generator=generator, dtype=torch.float64).to(device)
-    out = torch.full((rows, max_new_tokens), tokenizer.eos_token_id, device=device)
-    length = torch.full((rows,), max_new_tokens, device=device)
-
-    cache = transformers.DynamicCache(config=model.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-    ).logits[:, -1]  # (B, V)
-    # The prompt is read once, however many samples are drawn from it.
-    cache.batch_repeat_interleave(samples)
-    logits = logits.repeat_interleave(samples, 0)
-    # The mask of all steps to come, in the shape that attention wants (rows, 1, 1, width + max_new_tokens).
-    mask = torch.cat([mask.bool(), mask.new_ones(len(mask), max_new_tokens).bool()], 1)
-    mask = mask.repeat_interleave(samples, 0)[:, None, None]
-    position = positions[:, -1:].repeat_interleave(samples, 0)
-    alive = torch.arange(rows, device=device)  # the rows of `out` that the batch still holds
-
+    uniforms = torch.rand(batch.rows, max_new_tokens, generator=generator, dtype=torch.float64).to(model.device)
+    out = torch.full((batch.rows, max_new_tokens), tokenizer.eos_token_id, device=model.device)
+    length = torch.full((batch.rows,), max_new_tokens, device=model.device)
     for t in range(max_new_tokens):
-        tokens = _choose(logits, temperature, uniforms[alive, t])
-        out[alive, t] = tokens
+        tokens = _choose(batch.logits, temperature, uniforms[batch.alive, t])
+        out[batch.alive, t] = tokens
         going = tokens != tokenizer.eos_token_id
-        length[alive[~going]] = t + 1
+        length[batch.alive[~going]] = t + 1
         if t + 1 == max_new_tokens or not going.any():
             break
-        if not going.all():
-            alive, tokens, mask, position = alive[going], tokens[going], mask[going], position[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-        position = position + 1
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask[..., : width + t + 1],
-            position_ids=position,
-            past_key_values=cache,
-        ).logits[:, -1]
-
+        batch.read(tokens, going, t)
     completions = [row[:n] for row, n in zip(out.tolist(), length.tolist(), strict=True)]
     return Rollouts(encoded, completions)
+
+
+class _Sampling:
+    """The rows of a batch that are still being written: their cache, and the logits of their next token."""
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        samples: int,
+        room: int,
+    ):
+        """Read the prompts, each once, however many samples are drawn from it."""
+        self.model, self.rows, self.width = model, len(prompts) * samples, max(map(len, prompts))
+        blanks = [self.width - len(ids) for ids in prompts]
+        mask = torch.tensor([[0] * n + [1] * len(ids) for n, ids in zip(blanks, prompts, strict=True)]).to(model.device)
+        ids = torch.tensor([[tokenizer.pad_token_id] * n + ids for n, ids in zip(blanks, prompts, strict=True)])
+        self.cache = transformers.DynamicCache(config=model.config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (B, V)
+        self.cache.batch_repeat_interleave(samples)
+        self.logits = logits.repeat_interleave(samples, 0)
+        # The mask of all steps to come, in the shape that attention wants (rows, 1, 1, width + room).
+        mask = torch.cat([mask.bool(), mask.new_ones(len(mask), room).bool()], 1)
+        self.mask = mask.repeat_interleave(samples, 0)[:, None, None]
+        self.position = positions[:, -1:].repeat_interleave(samples, 0)
+        self.alive = torch.arange(self.rows, device=model.device)
+
+    def read(self, tokens: Tensor, going: Tensor, t: int) -> None:
+        """Drop the rows that have ended, and read the token that was written at place ``t`` of the others."""
+        if not going.all():
+            self.alive, self.mask, self.position = self.alive[going], self.mask[going], self.position[going]
+            tokens = tokens[going]
+            self.cache.batch_select_indices(going.nonzero().squeeze(1))
+        self.position = self.position + 1
+        self.logits = self.model(
+            input_ids=tokens[:, None],
+            attention_mask=self.mask[..., : self.width + t + 1],
+            position_ids=self.position,
+            past_key_values=self.cache,
+        ).logits[:, -1]
 
 
 def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from opdlab import geometry as g
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.measuring.compare import compare, load_measured
+from opdlab.measuring.compare import compare
 from opdlab.measuring.update import measure
 from opdlab.models.checkpoints import open_checkpoint
 
@@ -97,7 +97,7 @@ def test_names_are_told_apart(results, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
         (tmp_path / name / "matrices.csv").write_bytes((results / "first" / "matrices.csv").read_bytes())
-    assert [update.label for update in load_measured([tmp_path / "a", tmp_path / "b"])] == ["a", "b"]
+    assert [label for label, *_ in compare([tmp_path / "a", tmp_path / "b"]).updates] == ["a", "b"]
 
 
 def test_bad_input_is_one_sentence(pair, results, tmp_path):

@@ -11,9 +11,8 @@ import torch
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS, PAPER
-from opdlab.lab.records import tensors_digest
 from opdlab.lab.scales import SMOKE
-from opdlab.models.files import write_json
+from opdlab.models.files import tensors_digest, write_json
 from opdlab.training import loop
 from opdlab.training.config import Compute
 from opdlab.training.losses import LOSSES

@@ -1,0 +1,182 @@
+"""One program for every table: tensors are read one at a time, from files or from memory, and measured in parallel.
+
+With a folder for the results each finished tensor is written down at once, so that stopped work can be resumed.
+Decompositions of the base can be kept in a cache, for the next model that was tuned from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opdlab.errors import OpdlabError
+from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_vector, svd
+from opdlab.geometry.matrices import identity
+from opdlab.measuring.parallel import resumable_map
+from opdlab.measuring.sources import Located, check_comparable, open_all
+from opdlab.models.checkpoints import Checkpoint
+from opdlab.models.files import load_tensors, save_tensors
+from opdlab.processes import cpu_threads
+
+# Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.
+SMALL = 1e9
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to measure any tensor on the way from a base to the last of its checkpoints."""
+
+    base: Located  # a checkpoint, if it is in memory
+    path: tuple[Located, ...]
+    steps: tuple[int, ...]
+    seed: int = 0
+    nulls: bool = True
+    trajectory_blocks: tuple[str, ...] | None = None
+    cache: Path | None = None
+    device: str = "cpu"
+
+    def identity(self) -> dict:
+        """Return what stopped work must share with this to be resumed: files and options."""
+        beside = ("*.safetensors", "*.json")
+        files = [
+            file
+            for path in (self.base, *self.path)
+            if isinstance(path, Path)
+            for file in sorted([path, *(file for pattern in beside for file in path.glob(pattern))])
+        ]
+        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+        made_by = {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls}
+        return made_by | {"files": stamps}
+
+    def measure(self, name: str) -> dict:
+        """Measure one tensor: its row, and the rows of its trajectory where it is followed."""
+        base, *path = open_all(self.base, self.path)
+        shape, origin, snapshots = base.pieces[name].shape, _Way([base], name, self), _Way(path, name, self)
+        who = identity(name, shape)
+        if len(shape) != 2 or min(shape) < 2:
+            return {"row": who | measure_vector(origin[0], snapshots[-1]), "trajectory": []}
+        at = Resolution.of(shape)
+        svd0 = base_svd(origin[0], at.vectors, self.cache)
+        # Tensors are read where they are used, so that nothing here keeps them longer than that.
+        row = who | measure_matrix(name, origin[0], snapshots[-1], at, self.seed, svd0, self.nulls)
+        del svd0
+        followed = len(path) > 1 if self.trajectory_blocks is None else who["block"] in self.trajectory_blocks
+        if not followed:
+            return {"row": row, "trajectory": []}
+        columns = measure_matrix_trajectory(name, origin[0], snapshots, at, self.seed)
+        lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return {
+            "row": row,
+            "trajectory": [{"step": step} | who | line for step, line in zip(self.steps, lines, strict=True)],
+        }
+
+
+class _Way(Sequence[Tensor]):
+    """One tensor in several checkpoints, read when it is asked for."""
+
+    def __init__(self, checkpoints: list[Checkpoint], name: str, job: Job):
+        self.checkpoints, self.name, self.device = checkpoints, name, job.device
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody asks for a slice
+        return self.checkpoints[index].read(self.name).to(self.device)
+
+
+def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
+    """Return the Svd of a base matrix with k vectors, from the cache if its content was decomposed before."""
+    if cache is None:
+        return svd(w0, k=k)
+    content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()[:32]
+    kind = f"{str(w0.dtype).removeprefix('torch.')}-{'x'.join(map(str, w0.shape))}-k{k}-v{version('opdlab')}"
+    file = cache / f"svd-{content}-{kind}.safetensors"
+    # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
+    with suppress(OpdlabError, KeyError):
+        tensors, _ = load_tensors(file)
+        u, s, vh = (tensors[part].to(w0.device) for part in Svd._fields)
+        if (u.shape, s.shape, vh.shape) == ((len(w0), k), (min(w0.shape),), (k, w0.shape[1])):
+            return Svd(u, s, vh)
+    found = svd(w0, k=k)
+    with suppress(OpdlabError):
+        save_tensors(file, found._asdict())
+    return found
+
+
+@contextmanager
+def measured(
+    job: Job,
+    *,
+    processes: int | None = None,
+    blocks: Collection[str] | None = None,
+    out: Path | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Measure the tensors of a job; the ``with`` block gets the table of the tensors and that of the trajectory.
+
+    Args:
+        job: what is measured, and how.
+        processes: how many tensors at once; by default 1 for a small model, otherwise one for each processor. Weights
+            in memory, and those on another device than the CPU, are measured in this process.
+        blocks: of the tensors to measure; by default all.
+        out: folder where unfinished work is kept, to be resumed, until the block has ended.
+        progress: show a bar.
+
+    Raises:
+        OpdlabError: on bad input, naming the tensor or file.
+    """
+    if not job.path or (processes is not None and processes < 1):
+        numbers = f"there are {len(job.path)} checkpoints and {processes} processes"
+        raise OpdlabError(f"{numbers}; expected one or more of both")
+    _check_device(job.device)
+    open_all.cache_clear()  # files may have changed
+    base, *path = open_all(job.base, job.path)
+    shapes = _common(base, path, blocks)
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    small = sum(prod(shape) * min(shape) for shape in shapes.values() if len(shape) == 2) < SMALL
+    on_disk = all(isinstance(source, Path) for source in (job.base, *job.path))
+    # In memory they would be copied into every process, and a device has room for one.
+    alone = not on_disk or torch.device(job.device).type != "cpu"
+    count = 1 if alone else processes or (1 if small else os.cpu_count() or 1)
+    with (
+        # Small matrices gain nothing from a second thread, and wait for it where the machine is busy.
+        cpu_threads(1 if small else torch.get_num_threads()),
+        resumable_map(
+            job.measure, sizes, job.identity(), out=out if on_disk else None, processes=count, progress=progress
+        ) as found,
+    ):
+        in_order = [found[name] for name in base.pieces if name in found]
+        table = pd.DataFrame([tensor["row"] for tensor in in_order])
+        trajectory = pd.DataFrame([line for tensor in in_order for line in tensor["trajectory"]])
+        if len(trajectory):
+            trajectory = trajectory.sort_values("step", kind="stable", ignore_index=True)
+        yield table, trajectory
+    open_all.cache_clear()  # weights in memory may go
+
+
+def _common(base: Checkpoint, path: list[Checkpoint], blocks: Collection[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that all checkpoints have, largest first."""
+    comparable = [check_comparable(base, checkpoint) for checkpoint in path]
+    names = [name for name in comparable[-1] if all(name in others for others in comparable)]
+    shapes = {name: base.pieces[name].shape for name in names}
+    return {name: shape for name, shape in shapes.items() if not blocks or identity(name, shape)["block"] in blocks}
+
+
+def _check_device(device: str) -> None:
+    try:
+        usable = torch.device(device).type in ("cpu", "cuda")
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise OpdlabError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU")
