@@ -240,14 +240,14 @@ def launch(
         OpdlabError: if TRL cannot train the experiment, something is missing here, or training fails.
     """
     processes = processes or torch.cuda.device_count() or (GPUS if gpu else 1)
-    config = configure(experiment, processes, gpu=gpu, vllm=vllm)
+    config = configure(experiment, processes, gpu=gpu, vllm=vllm) | {"produces": produces and str(produces)}
     print(f"run folder: {folder}")
     if (folder / "trainer_state.json").exists():
         print("finished before; delete the folder to train it again")
         return
     if not dry_run:
         check_ready(config)
-    command = write(config, experiment, callback, folder, produces)
+    command = write(config, experiment, callback, folder)
     print(shlex.join(command), flush=True)
     if dry_run:
         return
@@ -260,15 +260,8 @@ def launch(
     print(f"to measure it: opdlab measure {config['start']} --trajectory {folder / 'snapshots'}")
 
 
-def write(config: dict, experiment: Experiment, callback: Callback, folder: Path, produces: Path | None) -> list[str]:
+def write(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> list[str]:
     """Write what the processes need into a run's folder, and return the command that trains, as its words.
-
-    Args:
-        config: what TRL is told (:func:`configure`).
-        experiment: what to train.
-        callback: makes what writes the snapshots.
-        folder: of the run.
-        produces: folder of the model that the run makes, if it makes one.
 
     Raises:
         OpdlabError: if the task cannot be handed to other processes.
@@ -276,7 +269,7 @@ def write(config: dict, experiment: Experiment, callback: Callback, folder: Path
     write_json(folder / "config.json", config)
     write_json(folder / "accelerate.json", accelerate_arguments(config))
     try:
-        packed = pickle.dumps((config, experiment, callback, produces))
+        packed = pickle.dumps((config, experiment, callback))
     except (pickle.PicklingError, AttributeError) as problem:
         raise OpdlabError(
             f"task {experiment.task.name!r} cannot be handed to other processes ({problem}): put its reward in a module"
@@ -318,17 +311,18 @@ def run(path: Path) -> None:
         OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
     """
     # What launch wrote on this machine a moment ago.
-    config, experiment, callback, produces = pickle.loads(path.read_bytes())
+    config, experiment, callback = pickle.loads(path.read_bytes())
     trainer = make_trainer(config, experiment, callback, path.parent)
     trainer.train()
     trainer.save_state()
-    if produces and not produces.exists() and trainer.is_world_process_zero():
+    produces = config.get("produces")
+    if produces and not Path(produces).exists() and trainer.is_world_process_zero():
         # From the last snapshot, which is whole: of the model at hand each process has a part.
         snapshot = path.parent / "snapshots" / f"step-{max(config['snapshots']):06d}.safetensors"
         start = local_folder(config["start"])
         model = load_model(start)
         model.load_state_dict(load_tensors(snapshot)[0], strict=False)
-        save_model(model, load_tokenizer(start), produces)
+        save_model(model, load_tokenizer(start), Path(produces))
 
 
 def make_trainer(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> transformers.Trainer:

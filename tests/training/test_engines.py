@@ -130,7 +130,7 @@ def test_a_reward_that_no_other_process_can_have_is_refused(lab, tmp_path):
     rlvr = replace(lab.experiment("rlvr"), task=own)
     config = configure(rlvr, 1, gpu=False, vllm=False)
     with pytest.raises(OpdlabError, match=r"task 'mine' cannot be handed .*put its reward in a module"):
-        engine.write(config, rlvr, callback_for, tmp_path, None)
+        engine.write(config, rlvr, callback_for, tmp_path)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def own_steps(trainer: Trainer) -> Steps:
 
 def written(experiment: Experiment, folder: Path, processes: int, produces: Path | None = None) -> list[str]:
     """Write the files of a run and return its command."""
-    config = configure(experiment, processes, gpu=False, vllm=False)
+    config = configure(experiment, processes, gpu=False, vllm=False) | {"produces": produces and str(produces)}
     # opdlab's loop has this one for RLVR too.
     config["arguments"] |= {"adam_epsilon": 1e-8, "disable_tqdm": True}
-    return engine.write(config, experiment, callback_for, folder, produces)
+    return engine.write(config, experiment, callback_for, folder)
 
 
 def assert_same_updates(arm: str, ours: Steps, folder) -> None:
