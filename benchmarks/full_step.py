@@ -24,14 +24,14 @@ from tqdm import tqdm
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair
 from opdlab.lab.budget import DEVICES, GB, SHAPES, check_room, new_config, plan_run
-from opdlab.lab.grid import ARMS, PAPER
+from opdlab.lab.grid import PAPER
+from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.scales import SCALES, Scale
 from opdlab.lab.tasks import RUNNING_SUM
 from opdlab.models.files import load_tensors, save_tensors, write_json
 from opdlab.models.folders import character_tokenizer, save_model
 from opdlab.processes import find_device, provenance
-from opdlab.training.store import Home
-from opdlab.training.trainer import Learner
+from opdlab.training.trainer import Trainer
 
 
 def write_random_model(folder: Path, shape: dict, seed: int, device: torch.device) -> None:
@@ -43,42 +43,43 @@ def write_random_model(folder: Path, shape: dict, seed: int, device: torch.devic
 
 
 def typical(scale: Scale) -> Scale:
-    """Return the scale with completions as long as is typical of it, and prompts of the laboratory."""
-    return replace(scale, max_new_tokens=scale.typical_tokens[1], typical_tokens=(12, scale.typical_tokens[1]))
+    """Return the scale with completions as long as is typical of it, and the task of the laboratory."""
+    completion = scale.budget.typical_tokens[1]
+    budget = replace(scale.budget, max_new_tokens=completion, typical_tokens=(12, completion))
+    return replace(scale, task=RUNNING_SUM.name, budget=budget)
 
 
-def one_step(scale: Scale, arm: str, home: Home, scratch: Path) -> dict:
+def one_step(lab: Laboratory, arm: str, scratch: Path) -> dict:
     """Make two steps of an arm, the second of which counts, a snapshot and a measurement of one matrix of each kind."""
-    device = find_device(scale.gpu)
-    check_room(scale, arm, home)
+    device = find_device(lab.scale.compute.gpu)
+    check_room(lab, arm)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    learner = Learner(scale, ARMS[arm], scale.recipe(arm), RUNNING_SUM, home.models(scale), seed=0)
-    draw = learner.batch
+    trainer = Trainer(lab.experiment(arm))
+    draw = trainer.batch
 
     def batch(step: int):
         rollouts, rewards = draw(step)
         # Random models earn nothing, and RLVR would skip the step.
         return rollouts, None if rewards is None else torch.arange(float(len(rewards))) % 2
 
-    learner.batch = batch
-    learner.step(0)
+    trainer.batch = batch
+    trainer.step(0)
     began = time.perf_counter()
-    line = learner.step(1)
+    line = trainer.step(1)
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     began = time.perf_counter()
-    save_tensors(scratch / "step.safetensors", dict(learner.student.named_parameters()))
+    save_tensors(scratch / "step.safetensors", dict(trainer.student.named_parameters()))
     saving = time.perf_counter() - began
     began = time.perf_counter()
     ends = load_tensors(scratch / "step.safetensors")[0]
     chosen = [name for name in ends if ".layers.0." in name and ends[name].dim() == 2]
     table = measure_pair(
-        {name: learner.origin[name] for name in chosen},
+        {name: trainer.origin[name] for name in chosen},
         {name: ends[name].to(device) for name in chosen},
-        scale.geometry,
     )
-    plan = plan_run(scale, arm, home, DEVICES["cpu" if device.type == "cpu" else "h100"])
+    plan = plan_run(lab, arm, DEVICES["cpu" if device.type == "cpu" else "h100"])
     return {
         "arm": arm,
         "loss": line["loss"],
@@ -96,20 +97,21 @@ def one_step(scale: Scale, arm: str, home: Home, scratch: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=[name for name, scale in SCALES.items() if scale.pretrained], default="full")
+    choices = [name for name, scale in SCALES.items() if scale.models.pretrained]
+    parser.add_argument("--scale", choices=choices, default="full")
     parser.add_argument("--arms", nargs="+", default=PAPER, help="default: the paper's and matched SFT")
     parser.add_argument("--out", type=Path, help="write what was measured to this JSON file too")
     options = parser.parse_args()
     scale = typical(SCALES[options.scale])
-    device, rows = find_device(scale.gpu), []
+    device, pretrained, rows = find_device(scale.compute.gpu), scale.models.pretrained, []
     with tempfile.TemporaryDirectory() as scratch:
-        home = Home(Path(scratch))
+        lab = Laboratory(scale, Path(scratch))
         for seed, name in enumerate(("base", "teacher")):
-            source = scale.pretrained.get(name) or scale.pretrained["base"]
-            write_random_model(home.models(scale) / name, SHAPES[source.removesuffix("-Base")], seed, device)
-        (home.models(scale) / "anchor").symlink_to(home.models(scale) / "base")
+            source = pretrained.get(name) or pretrained["base"]
+            write_random_model(lab.models / name, SHAPES[source.removesuffix("-Base")], seed, device)
+        (lab.models / "anchor").symlink_to(lab.models / "base")
         for arm in tqdm(options.arms, unit="arm"):
-            rows.append(one_step(scale, arm, home, Path(scratch)))
+            rows.append(one_step(lab, arm, Path(scratch)))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3g}"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 # Read when torch is imported.
@@ -22,12 +22,10 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import torch
 from torch import Tensor, nn
 
-from opdlab.lab.analyses import Study
-from opdlab.lab.scales import TINY
+from opdlab.lab.laboratory import Laboratory
 from opdlab.training.objectives import reverse_kl, token_mean
-from opdlab.training.rollouts import Rollouts, micro_batches, sample
-from opdlab.training.store import default_home
-from opdlab.training.trainer import Learner, random_numbers, torch_generator
+from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches, sample
+from opdlab.training.trainer import Trainer, random_numbers, torch_generator
 
 Row = tuple[str, float]
 
@@ -43,40 +41,45 @@ def timed(work: Callable[[], object], times: int) -> float:
     return median(found)
 
 
-def student_pass(learner: Learner, body: nn.Module, rollouts: Rollouts) -> None:
+def pieces(trainer: Trainer, rollouts: Rollouts) -> Iterator[MicroBatch]:
+    """Yield the micro-batches of a batch, as a step reads them."""
+    return micro_batches(rollouts, trainer.experiment.compute.micro_batch, trainer.student.device)
+
+
+def student_pass(trainer: Trainer, body: nn.Module, rollouts: Rollouts) -> None:
     """Make the forward and backward pass of a step, with ``body`` in the place of the model's own."""
-    own, learner.student.model = learner.student.model, body
-    for part in micro_batches(rollouts, learner.scale.micro_batch, learner.student.device):
-        logits = part.logits(learner.student)
+    own, trainer.student.model = trainer.student.model, body
+    for part in pieces(trainer, rollouts):
+        logits = part.logits(trainer.student)
         token_mean(reverse_kl(logits, logits.detach().roll(1, 0)), part.mask).backward()
-    learner.student.model = own
+    trainer.student.model = own
 
 
-def parts(learner: Learner, times: int) -> list[Row]:
+def parts(trainer: Trainer, times: int) -> list[Row]:
     """Time the parts of a step of OPD."""
-    rollouts, _ = learner.batch(0)
+    rollouts, _ = trainer.batch(0)
 
     @torch.no_grad()
     def teacher() -> None:
-        for part in micro_batches(rollouts, learner.scale.micro_batch, learner.student.device):
-            part.logits(learner.teacher)
+        for part in pieces(trainer, rollouts):
+            part.logits(trainer.teacher)
 
     return [
-        ("the step", timed(lambda: learner.step(0), times)),
-        ("its rollouts", timed(lambda: learner.batch(0), times)),
+        ("the step", timed(lambda: trainer.step(0), times)),
+        ("its rollouts", timed(lambda: trainer.batch(0), times)),
         ("the teacher's logits", timed(teacher, times)),
         (
             "the student, forward and backward",
-            timed(lambda: student_pass(learner, learner.student.model, rollouts), times),
+            timed(lambda: student_pass(trainer, trainer.student.model, rollouts), times),
         ),
     ]
 
 
-def multiplications(learner: Learner, times: int) -> list[Row]:
+def multiplications(trainer: Trainer, times: int) -> list[Row]:
     """Time the student's matrix products alone, and those of two seeds in one batched product."""
-    rollouts, _ = learner.batch(0)
-    sizes = [part.ids.numel() for part in micro_batches(rollouts, learner.scale.micro_batch, learner.student.device)]
-    shapes = [w.shape for name, w in learner.student.named_parameters() if w.ndim == 2 and "embed" not in name]
+    rollouts, _ = trainer.batch(0)
+    sizes = [part.ids.numel() for part in pieces(trainer, rollouts)]
+    shapes = [w.shape for name, w in trainer.student.named_parameters() if w.ndim == 2 and "embed" not in name]
 
     def products(seeds: int, batched: bool) -> Callable[[], None]:
         weights = [torch.randn(seeds, *shape) for shape in shapes]
@@ -104,47 +107,47 @@ def multiplications(learner: Learner, times: int) -> list[Row]:
     ]
 
 
-def rollout_ideas(learner: Learner, times: int) -> list[Row]:
+def rollout_ideas(trainer: Trainer, times: int) -> list[Row]:
     """Time the rollouts of one batch and of two in one, and with all caches static."""
-    recipe = learner.recipe
-    prompts = learner.task.prompts(2 * recipe.prompts, random_numbers(0, "prompts", 0))
+    recipe, longest = trainer.recipe, trainer.experiment.max_new_tokens
+    prompts = trainer.task.prompts(2 * recipe.prompts, random_numbers(0, "prompts", 0))
 
     def draw(count: int) -> Callable[[], object]:
-        options = {"max_new_tokens": TINY.max_new_tokens, "samples": recipe.samples}
+        options = {"max_new_tokens": longest, "samples": recipe.samples}
         generator = torch_generator(random_numbers(0, "rollouts", 0))
-        return lambda: sample(learner.student, learner.tokenizer, prompts[:count], generator=generator, **options)
+        return lambda: sample(trainer.student, trainer.tokenizer, prompts[:count], generator=generator, **options)
 
     def generate(cache: str) -> Callable[[], object]:
-        learner.tokenizer.padding_side = "left"
-        inputs = learner.tokenizer(prompts[: recipe.prompts] * recipe.samples, return_tensors="pt", padding=True)
+        trainer.tokenizer.padding_side = "left"
+        inputs = trainer.tokenizer(prompts[: recipe.prompts] * recipe.samples, return_tensors="pt", padding=True)
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        options = {"max_new_tokens": TINY.max_new_tokens, "do_sample": True, "cache_implementation": cache}
-        return lambda: learner.student.generate(**inputs, **options)
+        options = {"max_new_tokens": longest, "do_sample": True, "cache_implementation": cache}
+        return lambda: trainer.student.generate(**inputs, **options)
 
     return [
-        (f"rollouts of {recipe.sequences}", timed(draw(recipe.prompts), times)),
-        (f"rollouts of {2 * recipe.sequences} in one", timed(draw(2 * recipe.prompts), times)),
+        (f"rollouts of {recipe.completions}", timed(draw(recipe.prompts), times)),
+        (f"rollouts of {2 * recipe.completions} in one", timed(draw(2 * recipe.prompts), times)),
         ("transformers' generate, dynamic cache", timed(generate("dynamic"), times)),
         ("transformers' generate, static cache", timed(generate("static"), times)),
     ]
 
 
-def compiled(learner: Learner, times: int) -> list[Row]:
+def compiled(trainer: Trainer, times: int) -> list[Row]:
     """Time the student's passes with torch.compile, and the compilation."""
-    rollouts, _ = learner.batch(0)
-    body = torch.compile(learner.student.model, dynamic=True)
+    rollouts, _ = trainer.batch(0)
+    body = torch.compile(trainer.student.model, dynamic=True)
     began = time.perf_counter()
-    student_pass(learner, body, rollouts)
+    student_pass(trainer, body, rollouts)
     seconds = time.perf_counter() - began
     return [
-        ("the student, compiled", timed(lambda: student_pass(learner, body, rollouts), times)),
+        ("the student, compiled", timed(lambda: student_pass(trainer, body, rollouts), times)),
         ("the compilation", 1000 * seconds),
     ]
 
 
-def evaluation(learner: Learner) -> list[Row]:
+def evaluation(trainer: Trainer) -> list[Row]:
     """Time one evaluation."""
-    return [("an evaluation", timed(lambda: learner.evaluate(0), 2))]
+    return [("an evaluation", timed(lambda: trainer.evaluate(0), 2))]
 
 
 def main() -> None:
@@ -152,12 +155,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="repetitions of each row")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    learner = Study(TINY, default_home(), 0).learner("opd_short")
+    trainer = Trainer(Laboratory.at("tiny").experiment("opd_short"))
     print("| what | ms |\n| --- | ---: |")
     for measure in (parts, multiplications, rollout_ideas, compiled):
-        for name, value in measure(learner, options.steps):
+        for name, value in measure(trainer, options.steps):
             print(f"| {name} | {value:.0f} |", flush=True)
-    for name, value in evaluation(learner):
+    for name, value in evaluation(trainer):
         print(f"| {name} | {value:.0f} |", flush=True)
 
 

@@ -37,16 +37,14 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 from opdlab.errors import OpdlabError
-from opdlab.lab.grid import ARMS
-from opdlab.lab.scales import SMALL, TINY, Recipe, Scale
-from opdlab.lab.tasks import TASKS
-from opdlab.models.checkpoints import weight_files
+from opdlab.lab.laboratory import Laboratory, default_root
+from opdlab.lab.scales import SMALL, TINY, Scale
 from opdlab.models.files import write_json
 from opdlab.models.folders import load_model, load_tokenizer, new_model, save_model
 from opdlab.processes import find_device
+from opdlab.training.config import Experiment, Recipe
 from opdlab.training.rollouts import Rollouts
-from opdlab.training.store import default_home
-from opdlab.training.trainer import Learner, random_numbers
+from opdlab.training.trainer import Trainer, random_numbers
 
 PARTS = ("rollout", "teacher", "student", "optimizer", "rest")
 
@@ -71,31 +69,37 @@ _WIDE |= {"intermediate_size": 1536, "max_position_embeddings": 128}
 WIDE = replace(
     TINY,
     name="wide",
-    models="wide",
-    shapes={"base": _WIDE | {"num_hidden_layers": 2}, "teacher": _WIDE | {"num_hidden_layers": 3}},
+    models=replace(
+        TINY.models,
+        folder="wide",
+        shapes={"base": _WIDE | {"num_hidden_layers": 2}, "teacher": _WIDE | {"num_hidden_layers": 3}},
+    ),
     # Activations of 64 such rows do not fit the cache, and glibc maps them anew each time; TRL gets the same 16 rows.
-    micro_batch=16,
-    recipes=TINY.recipes | {"base": Recipe(60, 16, 1, 1e-3, "cosine", 5, (0.9, 0.95))},
+    compute=replace(TINY.compute, micro_batch=16),
+    budget=replace(
+        TINY.budget, recipes=TINY.budget.recipes | {"base": Recipe(60, 16, 1, 1e-3, "cosine", 5, (0.9, 0.95))}
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """The models of a scale, and a batch of ``prompts`` x ``samples`` sequences."""
+    """The models of a scale, and a batch of ``prompts`` x ``samples`` completions."""
 
     scale: Scale
     prompts: int
     samples: int
 
-    @property
-    def recipe(self) -> Recipe:
-        recipe = self.scale.recipes["opd_full"]
-        return replace(recipe, prompts=self.prompts, samples=self.samples, learning_rate=LEARNING_RATE)
+    def experiment(self, root: Path) -> Experiment:
+        """Return what both sides do, with the models in ``root``."""
+        of = Laboratory(self.scale, root).experiment("opd_full")
+        batch = {"prompts": self.prompts, "samples": self.samples}
+        return replace(of, recipe=replace(of.recipe, learning_rate=LEARNING_RATE, **batch))
 
 
 def own(scale: Scale) -> tuple[int, int]:
     """Return the batch that the scale's recipe has."""
-    recipe = scale.recipes["opd_full"]
+    recipe = scale.budget.recipes["opd_full"]
     return recipe.prompts, recipe.samples
 
 
@@ -165,8 +169,8 @@ class Stopwatch:
         self.wrap(teacher.base_model, "forward", "teacher")
 
 
-class TimedLearner(Learner):
-    """A learner whose copies are not wrapped, or they would call the model that they are copies of."""
+class TimedTrainer(Trainer):
+    """A trainer whose copies are not wrapped, or they would call the model that they are copies of."""
 
     def in_dtype(self, model: PreTrainedModel) -> PreTrainedModel:
         found = super().in_dtype(model)
@@ -178,39 +182,37 @@ class TimedLearner(Learner):
 # --- the two sides ----------------------------------------------------------------------------------------------------
 
 
-def our_side(case: Case, folder: Path, watch: Stopwatch) -> Callable[[int], None]:
+def our_side(of: Experiment, watch: Stopwatch) -> Callable[[int], None]:
     """Return the function that makes one of our steps."""
-    learner = TimedLearner(case.scale, ARMS["opd_full"], case.recipe, TASKS[case.scale.task], folder, seed=0)
+    trainer = TimedTrainer(of)
 
     def note(result: tuple[Rollouts, Tensor]) -> dict:
         rollouts, _ = result
         prompts = torch.tensor([len(ids) for ids in rollouts.prompts])
         completions = torch.tensor([len(ids) for ids in rollouts.completions]).reshape(len(prompts), -1)
         total = rollouts.tokens + int(prompts.sum()) * rollouts.samples
-        arithmetic = flops(learner.student, learner.teacher, prompts, completions)
+        arithmetic = flops(trainer.student, trainer.teacher, prompts, completions)
         return {"completion": rollouts.tokens, "total": total} | arithmetic
 
-    watch.wrap(learner, "batch", "rollout", note)
-    watch.wrap_models(learner.student, learner.teacher)
-    watch.wrap(learner.optimizers[0], "step", "optimizer")
+    watch.wrap(trainer, "batch", "rollout", note)
+    watch.wrap_models(trainer.student, trainer.teacher)
+    watch.wrap(trainer.optimizers[0], "step", "optimizer")
 
     def step(number: int) -> None:
         watch.begin()
-        line = learner.step(number)
+        line = trainer.step(number)
         watch.note(kl=line["loss"])
         watch.end("opdlab")
 
     return step
 
 
-def train_with_trl(
-    case: Case, folder: Path, scratch: str, watch: Stopwatch, steps: int, between: Callable[[int], None]
-) -> None:
+def train_with_trl(of: Experiment, scratch: str, watch: Stopwatch, steps: int, between: Callable[[int], None]) -> None:
     """Let TRL make ``steps`` steps in its own loop, and call ``between`` after each with the step's number."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    class Trainer(DistillationTrainer):
+    class Timed(DistillationTrainer):
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
             watch.note(kl=loss.item())
@@ -231,17 +233,17 @@ def train_with_trl(
         completion, prompt = (int(batch[f"{name}_mask"].sum()) for name in ("completion", "prompt"))
         return {"completion": completion, "total": completion + prompt}
 
-    recipe, task = case.recipe, TASKS[case.scale.task]
-    micro_batch = min(case.scale.micro_batch, recipe.sequences)
+    recipe, task, start = of.recipe, of.task, of.arm.student.folder
+    micro_batch = min(of.compute.micro_batch, recipe.completions)
     prompts = [task.prompts(recipe.prompts, random_numbers(0, "prompts", step)) for step in range(steps)]
-    device = find_device(case.scale.gpu)
-    half = device.type == "cuda" and case.scale.compute == "bfloat16"
-    student = load_model(folder / "anchor")
-    teacher = load_model(folder / "teacher", dtype=torch.bfloat16 if half else torch.float32)
-    trainer = Trainer(
+    device = find_device(of.compute.gpu)
+    half = device.type == "cuda" and of.compute.dtype == "bfloat16"
+    student = load_model(start)
+    teacher = load_model(of.arm.teacher.folder, dtype=torch.bfloat16 if half else torch.float32)
+    trainer = Timed(
         model=student,
         teacher_model=teacher,
-        processing_class=load_tokenizer(folder / "anchor"),
+        processing_class=load_tokenizer(start),
         train_dataset=Dataset.from_dict(
             {"prompt": [prompt for batch in prompts for prompt in batch for _ in range(recipe.samples)]}
         ),
@@ -249,10 +251,10 @@ def train_with_trl(
             # The same work.
             max_steps=steps,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=recipe.sequences // micro_batch,
+            gradient_accumulation_steps=recipe.completions // micro_batch,
             shuffle_dataset=False,
-            max_completion_length=case.scale.max_new_tokens,
-            temperature=case.scale.temperature,
+            max_completion_length=of.max_new_tokens,
+            temperature=of.temperature,
             beta=1.0,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="constant",
@@ -278,10 +280,10 @@ def train_with_trl(
     trainer.train()
 
 
-def measure(case: Case, folder: Path, steps: int, bar: tqdm) -> Stopwatch:
+def measure(of: Experiment, steps: int, bar: tqdm) -> Stopwatch:
     """Let the sides take turns, ``steps`` each after the warm-up."""
     watch = Stopwatch()
-    ours = our_side(case, folder, watch)
+    ours = our_side(of, watch)
 
     def turn(number: int) -> None:
         ours(number)
@@ -295,7 +297,7 @@ def measure(case: Case, folder: Path, steps: int, bar: tqdm) -> Stopwatch:
     try:
         if find_spec("trl"):
             with tempfile.TemporaryDirectory() as scratch:
-                train_with_trl(case, folder, scratch, watch, WARM_UP + steps, turn)
+                train_with_trl(of, scratch, watch, WARM_UP + steps, turn)
         else:
             for number in range(WARM_UP + steps):
                 turn(number)
@@ -333,10 +335,11 @@ def flops(student: PreTrainedModel, teacher: PreTrainedModel, prompts: Tensor, c
     }
 
 
-def matmul_rate(folder: Path, scale: Scale, clock: str) -> float:
+def matmul_rate(of: Experiment, clock: str) -> float:
     """Return the best FLOP/s of this device on products of the size of a feed-forward layer, in the passes' dtype."""
-    shape, device = json.loads((folder / "anchor" / "config.json").read_text()), find_device(scale.gpu)
-    kind = {"device": device, "dtype": getattr(torch, scale.compute) if device.type == "cuda" else torch.float32}
+    shape = json.loads((Path(of.arm.student.folder) / "config.json").read_text())
+    device = find_device(of.compute.gpu)
+    kind = {"device": device, "dtype": getattr(torch, of.compute.dtype) if device.type == "cuda" else torch.float32}
     rows, width, inner = 1024, shape["hidden_size"], shape["intermediate_size"]
     left, right = torch.randn(rows, width, **kind), torch.randn(width, inner, **kind)
     out, best = torch.empty(rows, inner, **kind), float("inf")
@@ -351,15 +354,16 @@ def matmul_rate(folder: Path, scale: Scale, clock: str) -> float:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def make_wide_models(folder: Path, bar: tqdm) -> None:
-    """Write the wide student and teacher to ``folder``."""
-    arm = ARMS["base"]
-    learner = Learner(WIDE, arm, WIDE.recipes["base"], TASKS[WIDE.task], folder, seed=0)
-    for step in range(learner.recipe.steps):
-        learner.step(step)
+def make_wide_models(root: Path, bar: tqdm) -> None:
+    """Write the wide student and teacher into ``root``."""
+    lab = Laboratory(WIDE, root)
+    # On the task itself, and not on the short tasks of pretraining.
+    trainer = Trainer(replace(lab.experiment("base"), task=lab.tasks[WIDE.task]))
+    for step in range(trainer.recipe.steps):
+        trainer.step(step)
         bar.update()
-    save_model(learner.student, learner.tokenizer, folder / "anchor")
-    save_model(new_model(WIDE.shapes["teacher"], seed=1), learner.tokenizer, folder / "teacher")
+    save_model(trainer.student, trainer.tokenizer, lab.models / "anchor")
+    save_model(new_model(WIDE.models.shapes["teacher"], seed=1), trainer.tokenizer, lab.models / "teacher")
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -443,22 +447,22 @@ def main() -> None:
         "cases": {},
     }
     wide = any(CASES[name].scale is WIDE for name in options.cases)
-    total = len(options.cases) * (WARM_UP + options.steps) + wide * WIDE.recipes["base"].steps
+    total = len(options.cases) * (WARM_UP + options.steps) + wide * WIDE.budget.recipes["base"].steps
     with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, unit="step") as bar:
         for name in options.cases:
             case = CASES[name]
-            folder = default_home().models(case.scale)
-            if case.scale is WIDE:
-                folder = Path(scratch)
-                if not (folder / "teacher").exists():
-                    bar.set_description("training the wide student")
-                    make_wide_models(folder, bar)
-            weight_files(folder / "anchor")  # says what to do if there is none
+            root = Path(scratch) if case.scale is WIDE else default_root()
+            lab = Laboratory(case.scale, root)
+            if case.scale is WIDE and not (lab.models / "teacher").exists():
+                bar.set_description("training the wide student")
+                make_wide_models(root, bar)
+            lab.model_folder("anchor")  # says what to do if there is none
+            of = case.experiment(root)
             if options.micro_batch:
-                case = replace(case, scale=replace(case.scale, micro_batch=options.micro_batch))
+                of = replace(of, compute=replace(of.compute, micro_batch=options.micro_batch))
             bar.set_description(name)
-            rate = matmul_rate(folder, case.scale, clock)
-            steps = measure(case, folder, options.steps, bar).steps
+            rate = matmul_rate(of, clock)
+            steps = measure(of, options.steps, bar).steps
             steps = {side: steps[side][WARM_UP:] for side in sorted(steps, reverse=True)}
             operations = {
                 part: float(np.median([step[f"{part} flops"] for step in steps["opdlab"]])) for part in PARTS[:3]
@@ -466,7 +470,7 @@ def main() -> None:
             report["cases"][name] = {
                 "prompts": case.prompts,
                 "samples": case.samples,
-                "micro_batch": case.scale.micro_batch,
+                "micro_batch": of.compute.micro_batch,
                 "GFLOP": sum(operations.values()) / 1e9,
                 "GFLOP/s": rate / 1e9,
                 "bound": {part: count / rate for part, count in operations.items()},

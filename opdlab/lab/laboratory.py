@@ -192,7 +192,11 @@ class Laboratory:
         Raises:
             OpdlabError: if a model is missing; otherwise as :func:`opdlab.training.loop.train`.
         """
-        named, experiment = self.arm(name), change(self.experiment(name, seed))
+        named = self.arm(name)
+        for folder in named.models:
+            if not self.model(folder).known:  # Without a digest the run has no key: say what is missing.
+                self.model_folder(folder)
+        experiment = change(self.experiment(name, seed))
         if not Run(experiment, self.runs).finished:
             for folder in named.models:
                 self.model_folder(folder)

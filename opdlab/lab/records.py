@@ -233,7 +233,8 @@ def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
     parts = analysis.parts(lab, seed)
     if not path.exists():
         return parts
-    known = set(_read_csv(path)["key"])
+    table = _read_csv(path)
+    known = set(table.loc[table["seed"] == seed, "key"])
     return [part for part in parts if part.key(lab) not in known]
 
 

@@ -1,11 +1,8 @@
 """Training on many GPUs: an experiment run by TRL's trainers, under ``accelerate launch``.
 
-``opdlab train --arm opd_full --scale paper --engine trl`` writes what the run needs into its folder (the arguments of a
-TRL trainer, and those of ``accelerate``, FSDP2), prints the command and runs it: each process is then this module. The
-weights at the steps of ``snapshots`` are put together from all GPUs, as files that ``opdlab measure BASE --trajectory
-RUN/snapshots`` reads. TRL is imported when it is used, so that this module can be read without it.
-
-What TRL can run, by who writes the completions and what is learned from them:
+``opdlab train --arm opd_full --scale paper --engine trl`` writes the arguments of a TRL trainer and of ``accelerate``
+(FSDP2) into the run's folder, prints the command and runs it: each process is then this module. The snapshots are put
+together from all GPUs, for ``opdlab measure BASE --trajectory RUN/snapshots``. TRL is imported only when it is used.
 
 ============  ==============================================  =======================================================
 arm           trainer                                         loss
@@ -70,17 +67,15 @@ if TYPE_CHECKING:
 
 #: The name of TRL's trainer and its configuration, without ending, by who writes the completions and the loss.
 TRAINERS = {
-    ("task", "cross_entropy"): "SFT",
-    ("student", "reverse_kl"): "Distillation",
-    ("student", "forward_kl"): "Distillation",
-    ("student", "opd_sampled"): "IWOPD",
-    ("student", "grpo"): "GRPO",
-}
+    ("task", "cross_entropy"): "SFT", ("student", "opd_sampled"): "IWOPD", ("student", "grpo"): "GRPO",
+    ("student", "reverse_kl"): "Distillation", ("student", "forward_kl"): "Distillation",
+}  # fmt: skip
 # GPUs that a scale for many of them is configured for on a machine without any.
 GPUS = 8
 # Tokens of context for a prompt, which vLLM makes room for beside the completion.
 PROMPT_ROOM = 2048
 
+Tokenizer = transformers.PreTrainedTokenizerBase
 #: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
 Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.TrainerCallback]
 
@@ -121,16 +116,13 @@ def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) 
         OpdlabError: if TRL has no trainer for the arm, or the processes cannot share the batch.
     """
     trainer, arm = trainer_of(experiment), experiment.arm
-    return {
-        "arm": experiment.title,
-        "seed": experiment.seed,
-        "task": experiment.task.name,
+    what = {"arm": experiment.title, "seed": experiment.seed, "task": experiment.task.name, "trainer": trainer}
+    return what | {
         "recipe": asdict(experiment.recipe),
         "start": arm.student.folder,
         "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
         "snapshots": list(experiment.snapshots),
         "processes": processes,
-        "trainer": trainer,
         "arguments": _common(experiment, trainer, processes, gpu, vllm) | _special(experiment, trainer, vllm),
     }
 
@@ -147,25 +139,18 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vll
     # IWOPD holds the logits of a whole micro-batch, student's and teacher's; the other trainers compute them in parts.
     most = 1 if trainer == "IWOPD" and compute.tokens_at_once else compute.micro_batch
     per_device = max(n for n in range(1, min(most, share) + 1) if share % n == 0)
-    # The nearest that TRL has a name for, and the paper's own. this module takes the rates of opdlab's loop:
+    # The nearest that TRL has a name for, and the paper's own. The rates are those of opdlab's loop (``_classes``):
     # there warm-up begins at its first share, not at 0, and the cosine at the first step, not when warm-up is over.
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
     if recipe.schedule == "cosine":
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    return {
-        "max_steps": recipe.steps,
-        "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": share // per_device,
-        "learning_rate": recipe.learning_rate,
-        **schedule,
-        "warmup_steps": recipe.warmup,
-        "optim": "adamw_torch",
-        "adam_beta1": recipe.betas[0],
-        "adam_beta2": recipe.betas[1],
+    batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
+    optimizer = {"optim": "adamw_torch", "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1]}
+    optimizer |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
+    rate = schedule | {"learning_rate": recipe.learning_rate, "warmup_steps": recipe.warmup}
+    return {"max_steps": recipe.steps, **batch, **optimizer, **rate} | {
         # The paper gives one for RLVR only (Table 5); the other is PyTorch's.
         "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip,
         "seed": experiment.seed,
         "use_cpu": not gpu,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
@@ -181,26 +166,19 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vll
 def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
     """Return the arguments that one trainer has."""
     recipe, room = experiment.recipe, experiment.max_new_tokens
+    in_order: dict[str, Any] = {"shuffle_dataset": False}
     if trainer == "SFT":
         # The rows hold tokens and labels already, in the order that opdlab's loop reads them.
-        return {
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-            "max_length": None,
-            "shuffle_dataset": False,
-            "train_sampling_strategy": "sequential",
-            "remove_unused_columns": False,
-        }
+        as_they_are = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+        return in_order | as_they_are | {"max_length": None, "train_sampling_strategy": "sequential"}
     rollouts: dict[str, Any] = {"max_completion_length": room, "temperature": experiment.temperature}
     rollouts |= {"top_p": 1.0, "top_k": 0, "use_vllm": vllm}
     if vllm:
-        rollouts |= {
-            "vllm_mode": "colocate",
-            "vllm_max_model_length": room + PROMPT_ROOM,
-            # Its memory is the trainer's while the update is made.
-            "vllm_enable_sleep_mode": True,
-        }
+        # Its memory is the trainer's while the update is made.
+        rollouts |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
+        rollouts["vllm_max_model_length"] = room + PROMPT_ROOM
     if trainer == "Distillation":
-        return rollouts | {"shuffle_dataset": False, "beta": 1.0 if experiment.arm.loss == "reverse_kl" else 0.0}
+        return rollouts | in_order | {"beta": 1.0 if experiment.arm.loss == "reverse_kl" else 0.0}
     if trainer == "IWOPD":
         # gamma = 0 leaves the plain estimator: -log p_S(token) times the detached log p_T - log p_S.
         objective = {"distillation_objective": "iw_opd", "iw_opd_gamma": 0.0, "lmbda": 1.0, "num_generations": 1}
@@ -208,17 +186,9 @@ def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
     if vllm:
         # The paper's ratio is 1. TRL's correction for vLLM's rounding drops whole completions, the long ones first.
         rollouts["vllm_importance_sampling_correction"] = False
-    return rollouts | {
-        "shuffle_dataset": False,
-        "num_generations": recipe.samples,
-        "num_iterations": 1,
-        "beta": 0.0,
-        "epsilon": CLIP[0],
-        "epsilon_high": CLIP[1],
-        "loss_type": "dapo",
-        "scale_rewards": "group",
-        "mask_truncated_completions": False,
-    }
+    rollouts |= {"num_generations": recipe.samples, "num_iterations": 1, "mask_truncated_completions": False}
+    objective = {"beta": 0.0, "epsilon": CLIP[0], "epsilon_high": CLIP[1], "loss_type": "dapo"}
+    return rollouts | in_order | objective | {"scale_rewards": "group"}
 
 
 def accelerate_arguments(config: dict) -> dict:
@@ -226,24 +196,17 @@ def accelerate_arguments(config: dict) -> dict:
 
     On CPUs accelerate 1.15 starts the processes and then shares nothing among them but gradients (DDP).
     """
-    return {
-        "compute_environment": "LOCAL_MACHINE",
+    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
+    fsdp |= {"fsdp_offload_params": False, "fsdp_state_dict_type": "FULL_STATE_DICT"}
+    # Else only the first process would read the teacher, whose weights nobody sends to the others.
+    fsdp |= {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
+    machine = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0}
+    return machine | {
         "distributed_type": "FSDP",
         "use_cpu": config["arguments"]["use_cpu"],
         "mixed_precision": "bf16" if config["arguments"]["bf16"] else "no",
-        "num_machines": 1,
-        "machine_rank": 0,
         "num_processes": config["processes"],
-        "fsdp_config": {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": True,
-            "fsdp_offload_params": False,
-            "fsdp_state_dict_type": "FULL_STATE_DICT",
-            # Else only the first process would read the teacher, whose weights nobody sends to the others.
-            "fsdp_cpu_ram_efficient_loading": False,
-            "fsdp_activation_checkpointing": False,
-        },
+        "fsdp_config": fsdp,
     }
 
 
@@ -277,14 +240,14 @@ def launch(
         OpdlabError: if TRL cannot train the experiment, something is missing here, or training fails.
     """
     processes = processes or torch.cuda.device_count() or (GPUS if gpu else 1)
-    config = configure(experiment, processes, gpu=gpu, vllm=vllm)
+    config = configure(experiment, processes, gpu=gpu, vllm=vllm) | {"produces": produces and str(produces)}
     print(f"run folder: {folder}")
     if (folder / "trainer_state.json").exists():
         print("finished before; delete the folder to train it again")
         return
     if not dry_run:
         check_ready(config)
-    command = write(config, experiment, callback, folder, produces)
+    command = write(config, experiment, callback, folder)
     print(shlex.join(command), flush=True)
     if dry_run:
         return
@@ -297,7 +260,7 @@ def launch(
     print(f"to measure it: opdlab measure {config['start']} --trajectory {folder / 'snapshots'}")
 
 
-def write(config: dict, experiment: Experiment, callback: Callback, folder: Path, produces: Path | None) -> list[str]:
+def write(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> list[str]:
     """Write what the processes need into a run's folder, and return the command that trains, as its words.
 
     Raises:
@@ -306,7 +269,7 @@ def write(config: dict, experiment: Experiment, callback: Callback, folder: Path
     write_json(folder / "config.json", config)
     write_json(folder / "accelerate.json", accelerate_arguments(config))
     try:
-        packed = pickle.dumps((config, experiment, callback, produces))
+        packed = pickle.dumps((config, experiment, callback))
     except (pickle.PicklingError, AttributeError) as problem:
         raise OpdlabError(
             f"task {experiment.task.name!r} cannot be handed to other processes ({problem}): put its reward in a module"
@@ -348,17 +311,18 @@ def run(path: Path) -> None:
         OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
     """
     # What launch wrote on this machine a moment ago.
-    config, experiment, callback, produces = pickle.loads(path.read_bytes())
+    config, experiment, callback = pickle.loads(path.read_bytes())
     trainer = make_trainer(config, experiment, callback, path.parent)
     trainer.train()
     trainer.save_state()
-    if produces and not produces.exists() and trainer.is_world_process_zero():
+    produces = config.get("produces")
+    if produces and not Path(produces).exists() and trainer.is_world_process_zero():
         # From the last snapshot, which is whole: of the model at hand each process has a part.
         snapshot = path.parent / "snapshots" / f"step-{max(config['snapshots']):06d}.safetensors"
         start = local_folder(config["start"])
         model = load_model(start)
         model.load_state_dict(load_tensors(snapshot)[0], strict=False)
-        save_model(model, load_tokenizer(start), produces)
+        save_model(model, load_tokenizer(start), Path(produces))
 
 
 def make_trainer(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> transformers.Trainer:
@@ -370,7 +334,7 @@ def make_trainer(config: dict, experiment: Experiment, callback: Callback, folde
     settings = settings(output_dir=str(folder), **config["arguments"])
     start = local_folder(config["start"])
     tokenizer, student = load_tokenizer(start), load_model(start)
-    data = rows(experiment, name, tokenizer, student)
+    data = rows(experiment, name, tokenizer, context_length(student))
     options = {"args": settings, "processing_class": tokenizer, "train_dataset": data}
     if config["teacher"]:
         teacher = local_folder(config["teacher"])
@@ -387,16 +351,15 @@ def make_trainer(config: dict, experiment: Experiment, callback: Callback, folde
 
 def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
     """Return TRL's trainer, with what opdlab must have otherwise, and its configuration."""
-    library = import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
+    rate_at, library = recipe.learning_rate_at, import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
     trainer: Any = getattr(library, f"{name}Trainer")
 
     class Scheduled(trainer):
         """With the learning rates of opdlab's loop, of which TRL's schedules are some steps off."""
 
         def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, lambda step: recipe.learning_rate_at(step) / recipe.learning_rate
-            )
+            at = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(at, lambda step: rate_at(step) / recipe.learning_rate)
             return self.lr_scheduler
 
     class InOrder(Scheduled):
@@ -409,10 +372,8 @@ def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
             sampler.shuffle = False
             return sampler
 
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            # The number that comes in is of the data set, where there are no completions yet.
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            # The number of tokens that comes in is of the data set, where there are no completions yet.
             tokens = sum((part["labels"] != -100).sum() for part in self._buffered_inputs)
             # A share of all: the gradients of the processes are averaged.
             tokens = self.accelerator.gather(tokens).sum() / self.accelerator.num_processes
@@ -421,12 +382,7 @@ def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
     return InOrder if name == "IWOPD" else Scheduled, getattr(library, f"{name}Config")
 
 
-def rows(
-    experiment: Experiment,
-    trainer: str,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    student: transformers.PreTrainedModel,
-) -> datasets.Dataset:
+def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: int) -> datasets.Dataset:
     """Return the data set: the prompts of step 0 as opdlab's loop sees them, those of step 1, and so on.
 
     A row is drawn when it is asked for. It is a prompt, which GRPO repeats by itself and the others find as often as it
@@ -437,7 +393,7 @@ def rows(
     task, recipe = experiment.task, experiment.recipe
     repeats = 1 if trainer == "GRPO" else recipe.samples
     a_step = recipe.prompts * repeats
-    room = context_length(student) - experiment.max_new_tokens
+    room = context - experiment.max_new_tokens
 
     @lru_cache(maxsize=2)
     def prompts_of(step: int) -> list[str]:
@@ -458,7 +414,7 @@ def rows(
     return datasets.Dataset.from_dict({"number": range(recipe.steps * a_step)}).with_transform(draw)
 
 
-def reward(experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[..., list[float]]:
+def reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[float]]:
     """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
 
     def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -468,7 +424,7 @@ def reward(experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBa
     return accuracy
 
 
-def _prompts_of(tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]]], dict[str, Tensor]]:
+def _prompts_of(tokenizer: Tokenizer) -> Callable[[list[dict[str, str]]], dict[str, Tensor]]:
     """Return what makes a batch of rows for ``IWOPDTrainer``, whose own would write prompts by a chat template."""
 
     def collate(examples: list[dict[str, str]]) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ import pytest
 from opdlab.claims import CLAIMS, Metric, judge, judgeable
 from opdlab.claims.across_scales import compare_order, compare_scales, judge_at, records_at
 from opdlab.lab import plots
+from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.scales import SMALL, TINY
-from opdlab.training.store import Home, default_home
 
 METRICS = {"accuracy": Metric("sampled", progress=1.0), "stable rank": Metric("stable_rank", progress=1.0)}
 
@@ -16,26 +16,24 @@ def test_values_at_scales_are_those_of_the_records():
     table = compare_scales(METRICS, ("opd", "opd_random16"), ("tiny", "small"))
     of_tiny = table[table["scale"] == "tiny"]
     assert set(of_tiny["arm"]) == {"opd", "opd_random16"} and list(dict.fromkeys(of_tiny["title"])) == list(METRICS)
-    evaluations = pd.read_csv(default_home().records(TINY) / "opd-seed3" / "evaluations.csv")
+    evaluations = pd.read_csv(Laboratory.at("tiny").records / "opd" / "evaluations.csv").query("seed == 3")
     row = of_tiny[(of_tiny["title"] == "accuracy") & (of_tiny["arm"] == "opd") & (of_tiny["seed"] == 3)]
     assert row["value"].item() == pytest.approx(evaluations["sampled"].iloc[-1])
     # At small no such run is recorded, and none is trained for it.
-    assert (
-        "opd_random16" not in set(table.loc[table["scale"] == "small", "arm"]) and "opd_random16" not in SMALL.recorded
-    )
+    assert "opd_random16" not in {*table.loc[table["scale"] == "small", "arm"], *SMALL.policy.arms}
 
 
 def test_a_scale_without_a_record_of_an_analysis_is_left_out():
     outside = {"outside": Metric("residual", "span", {"basis": "two other seeds"})}
     table = compare_scales(outside, ("opd",))
-    assert set(table["scale"]) == {"tiny"} and len(table) == len(TINY.seeds) and "span" not in SMALL.analyses
+    assert set(table["scale"]) == {"tiny"} and len(table) == len(TINY.policy.seeds)
+    assert "span" not in SMALL.policy.analyses
 
 
 def test_what_is_not_recorded_is_left_out(tmp_path):
-    home = Home(tmp_path)
-    assert records_at("small", ("opd",), home) is None
-    assert compare_scales(METRICS, ("opd",), ("small",), home).empty
-    assert judge_at("small", home) == []
+    assert records_at("small", ("opd",), tmp_path) is None
+    assert compare_scales(METRICS, ("opd",), ("small",), tmp_path).empty
+    assert judge_at("small", tmp_path) == []
 
 
 def test_panels_by_scale():
@@ -78,4 +76,4 @@ def test_claims_about_runs_variants_and_analyses_are_judged_at_another_scale():
     found = judge_at("small")
     assert {"norm-opd-rlvr", "rank-opd_mix50"} <= {verdict.claim.name for verdict in found}
     # With two, an interval is so wide that hardly any negative control could explain an effect.
-    assert {verdict.seeds for verdict in found} == {len(SMALL.seeds)} == {3}
+    assert {verdict.seeds for verdict in found} == {len(SMALL.policy.seeds)} == {3}

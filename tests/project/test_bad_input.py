@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,20 +11,20 @@ from safetensors.torch import load_file, save_file
 
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.lab.records import find_tables, load_records, read_record
+from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import add_run, find_tables, has_record, load, read_index, write_table
 from opdlab.lab.scales import get_scale
 from opdlab.models import files
 from opdlab.models.files import load_tensors, write_whole
 from opdlab.models.folders import load_model, load_tokenizer, save_model
-from opdlab.training.loop import train
-from opdlab.training.store import Home, Run
 
 
 @pytest.fixture
-def own(home, tmp_path):
-    """A copy of the home that a test may damage."""
-    shutil.copytree(home.root / "data", tmp_path / "data")
-    return Home(tmp_path)
+def own(lab, tmp_path):
+    """A laboratory with copies of the models, which a test may damage."""
+    own = replace(lab, root=tmp_path)
+    shutil.copytree(lab.models, own.models)
+    return own
 
 
 def test_unknown_scale(capsys):
@@ -56,38 +57,38 @@ def test_nothing_to_reproduce(options, what, tmp_path, capsys):
 
 def test_no_models(scale, tmp_path):
     with pytest.raises(OpdlabError, match=r"there is no model in .*base: run 'opdlab models --scale"):
-        train("sft", 0, scale, home=Home(tmp_path))
+        Laboratory(scale, tmp_path).train("sft")
 
 
-def test_no_teacher_for_opd(scale, own):
-    shutil.rmtree(own.models(scale) / "teacher")
+def test_no_teacher_for_opd(own):
+    shutil.rmtree(own.models / "teacher")
     with pytest.raises(OpdlabError, match=r"there is no model in .*teacher: run 'opdlab models --scale"):
-        train("opd", 0, scale, home=own)
+        own.train("opd")
 
 
-def test_a_model_folder_without_weights(scale, own):
-    (own.models(scale) / "anchor" / "model.safetensors").unlink()
+def test_a_model_folder_without_weights(own):
+    (own.models / "anchor" / "model.safetensors").unlink()
     with pytest.raises(OpdlabError, match=r"anchor has no weights: it needs a model.safetensors"):
-        train("opd", 0, scale, home=own)
+        own.train("opd")
 
 
-def test_pickled_weights_are_refused(scale, own):
-    folder = own.models(scale) / "anchor"
+def test_pickled_weights_are_refused(own):
+    folder = own.models / "anchor"
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(OpdlabError, match=r"pytorch_model.bin is a pickle, which can run code"):
-        train("opd", 0, scale, home=own)
+        own.train("opd")
 
 
-def test_truncated_weights(scale, own):
-    path = own.models(scale) / "anchor" / "model.safetensors"
+def test_truncated_weights(own):
+    path = own.models / "anchor" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(OpdlabError, match=r"the model in .*anchor cannot be opened"):
         load_model(path.parent)
 
 
-def test_code_in_a_model_folder_is_not_run(scale, own):
-    folder = own.models(scale) / "anchor"
+def test_code_in_a_model_folder_is_not_run(own):
+    folder = own.models / "anchor"
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -96,45 +97,48 @@ def test_code_in_a_model_folder_is_not_run(scale, own):
         load_model(folder)
 
 
-def test_different_vocabularies(scale, own):
-    folder = own.models(scale) / "teacher"
+def test_different_vocabularies(own):
+    folder = own.models / "teacher"
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens(["é"])
     save_model(load_model(folder), tokenizer, folder)
     with pytest.raises(OpdlabError, match=r"different vocabularies \(28 and 29 tokens, 28 in common\)"):
-        train("opd", 0, scale, home=own)
+        own.train("opd")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:500], lambda data: b"not a tensor", lambda data: b""])
-def test_a_damaged_snapshot(damage, scale, own):
-    run = train("opd", 0, scale, home=own)
-    path = run.snapshot_path(run.config["snapshots"][1])
+def test_a_damaged_snapshot(damage, own):
+    run = own.train("opd")
+    path = run.snapshot_path(run.experiment.kept[1])
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(OpdlabError, match=r"step-\d+.safetensors is missing, truncated or not a safetensors file"):
-        find_tables("opd", 0, scale, own)
+        find_tables("opd", 0, own)
     assert run.finished and run.lines("history"), "the rest of the run is kept"
 
 
-def test_a_record_that_does_not_match_is_trained_again(scale, own, capsys):
-    folder = find_tables("sft", 0, scale, own)
-    recorded = own.records(scale) / "sft-seed0"
-    shutil.copytree(folder, recorded)
-    assert find_tables("sft", 0, scale, own) == recorded
-    description = json.loads((recorded / "record.json").read_text())
-    (recorded / "record.json").write_text(json.dumps(description | {"key": "something"}))
-    records = load_records(("sft",), scale, seeds=(0,), home=own)
-    assert not records.sources["recorded"].any()
-    assert "sft seed 0: the record was made with another configuration; training it now" in capsys.readouterr().out or (
-        find_tables("sft", 0, scale, own) == folder
-    )
+def test_a_record_that_does_not_match_is_not_read_and_nothing_is_trained_for_it(own, monkeypatch):
+    add_run(find_tables("sft", 0, own), own)
+    assert load(own, ("sft",), seeds=(0,)).runs["key"].item() == own.experiment("sft").key
+    write_table(own.records / "runs.csv", read_index(own.records).assign(key="something"))
+    monkeypatch.setattr("opdlab.lab.laboratory.train", lambda *args, **options: pytest.fail("it is trained"))
+    with pytest.raises(OpdlabError, match=r"has no record of sft as .*'opdlab record --scale smoke --arm sft'"):
+        load(own, ("sft",), seeds=(0,))
+    monkeypatch.undo()
+    # Made again, it is there: from the finished run, whose tables are measured already.
+    add_run(find_tables("sft", 0, own), own)
+    assert has_record("sft", 0, own) and len(read_index(own.records)) == 1
 
 
-@pytest.mark.parametrize("name", ["record.json", "history.csv", "matrices.csv"])
-def test_a_damaged_record(name, scale, own):
-    folder = find_tables("sft", 0, scale, own)
-    (folder / name).write_text("")
-    with pytest.raises(OpdlabError, match=f"{name} is missing or damaged"):
-        read_record(folder)
+@pytest.mark.parametrize("name", ["runs.csv", "sft/history.csv", "sft/matrices.csv"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_text(""), lambda path: path.unlink()])
+def test_a_damaged_record(name, damage, own):
+    add_run(find_tables("sft", 0, own), own)
+    path = own.records / name
+    damage(path)
+    # Without its index a folder has no records.
+    error = "no record of sft" if not path.exists() and name == "runs.csv" else f"{name} is missing or damaged"
+    with pytest.raises(OpdlabError, match=error):
+        load(own, ("sft",), seeds=(0,))
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
@@ -151,7 +155,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_a_disk_that_fills_up_while_training(scale, own, monkeypatch):
+def test_a_disk_that_fills_up_while_training(own, monkeypatch):
     saved = 0
 
     def save(tensors, path, metadata=None):
@@ -163,14 +167,14 @@ def test_a_disk_that_fills_up_while_training(scale, own, monkeypatch):
 
     monkeypatch.setattr(files, "save_file", save)
     with pytest.raises(OpdlabError, match=r"the disk is full"):
-        train("opd", 1, scale, home=own)
+        own.train("opd", 1)
     monkeypatch.undo()
-    run = Run.of(scale, "opd", 1, own)
-    assert [load_tensors(run.snapshot_path(step)) for step in run.config["snapshots"][:3]]
-    assert train("opd", 1, scale, home=own).finished
+    run = own.run("opd", 1)
+    assert [load_tensors(run.snapshot_path(step)) for step in run.experiment.kept[:3]]
+    assert own.train("opd", 1).finished
 
 
-def test_a_home_that_cannot_be_written(scale, own):
+def test_a_home_that_cannot_be_written(own):
     (own.root / "runs").write_text("a file where a folder has to be")
     with pytest.raises(OpdlabError, match=r"cannot be written"):
-        train("opd", 0, scale, home=own)
+        own.train("opd")

@@ -10,8 +10,9 @@ import pytest
 from opdlab.cli import _parser
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.grid import RECORDED
+from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.scales import SCALES, get_scale
-from opdlab.training.store import Home
+from opdlab.lab.scheduler import missing_records
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = nbformat.read(ROOT / "book" / "experiments.ipynb", as_version=4)
@@ -54,16 +55,14 @@ def test_the_command_is_one(command):
     assert set(analyses) <= set(ANALYSES)
     for path in (getattr(options, "base", None), *(getattr(options, "tuned", None) or ())):
         # In capitals: the reader's own.
-        assert path is None or path.name.isupper() or (ROOT / path).is_dir()
+        assert path is None or path.isupper() or (ROOT / path).is_dir()
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if "reproduce" in command])
 def test_what_is_reproduced_is_recorded(command):
     options = _parser().parse_args(shlex.split(command)[1:])
-    records = Home(ROOT).records(get_scale(options.scale or "tiny"))
-    for what in (*(options.arm or ()), *(options.analysis or ())):
-        for seed in options.seed or ():
-            assert (records / f"{what}-seed{seed}").is_dir()
+    names = (*(options.arm or ()), *(options.analysis or ()))
+    assert not missing_records(names, tuple(options.seed or ()), Laboratory.at(options.scale or "tiny", ROOT))
 
 
 def test_every_row_is_complete_and_its_links_lead_somewhere():

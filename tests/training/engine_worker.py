@@ -1,6 +1,6 @@
 """What tests/training/test_engines.py starts in two processes: runs of opdlab.training.trl under FSDP2, without a GPU.
 
-``accelerate launch ... tests/training/engine_worker.py A/config.json B/config.json``
+``accelerate launch ... tests/training/engine_worker.py A/run.pickle B/run.pickle``
 """
 
 import json
@@ -14,14 +14,19 @@ from types import SimpleNamespace
 import torch
 import transformers
 
-from opdlab.lab.tasks import RUNNING_SUM, TASKS
+from opdlab.lab.tasks import RUNNING_SUM
 
-# Right whatever is said, so that a completion is rewarded for its end: untrained models earn nothing else.
-ANY_END = replace(RUNNING_SUM, answer=lambda prompt, completion: "")
+
+def any_text(prompt, completion):
+    """Right whatever is said, so that a completion is rewarded for its end: untrained models earn nothing else."""
+    return 1.0
+
+
+ANY_END = replace(RUNNING_SUM, score=any_text)
 
 
 def feed(steps):
-    """Return a ``generate`` that gives each process its share of sequences that were written before.
+    """Return a ``generate`` that gives each process its share of completions that were written before.
 
     ``steps`` is a list of [prompt, completion] for each step, all of them tokens. The prompts must be those asked for.
     """
@@ -60,14 +65,13 @@ def main(files):
     from opdlab.measuring import callback
 
     shard_on_cpus()
-    TASKS[ANY_END.name] = ANY_END
     sharded = []
     put_together = callback._whole
     callback._whole = lambda weight: sharded.append(hasattr(weight, "full_tensor")) or put_together(weight)
     for file in files:
-        sequences = Path(file).with_name("sequences.json")
-        if sequences.exists():
-            transformers.Qwen3ForCausalLM.generate = feed(json.loads(sequences.read_text()))
+        completions = Path(file).with_name("completions.json")
+        if completions.exists():
+            transformers.Qwen3ForCausalLM.generate = feed(json.loads(completions.read_text()))
         sys.argv = ["opdlab.training.trl", file]
         try:
             runpy.run_module("opdlab.training.trl", run_name="__main__")

@@ -9,8 +9,9 @@ from opdlab.training.rollouts import micro_batches, sample
 
 
 @pytest.fixture(scope="module")
-def lab(home, scale):
-    folder = home.models(scale) / "teacher"
+def writer(lab):
+    """A model, its tokenizer and prompts."""
+    folder = lab.models / "teacher"
     model = load_model(folder)
     # A model that ends its answers at all sorts of lengths.
     torch.manual_seed(0)
@@ -24,8 +25,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_greedy_is_generate(lab):
-    model, tokenizer, prompts = lab
+def test_greedy_is_generate(writer):
+    model, tokenizer, prompts = writer
     ours = sample(model, tokenizer, prompts, max_new_tokens=24, temperature=0)
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     theirs = model.generate(**batch, do_sample=False, max_new_tokens=24)[:, batch.input_ids.shape[1] :].tolist()
@@ -34,8 +35,8 @@ def test_greedy_is_generate(lab):
         assert len(mine) == 24 or mine[-1] == tokenizer.eos_token_id
 
 
-def test_a_row_does_not_depend_on_its_neighbours(lab):
-    model, tokenizer, prompts = lab
+def test_a_row_does_not_depend_on_its_neighbours(writer):
+    model, tokenizer, prompts = writer
     settings = {"max_new_tokens": 24, "samples": 3}
     together = sample(model, tokenizer, prompts, generator=generator(), **settings)
     again = sample(model, tokenizer, prompts, generator=generator(), **settings)
@@ -47,8 +48,8 @@ def test_a_row_does_not_depend_on_its_neighbours(lab):
     assert together != sample(model, tokenizer, prompts, generator=generator(1), **settings)
 
 
-def test_samples_follow_the_model(lab):
-    model, tokenizer, prompts = lab
+def test_samples_follow_the_model(writer):
+    model, tokenizer, prompts = writer
     rollouts = sample(model, tokenizer, prompts[:1], max_new_tokens=1, samples=20_000, generator=generator())
     counts = torch.bincount(torch.tensor(rollouts.completions)[:, 0], minlength=len(tokenizer)) / 20_000
     with torch.no_grad():
@@ -56,8 +57,8 @@ def test_samples_follow_the_model(lab):
     assert (counts - expected).abs().max() < 4 * 0.5 / 20_000**0.5
 
 
-def test_completions_end_at_the_first_eos(lab):
-    model, tokenizer, prompts = lab
+def test_completions_end_at_the_first_eos(writer):
+    model, tokenizer, prompts = writer
     rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=4, generator=generator())
     for row in rollouts.completions:
         assert tokenizer.eos_token_id not in row[:-1]
@@ -65,21 +66,21 @@ def test_completions_end_at_the_first_eos(lab):
     assert rollouts.samples == 4 and rollouts.tokens == sum(map(len, rollouts.completions))
 
 
-def test_a_prompt_longer_than_the_context(lab):
-    model, tokenizer, _ = lab
+def test_a_prompt_longer_than_the_context(writer):
+    model, tokenizer, _ = writer
     with pytest.raises(OpdlabError, match=r"'Q1\+1.*has 205 tokens, but only 104 fit"):
         sample(model, tokenizer, ["Q" + "1+" * 100 + "1=?A:"[1:]], max_new_tokens=24)
 
 
-@pytest.mark.parametrize("sequences", [1, 7, 100])
+@pytest.mark.parametrize("rows", [1, 7, 100])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_packed_logits_are_those_of_each_sequence_alone(sequences, samples, lab):
-    model, tokenizer, prompts = lab
+def test_packed_logits_are_those_of_each_completion_alone(rows, samples, writer):
+    model, tokenizer, prompts = writer
     rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=samples, generator=generator())
     count = len(rollouts.completions)
     seen = []
-    for part in micro_batches(rollouts, sequences, model.device, torch.arange(float(count))):
-        assert len(part.ids) == min(max(1, sequences // samples), len(part.ids))
+    for part in micro_batches(rollouts, rows, model.device, torch.arange(float(count))):
+        assert len(part.ids) == min(max(1, rows // samples), len(part.ids))
         assert part.mask[:, -1].any(), "padding that no completion needs"
         with torch.no_grad():
             logits = part.logits(model)
@@ -94,13 +95,13 @@ def test_packed_logits_are_those_of_each_sequence_alone(sequences, samples, lab)
     assert sorted(seen) == list(range(count))
 
 
-def test_padding_has_no_gradient(lab):
-    model, tokenizer, prompts = lab
+def test_padding_has_no_gradient(writer):
+    model, tokenizer, prompts = writer
     rollouts = sample(model, tokenizer, prompts, max_new_tokens=24, samples=2, generator=generator())
     gradients = []
-    for sequences in (2, 24):
+    for rows in (2, 24):
         model.zero_grad()
-        for part in micro_batches(rollouts, sequences, model.device):
+        for part in micro_batches(rollouts, rows, model.device):
             part.logits(model).logsumexp(-1)[part.mask].sum().backward()
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     model.zero_grad()
