@@ -302,7 +302,8 @@ def _code(code: CodeType, doc: str | None = None) -> Any:
             return sorted(map(repr, constant))
         return _code(constant) if isinstance(constant, CodeType) else repr(constant)
 
-    return [code.co_code.hex(), code.co_names, [told(c) for c in code.co_consts if c is None or c != doc]]
+    # Without a docstring, None is in its place.
+    return [code.co_code.hex(), code.co_names, [told(None if c == doc else c) for c in code.co_consts]]
 
 
 def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float | str:
