@@ -126,12 +126,17 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arm", required=True, help="sft, opd or rlvr; of the book also sft_matched or a variant")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of the experiment (repeatable)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of the experiment, such as samples=8 or 'tokens=top(\"log-ratio\", 0.25)' (repeatable)",
     )
     own = parser.add_argument_group("a task and models of your own (instead of a scale)")
     own.add_argument("--data", help="JSONL file, or a data set on the hub, with prompts and answers")
-    own.add_argument("--prompt", default="prompt", help="its column with the prompt (default: prompt)")
-    own.add_argument("--answer", default="answer", help="its column with the answer (default: answer)")
+    own.add_argument("--prompt", help="its column with the prompt (default: prompt)")
+    own.add_argument("--answer", help="its column with the answer (default: answer)")
+    own.add_argument("--demonstration", help="its column that sft imitates (default: that of the answer)")
     own.add_argument(
         "--reward", metavar="MODULE:FUNCTION", help="(prompt, completion, answer) -> number (default: the last word)"
     )
@@ -146,7 +151,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--dry-run", action="store_true", help="only write the engine's configuration, and print how")
 
 
+# What belongs to a task of one's own, and what to the book.
+_OWN = ("prompt", "answer", "demonstration", "reward", "student", "teacher", "steps", "learning_rate", "out")
+_BOOK = ("scale", "home", "engine", "processes", "dry_run")
+
+
 def _train(options: argparse.Namespace) -> None:
+    elsewhere = "the book's scales: leave it or --data out" if options.data else "a task of yours: add --data"
+    for name in _BOOK if options.data else _OWN:
+        if getattr(options, name) not in (None, False):
+            raise OpdlabError(f"--{name.replace('_', '-')} is for {elsewhere}")
     if options.data:
         _train_own(options)
         return
@@ -171,39 +185,49 @@ def _train(options: argparse.Namespace) -> None:
 def _train_own(options: argparse.Namespace) -> None:
     import opdlab
 
-    needed = ("student", "steps", "learning_rate", "out", *(["teacher"] if options.arm == "opd" else []))
-    for name in needed:
-        if getattr(options, name) is None:
-            raise OpdlabError(f"arm {options.arm!r} on --data needs --{name.replace('_', '-')}")
     if options.arm not in ("sft", "opd", "rlvr"):
         raise OpdlabError(f"--arm is {options.arm!r}; on --data choose sft, opd or rlvr, and vary them by --set")
+    for name in ("student", "steps", "learning_rate", "out", *(["teacher"] if options.arm == "opd" else [])):
+        if getattr(options, name) is None:
+            raise OpdlabError(f"arm {options.arm!r} on --data needs --{name.replace('_', '-')}: give it")
+    columns = {name: getattr(options, name) for name in ("prompt", "answer", "demonstration") if getattr(options, name)}
     reward = _imported(options.reward) if options.reward else None
-    task = opdlab.Task.from_dataset(options.data, prompt=options.prompt, answer=options.answer, reward=reward)
-    settings = {"seed": options.seed} | _settings(options.set)
     run = opdlab.train(
         getattr(opdlab, options.arm)(options.student, teacher=options.teacher),
-        task,
+        opdlab.Task.from_dataset(options.data, reward=reward, **columns),
         steps=options.steps,
         learning_rate=options.learning_rate,
         out=options.out,
-        **settings,
+        **{"seed": options.seed} | _settings(options.set),
     )
     print(run.evaluations.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(f"\nthe model: {run.model}; to measure it: opdlab measure {options.student} {run.model}")
+    print(f"\nthe model: {run.model}\nto measure it: opdlab measure {options.student} {run.model}")
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
-    """Return the fields that ``--set`` gives, numbers as numbers."""
+    """Return the fields that ``--set`` gives: numbers, tuples and the like as in Python, and other words as text."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise OpdlabError(f"--set {pair} has no value: write --set FIELD=VALUE")
         try:
-            found[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            found[name.strip()] = _value(ast.parse(value.strip(), mode="eval").body)
+        except (ValueError, SyntaxError, TypeError):
             found[name.strip()] = value
     return found
+
+
+def _value(written: ast.expr) -> Any:
+    """Return a literal, or what ``top``, ``random_tokens`` or ``project`` of the door makes of literals."""
+    import opdlab
+
+    if not (isinstance(written, ast.Call) and isinstance(written.func, ast.Name)):
+        return ast.literal_eval(written)
+    if written.func.id not in ("top", "random_tokens", "project"):
+        raise OpdlabError(f"--set knows no {written.func.id}(...): write top, random_tokens or project")
+    named = {word.arg or "": _value(word.value) for word in written.keywords}
+    return getattr(opdlab, written.func.id)(*map(_value, written.args), **named)
 
 
 def _imported(place: str) -> Callable[[str, str, str], float]:

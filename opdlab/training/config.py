@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from math import cos, pi
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from opdlab.errors import OpdlabError
 from opdlab.models.folders import chat_template
@@ -192,17 +194,37 @@ def with_fields(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
         settings: values by name: of the experiment itself, or of its arm, recipe or compute.
 
     Raises:
-        OpdlabError: if no part has such a field, naming those that are near.
+        OpdlabError: if no part has such a field, naming those that are near, or a value is of another kind.
     """
+    parts: dict[str, Any] = {
+        "": experiment,
+        "recipe": experiment.recipe,
+        "arm": experiment.arm,
+        "compute": experiment.compute,
+    }
+    kinds = {part: get_type_hints(type(owner)) for part, owner in parts.items()}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in parts}
     for name, value in settings.items():
-        for part in ("", "recipe", "arm", "compute"):
-            owner: Any = getattr(experiment, part) if part else experiment
-            if name in {item.name for item in fields(owner)}:
-                changed: Any = replace(owner, **{name: value})
-                entry: dict[str, Any] = {part: changed}
-                experiment = replace(experiment, **entry) if part else changed
-                break
-        else:
-            known = [item.name for part in (Recipe, Experiment, Compute, Arm) for item in fields(part)]
-            raise OpdlabError(f"an experiment has no field {name!r}; it has {', '.join(known)}")
-    return experiment
+        part = next((part for part, known in kinds.items() if name in known), None)
+        if part is None:
+            known = [name for of in kinds.values() for name in of if name not in parts]
+            near = get_close_matches(name, known, 3) or known
+            raise OpdlabError(f"an experiment has no field {name!r}: choose another, such as {', '.join(near)}")
+        if not _fits(value, kinds[part][name]):
+            kind = getattr(kinds[part][name], "__name__", str(kinds[part][name]))
+            raise OpdlabError(f"{name} is {value!r}, which is no {kind}: give one")
+        changes[part][name] = value
+    changed = {part: replace(parts[part], **changes[part]) for part in ("recipe", "arm", "compute")}
+    return replace(experiment, **changed | changes[""])
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value is of the kind that a field is declared with."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        items, *_ = get_args(kind)
+        return isinstance(value, tuple) and all(_fits(item, items) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -47,6 +47,8 @@ class Run:
         self.folder = folder or root / experiment.folder
         if folder and (folder / "config.json").is_file():
             there = json.loads((folder / "config.json").read_text())
+            if "recipe" not in there:
+                raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
             if there != self.config:
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
                 raise OpdlabError(

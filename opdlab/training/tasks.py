@@ -7,17 +7,23 @@ a token, which differs from model to model (:func:`opdlab.training.trainer.score
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from types import CellType, CodeType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opdlab.errors import OpdlabError
+
+if TYPE_CHECKING:
+    import transformers
 
 # One prompt in eight is kept for evaluation, by a hash of its text: the two sets cannot overlap, whatever the seed.
 EVALUATION_SHARE = 8
@@ -36,7 +42,7 @@ def is_evaluation(prompt: str) -> bool:
     return hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % EVALUATION_SHARE == 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """A named task.
 
@@ -75,24 +81,37 @@ class Task:
         One row in eight is held out for evaluation, chosen by a hash of its prompt, so no prompt is both trained on
         and evaluated on. A batch takes 32 prompts unless told otherwise, and all of them where there are fewer.
 
+        The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
+        task is another, and a run on the old one does not go on. What functions of other modules do is not looked at.
+
         Args:
-            rows: a list of dicts, the path of a JSONL file, a ``datasets.Dataset``, or the name of one on the hub.
+            rows: a list of dicts, the path of a JSONL file, a ``datasets.Dataset``, or the name of one on the hub, of
+                which the split "train" is taken.
             prompt: the column with the question.
             answer: the column with the right answer, which only the reward and SFT see.
-            reward: (prompt, completion, answer) -> float, of any size; by default 1.0 where the completion holds the
-                answer as its last word, and 0.0 elsewhere.
+            reward: (prompt, completion, answer) -> float, of any size, and graded if you like: accuracies are then
+                mean rewards. A function, a lambda, a closure or a callable object; by default 1.0 where the last word
+                of the completion is the answer, and 0.0 elsewhere. A completion that is cut before its end earns 0.0.
             demonstration: the column that SFT imitates; by default ``answer``.
             name: of the task; by default that of the file or data set.
             chat: write prompts through the tokenizer's chat template, where it has one.
 
         Raises:
-            OpdlabError: if the rows cannot be read, a column is missing, one prompt has two answers, or there are too
-                few rows to hold any out.
+            OpdlabError: if the rows cannot be read, a column is missing, one prompt has two answers, there are too
+                few rows to hold any out, or the reward is no function.
+
+        >>> rows = [{"question": f"{a} + {b} = ?", "answer": a + b} for a in range(10) for b in range(10)]
+        >>> task = Task.from_dataset(rows, prompt="question", reward=lambda prompt, said, answer: float(said == answer))
+        >>> task, task.reward("2 + 3 = ?", "5")
+        (Task('data': 87 prompts to train on, 13 held out), 1.0)
         """
+        if reward is not None and not callable(reward):
+            raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
         records, found_name = _read_rows(rows)
         table: dict[str, tuple[str, str]] = {}
+        columns = {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer}
         for number, row in enumerate(records):
-            entries = [_entry(row, column, number) for column in (prompt, answer, demonstration or answer)]
+            entries = [_entry(row, role, column, number) for role, column in columns.items()]
             if table.setdefault(entries[0], (entries[1], entries[2])) != (entries[1], entries[2]):
                 raise OpdlabError(
                     f"row {number} asks {entries[0][:60]!r} again with another {answer!r}: keep one of them"
@@ -105,6 +124,12 @@ class Task:
             )
         of_rows = _Rows(table, reward or last_word)
         return cls(name or found_name, None, of_rows.demonstration, of_rows.score, tuple(table), chat, of_rows.digest)
+
+    def __repr__(self) -> str:
+        """Say how many prompts there are, without writing them out."""
+        if not self.data:
+            return f"Task({self.name!r})"
+        return f"Task({self.name!r}: {self.training_prompts} prompts to train on, {self.held_out} held out)"
 
     @property
     def training_prompts(self) -> int | None:
@@ -127,8 +152,9 @@ class Task:
         except Exception as problem:
             if isinstance(problem, OpdlabError):
                 raise
+            why = (str(problem).splitlines() or ["without a message"])[0]
             raise OpdlabError(
-                f"the reward of task {self.name!r} raised {type(problem).__name__} ({problem}) on the prompt "
+                f"the reward of task {self.name!r} raised {type(problem).__name__} ({why}) on the prompt "
                 f"{prompt[:60]!r} and the completion {completion[:60]!r}: mend the reward function"
             ) from problem
         if not math.isfinite(reward):
@@ -165,12 +191,19 @@ class Task:
                 return drawn
         raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
 
+    def texts(self, tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+        """Return prompts as a model reads them: through its chat template, if the task wants it and there is one."""
+        if not (self.chat and tokenizer.chat_template):
+            return list(prompts)
+        asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        return [str(tokenizer.apply_chat_template(a, tokenize=False, add_generation_prompt=True)) for a in asked]
+
     @cached_property
     def digest(self) -> str:
         """The identity of prompts, demonstrations and rewards: 8 hex digits.
 
-        It is taken from all rows of a data set, the name of its reward and what that gives for 64 demonstrations, each
-        with its own prompt and with another's. So a comment in the reward changes nothing, and another value does.
+        It is taken from what the reward gives for 64 demonstrations, each with its own prompt and with another's, and
+        of a data set from all rows and the code of its reward. So a comment in it changes nothing, and a value does.
         """
         if self.data:
             prompts = list(self.data[:DIGESTED])
@@ -190,7 +223,7 @@ class _Rows:
 
     def __init__(self, table: Mapping[str, tuple[str, str]], reward: Reward):
         self.table, self.reward = dict(table), reward
-        told = json.dumps([self.table, getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")])
+        told = json.dumps([self.table, _Identity(reward).told])
         self.digest = hashlib.sha256(told.encode()).hexdigest()
 
     def demonstration(self, prompt: str) -> str:
@@ -210,6 +243,69 @@ def last_word(prompt: str, completion: str, answer: str) -> float:
     return float(bool(words) and words[-1] == answer.strip())
 
 
+class _Identity:
+    """What a reward does, as JSON values: its code, without names, comments and lines, and the values that it reads.
+
+    Two rewards that differ must not look alike, so in doubt they look different: another version of Python, which
+    compiles to other code, makes another reward. Functions and classes are looked into where they are of the module of
+    the reward, and known by their names elsewhere.
+    """
+
+    def __init__(self, reward: Any):
+        self.home = getattr(inspect.unwrap(reward), "__module__", None)
+        self.seen: dict[int, Any] = {}  # by id, and kept, so that no id comes twice
+        self.told = self.of(reward)
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, str | int | float | complex | bytes | re.Pattern | None):
+            return repr(value)
+        if id(value) in self.seen:
+            return "again"
+        if isinstance(value, Mapping | list | tuple):
+            self.seen[id(value)] = value
+            return [self.of(item) for item in (value.items() if isinstance(value, Mapping) else value)]
+        if isinstance(value, set | frozenset):
+            return sorted(map(repr, value))
+        if isinstance(value, partial):
+            return self.of([value.func, value.args, value.keywords])
+        if inspect.ismethod(value):
+            return self.of([value.__self__, value.__func__])
+        value = inspect.unwrap(value) if callable(value) else value
+        kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
+        if kind.__module__ != self.home or inspect.isbuiltin(value):
+            return f"{kind.__module__}.{kind.__qualname__}"
+        self.seen[id(value)] = value
+        if inspect.isfunction(value):
+            return self.function(value)
+        if isinstance(value, type):
+            return [self.of(member) for member in vars(value).values() if callable(member)]
+        return [self.of(kind), self.of(getattr(value, "__dict__", {}))]
+
+    def function(self, function: Any) -> Any:
+        code, around = function.__code__, function.__globals__
+        read = {name: around[name] for name in sorted(set(_names(code)) & set(around))}
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        values = (function.__defaults__, function.__kwdefaults__, cells, read)
+        return [_code(code, function.__doc__), *map(self.of, values)]
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _code(code: CodeType, doc: str | None = None) -> Any:
+    def told(constant: Any) -> Any:
+        if isinstance(constant, frozenset):  # whose order is another in every process
+            return sorted(map(repr, constant))
+        return _code(constant) if isinstance(constant, CodeType) else repr(constant)
+
+    # Without a docstring, None is in its place.
+    return [code.co_code.hex(), code.co_names, [told(None if c == doc else c) for c in code.co_consts]]
+
+
 def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float | str:
     """Return a reward for the digest; one that fails on a scrambled answer is known by its error."""
     try:
@@ -218,10 +314,14 @@ def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float 
         return type(problem).__name__
 
 
-def _entry(row: Any, column: str, number: int) -> str:
-    if not isinstance(row, Mapping) or row.get(column) is None:
-        held = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise OpdlabError(f"row {number} of the data set has no column {column!r}, only {held}: say which column it is")
+def _entry(row: Any, role: str, column: str, number: int) -> str:
+    if not isinstance(row, Mapping):
+        raise OpdlabError(f"row {number} of the data set is {str(row)[:60]!r}: give rows as dicts, such as one split")
+    if row.get(column) is None:
+        raise OpdlabError(
+            f"row {number} of the data set has no {role} in a column {column!r}, and has {', '.join(map(str, row))}: "
+            f"say which column it is by {role}="
+        )
     return str(row[column])
 
 
@@ -238,7 +338,8 @@ def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
 
 def _read_jsonl(path: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError) as problem:
         raise OpdlabError(f"the data set {path} cannot be read ({problem}): give one JSON object a line") from problem
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
+from opdlab.models.folders import ALPHABET, load_tokenizer
 from opdlab.training.arms import Arm, with_local_models
-from opdlab.training.config import Experiment, Recipe, with_fields
+from opdlab.training.config import Compute, Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model, train
-from opdlab.training.rollouts import sample
+from opdlab.training.rollouts import encode_completions, encode_prompts, sample
 from opdlab.training.store import Run
 from opdlab.training.tasks import Task
 from opdlab.training.trainer import Trainer, random_numbers, score, torch_generator
@@ -26,6 +31,10 @@ SNAPSHOTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 EVALUATIONS = (0.5, 1.0)
 #: Prompts of a batch, completions of each, and prompts of an evaluation, unless told otherwise or there are fewer.
 PROMPTS, SAMPLES, EVALUATION_PROMPTS = 32, 4, 256
+#: From how many tokens on a vocabulary is large, and how many logits are then held at once.
+LARGE_VOCABULARY, LOGITS = 2**15, 2**28
+#: The longest prompts by characters whose tokens are counted before a training begins: all of a small data set.
+CHECKED = 1000
 
 #: Given the file of the weights at step 0 and those after it, and ``seed=`` of the nulls, measures the update.
 Measure = Callable[..., Any]
@@ -34,11 +43,13 @@ Measure = Callable[..., Any]
 def make_experiment(
     arm: Arm, task: Task, *, steps: int, learning_rate: float, seed: int = 0, name: str = "", **settings: Any
 ) -> Experiment:
-    """Return an experiment with defaults that fit the task.
+    """Return an experiment with defaults that fit the task and the models.
 
     A batch has 32 prompts with 4 completions each (SFT on demonstrations: 1), an evaluation 256 prompts, and where the
-    task has fewer prompts, all of them. Completions end after 256 tokens, or half the student's context if that is
-    less. Weights are kept and accuracy is measured at the shares :data:`SNAPSHOTS` and :data:`EVALUATIONS`.
+    task has fewer prompts, all of them. Completions end after 256 tokens, or half the context if that is less. Weights
+    are kept and accuracy is measured at the shares :data:`SNAPSHOTS` and :data:`EVALUATIONS` of the training. A GPU is
+    used where there is one; elsewhere one thread, or with a vocabulary above 32 768 tokens, as real models have, all
+    that PyTorch is set to. The number of threads decides the last digits, so a run goes on with the same.
 
     Args:
         arm: from :func:`opdlab.sft`, :func:`opdlab.opd` or :func:`opdlab.rlvr`. Models named on the hub are fetched.
@@ -47,14 +58,17 @@ def make_experiment(
         learning_rate: of the optimizer.
         seed: of prompts and rollouts.
         name: of the run, in messages.
-        settings: any other field of an experiment, its recipe, arm or compute.
+        settings: any other field of an experiment, its recipe, arm or compute, such as ``prompts`` and ``samples`` of
+            a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``.
 
     Raises:
         OpdlabError: if a field is unknown, or a model or a number cannot be used.
     """
-    if steps < 1 or learning_rate <= 0:
-        raise OpdlabError(f"steps is {steps} and learning_rate is {learning_rate}; expected numbers above 0")
+    for what, number in (("steps", steps), ("learning_rate", learning_rate)):
+        if not isinstance(number, int if what == "steps" else (int, float)) or not 0 < number < math.inf:
+            raise OpdlabError(f"{what} is {number!r}: give a {'whole ' if what == 'steps' else ''}number above 0")
     arm = with_local_models(arm, local_folder)
+    context, vocabulary = _sizes(arm)
     recipe = Recipe(
         steps,
         prompts=min(PROMPTS, task.training_prompts or PROMPTS),
@@ -67,18 +81,81 @@ def make_experiment(
         task,
         recipe,
         seed,
-        max_new_tokens=min(256, _context(arm) // 2),
+        max_new_tokens=min(256, context // 2),
         evaluations=recipe.steps_at(EVALUATIONS),
         evaluation_prompts=min(EVALUATION_PROMPTS, task.held_out or EVALUATION_PROMPTS),
         snapshots=recipe.steps_at(SNAPSHOTS),
+        compute=_compute(vocabulary),
         name=name,
     )
-    return with_fields(experiment, settings)
+    experiment = with_fields(experiment, settings)
+    # The end counts: a run is finished when it has those weights, and is as good as it is then.
+    evaluations, snapshots = ({*chosen, steps} for chosen in (experiment.evaluations, experiment.snapshots))
+    experiment = replace(experiment, evaluations=tuple(sorted(evaluations)), snapshots=tuple(sorted(snapshots)))
+    _check_numbers(experiment, context)
+    _check_lengths(experiment, context)
+    return experiment
 
 
-def _context(arm: Arm) -> int:
-    config = json.loads((Path(arm.student.folder) / "config.json").read_text())
-    return int(config.get("max_position_embeddings", 1024))
+def _compute(vocabulary: int) -> Compute:
+    if vocabulary <= LARGE_VOCABULARY:
+        return Compute(gpu=True)
+    return Compute(gpu=True, tokens_at_once=LOGITS // vocabulary, threads=torch.get_num_threads())
+
+
+def _sizes(arm: Arm) -> tuple[int, int]:
+    """Return the context that student and teacher share, and the student's vocabulary."""
+    if arm.student.shape:
+        return dict(arm.student.shape).get("max_position_embeddings", 1024), len(ALPHABET)
+    found = []
+    for role, model in (("student", arm.student), ("teacher", arm.teacher)):
+        if model is None:
+            continue
+        if not (Path(model.folder) / "config.json").is_file():
+            raise OpdlabError(
+                f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
+                "and tokenizer, or OWNER/NAME on the hub"
+            )
+        config = json.loads((Path(model.folder) / "config.json").read_text())
+        config |= config.get("text_config", {})
+        found.append((config.get("max_position_embeddings", 1024), config.get("vocab_size", 1)))
+    return min(context for context, _ in found), found[0][1]
+
+
+def _check_numbers(experiment: Experiment, context: int) -> None:
+    """Refuse numbers that no step could be made with."""
+    recipe, task, steps = experiment.recipe, experiment.task, experiment.recipe.steps
+    limits = {
+        "prompts": (recipe.prompts, 1, task.training_prompts, "the prompts to train on"),
+        "samples": (recipe.samples, 2 if experiment.arm.reads_rewards else 1, None, ""),
+        "evaluation_prompts": (experiment.evaluation_prompts, 1, task.held_out, "the prompts held out"),
+        "max_new_tokens": (experiment.max_new_tokens, 1, context - 1, "what the context leaves beside a prompt"),
+        "evaluations": (max(experiment.evaluations), 1, steps, "the steps"),
+        "snapshots": (max(experiment.snapshots), 1, steps, "the steps"),
+    }
+    for name, (number, least, most, what) in limits.items():
+        if number < least:
+            raise OpdlabError(f"{name} is {number}: give at least {least}")
+        if most is not None and number > most:
+            raise OpdlabError(f"{name} is {number}, more than {what} ({most}): give fewer, or leave it out")
+
+
+def _check_lengths(experiment: Experiment, context: int) -> None:
+    """Refuse a data set with a prompt or a demonstration that is too long, before the training comes to it."""
+    task, budget = experiment.task, experiment.max_new_tokens
+    if not task.data or not experiment.arm.student.folder:
+        return
+    tokenizer = load_tokenizer(experiment.arm.student.folder)
+    encode_prompts(tokenizer, task.texts(tokenizer, sorted(task.data, key=len)[-CHECKED:]), context - budget)
+    if experiment.arm.rollouts_by != "task":
+        return
+    texts = sorted(map(task.demonstration, task.data), key=len)[-CHECKED:]
+    longest = max(encode_completions(tokenizer, texts), key=len)
+    if len(longest) > budget:
+        raise OpdlabError(
+            f"the demonstration {tokenizer.decode(longest)[:40]!r} has {len(longest)} tokens with its end, but "
+            f"completions are cut after max_new_tokens={budget}: raise that, or shorten it"
+        )
 
 
 def train_arm(
@@ -89,7 +166,7 @@ def train_arm(
     Args:
         arm: from :func:`opdlab.sft`, :func:`opdlab.opd` or :func:`opdlab.rlvr`.
         task: such as one from :meth:`opdlab.Task.from_dataset`.
-        out: the folder of the run.
+        out: the folder of the run; its name is that of the run in messages.
         measure: what :attr:`Trained.trajectory` measures with.
         progress: show a bar.
         settings: ``steps``, ``learning_rate`` and what else :func:`make_experiment` takes.
@@ -97,7 +174,8 @@ def train_arm(
     Raises:
         OpdlabError: on bad input, if ``out`` holds another experiment, or if the loss is not finite.
     """
-    experiment, folder = make_experiment(arm, task, **settings), Path(out).expanduser()
+    folder = Path(out).expanduser().resolve()
+    experiment = make_experiment(arm, task, **{"name": folder.name} | settings)
     return Trained(train(experiment, folder, folder=folder, progress=progress), measure)
 
 
@@ -111,11 +189,11 @@ class Trained:
     def __repr__(self) -> str:
         """Say what was trained, and how well it does."""
         before, after = self.evaluations["sampled"].iloc[0], self.accuracy
-        return f"{self.run.experiment.title}, {self.run.steps} steps: {before:.1%} -> {after:.1%} ({self.run.folder})"
+        return f"{self.run.experiment.title}, {self.run.steps} steps: mean reward {before:.3g} -> {after:.3g}"
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per step: loss, reward of the rollouts, entropy, kl_teacher, norms, tokens, seconds."""
+        """One row per step: loss, mean reward of its rollouts, entropy, kl_teacher, norms, tokens, seconds."""
         import pandas as pd
 
         return pd.DataFrame(self.run.lines("history")).rename(columns={"accuracy": "reward"})
@@ -129,20 +207,28 @@ class Trained:
 
     @property
     def accuracy(self) -> float:
-        """The mean reward of sampled completions on the held-out prompts, at the end."""
+        """The mean reward of completions sampled at temperature 1 on the held-out prompts, at the end.
+
+        With a reward of 0 or 1 this is the share that is right; with a graded one it is a mean, and as large as that.
+        """
         return float(self.evaluations["sampled"].iloc[-1])
 
     @property
     def model(self) -> Path:
         """A folder with the trained model, for ``from_pretrained`` or as the student of another arm."""
         folder = self.run.folder / "model"
-        return folder if (folder / "config.json").exists() else install_model(self.run, folder)
+        if not folder.exists():
+            # Whole or not at all, should it be stopped here.
+            install_model(self.run, folder.with_name("model.part")).replace(folder)
+        return folder
 
     @cached_property
     def trajectory(self) -> Any:
         """The geometry of the update at each snapshot, an :class:`opdlab.measuring.update.Update`."""
         if self._measure is None:
             raise OpdlabError("this run came without a measure: train it by opdlab.train, or measure its snapshots")
+        if self.run.experiment.arm.student.shape:
+            raise OpdlabError("a student that starts from random weights has no update to measure: train it on")
         origin, *steps = self.run.experiment.kept
         path = [self.run.snapshot_path(step) for step in steps]
         return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)
@@ -152,15 +238,21 @@ class Trained:
 
         Args:
             count: prompts, the first of an evaluation.
+
+        Raises:
+            OpdlabError: if fewer are held out, or the student's folder is gone.
         """
         import pandas as pd
 
-        experiment = self.run.experiment
-        trainer = Trainer(experiment)
-        prompts = experiment.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
-        table: dict[str, Any] = {"prompt": prompts}
-        for when, step in (("before", 0), ("after", self.run.steps)):
-            trainer.student.load_state_dict(self.run.snapshot(step), strict=False)
+        experiment, task = self.run.experiment, self.run.experiment.task
+        # The student alone: no teacher is asked.
+        alone = Arm(experiment.arm.student, "task", "cross_entropy", weight_dtype=experiment.arm.weight_dtype)
+        trainer = Trainer(replace(experiment, arm=alone))
+        prompts = task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
+        table: dict[str, Any] = {"prompt": prompts, "demonstration": [task.demonstration(prompt) for prompt in prompts]}
+        for when in ("before", "after"):
+            if when == "after":
+                trainer.student.load_state_dict(self.run.snapshot(self.run.steps), strict=False)
             rollouts = sample(
                 trainer.student,
                 trainer.tokenizer,
@@ -169,5 +261,5 @@ class Trained:
                 generator=torch_generator(random_numbers(0, "evaluation rollouts", 0)),
             )
             table[when] = trainer.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
-            table[f"reward {when}"] = score(trainer.tokenizer, experiment.task, prompts, rollouts).tolist()
+            table[f"reward {when}"] = score(trainer.tokenizer, task, prompts, rollouts).tolist()
         return pd.DataFrame(table)

@@ -184,17 +184,8 @@ class Trainer:
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """Return prompts as the models read them: through the chat template, if the task wants it and there is one."""
-        if not (self.task.chat and self.tokenizer.chat_template):
-            return list(prompts)
-        return [
-            str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                )
-            )
-            for prompt in prompts
-        ]
+        """Return prompts as the models read them (:meth:`opdlab.training.tasks.Task.texts`)."""
+        return self.task.texts(self.tokenizer, prompts)
 
     def _gradients(
         self, step: int, rollouts: Rollouts, advantages: Tensor | None

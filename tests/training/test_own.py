@@ -1,0 +1,489 @@
+"""Training on data, rewards and models of one's own: what comes of it, and each way of holding it wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+
+import opdlab as ol
+from opdlab.cli import main
+from opdlab.errors import OpdlabError
+from opdlab.training import loop
+from opdlab.training.arms import Model
+from opdlab.training.config import with_fields
+from opdlab.training.trained import make_experiment
+from opdlab.training.trainer import Trainer
+
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|model|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|model|>{% endif %}"
+)
+# Few steps of few completions, and no bar.
+QUICK = {"steps": 4, "learning_rate": 1e-3, "progress": False, "prompts": 4, "samples": 2, "evaluation_prompts": 4}
+
+
+def own_model(folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, pad="<|pad|>", eos="<|end|>", **config):
+    """Write a Qwen3 model with random weights, and a tokenizer with a chat template."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<|pad|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=SPECIAL[1:],
+        chat_template=template,
+    ).save_pretrained(folder)
+    shape = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 32,
+    }
+    config = transformers.Qwen3Config(vocab_size=len(vocabulary), tie_word_embeddings=True, **shape | config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a student and a larger teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    own_model(folder / "student")
+    own_model(folder / "teacher", width=24, seed=1)
+    return folder
+
+
+def words():
+    return [a + b + c for a in "abcdef" for b in "abcdef" for c in "abcdef"][::3]
+
+
+def rows():
+    return [{"word": word, "sorted": "".join(sorted(word))} for word in words()]
+
+
+def share(prompt, completion, answer):
+    """Reward each letter that is in its place, and longer texts a bit, so that no two texts are alike."""
+    return sum(a == b for a, b in zip(completion, answer, strict=False)) / 3 + len(completion) / 100
+
+
+def task_of(reward=share, **options):
+    return ol.Task.from_dataset(rows(), prompt="word", answer="sorted", reward=reward, **options)
+
+
+def histories(run):
+    """What a run wrote, without what time it took."""
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in run.run.lines("history")]
+    return lines, run.run.lines("evaluations")
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "snapshots").iterdir())}
+
+
+# --- what a person does -----------------------------------------------------------------------------------------------
+
+
+def test_ten_lines(models, tmp_path):
+    task = task_of()
+    run = ol.train(ol.opd(student=models / "student", teacher=models / "teacher"), task, out=tmp_path / "mine", **QUICK)
+    assert list(run.history["step"]) == [1, 2, 3, 4]
+    assert {"loss", "reward", "entropy", "kl_teacher", "tokens", "seconds"} <= set(run.history)
+    assert run.history[["loss", "reward", "entropy", "kl_teacher"]].notna().all(axis=None)
+    assert run.accuracy == run.evaluations["sampled"].iloc[-1]
+    assert run.trajectory.plot("stable_rank").axes
+    assert repr(run).startswith("mine, 4 steps: mean reward ")
+
+    said = run.transcripts(2)
+    assert list(said) == ["prompt", "demonstration", "before", "reward before", "after", "reward after"]
+    assert (said["demonstration"] == said["prompt"].map(lambda word: "".join(sorted(word)))).all()
+
+    half = ol.opd(
+        student=run.model,
+        teacher=models / "teacher",
+        tokens=ol.top("log-ratio", 0.25),
+        projection=ol.project(k=4, start=0.5),
+    )
+    other = ol.train(half, task, out=tmp_path / "half", **QUICK)
+    pairs = ol.compare([run, other]).pairs
+    assert set(pairs["a"]) == {"mine"} and set(pairs["b"]) == {"half"}
+
+
+def test_sft_opd_and_rlvr_follow_each_other(models, tmp_path):
+    task = task_of()
+    sft = ol.train(ol.sft(models / "student"), task, out=tmp_path / "sft", **QUICK | {"samples": 1})
+    assert sft.history["reward"].isna().all() and sft.history["loss"].notna().all()
+    for name, arm in {
+        "opd": ol.opd(sft.model, models / "teacher", estimator="full"),
+        "rlvr": ol.rlvr(sft.model),
+        "matched": ol.sft(sft.model, teacher=models / "teacher"),
+    }.items():
+        run = ol.train(arm, task, out=tmp_path / name, **QUICK)
+        start, end = (sft.run.snapshot(4), run.run.snapshot(0))
+        assert all(torch.equal(start[key], end[key]) for key in start), "it starts where SFT ended"
+        assert run.run.finished
+
+
+def test_the_models_read_prompts_through_the_chat_template(models, tmp_path):
+    trainer = Trainer(make_experiment(ol.rlvr(models / "student"), task_of(), steps=1, learning_rate=1e-3))
+    assert trainer.texts(["cab"]) == ["<|user|>cab<|model|>"]
+    rollouts, _ = trainer.batch(0)
+    assert all(
+        ids[0] == SPECIAL.index("<|user|>") and ids[-1] == SPECIAL.index("<|model|>") for ids in rollouts.prompts
+    )
+    plain = Trainer(make_experiment(ol.rlvr(models / "student"), task_of(chat=False), steps=1, learning_rate=1e-3))
+    assert plain.texts(["cab"]) == ["cab"]
+    own_model(tmp_path / "no-template", template=None)
+    without = make_experiment(ol.rlvr(tmp_path / "no-template"), task_of(), steps=1, learning_rate=1e-3)
+    assert Trainer(without).texts(["cab"]) == ["cab"]
+
+
+def test_rows_come_from_where_they_are(tmp_path):
+    file = tmp_path / "words.jsonl"
+    # A line separator inside a string is no end of a row.
+    lines = [*rows(), {"word": "a\u2028b", "sorted": "ab"}]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
+    from_file = ol.Task.from_dataset(file, prompt="word", answer="sorted")
+    assert from_file.name == "words" and from_file.data == (*words(), "a\u2028b")
+    datasets = pytest.importorskip("datasets")
+    from_datasets = ol.Task.from_dataset(datasets.Dataset.from_list(rows()), prompt="word", answer="sorted")
+    assert from_datasets.data == tuple(words())
+    assert from_datasets.digest == ol.Task.from_dataset(rows(), prompt="word", answer="sorted").digest
+
+
+def test_a_task_shows_itself_in_a_line():
+    assert repr(task_of(name="sorting")) == "Task('sorting': 64 prompts to train on, 8 held out)"
+
+
+def test_graded_rewards_are_reported_as_means(models, tmp_path):
+    run = ol.train(ol.rlvr(models / "student"), task_of(lambda p, c, a: 7.5), out=tmp_path / "run", **QUICK)
+    ended = run.history["reward"] / 7.5
+    # What is cut before its end earns nothing.
+    assert ended.between(0, 1).all() and ended.max() > 0
+    assert "accuracy" not in run.history and 0 < run.accuracy <= 7.5
+
+
+def test_a_lambda_and_a_closure_and_a_callable_object_can_reward(models, tmp_path):
+    class Weighted:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, prompt, completion, answer):
+            return self.weight * share(prompt, completion, answer)
+
+    def closure(weight):
+        return lambda prompt, completion, answer: weight * share(prompt, completion, answer)
+
+    for i, reward in enumerate((lambda p, c, a: float(c == a), closure(2.0), Weighted(2.0), Weighted(2.0).__call__)):
+        out = tmp_path / str(i)
+        run = ol.train(ol.rlvr(models / "student"), task_of(reward), out=out, **QUICK | {"steps": 1})
+        assert run.run.finished
+    for make in (closure, Weighted):
+        assert task_of(make(2.0)).digest == task_of(make(2.0)).digest != task_of(make(3.0)).digest
+
+
+def test_a_student_without_a_pad_token_pads_with_its_end(models, tmp_path):
+    own_model(tmp_path / "no-pad", pad=None)
+    run = ol.train(ol.opd(tmp_path / "no-pad", models / "teacher"), task_of(), out=tmp_path / "run", **QUICK)
+    usual = ol.train(ol.opd(models / "student", models / "teacher"), task_of(), out=tmp_path / "usual", **QUICK)
+    assert run.run.lines("evaluations") == usual.run.lines("evaluations")
+
+
+def test_a_student_may_start_from_random_weights(tmp_path):
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    shape |= {"intermediate_size": 24, "max_position_embeddings": 32, "num_hidden_layers": 1}
+    sums = [{"prompt": f"{a}+{b}=", "answer": a + b} for a in range(10) for b in range(10)]
+    student = Model(shape=tuple(shape.items()))
+    run = ol.train(ol.sft(student), ol.Task.from_dataset(sums), out=tmp_path / "run", **QUICK)
+    assert len(run.transcripts(2)) == 2 and (run.model / "tokenizer.json").exists()
+    with pytest.raises(OpdlabError, match=r"starts from random weights has no update to measure: train it on"):
+        _ = run.trajectory
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(models, tmp_path, monkeypatch):
+    arm = ol.opd(models / "student", models / "teacher", projection=ol.project(k=4, start=0.5))
+    settings = QUICK | {"steps": 8}
+    whole = ol.train(arm, task_of(), out=tmp_path / "whole", **settings)
+
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    step = Trainer.step
+    for stopped_at in (3, 6):
+
+        def stopping(self, number, stopped_at=stopped_at):
+            if number == stopped_at:
+                raise KeyboardInterrupt
+            return step(self, number)
+
+        monkeypatch.setattr(Trainer, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            ol.train(arm, task_of(), out=tmp_path / "cut", **settings)
+    monkeypatch.setattr(Trainer, "step", step)
+    cut = ol.train(arm, task_of(), out=tmp_path / "cut", **settings)
+    assert histories(cut) == histories(whole)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_the_same_call_returns_the_run_that_is_there(models, tmp_path, monkeypatch):
+    arm, out = ol.rlvr(models / "student"), tmp_path / "run"
+    first = ol.train(arm, task_of(), out=out, **QUICK)
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("it was trained again"))
+    # Another object with the same code, whatever its comments.
+    namespace = {"__name__": share.__module__}
+    exec(
+        "def share(prompt, completion, answer):\n    # another comment\n    "
+        "return sum(a == b for a, b in zip(completion, answer, strict=False)) / 3 + len(completion) / 100",
+        namespace,
+    )
+    assert ol.train(arm, task_of(namespace["share"]), out=out, **QUICK).accuracy == first.accuracy
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_out_that_holds_another_experiment(models, tmp_path):
+    arm, out = ol.rlvr(models / "student"), tmp_path / "run"
+    ol.train(arm, task_of(), out=out, **QUICK)
+    before = files(out)
+    others = {
+        "seed": {"seed": 1},
+        "recipe": {"samples": 3},
+        "student": {"arm": ol.rlvr(models / "teacher")},
+        "arm": {"arm": ol.rlvr(models / "student", optimizer="sgd")},
+    }
+    for part, change in others.items():
+        chosen = {"arm": arm} | change
+        with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({part} differ"):
+            ol.train(chosen.pop("arm"), task_of(), out=out, **QUICK | chosen)
+    shutil.copytree(models / "student", tmp_path / "model")
+    with pytest.raises(OpdlabError, match=r"^out is .*model, which holds a config.json of something else: choose"):
+        ol.train(arm, task_of(), out=tmp_path / "model", **QUICK)
+    assert files(out) == before
+
+
+BONUS = 0.25
+
+
+def helper(completion):
+    return BONUS * len(completion)
+
+
+def with_helper(prompt, completion, answer):
+    return max(float(completion == answer), *(helper(letter) for letter in completion + "a"))
+
+
+def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path, monkeypatch):
+    arm, out = ol.rlvr(models / "student"), tmp_path / "run"
+    ol.train(arm, task_of(with_helper), out=out, **QUICK)
+    refused = r"^out is .* which holds another experiment \(data differ\): choose another$"
+
+    def asked(task):
+        with pytest.raises(OpdlabError, match=refused):
+            ol.train(arm, task, out=out, **QUICK)
+
+    asked(task_of(share))
+    # On right answers and on each other's this gives what `with_helper` does.
+    asked(task_of(lambda p, c, a: 0.0 if len(c) > 9 else with_helper(p, c, a)))
+    one_more = [*rows(), {"word": "abcdef", "sorted": "abcdef"}]
+    asked(ol.Task.from_dataset(one_more, prompt="word", answer="sorted", reward=with_helper))
+    # What a reward reads and calls belongs to it.
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "BONUS", 0.5)
+        asked(task_of(with_helper))
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "helper", lambda completion: BONUS * len(completion) + 0 * len(completion))
+        asked(task_of(with_helper))
+    assert ol.train(arm, task_of(with_helper), out=out, **QUICK).run.finished
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (
+            rows(),
+            {"answer": "solution"},
+            r"^row 0 .* no answer in a column 'solution', and has word, sorted: .* answer=",
+        ),
+        (
+            rows(),
+            {"answer": "sorted", "demonstration": "cot"},
+            r"^row 0 of the data set has no demonstration in a column 'cot'",
+        ),
+        (["abc"], {}, r"^row 0 of the data set is 'abc': give rows as dicts"),
+        (rows()[:2], {"answer": "sorted"}, r"2 different prompts.*: give at least some twenty rows$"),
+        ([*rows(), {"word": "aaa", "sorted": "b"}], {"answer": "sorted"}, r"^row 72 asks 'aaa' again with another"),
+        ("nowhere.jsonl", {}, r"^the data set nowhere.jsonl cannot be read .*: give one JSON object a line$"),
+        (rows(), {"reward": "exact"}, r"^reward is 'exact': give a function of \(prompt, completion, answer\)$"),
+    ],
+    ids=["answer", "demonstration", "no dicts", "too few", "two answers", "no file", "no function"],
+)
+def test_a_data_set_that_cannot_be_used(data, options, message):
+    with pytest.raises(OpdlabError, match=message):
+        ol.Task.from_dataset(data, **{"prompt": "word"} | options)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        (lambda p, c, a: 1 / 0, r"raised ZeroDivisionError \(division by zero\)"),
+        (lambda p, c, a: float("nan"), r"is nan"),
+        (lambda p, c, a: None, r"raised TypeError \(float\(\) argument .*\)"),
+    ],
+)
+def test_a_reward_that_fails_quotes_the_prompt(reward, said, models, tmp_path):
+    with pytest.raises(
+        OpdlabError, match=rf"^the reward of task 'data' {said} on the prompt '[a-f]{{3}}' and the comp"
+    ):
+        ol.train(ol.rlvr(models / "student"), task_of(reward), out=tmp_path / "run", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"letters": "abcdefg"}, r"different vocabularies \(10 and 11 tokens, 10 in common\): choose a teacher"),
+        (
+            {"eos": "<|model|>"},
+            r"ends a sequence with '<\|end\|>' \(token 1\) and teacher .* '<\|model\|>' \(token 3\)",
+        ),
+    ],
+)
+def test_a_teacher_of_another_family(other, message, models, tmp_path):
+    own_model(tmp_path / "teacher", **other)
+    with pytest.raises(OpdlabError, match=message):
+        ol.train(ol.opd(models / "student", tmp_path / "teacher"), task_of(), out=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_exist(models, tmp_path):
+    for role in ("student", "teacher"):
+        folders = {"student": models / "student", "teacher": models / "teacher"} | {role: tmp_path / "nowhere"}
+        with pytest.raises(OpdlabError, match=rf"^the {role} is '.*nowhere', where there is no model: give a folder"):
+            ol.train(ol.opd(**folders), task_of(), out=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, r"^steps is 0: give a whole number above 0$"),
+        ({"steps": 2.5}, r"^steps is 2.5: give a whole number above 0$"),
+        ({"learning_rate": float("nan")}, r"^learning_rate is nan: give a number above 0$"),
+        ({"prompts": 65}, r"^prompts is 65, more than the prompts to train on \(64\): give fewer, or leave it out$"),
+        ({"evaluation_prompts": 9}, r"^evaluation_prompts is 9, more than the prompts held out \(8\): give fewer"),
+        ({"samples": 1}, r"^samples is 1: give at least 2$"),
+        ({"snapshots": (3, 9)}, r"^snapshots is 9, more than the steps \(4\)"),
+        ({"max_new_tokens": 32}, r"^max_new_tokens is 32, more than what the context leaves beside a prompt \(31\)"),
+        ({"max_new_tokens": 28}, r"^the prompt '<\|user\|>.*' has 5 tokens, but only 4 fit the context"),
+        ({"sample": 4}, r"^an experiment has no field 'sample': choose another, such as samples"),
+        ({"samples": "four"}, r"^samples is 'four', which is no int: give one$"),
+        ({"tokens": 0.25}, r"^tokens is 0.25, which is no .*Tokens \| None: give one$"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message, models, tmp_path):
+    with pytest.raises(OpdlabError, match=message):
+        ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "run", **QUICK | settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_data_set_shrinks_the_batch(models):
+    arm, recipe = ol.rlvr(models / "student"), {"steps": 20, "learning_rate": 1e-3}
+    few = ol.Task.from_dataset(rows()[:24], prompt="word", answer="sorted")
+    experiment = make_experiment(arm, few, **recipe)
+    assert experiment.recipe.prompts == few.training_prompts < 24
+    assert experiment.evaluation_prompts == few.held_out
+    experiment = make_experiment(arm, task_of(), **recipe)
+    assert (experiment.recipe.prompts, experiment.recipe.samples) == (32, 4)
+
+
+def test_the_last_step_is_kept_and_evaluated_whatever_is_asked_for(models):
+    wanted = {"snapshots": (3,), "evaluations": (2,)}
+    experiment = make_experiment(ol.rlvr(models / "student"), task_of(), steps=5, learning_rate=1e-3, **wanted)
+    assert (experiment.kept, experiment.evaluations) == ((0, 3, 5), (2, 5))
+
+
+def test_a_demonstration_that_would_be_cut(models, tmp_path):
+    with pytest.raises(OpdlabError, match=r"^the demonstration '.*' has 4 tokens .* max_new_tokens=3: raise that"):
+        ol.train(ol.sft(models / "student"), task_of(), out=tmp_path, **QUICK | {"samples": 1, "max_new_tokens": 3})
+
+
+def test_fields_of_every_part_can_be_set(models):
+    experiment = make_experiment(ol.rlvr(models / "student"), task_of(), steps=5, learning_rate=1e-3)
+    changed = with_fields(
+        experiment, {"seed": 3, "weight_decay": 1, "tokens": ol.top(), "threads": 2, "betas": (0.9, 0.95)}
+    )
+    assert (changed.seed, changed.recipe.weight_decay, changed.compute.threads) == (3, 1, 2)
+    assert changed.arm.tokens == ol.top() and changed.recipe.betas == (0.9, 0.95)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shell(models, tmp_path, monkeypatch):
+    """Runs opdlab train in a folder with data and a module of rewards, and returns its exit status."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    Path("own_rewards.py").write_text("def graded(prompt, completion, answer):\n    return len(completion) / 4\n")
+
+    def run(*options, arm="opd", data="prompts.jsonl"):
+        own = ["--data", data, "--prompt", "word", "--answer", "sorted", "--reward", "own_rewards:graded"]
+        own += ["--student", str(models / "student"), "--teacher", str(models / "teacher")]
+        own += ["--steps", "3", "--learning-rate", "1e-3", "--out", "mine", "--set", "prompts=4"]
+        return main(["train", "--arm", arm, *own, *options])
+
+    return run
+
+
+def test_the_command_line_trains_on_data_of_ones_own(shell, capsys):
+    chosen = ["--set", "samples=2", "--set", 'tokens=top("log-ratio", 0.25)', "--set", "schedule=cosine"]
+    assert shell(*chosen, "--set", "projection=project(k=4, start=0.5)", "--seed", "5") == 0
+    printed = capsys.readouterr().out
+    assert "sampled" in printed and f"the model: {Path('mine/model').resolve()}" in printed
+    config = json.loads(Path("mine/config.json").read_text())
+    assert (config["seed"], config["task"], config["recipe"]["schedule"]) == (5, "prompts", "cosine")
+    assert config["arm"]["tokens"] == {"ranking": "log-ratio", "share": 0.25, "per_completion": True}
+    assert config["projection"]["k"] == 4
+    assert pd.read_json("mine/history.jsonl", lines=True)["step"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "sampels=2"], "an experiment has no field 'sampels': choose another, such as samples"),
+        (["--set", "samples=two"], "samples is 'two', which is no int: give one"),
+        (["--set", "samples"], "--set samples has no value: write --set FIELD=VALUE"),
+        (["--set", "tokens=open('x')"], "--set knows no open(...): write top, random_tokens or project"),
+        (["--steps", "0"], "steps is 0: give a whole number above 0"),
+        (["--reward", "nowhere:graded"], "--reward nowhere:graded cannot be imported"),
+        (["--scale", "tiny"], "--scale is for the book's scales: leave it or --data out"),
+        (["--arm", "opd_full"], "--arm is 'opd_full'; on --data choose sft, opd or rlvr"),
+    ],
+)
+def test_the_command_line_refuses(options, message, shell, capsys):
+    assert shell(*options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"opdlab: {message}") and error.count("\n") == 1
+
+
+def test_options_of_ones_own_without_data(capsys):
+    assert main(["train", "--arm", "opd", "--student", "x"]) == 2
+    assert capsys.readouterr().err == "opdlab: --student is for a task of yours: add --data\n"
+    assert main(["train", "--arm", "opd", "--data", "x"]) == 2
+    assert capsys.readouterr().err == "opdlab: arm 'opd' on --data needs --student: give it\n"
