@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opdlab.errors import OpdlabError
-from opdlab.figures.style import NULL, panels, use_style
+from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.summary import largest_k, means, of_layers, trajectory_means
 from opdlab.measuring.update import Update, as_html
@@ -107,7 +107,10 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
     # What spans orders of magnitude, as ranks beside their nulls do.
     null = layers[f"{column}_null"].mean() if f"{column}_null" in layers else known.mean()
     wide = known.min() > 0 and null > 0 and max(known.max(), null) > 5 * min(known.min(), null)
-    axis.set(title=column.replace("_", " "), yscale="log" if wide else "linear")
+    axis.set_title(column.replace("_", " "))
+    if wide:
+        set_log(axis.yaxis)
+    plt.close(figure)  # A notebook shows what is returned, and would show it again if pyplot held it.
     return figure
 
 

@@ -124,10 +124,24 @@ def test_ten_lines(models, tmp_path):
     assert set(pairs["a"]) == {"mine"} and set(pairs["b"]) == {"half"}
 
 
+def test_the_first_example_of_the_readme(models, tmp_path, monkeypatch, capsys):
+    example = (Path(__file__).parents[2] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len([line for line in example.splitlines() if line]) <= 10 and example.count("steps=200") == 2
+    monkeypatch.chdir(tmp_path)
+    for name, made in {"base-model": "student", "better-model": "teacher"}.items():
+        shutil.copytree(models / made, name)
+    own_model("tuned-model", seed=2)
+    lines = [json.dumps({"question": word, "answer": "a"}) for word in words()]  # now and then by chance
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    exec(example.replace("steps=200", "steps=6"), {})
+    assert "stable_rank" in capsys.readouterr().out
+
+
 def test_sft_opd_and_rlvr_follow_each_other(models, tmp_path):
     task = task_of()
     sft = ol.train(ol.sft(models / "student"), task, out=tmp_path / "sft", **QUICK | {"samples": 1})
-    assert sft.history["reward"].isna().all() and sft.history["loss"].notna().all()
+    assert sft.history["reward"].dtype == float and sft.history["reward"].isna().all()
+    assert sft.history["loss"].notna().all()
     for name, arm in {
         "opd": ol.opd(sft.model, models / "teacher", estimator="full"),
         "rlvr": ol.rlvr(sft.model),
@@ -176,6 +190,12 @@ def test_graded_rewards_are_reported_as_means(models, tmp_path):
     # What is cut before its end earns nothing.
     assert ended.between(0, 1).all() and ended.max() > 0
     assert "accuracy" not in run.history and 0 < run.accuracy <= 7.5
+
+
+def test_a_reward_that_never_differs_leaves_nothing_to_measure(models, tmp_path):
+    run = ol.train(ol.rlvr(models / "student"), task_of(lambda p, c, a: 0.0), out=tmp_path / "run", **QUICK)
+    with pytest.raises(OpdlabError, match=r"^no step of run changed a weight, since .*: give a reward that tells them"):
+        _ = run.trajectory
 
 
 def test_a_lambda_and_a_closure_and_a_callable_object_can_reward(models, tmp_path):
@@ -253,6 +273,15 @@ def test_the_same_call_returns_the_run_that_is_there(models, tmp_path, monkeypat
         namespace,
     )
     assert ol.train(arm, task_of(namespace["share"]), out=out, **QUICK).accuracy == first.accuracy
+
+
+def test_a_reward_that_is_mended_needs_no_new_folder(models, tmp_path):
+    arm, out = ol.rlvr(models / "student"), tmp_path / "run"
+    with pytest.raises(OpdlabError, match=r"ZeroDivisionError"):
+        ol.train(arm, task_of(lambda p, c, a: 1 / 0), out=out, **QUICK)
+    assert histories(ol.train(arm, task_of(), out=out, **QUICK)) == histories(
+        ol.train(arm, task_of(), out=tmp_path / "another", **QUICK)
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
