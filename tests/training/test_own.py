@@ -53,7 +53,8 @@ def own_model(folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, 
         "head_dim": 8,
         "max_position_embeddings": 32,
     }
-    config = transformers.Qwen3Config(vocab_size=len(vocabulary), tie_word_embeddings=True, **shape | config)
+    shape |= {"vocab_size": len(vocabulary), "tie_word_embeddings": True} | config
+    config = transformers.Qwen3Config(**shape)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
@@ -238,12 +239,14 @@ def test_a_student_may_start_from_random_weights(tmp_path):
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(models, tmp_path, monkeypatch):
+# After every step, and not before the training is done: then it begins again.
+@pytest.mark.parametrize("seconds_between_checkpoints", [0.0, 3600.0])
+def test_an_interrupted_run_goes_on_bit_for_bit(seconds_between_checkpoints, models, tmp_path, monkeypatch):
     arm = ol.opd(models / "student", models / "teacher", projection=ol.project(k=4, start=0.5))
     settings = QUICK | {"steps": 8}
     whole = ol.train(arm, task_of(), out=tmp_path / "whole", **settings)
 
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", seconds_between_checkpoints)
     step = Trainer.step
     for stopped_at in (3, 6):
 
@@ -386,6 +389,7 @@ def test_a_reward_that_fails_quotes_the_prompt(reward, said, models, tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        ({"vocab_size": 16}, r"has 10 logits and teacher .* has 16, though their tokenizers agree: choose a teacher"),
         ({"letters": "abcdefg"}, r"different vocabularies \(10 and 11 tokens, 10 in common\): choose a teacher"),
         (
             {"eos": "<|model|>"},
