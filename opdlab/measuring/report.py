@@ -14,10 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
 from opdlab.errors import OpdlabError
-from opdlab.figures.style import NULL, panels, use_style
+from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.summary import largest_k, means, of_layers, trajectory_means
 from opdlab.measuring.update import Update, as_html
@@ -109,9 +108,7 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
     others = layers[null].mean() if null in layers else known.mean()
     # Some numbers lie far from their nulls, such as ranks.
     if known.min() > 0 and others > 0 and max(known.max(), others) > 5 * min(known.min(), others):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter())
+        set_log(axis.yaxis)
     plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
     return figure
 

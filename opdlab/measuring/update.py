@@ -177,6 +177,8 @@ class Update:
     def plot(self, column: str) -> Figure:
         """Draw a column: over the steps of the trajectory if it has it, otherwise matrix by matrix; dashes are nulls.
 
+        A notebook shows the figure where it is the last line of a cell; a script keeps it by ``savefig``.
+
         Args:
             column: of the trajectory or the table, such as "stable_rank".
 
