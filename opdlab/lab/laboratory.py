@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opdlab.errors import OpdlabError
-from opdlab.lab.grid import ARMS, NamedArm, get_arm
+from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import Scale, get_scale
 from opdlab.lab.tasks import TASKS
 from opdlab.training.arms import Arm, Model
@@ -26,23 +26,16 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """The experiments of the book at one scale, and where their files lie.
-
-    Attributes:
-        scale: models, budget, what is recorded, and how it is computed.
-        root: the folder that holds data/models, data/records and runs.
-        arms: the arms, by name.
-        tasks: the tasks, by name.
-    """
+    """The experiments of the book at one scale, and where their files lie."""
 
     scale: Scale
-    root: Path
+    root: Path  # holds data/models, data/records and runs
     arms: Mapping[str, NamedArm] = field(default_factory=lambda: dict(ARMS), repr=False)
     tasks: Mapping[str, Task] = field(default_factory=lambda: dict(TASKS), repr=False)
 
     @classmethod
     def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
-        """Return the laboratory of a scale, by default that of ``OPDLAB_SCALE``, in a folder or the repository.
+        """Return the laboratory of a scale, by default that of ``OPDLAB_SCALE``, in ``root`` or the repository.
 
         Raises:
             OpdlabError: if there is no such scale.
@@ -61,7 +54,7 @@ class Laboratory:
 
     @property
     def runs(self) -> Path:
-        """The folder with the runs; it is not part of the repository."""
+        """The folder with the runs, which is not part of the repository."""
         return self.root / "runs" / self.scale.name
 
     # --- experiments --------------------------------------------------------------------------------------------------
@@ -72,8 +65,10 @@ class Laboratory:
         Raises:
             OpdlabError: if the arm is unknown.
         """
-        named, policy, budget = self.arm(name), self.scale.policy, self.scale.budget
-        recipe, variant = self.recipe(name), bool(named.parent)
+        named, policy, budget, recipe = self.arm(name), self.scale.policy, self.scale.budget, self.recipe(name)
+        evaluations, snapshots = policy.evaluations, policy.snapshots
+        if named.parent:
+            evaluations, snapshots = policy.variant_evaluations, policy.variant_snapshots
         return Experiment(
             arm=self._with_models(named, seed),
             task=self.tasks[named.task or self.scale.task],
@@ -81,9 +76,9 @@ class Laboratory:
             seed=seed,
             max_new_tokens=budget.max_new_tokens,
             temperature=budget.temperature,
-            evaluations=recipe.steps_at(policy.variant_evaluations if variant else policy.evaluations),
+            evaluations=recipe.steps_at(evaluations),
             evaluation_prompts=budget.evaluation_prompts,
-            snapshots=recipe.steps_at(policy.variant_snapshots if variant else policy.snapshots),
+            snapshots=recipe.steps_at(snapshots),
             compute=self.scale.compute,
             name=name,
         )
@@ -100,8 +95,14 @@ class Laboratory:
         return arm
 
     def arm(self, name: str) -> NamedArm:
-        """Return the arm called ``name``, or raise an OpdlabError."""
-        return get_arm(name, self.arms)
+        """Return the arm called ``name``.
+
+        Raises:
+            OpdlabError: if there is none.
+        """
+        if name not in self.arms:
+            raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
+        return self.arms[name]
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm.
@@ -185,12 +186,12 @@ class Laboratory:
         Args:
             name: of the arm.
             seed: of prompts and rollouts.
-            change: what to change of the experiment.
+            change: makes another experiment of it.
             progress: show a bar.
             on_steps: called with the steps that were done.
 
         Raises:
-            OpdlabError: if a model is missing; otherwise as :func:`opdlab.training.loop.train`.
+            OpdlabError: if a model is missing, and whatever the loop raises.
         """
         named = self.arm(name)
         for folder in named.models:
@@ -220,14 +221,13 @@ class Laboratory:
 
         They are all that it took, or only those that other runs need: before they branch off, or for their directions.
         """
-        experiment, recipe = self.experiment(name), self.recipe(name)
-        taken = set(experiment.kept)
-        if self.scale.policy.keep_snapshots:
-            return taken
-        last_branch, first_seed = max(self.branch_steps(name), default=0), self.scale.policy.seeds[0]
-        kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
-        for other in map(self.arm, self.scale.policy.arms):
-            source = other.directions(first_seed, self.scale.later_seed(first_seed))
+        experiment, recipe, policy = self.experiment(name), self.recipe(name), self.scale.policy
+        if policy.keep_snapshots:
+            return set(experiment.kept)
+        last_branch, first = max(self.branch_steps(name), default=0), policy.seeds[0]
+        kept = {0, recipe.steps} | {step for step in experiment.kept if step <= last_branch}
+        for other in map(self.arm, policy.arms):
+            source = other.directions(first, self.scale.later_seed(first))
             if other.arm.projection and source and source[0] == name:
                 kept |= set(recipe.steps_at((other.arm.projection.start,)))
         return kept
