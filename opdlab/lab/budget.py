@@ -73,10 +73,8 @@ class Shape(NamedTuple):
 
     parameters: int
     flops: int  # of a forward pass per token: a product and a sum per weight, attention itself left out
-    layers: int
-    width: int
-    vocabulary: int
     cache: int  # numbers that one token adds to the cache of keys and values
+    config: transformers.PreTrainedConfig
 
 
 @cache
@@ -87,18 +85,13 @@ def _measured(config_text: str) -> Shape:
     parameters = sum(weight.numel() for weight in model.parameters())
     # The token embedding is looked up and not multiplied, unless it is the output layer too.
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    cached = 2 * layers * config.num_key_value_heads * head
-    return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    return Shape(parameters, 2 * (parameters - looked_up), cached, config)
 
 
 def shape_of(name: str, lab: Laboratory) -> Shape:
-    """Return the shape of a model of a scale, from its folder, or from what it is fetched or made from.
-
-    Raises:
-        OpdlabError: if nothing tells.
-    """
+    """Return the shape of a scale's model, from its folder or its source; raises an OpdlabError if neither tells."""
     models, file = lab.scale.models, lab.models / name / "config.json"
     if file.is_file():
         return _measured(file.read_text())
@@ -141,12 +134,12 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     student = shape_of(named.start or name, lab)
     teacher = shape_of(named.teacher, lab) if named.teacher else None
     writer = {"task": None, "teacher": teacher}.get(named.arm.rollouts_by, student)
-    width = 2 if device.half and experiment.compute.dtype == "bfloat16" else 4  # bytes of what passes compute in
+    size = 2 if device.half and experiment.compute.dtype == "bfloat16" else 4  # bytes of a number that passes compute
 
     def generation(model: Shape, rows: int) -> float:
         """Return the seconds of writing: a new token is bound by arithmetic, by reading weights, or by launching."""
-        arithmetic, reading = model.flops * rows / device.flops, width * model.parameters / device.bandwidth
-        return new * max(arithmetic, reading, model.layers * device.launch)
+        arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
+        return new * max(arithmetic, reading, model.config.num_hidden_layers * device.launch)
 
     packed = float(recipe.prompts * (prompt + recipe.samples * new))  # a prompt is read once for all its completions
     flops = {"student": (4 if experiment.compute.recompute else 3) * student.flops * packed}
@@ -164,7 +157,7 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     evaluating = (1 + len(experiment.evaluations)) * (2 * generation(student, count) + reading)
     states = 3 * (1 + len(lab.branch_steps(name)))  # weights and both moments
     return Plan(
-        memory=_memory(experiment, student, teacher, width, (prompt, new)),
+        memory=_memory(experiment, student, teacher, size, (prompt, new)),
         flops=flops,
         seconds=seconds,
         steps=recipe.steps,
@@ -175,30 +168,31 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
 
 
 def _memory(
-    experiment: Experiment, student: Shape, teacher: Shape | None, width: int, lengths: tuple[int, int]
+    experiment: Experiment, student: Shape, teacher: Shape | None, size: int, lengths: tuple[int, int]
 ) -> dict[str, float]:
-    """Return the bytes at the peak of a step, by what for."""
+    """Return the bytes at the peak of a step, by what for; a number that passes compute takes ``size``."""
     recipe, compute, arm, (prompt, new) = experiment.recipe, experiment.compute, experiment.arm, lengths
     rows = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts)
     in_batch = rows * (prompt + recipe.samples * new)
     completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
     at_once = min(compute.tokens_at_once, completions * (prompt + new)) if compute.tokens_at_once else in_batch
     # A layer keeps about 34 numbers per token and unit of width (2205.05198, Eq. 2, without dropout).
-    kept = (student.layers + 34 if compute.recompute else 34 * student.layers) * student.width
+    layers, width = student.config.num_hidden_layers, student.config.hidden_size
+    kept = (layers + 34 if compute.recompute else 34 * layers) * width
     memory = {
         "rollouts": 0.0,
         "weights, gradients, moments": 16.0 * student.parameters,
         "origin": 4.0 * student.parameters,
-        "activations": float(width * kept * in_batch),
+        "activations": float(size * kept * in_batch),
         # Logits, their softmax, and the gradients of both; the teacher's beside them.
-        "logits": 4.0 * student.vocabulary * at_once * (4 + 2 * arm.reads_teacher),
+        "logits": 4.0 * student.config.vocab_size * at_once * (4 + 2 * arm.reads_teacher),
     }
     if teacher:
-        memory["teacher"] = float(width * teacher.parameters)
+        memory["teacher"] = float(size * teacher.parameters)
     if arm.rollouts_by != "task":
         writer = teacher if teacher and arm.rollouts_by == "teacher" else student
-        copy = width * student.parameters if width < 4 and writer is student else 0
-        memory["rollouts"] = copy + float(width * writer.cache * recipe.completions * (prompt + new))
+        copy = size * student.parameters if size < 4 and writer is student else 0
+        memory["rollouts"] = copy + float(size * writer.cache * recipe.completions * (prompt + new))
     return memory
 
 
@@ -222,11 +216,7 @@ def plan_table(lab: Laboratory, arms: tuple[str, ...], device: Device) -> pd.Dat
 
 
 def check_device(lab: Laboratory) -> None:
-    """Refuse a scale that this machine is not for, before anything is fetched.
-
-    Raises:
-        OpdlabError: if the scale needs a GPU and there is none.
-    """
+    """Raise an OpdlabError if the scale needs a GPU and there is none, before anything is fetched."""
     scale = lab.scale
     if scale.gpu_only and find_device(scale.compute.gpu).type == "cpu":
         needed = max(plan_run(lab, arm, DEVICES["h100"]).peak for arm in scale.policy.arms)
@@ -237,11 +227,7 @@ def check_device(lab: Laboratory) -> None:
 
 
 def check_room(lab: Laboratory, arm: str) -> None:
-    """Refuse a run that will not fit, before anything is loaded.
-
-    Raises:
-        OpdlabError: as :func:`check_device`, or if the run needs more memory than the device has.
-    """
+    """Raise an OpdlabError if a run needs a device or memory that is not there, before anything is loaded."""
     check_device(lab)
     device = find_device(lab.scale.compute.gpu)
     needed = plan_run(lab, arm, DEVICES["cpu" if device.type == "cpu" else "h100"]).peak

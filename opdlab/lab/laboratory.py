@@ -35,11 +35,7 @@ class Laboratory:
 
     @classmethod
     def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
-        """Return the laboratory of a scale, by default that of ``OPDLAB_SCALE``, in ``root`` or the repository.
-
-        Raises:
-            OpdlabError: if there is no such scale.
-        """
+        """Return the laboratory of a scale, by default as :func:`get_scale` does, in ``root`` or the repository."""
         return cls(get_scale(scale), root or default_root())
 
     @property
@@ -60,11 +56,7 @@ class Laboratory:
     # --- experiments --------------------------------------------------------------------------------------------------
 
     def experiment(self, name: str, seed: int = 0) -> Experiment:
-        """Return the experiment of an arm and a seed.
-
-        Raises:
-            OpdlabError: if the arm is unknown.
-        """
+        """Return the experiment of an arm and a seed; raises as :meth:`recipe` does."""
         named, policy, budget, recipe = self.arm(name), self.scale.policy, self.scale.budget, self.recipe(name)
         evaluations, snapshots = policy.evaluations, policy.snapshots
         if named.parent:
@@ -95,21 +87,13 @@ class Laboratory:
         return arm
 
     def arm(self, name: str) -> NamedArm:
-        """Return the arm called ``name``.
-
-        Raises:
-            OpdlabError: if there is none.
-        """
+        """Return the arm called ``name``, or raise an OpdlabError if there is none."""
         if name not in self.arms:
             raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
         return self.arms[name]
 
     def recipe(self, name: str) -> Recipe:
-        """Return the recipe of an arm.
-
-        Raises:
-            OpdlabError: if the scale has none.
-        """
+        """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""
         named, recipes = self.arm(name), self.scale.budget.recipes
         if named.recipe not in recipes:
             raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {', '.join(recipes)}")
@@ -135,20 +119,14 @@ class Laboratory:
 
     def _recorded_digest(self, name: str) -> str:
         path = self.records / "runs.csv"
-        if path.is_file():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    named = self.arms.get(row["arm"])
-                    if named and name in named.models:
-                        return row["student" if name == named.start else "teacher"]
+        for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
+            named = self.arms.get(row["arm"])
+            if named and name in named.models:
+                return row["student" if name == named.start else "teacher"]
         return ""
 
     def model_folder(self, name: str) -> Path:
-        """Return the folder of a model.
-
-        Raises:
-            OpdlabError: if it is not there.
-        """
+        """Return the folder of a model, or raise an OpdlabError if it is not there."""
         if not (self.models / name).is_dir():
             raise OpdlabError(
                 f"there is no model in {self.models / name}: run 'opdlab models --scale {self.scale.name}' first"
@@ -156,11 +134,7 @@ class Laboratory:
         return self.models / name
 
     def maker_of(self, folder: str) -> NamedArm:
-        """Return the arm that makes the model folder called ``folder``.
-
-        Raises:
-            OpdlabError: if none does.
-        """
+        """Return the arm that makes the model folder called ``folder``, or raise an OpdlabError if none does."""
         for name in self.scale.models.makers:
             if self.arms[name].produces == folder:
                 return self.arms[name]
@@ -221,13 +195,13 @@ class Laboratory:
 
         They are all that it took, or only those that other runs need: before they branch off, or for their directions.
         """
-        experiment, recipe, policy = self.experiment(name), self.recipe(name), self.scale.policy
+        policy, recipe, taken = self.scale.policy, self.recipe(name), self.experiment(name).kept
         if policy.keep_snapshots:
-            return set(experiment.kept)
-        last_branch, first = max(self.branch_steps(name), default=0), policy.seeds[0]
-        kept = {0, recipe.steps} | {step for step in experiment.kept if step <= last_branch}
+            return set(taken)
+        last_branch = max(self.branch_steps(name), default=0)
+        kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
         for other in map(self.arm, policy.arms):
-            source = other.directions(first, self.scale.later_seed(first))
+            source = other.directions(0, 1)  # of which seed makes no difference here
             if other.arm.projection and source and source[0] == name:
                 kept |= set(recipe.steps_at((other.arm.projection.start,)))
         return kept

@@ -144,21 +144,13 @@ def read_index(folder: Path, of: str = "runs") -> pd.DataFrame:
 
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Read the tables of an arm, or of a run, with the columns that are not stored.
-
-    Raises:
-        OpdlabError: if a file is missing or damaged, naming it.
-    """
+    """Read the tables of an arm, or of a run, with the columns that are not stored; raises as :func:`read_table`."""
     tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}
     return tables | {"matrices": add_derived(tables["matrices"])}
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read one file as it is stored.
-
-    Raises:
-        OpdlabError: if it is missing or damaged.
-    """
+    """Read one file as it is stored, or raise an OpdlabError if it is missing or damaged."""
     try:
         return pd.read_csv(path, dtype=dict.fromkeys(DIGESTS, str))
     except (OSError, ValueError) as problem:
@@ -211,21 +203,16 @@ def recorded_arms(lab: Laboratory) -> tuple[str, ...]:
 
 def recorded_analyses(lab: Laboratory) -> tuple[str, ...]:
     """Return the analyses recorded for every seed that they have at the scale."""
-    return tuple(
-        name
-        for name in lab.scale.policy.analyses
-        if not any(missing_parts(ANALYSES[name], seed, lab) for seed in ANALYSES[name].seeds(lab))
-    )
+    analyses = (ANALYSES[name] for name in lab.scale.policy.analyses)
+    return tuple(of.name for of in analyses if not any(missing_parts(of, seed, lab) for seed in of.seeds(lab)))
 
 
 def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
     """Return the parts of an analysis that are not recorded as they would be made now."""
-    path = lab.records / "analyses" / f"{analysis.name}.csv"
-    parts = analysis.parts(lab, seed)
+    path, parts = lab.records / "analyses" / f"{analysis.name}.csv", analysis.parts(lab, seed)
     if not path.exists():
         return parts
-    table = read_table(path)
-    known = set(table.loc[table["seed"] == seed, "key"])
+    known = set(read_table(path).query("seed == @seed")["key"])
     return [part for part in parts if part.key(lab) not in known]
 
 

@@ -76,8 +76,16 @@ class Scale:
         return seeds[(seeds.index(seed) + count) % len(seeds)] if seed in seeds else seed + count
 
 
-# At our scales these have one recipe, or their updates could not be compared.
 _STARTED_AT_ANCHOR = ("opd", "opd_full", "rlvr", "sft_matched")
+
+
+def _recipes(from_anchor: Recipe, short: int, **others: Recipe) -> dict[str, Recipe]:
+    """Return the recipes of a scale: one for all arms that start from the anchor, or they could not be compared.
+
+    All variants, and the runs that they are compared with, take ``short`` steps of it.
+    """
+    return others | dict.fromkeys(_STARTED_AT_ANCHOR, from_anchor) | {"short": replace(from_anchor, steps=short)}
+
 
 _SHAPE = {
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 384,
@@ -85,7 +93,6 @@ _SHAPE = {
 }  # fmt: skip
 _LAYERS = {"base": 3, "base_small": 2, "teacher": 4, "teacher_weak": 4, "teacher_same": 3, "teacher_difference": 4}
 
-_FROM_ANCHOR = Recipe(steps=640)
 _PRETRAINING = Recipe(2500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95))
 # About ten times the rate of the other arms, as in the paper, and stopped while there is room to improve.
 _SFT = Recipe(340, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95))
@@ -104,20 +111,18 @@ TINY = Scale(
         shapes={name: _SHAPE | {"num_hidden_layers": layers} for name, layers in _LAYERS.items()},
     ),
     budget=Budget(
-        recipes={
-            "base": _PRETRAINING,
-            "base_small": _PRETRAINING,
-            "teacher": _OF_TEACHER,
-            "teacher_weak": replace(_OF_TEACHER, steps=750),
-            "teacher_same": _OF_TEACHER,
-            "teacher_difference": _OF_TEACHER,
-            "sft": _SFT,
-            # The smaller student, and the second task, need longer to get as far.
-            "sft_long": replace(_SFT, steps=600),
-            **dict.fromkeys(_STARTED_AT_ANCHOR, _FROM_ANCHOR),
-            # A fifth of it: all variants, and the runs that they are compared with.
-            "short": replace(_FROM_ANCHOR, steps=128),
-        },
+        _recipes(
+            Recipe(steps=640),
+            128,
+            base=_PRETRAINING,
+            base_small=_PRETRAINING,
+            teacher=_OF_TEACHER,
+            teacher_weak=replace(_OF_TEACHER, steps=750),
+            teacher_same=_OF_TEACHER,
+            teacher_difference=_OF_TEACHER,
+            sft=_SFT,
+            sft_long=replace(_SFT, steps=600),  # The smaller student, and the second task, need longer to get as far.
+        )
     ),
     policy=RecordPolicy(
         arms=tuple(name for name in RECORDED if name != "opd_products"),
@@ -152,7 +157,6 @@ SMOKE = replace(
 # A real pretrained model. The budgets are such that one seed is an afternoon on two CPU cores. The anchor is young, for
 # from one with 42 % nothing was learned in so few steps; and with half the sequences at three times the rate, the noise
 # of OPD's estimator led away from the teacher (KL .2 to .3 in 18 steps).
-_FROM_ANCHOR_SMALL = Recipe(steps=32, prompts=16, samples=4, learning_rate=1e-5, warmup=3)
 _SFT_SMALL = Recipe(10, 32, 1, 5e-5, "cosine", 3, (0.9, 0.95))
 
 SMALL = Scale(
@@ -161,12 +165,12 @@ SMALL = Scale(
     task="chain_sum",
     models=Models("small", ("sft", "expert", "sft_products", "expert_products"), pretrained={"base": "smollm2"}),
     budget=Budget(
-        recipes={
-            "sft": _SFT_SMALL,
-            "expert": replace(_SFT_SMALL, steps=100, learning_rate=1e-4, warmup=5),
-            **dict.fromkeys(_STARTED_AT_ANCHOR, _FROM_ANCHOR_SMALL),
-            "short": replace(_FROM_ANCHOR_SMALL, steps=12),
-        },
+        _recipes(
+            Recipe(steps=32, prompts=16, samples=4, learning_rate=1e-5, warmup=3),
+            12,
+            sft=_SFT_SMALL,
+            expert=replace(_SFT_SMALL, steps=100, learning_rate=1e-4, warmup=5),
+        ),
         max_new_tokens=16,
         typical_tokens=(11, 11),
         evaluation_prompts=128,
@@ -191,20 +195,17 @@ SMALL = Scale(
 )
 
 # One GPU of 80 GB. The recipes have the paper's rates, with fewer and shorter rollouts.
-_FROM_ANCHOR_FULL = Recipe(steps=200, prompts=16, samples=4, learning_rate=1e-6, weight_decay=0.1)
-_SFT_FULL = Recipe(400, 64, 1, 1e-5, "cosine", 40, (0.9, 0.95), weight_decay=0.1)
-
 FULL = Scale(
     name="full",
     summary="Qwen3-1.7B taught by Qwen3-8B, competition mathematics; an hour or less per run on one GPU of 80 GB",
     task="math",
     models=Models("full", ("sft",), pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"}),
     budget=Budget(
-        recipes={
-            "sft": _SFT_FULL,
-            **dict.fromkeys(_STARTED_AT_ANCHOR, _FROM_ANCHOR_FULL),
-            "short": replace(_FROM_ANCHOR_FULL, steps=50),
-        },
+        _recipes(
+            Recipe(steps=200, prompts=16, samples=4, learning_rate=1e-6, weight_decay=0.1),
+            50,
+            sft=Recipe(400, 64, 1, 1e-5, "cosine", 40, (0.9, 0.95), weight_decay=0.1),
+        ),
         max_new_tokens=1024,
         typical_tokens=(120, 600),
         evaluation_prompts=256,
@@ -247,10 +248,7 @@ SCALES = {scale.name: scale for scale in (SMOKE, TINY, SMALL, FULL, FULL_SMALLER
 
 
 def get_scale(name: str | None = None) -> Scale:
-    """Return the scale called ``name``; by default the one in ``OPDLAB_SCALE``, or tiny.
-
-    Raises:
-        OpdlabError: if there is no such scale.
+    """Return a scale by its name, by default that of ``OPDLAB_SCALE``, or tiny; raises an OpdlabError if there is none.
 
     >>> get_scale("tiny").task
     'running_sum'

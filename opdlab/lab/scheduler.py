@@ -193,13 +193,7 @@ def _work(job: Job, lab: Laboratory, record: bool) -> Path | None:
 
 
 def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: int = 2) -> None:
-    """Run jobs side by side under one bar; what is already there is not done again.
-
-    Args:
-        jobs: what :func:`plan` lists.
-        lab: where models, records and runs lie.
-        record: write the records of what was trained.
-        processes: how many at once.
+    """Run the jobs that :func:`plan` lists, ``processes`` at once, and ``record`` what was trained.
 
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
@@ -297,11 +291,7 @@ def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, _Re
 
 
 def missing_records(names: tuple[str, ...], seeds: tuple[int, ...], lab: Laboratory) -> list[str]:
-    """Return which arms and analyses have no record with all of these seeds.
-
-    Raises:
-        OpdlabError: if an arm is unknown.
-    """
+    """Return which arms and analyses have no record with all of these seeds; an unknown arm raises an OpdlabError."""
     runs, analyses = read_index(lab.records), read_index(lab.records, "analyses")
     kept = {*zip(runs["arm"], runs["seed"], strict=True), *zip(analyses["analysis"], analyses["seed"], strict=True)}
     known = [name if name in ANALYSES else lab.arm(name).name for name in names]

@@ -37,27 +37,19 @@ def cosines(updates: Sequence[Tensor], count: int = COUNT) -> list[Tensor]:
     return [(basis.T @ bases[-1]).abs() for basis in bases]
 
 
-def chosen_matrix(names: Sequence[str]) -> str:
-    """Return the matrix that is looked at: the value projection of the middle layer, chosen before any was seen.
-
-    >>> chosen_matrix([f"model.layers.{i}.self_attn.{module}_proj.weight" for i in range(3) for module in "qkvo"])
-    'model.layers.1.self_attn.v_proj.weight'
-    """
-    values = [name for name in names if describe(name).module == "v_proj"]
-    return values[len(values) // 2]
-
-
 def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per arm, snapshot and pair of directions.
 
-    Columns: ``arm`` (:data:`WALK` is the null), ``step`` and ``progress``, the number of the ``direction`` then and of
-    the ``final`` one, both from 1, and the absolute ``cosine`` between them.
+    The matrix is the value projection of the middle layer, chosen before any was seen. Columns: ``arm`` (:data:`WALK`
+    is the null), ``step`` and ``progress``, the number of the ``direction`` then and of the ``final`` one, both from 1,
+    and the absolute ``cosine`` between them.
     """
     rows = []
     for arm in ARMS_SHOWN:
         run = runs.run(arm)
         origin = weight_matrices(run.snapshot(0))
-        matrix = chosen_matrix(list(origin))
+        values = [name for name in origin if describe(name).module == "v_proj"]
+        matrix = values[len(values) // 2]
         w0, steps = origin[matrix].double(), run.experiment.kept[1:]
         updates = [run.snapshot(step)[matrix].double() - w0 for step in steps]
         paths = {arm: updates}
@@ -75,4 +67,4 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-DIRECTIONS = Analysis("directions", "how the directions of an update come to be", measure, ARMS_SHOWN, one_seed=True)
+DIRECTIONS = Analysis("directions", "how the directions of an update come to be", measure, ARMS_SHOWN, how_many="one")

@@ -59,7 +59,7 @@ def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iter
 
 
 def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
-    trainer = RunSet(runs.lab, seed).trainer(arm)
+    trainer = Trainer(runs.lab.experiment(arm, seed))
     random = torch_generator(random_numbers(seed, "tokens", 0))
 
     def own(part: MicroBatch) -> Tensor:

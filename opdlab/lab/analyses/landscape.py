@@ -82,8 +82,8 @@ def _to_norm(update: Weights, like: Weights) -> Weights:
 
 LANDSCAPE = Analysis(
     "landscape", "how well the weights between the ends of runs do", measure_landscape, _ARMS, (("opd", 1),),
-    few_seeds=True,
+    how_many="few",
 )  # fmt: skip
 EXTRAPOLATION = Analysis(
-    "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, few_seeds=True
+    "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, how_many="few"
 )

@@ -51,13 +51,9 @@ class RunSet:
         model = load_model(self.lab.models / folder)
         return {name: weight.detach().double() for name, weight in model.named_parameters()}
 
-    def trainer(self, arm: str) -> Trainer:
-        """Return the models and the task of an arm, as they are at the start of its training."""
-        return Trainer(self.lab.experiment(arm, self.seed))
-
     @cached_property
     def _judge(self) -> Trainer:
-        return self.trainer("opd")
+        return Trainer(self.lab.experiment("opd", self.seed))
 
     @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor]) -> dict:
@@ -99,16 +95,15 @@ class Analysis:
     later: tuple[tuple[str, int], ...] = ()  # arms whose runs of later seeds it reads too, and how many seeds on
     keys: tuple[str, ...] = ()  # columns that tell apart what is compared by matrix; its record has means by block
     trained: bool = True  # whether it needs the runs, or only what they start from
-    few_seeds: bool = False  # take the seeds of variants, because it measures the accuracy of many weights
-    one_seed: bool = False  # take the first seed only, because it is for looking at, not for averages
+    #: Whether it takes "all" seeds, the "few" of variants, because it measures the accuracy of many weights, or "one",
+    #: because it is for looking at, not for averages.
+    how_many: str = "all"
     pairs: Callable[[Laboratory, int], list[Part]] | None = None  # its parts; by default the whole is one part
 
     def seeds(self, lab: Laboratory) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
         policy = lab.scale.policy
-        if self.one_seed:
-            return policy.seeds[:1]
-        return policy.variant_seeds if self.few_seeds else policy.seeds
+        return {"all": policy.seeds, "few": policy.variant_seeds, "one": policy.seeds[:1]}[self.how_many]
 
     def parts(self, lab: Laboratory, seed: int) -> list[Part]:
         """Return what of it is recorded by itself."""

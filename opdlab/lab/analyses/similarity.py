@@ -22,13 +22,9 @@ WEIGHTS = "weights"
 
 def short_arms(lab: Laboratory) -> tuple[str, ...]:
     """Return the recorded arms that start where short OPD does, are as long, and are free to move."""
-    short = lab.arm("opd_short")
-    return tuple(
-        name
-        for name in lab.scale.policy.arms
-        if (lab.arm(name).start, lab.arm(name).recipe) == (short.start, short.recipe)
-        and not lab.arm(name).arm.projection
-    )
+    short, arms = lab.arm("opd_short"), map(lab.arm, lab.scale.policy.arms)
+    alike = (of for of in arms if (of.start, of.recipe) == (short.start, short.recipe))
+    return tuple(of.name for of in alike if not of.arm.projection)
 
 
 def pairs(lab: Laboratory, seed: int) -> list[Part]:
