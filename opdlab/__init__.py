@@ -105,7 +105,7 @@ def judge(records: Records, finding: str = "") -> pd.DataFrame:
 
     Args:
         records: from :func:`load`.
-        finding: only the claims of this finding, a key of :data:`opdlab.claims.FINDINGS`; by default all.
+        finding: only the claims of this finding, a key of :data:`opdlab.claims.paper.FINDINGS`; by default all.
 
     Raises:
         OpdlabError: if there is no such finding.

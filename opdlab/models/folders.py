@@ -20,7 +20,7 @@ from tokenizers import models as tokenizer_models
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weight_files
 
-#: The lab's tokenizer: its end-of-sequence token, its padding token, and all its tokens in the order of their ids.
+#: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
 EOS = "$"
 PAD = "_"
 ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
