@@ -73,8 +73,10 @@ class Shape(NamedTuple):
 
     parameters: int
     flops: int  # of a forward pass per token: a product and a sum per weight, attention itself left out
+    layers: int
+    width: int
+    vocabulary: int
     cache: int  # numbers that one token adds to the cache of keys and values
-    config: transformers.PreTrainedConfig
 
 
 @cache
@@ -85,9 +87,10 @@ def _measured(config_text: str) -> Shape:
     parameters = sum(weight.numel() for weight in model.parameters())
     # The token embedding is looked up and not multiplied, unless it is the output layer too.
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head
-    return Shape(parameters, 2 * (parameters - looked_up), cached, config)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    cached = 2 * layers * config.num_key_value_heads * head
+    return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
 
 
 def shape_of(name: str, lab: Laboratory) -> Shape:
@@ -139,7 +142,7 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     def generation(model: Shape, rows: int) -> float:
         """Return the seconds of writing: a new token is bound by arithmetic, by reading weights, or by launching."""
         arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
-        return new * max(arithmetic, reading, model.config.num_hidden_layers * device.launch)
+        return new * max(arithmetic, reading, model.layers * device.launch)
 
     packed = float(recipe.prompts * (prompt + recipe.samples * new))  # a prompt is read once for all its completions
     flops = {"student": (4 if experiment.compute.recompute else 3) * student.flops * packed}
@@ -177,15 +180,14 @@ def _memory(
     completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
     at_once = min(compute.tokens_at_once, completions * (prompt + new)) if compute.tokens_at_once else in_batch
     # A layer keeps about 34 numbers per token and unit of width (2205.05198, Eq. 2, without dropout).
-    layers, width = student.config.num_hidden_layers, student.config.hidden_size
-    kept = (layers + 34 if compute.recompute else 34 * layers) * width
+    kept = (student.layers + 34 if compute.recompute else 34 * student.layers) * student.width
     memory = {
         "rollouts": 0.0,
         "weights, gradients, moments": 16.0 * student.parameters,
         "origin": 4.0 * student.parameters,
         "activations": float(size * kept * in_batch),
         # Logits, their softmax, and the gradients of both; the teacher's beside them.
-        "logits": 4.0 * student.config.vocab_size * at_once * (4 + 2 * arm.reads_teacher),
+        "logits": 4.0 * student.vocabulary * at_once * (4 + 2 * arm.reads_teacher),
     }
     if teacher:
         memory["teacher"] = float(size * teacher.parameters)

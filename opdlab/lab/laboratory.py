@@ -35,7 +35,7 @@ class Laboratory:
 
     @classmethod
     def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
-        """Return the laboratory of a scale, by default as :func:`get_scale` does, in ``root`` or the repository."""
+        """Return the laboratory of a scale (:func:`opdlab.lab.scales.get_scale`) in ``root`` or the repository."""
         return cls(get_scale(scale), root or default_root())
 
     @property
