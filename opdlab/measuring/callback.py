@@ -21,12 +21,12 @@ from opdlab.models.files import save_tensors
 class GeometryCallback(TrainerCallback):
     """Log rank, size, sparsity and direction of the update at regular intervals.
 
-    These are logged, each as the mean over the chosen matrices: geometry/stable_rank and geometry/relative_norm of the
-    update since the start; geometry/sparsity (bf16); geometry/sim_right_K16 and geometry/sim_left_K16, the similarity
-    of its leading subspaces to those at the previous measurement (unrelated subspaces have geometry/sim_random_K16 on
-    the right; a shared history raises it for any run); and geometry/seconds, the time that this measurement took.
-    Divided by ``every``, that is the cost per step: the 120 attention matrices of a 135 M model take 3 seconds on one
-    CPU core, so 0.06 seconds per step at the default. A copy of the chosen matrices is kept in the CPU's memory.
+    Logged are, each as the mean over the chosen matrices, geometry/stable_rank and geometry/relative_norm of the update
+    since the start; geometry/sparsity (bf16); geometry/sim_right_K16 and geometry/sim_left_K16, the similarity of its
+    leading subspaces to those at the previous measurement (unrelated subspaces have geometry/sim_random_K16 on the
+    right; a shared history raises it for any run); and geometry/seconds, which the measurement took: 3 for the 120
+    attention matrices of a 135 M model on one CPU core, so 0.06 per step at the default. The CPU's memory holds a copy
+    of the chosen matrices.
 
     It works with transformers' Trainer and trainers derived from it, as all of TRL's are. Sharded weights (DTensor) are
     gathered to be measured. A LoRA adapter's weights are not an update by themselves: save the adapter, and measure it
@@ -49,7 +49,6 @@ class GeometryCallback(TrainerCallback):
 
     Example::
 
-        trainer = SFTTrainer(model, args=args, train_dataset=data)
         trainer.add_callback(GeometryCallback(trainer, every=50))
         trainer.train()
     """
@@ -72,9 +71,6 @@ class GeometryCallback(TrainerCallback):
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         self.trainer, self.every, self.k = trainer, every, k
         self.snapshots, self.snapshot_steps = snapshots, frozenset(snapshot_steps if snapshots else ())
-        self._origin: dict[str, Tensor] = {}
-        self._last: dict[str, Svd] = {}
-        self._measured = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,13 +81,14 @@ class GeometryCallback(TrainerCallback):
                 f"training resumes at step {state.global_step}, so its first weights are not here: leave out "
                 "GeometryCallback, and measure the checkpoints with 'opdlab measure BASE --trajectory DIR'"
             )
+        self._last: dict[str, Svd] = {}
+        self._measured = 0
         # On the CPU, which has more room than a device.
         self._origin = {
             name: _whole(weight).to("cpu", copy=True)
             for name, weight in _matrices(kwargs["model"])
             if weight.requires_grad and self.matrices.search(name) and ".lora_" not in name
         }
-        self._last, self._measured = {}, 0
         for name, w0 in self._origin.items():
             if min(w0.shape) < self.k:
                 raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
@@ -144,11 +141,8 @@ class GeometryCallback(TrainerCallback):
         w0 = self._origin[name].to(weight.device)
         delta = svd(weight.double() - w0.double(), f"the update of {name}", k=self.k)
         last, self._last[name] = self._last.get(name), delta
-        row = {
-            "stable_rank": stable_rank(delta),
-            "relative_norm": relative_norm(w0, weight),
-            "sparsity": bf16_sparsity(w0, weight),
-        }
+        row = {"stable_rank": stable_rank(delta)}
+        row |= {"relative_norm": relative_norm(w0, weight), "sparsity": bf16_sparsity(w0, weight)}
         if last is not None:
             row[f"sim_right_K{self.k}"] = sim_k(top_right(last, self.k), top_right(delta, self.k))
             row[f"sim_left_K{self.k}"] = sim_k(top_left(last, self.k), top_left(delta, self.k))
@@ -157,18 +151,12 @@ class GeometryCallback(TrainerCallback):
 
 
 def callback_for(trainer: Trainer, folder: Path, steps: tuple[int, ...]) -> GeometryCallback:
-    """Return a callback that logs ten times in a run, and writes its snapshots into ``folder``.
+    """Return a callback that writes snapshots at ``steps``, the last of which ends the run, into the run's ``folder``.
 
-    At 8 billion weights a measurement takes minutes.
-
-    Args:
-        trainer: the trainer that it is added to.
-        folder: of the run.
-        steps: of the snapshots; the last is that of the run.
+    It logs ten times in a run, because at 8 billion weights a measurement takes minutes.
     """
-    return GeometryCallback(
-        trainer, every=max(1, max(steps) // 10), snapshots=folder / "snapshots", snapshot_steps=steps
-    )
+    every = max(1, max(steps) // 10)
+    return GeometryCallback(trainer, every, snapshots=folder / "snapshots", snapshot_steps=steps)
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
