@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
@@ -28,24 +28,20 @@ class GeometryCallback(TrainerCallback):
     attention matrices of a 135 M model on one CPU core, so 0.06 per step at the default. The CPU's memory holds a copy
     of the chosen matrices.
 
-    It works with transformers' Trainer and trainers derived from it, as all of TRL's are. Sharded weights (DTensor) are
-    gathered to be measured. A LoRA adapter's weights are not an update by themselves: save the adapter, and measure it
-    with ``opdlab measure``.
+    It works with transformers' Trainer and trainers derived from it, as all of TRL's are, and gathers sharded weights
+    (DTensor). A LoRA adapter's weights are no update by themselves: save it, and measure it with ``opdlab measure``.
 
     Args:
         trainer: the trainer that it is added to, which logs the results.
-        every: optimizer steps between measurements; the last step is measured when training ends.
-        matrices: regular expression to search for in the names of the matrices; by default those of attention, which
-            the paper follows over training.
+        every: optimizer steps between measurements; the last step is always measured.
+        matrices: regular expression for the names of the matrices; by default attention's, which the paper follows.
         k: dimension of the subspaces; the paper's 16.
-        snapshots: folder for the model's weights at some steps, one file each, written by the main process; ``opdlab
-            measure BASE --trajectory SNAPSHOTS`` reads them.
-        snapshot_steps: those steps.
+        snapshots: folder for the model's weights, one file a step, for ``opdlab measure BASE --trajectory SNAPSHOTS``.
+        snapshot_steps: the steps at which they are written.
 
     Raises:
         OpdlabError: when training begins, if no trained matrix is chosen, k exceeds a side of one, or training is
-            resumed (the update would be counted from there: measure its checkpoints with ``opdlab measure`` instead).
-            During training, if a snapshot cannot be written.
+            resumed, since the update would be counted from there. Later, if a snapshot cannot be written.
 
     Example::
 
@@ -72,9 +68,7 @@ class GeometryCallback(TrainerCallback):
         self.trainer, self.every, self.k = trainer, every, k
         self.snapshots, self.snapshot_steps = snapshots, frozenset(snapshot_steps if snapshots else ())
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights that training starts from."""
         if state.global_step > 0:
             raise OpdlabError(
@@ -89,25 +83,23 @@ class GeometryCallback(TrainerCallback):
             for name, weight in _matrices(kwargs["model"])
             if weight.requires_grad and self.matrices.search(name) and ".lora_" not in name
         }
-        for name, w0 in self._origin.items():
-            if min(w0.shape) < self.k:
-                raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
         if not self._origin:
             raise OpdlabError(
                 f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
                 "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
             )
+        for name, w0 in self._origin.items():
+            if min(w0.shape) < self.k:
+                raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and log, and write a snapshot, if it is time."""
         if state.global_step in self.snapshot_steps:
             self._snapshot(state, kwargs["model"])
         if state.global_step % self.every == 0:
             self._log(state, control, kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the last step, unless it was measured already."""
         if state.global_step > self._measured:
             self._log(state, control, kwargs["model"])

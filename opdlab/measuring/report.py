@@ -35,19 +35,15 @@ def write_report(path: Path, update: Update) -> None:
     # Matrices that moved, which is what there is to draw.
     layers = layers[layers["stable_rank"].notna()] if "stable_rank" in layers else layers.head(0)
     if len(layers):
-        figures = [
-            _drawn(_by_layer(layers), "Sparsity, rotation and size of each matrix, by layer; one line per module."),
-            _drawn(
-                draw_column(layers, "stable_rank", over_steps=False),
-                "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null.",
-            ),
-            _drawn(
-                _masks(layers),
-                "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot "
-                "per matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the "
-                "random rate.",
-            ),
-        ]
+        caption = "Sparsity, rotation and size of each matrix, by layer; one line per module."
+        figures.append(_drawn(_by_layer(layers), caption))
+        caption = "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null."
+        figures.append(_drawn(draw_column(layers, "stable_rank", over_steps=False), caption))
+        caption = (
+            "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
+            "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate."
+        )
+        figures.append(_drawn(_masks(layers), caption))
     if len(steps) and steps["stable_rank"].notna().any():
         caption = (
             "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, norm, "
@@ -112,13 +108,12 @@ def _drawn(figure: Figure, caption: str) -> dict[str, str]:
 
 
 def _by_layer(layers: pd.DataFrame) -> Figure:
-    modules = layers["module"].unique()
-    palette = dict(zip(modules, sns.color_palette("colorblind", len(modules)), strict=True))
+    palette = sns.color_palette("colorblind", layers["module"].nunique())
     figure, axes = panels(4, columns=2, width=4.6, height=3)
     views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
     for axis, (column, title) in zip(axes, views.items(), strict=False):
-        for module, rows in layers.groupby("module", sort=False):
-            axis.plot(rows["layer"], rows[column], "o-", color=palette[module], ms=3, linewidth=1.2, label=module)
+        for colour, (module, rows) in zip(palette, layers.groupby("module", sort=False), strict=True):
+            axis.plot(rows["layer"], rows[column], "o-", color=colour, ms=3, linewidth=1.2, label=module)
         axis.set(title=title, xlabel="layer")
         axis.locator_params(axis="x", integer=True)
     _legend_alone(axes[3], axes[0])
