@@ -29,9 +29,9 @@ def resumable_map(
 ) -> Iterator[dict[str, dict]]:
     """Map a function over tensors in parallel, within a memory bound, resumably.
 
-    Use it as ``with resumable_map(...) as found:``, and write what comes of ``found``, the results by name, inside the
-    block. Each result is written to ``out`` as soon as it is known, so the same call after a stop does only what is
-    left; when the block ends without an error, that log is deleted.
+    Inside ``with resumable_map(...) as found:``, write what comes of the results by name. Each result is written to
+    ``out`` as soon as it is known, so the same call after a stop does only what is left; when the block ends without an
+    error, that log is deleted.
 
     Args:
         work: what to do with one tensor; it returns JSON values and, for several processes, can be pickled.
@@ -53,7 +53,7 @@ def resumable_map(
         for name, found in _in_parallel(work, left, processes):
             done[name] = found
             if log:
-                _write_line(log, {"name": name, "found": found})
+                _write_line(log, name=name, found=found)
             bar.set_postfix_str(name[-40:])
             bar.update()
     yield done
@@ -61,7 +61,7 @@ def resumable_map(
         (out / "rows.jsonl").unlink(missing_ok=True)
 
 
-def _write_line(log: TextIO, line: dict) -> None:
+def _write_line(log: TextIO, **line: object) -> None:
     try:
         log.write(json.dumps(line) + "\n")
         log.flush()

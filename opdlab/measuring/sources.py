@@ -8,32 +8,30 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import describe
-from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
+from opdlab.models.checkpoints import HEAD, Checkpoint, Source, embedding_of, open_checkpoint
 from opdlab.models.files import local_folder
 
 #: A path, which every process can open for itself, or a checkpoint of weights in memory.
 Located = Path | Checkpoint
 
 
-def locate(base: Source, path: Iterable[Source]) -> tuple[Located, tuple[Located, ...]]:
-    """Return where the checkpoints are: files and folders as paths, models of the hub once they are fetched.
+def locate(base: Source, path: Source | Sequence[Source]) -> tuple[Located, tuple[Located, ...]]:
+    """Return where a base and one or more checkpoints are: as paths, those of the hub once they are fetched.
 
     Raises:
         OpdlabError: if a model of the hub cannot be fetched, or what is in memory is no model.
     """
-    origin = _locate_one(base, None)
-    return origin, tuple(_locate_one(checkpoint, origin) for checkpoint in path)
-
-
-def _locate_one(source: Source, base: Located | None) -> Located:
-    if not isinstance(source, (str, Path)):
-        return open_checkpoint(source, None if base is None else open_checkpoint(base))
-    return local_folder(source)
+    origin = local_folder(base) if isinstance(base, (str, Path)) else open_checkpoint(base)
+    several: Sequence[Any] = path if isinstance(path, (list, tuple)) else [path]
+    return origin, tuple(
+        local_folder(source) if isinstance(source, (str, Path)) else open_checkpoint(source, open_checkpoint(origin))
+        for source in several
+    )
 
 
 @lru_cache(maxsize=64)
@@ -61,7 +59,7 @@ def source_of(checkpoint: Checkpoint) -> Located:
     return checkpoint.path if isinstance(checkpoint.path, Path) else checkpoint
 
 
-def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint | Path | str]) -> None:
+def check_apart(out: Path | None, checkpoints: Iterable[object]) -> None:
     """Raise if results would be written into one of the checkpoints."""
     if out and any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
@@ -78,17 +76,13 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     if base is tuned or (isinstance(base.path, Path) and place_of(base) == place_of(tuned)):
         raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
     alone = sorted(base.pieces.keys() ^ tuned.pieces.keys())
-    if alone == ["lm_head.weight"]:
-        owner = base if alone[0] in base.pieces else tuned
-        embedding = next((name for name in owner.pieces if describe(name).block == "embedding"), alone[0])
-        if embedding != alone[0] and torch.equal(owner.read(embedding), owner.read(alone[0])):
-            alone = []
-    if alone:
-        holder = base.path if alone[0] in base.pieces else tuned.path
-        why = "one has a head of its own, and the other's is its embedding" if alone == ["lm_head.weight"] else ""
+    holder = base if alone and alone[0] in base.pieces else tuned
+    embedding = embedding_of(holder.pieces) if alone == [HEAD] else None
+    if alone and not (embedding and torch.equal(holder.read(embedding), holder.read(HEAD))):
+        why = " (one has a head of its own, and the other's is its embedding)" if alone == [HEAD] else ""
         raise OpdlabError(
             f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
-            f"such as {alone[0]} in {holder}{why and f' ({why})'}"
+            f"such as {alone[0]} in {holder.path}{why}"
         )
     shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
     for name, shape in shapes.items():
@@ -127,21 +121,17 @@ def find_trajectory(folder: Path) -> list[Path]:
     Raises:
         OpdlabError: if there is none.
     """
+    # A checkpoint without weights, or with pickled ones, is listed too, and refused by name when it is opened.
     kinds = ("*.safetensors", "*.bin", "*config.json")
-    found = [
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        # One without weights, or with pickled ones, is listed too, and refused by name when it is opened.
-        if step_of(path) and (path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds))
-    ]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in inside if path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds)]
+    found = sorted(filter(step_of, found), key=lambda path: step_of(path) or 0)
     if not found:
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) if folder.is_dir() else ""
-        held = held or "nothing"
+        held = ", ".join(path.name for path in inside[:4]) or "nothing"
         raise OpdlabError(
             f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
             "of safetensors, or step-<step>.safetensors files"
         )
-    found = sorted(found, key=lambda path: (step_of(path), path.name))
     for before, after in pairwise(found):
         if step_of(before) == step_of(after):
             raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
@@ -149,7 +139,7 @@ def find_trajectory(folder: Path) -> list[Path]:
 
 
 def default_out(measured: Path) -> Path:
-    """Return the default folder for results; a checkpoint that only has a number gets its run's name too.
+    """Return the default folder for results; a checkpoint that has only a number gets its run's name too.
 
     >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
     (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))
