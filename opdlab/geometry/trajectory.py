@@ -116,7 +116,7 @@ def measure_matrix_trajectory(
         last = rests[t - 1] if t == count - 1 else None
         intervals.append((last or svd(w_t - before, k=vectors)) if t else svds[0])
         before = w_t
-        row = {"k": on.k, "mask_rank": on.mask_rank}
+        row: dict[str, float] = {"k": on.k, "mask_rank": on.mask_rank}
         row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w_t)}
         row |= {"interval_norm": interval_norms[t], "interval_stable_rank": stable_rank(intervals[t])}
         row["sparsity"] = bf16_sparsity(w0, w_t)
