@@ -118,8 +118,9 @@ def compare(
     work = partial(_compare_matrix, updates=list(zip(measured, ends, norms, strict=True)), seed=seed)
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
+    folder = Path(out) if out else None
     # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
-    on_disk, folder = all(isinstance(end.path, Path) for pair in ends for end in pair), Path(out) if out else None
+    on_disk = all(isinstance(end.path, Path) for pair in ends for end in pair)
     log, processes = (folder, processes) if on_disk else (None, 1)
     with resumable_map(work, sizes, identity, out=log, processes=processes, progress=progress) as found:
         by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)

@@ -120,9 +120,9 @@ def measured(
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
     """
-    if not job.path or (processes is not None and processes < 1):
-        numbers = f"there are {len(job.path)} checkpoints and {processes} processes"
-        raise OpdlabError(f"{numbers}; expected one or more of both")
+    ends = len(job.path)
+    if not ends or (processes is not None and processes < 1):
+        raise OpdlabError(f"there are {ends} checkpoints and {processes} processes; expected one or more of both")
     _check_device(job.device)
     shapes = _common(job)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
@@ -131,7 +131,7 @@ def measured(
     # In memory they would be copied into every process, and a device has room for one.
     alone = not on_disk or torch.device(job.device).type != "cpu"
     count = 1 if alone else processes or (1 if small else os.cpu_count() or 1)
-    log = out if on_disk else None
+    log = out if on_disk else None  # what is in memory cannot be told apart from other weights in memory
     with (
         # Small matrices gain nothing from a second thread, and wait for it where the machine is busy.
         cpu_threads(1 if small else torch.get_num_threads()),
