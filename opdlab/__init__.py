@@ -65,17 +65,27 @@ def __dir__() -> list[str]:
 def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path | str, **settings: Any) -> Trained:
     """Train an arm on a task, and return the run; the same call goes on where it was stopped.
 
+    By default a batch has 32 prompts with 4 completions each (SFT: its one demonstration), a completion ends after 256
+    tokens, and one prompt in eight is held out: 256 of these, greedy and sampled, are what evaluations measure, before
+    the training, halfway and at the end. A data set with fewer prompts shrinks these numbers, and a model with a short
+    context the completions; a number that was asked for is not shrunk but refused. A GPU is used where there is one.
+
     Args:
         arm: from :func:`sft`, :func:`opd` or :func:`rlvr`.
         task: such as one from :meth:`Task.from_dataset`.
         steps: updates.
         learning_rate: of the optimizer.
         out: the folder of the run.
-        settings: ``seed``, ``progress``, or any other field of an experiment
-            (:func:`opdlab.training.trained.make_experiment`, which also says what is taken by default).
+        settings: ``seed``, ``progress=False`` for no bar, or any other field of an experiment, such as ``prompts``,
+            ``samples`` or ``max_new_tokens`` (:func:`opdlab.training.trained.make_experiment`).
+
+    Returns:
+        The run: ``history`` with a row per step, ``evaluations``, ``accuracy`` (the mean reward on held-out prompts, at
+        the end), ``transcripts()``, ``model`` (a folder) and ``trajectory`` (how the weights moved).
 
     Raises:
-        OpdlabError: on bad input, if ``out`` holds another experiment, or if the loss is not finite.
+        OpdlabError: on bad input, if ``out`` holds another experiment (other data or another reward included), or if
+            the loss is not finite.
     """
     from opdlab.measuring.update import measure
     from opdlab.training.trained import train_arm
@@ -87,7 +97,8 @@ def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Com
     """Compare updates: do they move the same weights, and in the same directions?
 
     Args:
-        updates: measured ones, runs of :func:`train`, or folders that ``opdlab measure`` wrote.
+        updates: measured ones, runs of :func:`train` (called by the names of their folders), or folders that
+            ``opdlab measure`` wrote.
         options: of :func:`opdlab.measuring.compare.compare`.
 
     Raises:
@@ -105,7 +116,7 @@ def judge(records: Records, finding: str = "") -> pd.DataFrame:
 
     Args:
         records: from :func:`load`.
-        finding: only the claims of this finding, a key of :data:`opdlab.claims.FINDINGS`; by default all.
+        finding: only the claims of this finding, a key of :data:`opdlab.claims.paper.FINDINGS`; by default all.
 
     Raises:
         OpdlabError: if there is no such finding.

@@ -27,8 +27,8 @@ from opdlab.stats import Interval, mean_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
-#: Where the paper's number is from: printed, in the paper or in a neighbouring one; said in words, without a number;
-#: found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
+#: Where the paper's number is from. It is printed, in the paper or in a neighbouring one; or said in words, without a
+#: number; or found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
 KNOWN = ("printed", "words", "draft", "secondary")
 _EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 

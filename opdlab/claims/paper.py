@@ -14,7 +14,7 @@ from typing import Any
 
 from opdlab.claims.judging import Claim, Contrast, Metric
 
-#: The findings that claims belong to: title and page of the chapter on each, in the order of the book.
+#: The findings that claims belong to, with title and page of the chapter on each, in the order of the book.
 FINDINGS = {
     "regime": ("Where the updates land", "04_where_updates_land"),
     "rank": ("Rank over time", "05_rank_over_time"),
@@ -77,7 +77,7 @@ def _masked(arm: str, label: str) -> tuple[Claim, Claim]:
 
 _SHORT_RANK = Metric("stable_rank", **_END)
 _ACCURACY = Metric("sampled", progress=1.0)
-#: Two points of accuracy: the smallest loss or gain that counts.
+#: Two points of accuracy, the smallest loss or gain that counts.
 POINTS = 0.02
 
 

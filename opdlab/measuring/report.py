@@ -85,11 +85,13 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
         axis.set_xlabel("step")
     else:
         _by_module(axis, layers, column)
-    axis.set_title(column.replace("_", " ") + ("; dashes: its null" if null in layers else ""))
+    notes = ["dashes: its null"] if null in layers else []
     others = layers[null].mean() if null in layers else known.mean()
     # Some numbers lie far from their nulls, such as ranks.
     if known.min() > 0 and others > 0 and max(known.max(), others) > 5 * min(known.min(), others):
         set_log(axis.yaxis)
+        notes.append("logarithmic axis")
+    axis.set_title("; ".join([column.replace("_", " "), *notes]))
     plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
     return figure
 

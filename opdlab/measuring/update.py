@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -84,6 +85,7 @@ def measure_update(
     seed: int = 0,
     blocks: Collection[str] | None = None,
     trajectory_blocks: Collection[str] | None = None,
+    device: str = "cpu",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Measure chosen matrices as :func:`measure` does, in this process, and return the tables of an :class:`Update`.
 
@@ -93,6 +95,7 @@ def measure_update(
         seed: of the nulls.
         blocks: of the tensors in the table, such as attention (:func:`opdlab.geometry.describe`); by default all.
         trajectory_blocks: of those, what is followed over the steps; by default all if there are several, or else none.
+        device: where to compute.
 
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
@@ -101,16 +104,17 @@ def measure_update(
     if steps != sorted(set(steps)):
         raise OpdlabError(f"path has the steps {steps}; expected them ascending, none twice")
     origin, ends = open_all(base, [source for _, source in path])
-    job = Job(origin, ends, tuple(steps), seed, blocks=blocks, trajectory_blocks=trajectory_blocks)
+    job = Job(origin, ends, tuple(steps), seed, blocks=blocks, trajectory_blocks=trajectory_blocks, device=device)
     with measured(job, processes=1) as tables:
         return tables
 
 
-class Shown:
+class Shown(ABC):
     """What a terminal shows as text and a notebook as HTML, with four digits."""
 
+    @abstractmethod
     def _parts(self) -> list[str | pd.DataFrame]:
-        raise NotImplementedError
+        """Return the sentences and tables that are shown."""
 
     def __repr__(self) -> str:
         """Return sentences and tables as text."""
@@ -163,6 +167,8 @@ class Update(Shown):
 
     def plot(self, column: str) -> Figure:
         """Draw a column: over the steps of the trajectory if it has it, otherwise matrix by matrix; dashes are nulls.
+
+        A notebook shows the figure where it is the last line of a cell; a script keeps it by ``savefig``.
 
         Raises:
             OpdlabError: if there is no such column, or nothing in it to draw.

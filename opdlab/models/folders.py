@@ -17,7 +17,7 @@ from tokenizers import models as tokenizer_models
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weight_files
 
-#: The lab's tokenizer: its end-of-sequence token, its padding token, and all its tokens in the order of their ids.
+#: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
 EOS = "$"
 PAD = "_"
 ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
@@ -111,7 +111,8 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
     """Check that student and teacher share one vocabulary and one end of sequence, as every distillation loss assumes.
 
     Raises:
-        OpdlabError: if the vocabularies or the end-of-sequence tokens differ, naming the folders and the difference.
+        OpdlabError: if the vocabularies, the end-of-sequence tokens or the numbers of logits differ, naming the folders
+            and the difference.
     """
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
     mine, other = ours.get_vocab(), theirs.get_vocab()
@@ -125,4 +126,12 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
             f"student {student} ends a sequence with {ours.eos_token!r} (token {ours.eos_token_id}) and teacher "
             f"{teacher} with {theirs.eos_token!r} (token {theirs.eos_token_id}): set the same eos_token in both "
             "tokenizer_config.json files"
+        )
+    sizes = [
+        transformers.AutoConfig.from_pretrained(folder).get_text_config().vocab_size for folder in (student, teacher)
+    ]
+    if len(set(sizes)) > 1:  # as in Qwen2.5, whose larger models have padded more
+        raise OpdlabError(
+            f"student {student} has {sizes[0]} logits and teacher {teacher} has {sizes[1]}, though their tokenizers "
+            "agree: choose a teacher with as many, or resize the embeddings of one"
         )

@@ -45,11 +45,12 @@ class Run:
         """
         self.experiment, self.root = experiment, root
         self.folder = folder or root / experiment.folder
+        # A run that failed before its first step holds nothing yet: who mends a reward may call again.
         if folder and (folder / "config.json").is_file():
             there = json.loads((folder / "config.json").read_text())
             if "recipe" not in there:
                 raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
-            if there != self.config:
+            if there != self.config and self.lines("history"):
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
                 raise OpdlabError(
                     f"out is {folder}, which holds another experiment ({', '.join(differ)} differ): choose another"

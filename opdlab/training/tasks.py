@@ -200,7 +200,7 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """The identity of prompts, demonstrations and rewards: 8 hex digits.
+        """The identity of prompts, demonstrations and rewards, 8 hex digits.
 
         It is taken from what the reward gives for 64 demonstrations, each with its own prompt and with another's, and
         of a data set from all rows and the code of its reward. So a comment in it changes nothing, and a value does.

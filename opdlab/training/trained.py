@@ -26,14 +26,15 @@ from opdlab.training.trainer import Trainer, random_numbers, score, torch_genera
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Shares of a training after which weights are kept, dense early, and after which accuracy is measured.
+#: Shares of a training after which weights are kept, dense early.
 SNAPSHOTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+#: Shares of a training after which accuracy is measured.
 EVALUATIONS = (0.5, 1.0)
 #: Prompts of a batch, completions of each, and prompts of an evaluation, unless told otherwise or there are fewer.
 PROMPTS, SAMPLES, EVALUATION_PROMPTS = 32, 4, 256
 #: From how many tokens on a vocabulary is large, and how many logits are then held at once.
 LARGE_VOCABULARY, LOGITS = 2**15, 2**28
-#: The longest prompts by characters whose tokens are counted before a training begins: all of a small data set.
+#: The longest prompts by characters whose tokens are counted before a training begins, all of a small data set.
 CHECKED = 1000
 
 #: Given the file of the weights at step 0 and those after it, and ``seed=`` of the nulls, measures the update.
@@ -193,17 +194,20 @@ class Trained:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per step: loss, mean reward of its rollouts, entropy, kl_teacher, norms, tokens, seconds."""
-        import pandas as pd
-
-        return pd.DataFrame(self.run.lines("history")).rename(columns={"accuracy": "reward"})
+        """One row per step, with loss, mean reward of its rollouts, entropy, kl_teacher, norms, tokens, seconds."""
+        return self._table("history").rename(columns={"accuracy": "reward"})
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """One row per evaluation: the mean reward of held-out prompts, greedy and sampled, entropy and kl_teacher."""
+        """One row per evaluation, with the mean reward of held-out prompts, greedy and sampled, entropy, kl_teacher."""
+        return self._table("evaluations")
+
+    def _table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame(self.run.lines("evaluations"))
+        table = pd.DataFrame(self.run.lines(name))
+        # What a run does not have is no number, in a column of numbers.
+        return table.astype({column: float for column in ("accuracy", "kl_teacher") if column in table})
 
     @property
     def accuracy(self) -> float:
@@ -224,11 +228,20 @@ class Trained:
 
     @cached_property
     def trajectory(self) -> Any:
-        """The geometry of the update at each snapshot, an :class:`opdlab.measuring.update.Update`."""
+        """The geometry of the update at each snapshot, an :class:`opdlab.measuring.update.Update`.
+
+        Raises:
+            OpdlabError: if there is no update: no step changed a weight, or the student started from random ones.
+        """
         if self._measure is None:
             raise OpdlabError("this run came without a measure: train it by opdlab.train, or measure its snapshots")
         if self.run.experiment.arm.student.shape:
             raise OpdlabError("a student that starts from random weights has no update to measure: train it on")
+        if self.history["skipped"].all():
+            raise OpdlabError(
+                f"no step of {self.run.experiment.title} changed a weight, since all completions of a prompt always "
+                "earned the same: give a reward that tells them apart, or a student that is right now and then"
+            )
         origin, *steps = self.run.experiment.kept
         path = [self.run.snapshot_path(step) for step in steps]
         return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)

@@ -21,8 +21,7 @@ Step t sees the same prompts in the same order as in opdlab's own loop, the loss
 rate, clipping and AdamW are the same: from the same completions comes the same update
 (``tests/training/test_engines.py``). But TRL
 
-- samples from random streams of its own, so the completions are others;
-- spares norms from weight decay;
+- samples from random streams of its own, so the completions are others, and spares norms from weight decay;
 - has the paper's epsilon of Adam for RLVR, 1e-15, where opdlab's loop has 1e-8: some per cent of a first step;
 - makes an update from momentum where all rewards of a batch are alike, which opdlab's loop skips;
 - in bf16 under FSDP2 adds up the gradients of different GPUs in bf16, and only those of micro-batches in float32;
@@ -70,10 +69,8 @@ TRAINERS = {
     ("task", "cross_entropy"): "SFT", ("student", "opd_sampled"): "IWOPD", ("student", "grpo"): "GRPO",
     ("student", "reverse_kl"): "Distillation", ("student", "forward_kl"): "Distillation",
 }  # fmt: skip
-# GPUs that a scale for many of them is configured for on a machine without any.
-GPUS = 8
-# Tokens of context for a prompt, which vLLM makes room for beside the completion.
-PROMPT_ROOM = 2048
+GPUS = 8  # that a scale for many of them is configured for on a machine without any
+PROMPT_ROOM = 2048  # tokens of context for a prompt, which vLLM makes room for beside the completion
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 #: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
@@ -148,16 +145,12 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vll
     optimizer = {"optim": "adamw_torch", "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1]}
     optimizer |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
     rate = schedule | {"learning_rate": recipe.learning_rate, "warmup_steps": recipe.warmup}
-    return {"max_steps": recipe.steps, **batch, **optimizer, **rate} | {
+    plain = {"max_steps": recipe.steps, "seed": experiment.seed, "use_cpu": not gpu, "logging_steps": 1}
+    return {**plain, **batch, **optimizer, **rate, "report_to": "none", "gradient_checkpointing": compute.recompute} | {
         # The paper gives one for RLVR only (Table 5); the other is PyTorch's.
         "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
-        "seed": experiment.seed,
-        "use_cpu": not gpu,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
         "bf16": gpu and compute.dtype == "bfloat16",
-        "gradient_checkpointing": compute.recompute,
-        "logging_steps": 1,
-        "report_to": "none",
         # The weights are among the snapshots; in a run that goes on from a checkpoint of TRL, the origin would be lost.
         "save_strategy": "no",
     }
@@ -200,9 +193,8 @@ def accelerate_arguments(config: dict) -> dict:
     fsdp |= {"fsdp_offload_params": False, "fsdp_state_dict_type": "FULL_STATE_DICT"}
     # Else only the first process would read the teacher, whose weights nobody sends to the others.
     fsdp |= {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
-    machine = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0}
+    machine = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1, "machine_rank": 0}
     return machine | {
-        "distributed_type": "FSDP",
         "use_cpu": config["arguments"]["use_cpu"],
         "mixed_precision": "bf16" if config["arguments"]["bf16"] else "no",
         "num_processes": config["processes"],
@@ -310,8 +302,7 @@ def run(path: Path) -> None:
     Raises:
         OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
     """
-    # What launch wrote on this machine a moment ago.
-    config, experiment, callback = pickle.loads(path.read_bytes())
+    config, experiment, callback = pickle.loads(path.read_bytes())  # which launch wrote on this machine
     trainer = make_trainer(config, experiment, callback, path.parent)
     trainer.train()
     trainer.save_state()
@@ -358,8 +349,7 @@ def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
         """With the learning rates of opdlab's loop, of which TRL's schedules are some steps off."""
 
         def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-            at = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(at, lambda step: rate_at(step) / recipe.learning_rate)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda t: rate_at(t) / recipe.learning_rate)
             return self.lr_scheduler
 
     class InOrder(Scheduled):
@@ -393,7 +383,6 @@ def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: in
     task, recipe = experiment.task, experiment.recipe
     repeats = 1 if trainer == "GRPO" else recipe.samples
     a_step = recipe.prompts * repeats
-    room = context - experiment.max_new_tokens
 
     @lru_cache(maxsize=2)
     def prompts_of(step: int) -> list[str]:
@@ -403,7 +392,7 @@ def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: in
         prompts = [prompts_of(number // a_step)[number % a_step // repeats] for number in batch["number"]]
         if trainer != "SFT":
             return {"prompt": prompts}
-        before = encode_prompts(tokenizer, prompts, room)
+        before = encode_prompts(tokenizer, prompts, context - experiment.max_new_tokens)
         after = encode_completions(tokenizer, [task.demonstration(prompt) for prompt in prompts])
         pairs = list(zip(before, after, strict=True))
         return {
@@ -418,8 +407,7 @@ def reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[f
     """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
 
     def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        found = Rollouts([[]] * len(prompts), completion_ids)
-        return score(tokenizer, experiment.task, prompts, found).tolist()
+        return score(tokenizer, experiment.task, prompts, Rollouts([[]] * len(prompts), completion_ids)).tolist()
 
     return accuracy
 

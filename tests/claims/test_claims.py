@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import opdlab
 from opdlab.claims import (
     CLAIMS,
     FINDINGS,
@@ -18,6 +19,7 @@ from opdlab.claims import (
     count_verdicts,
     holm,
     judge,
+    judgeable,
     scorecard,
 )
 from opdlab.claims.judging import KNOWN
@@ -137,6 +139,15 @@ def test_the_paper_s_claims_can_be_judged_from_the_records():
     assert all(found.verdict in VERDICTS and bool(found.by) == (found.verdict == "explained") for found in verdicts)
     table = scorecard(verdicts)
     assert table["verdict"].str.len().min() > 0 and len(table) == len(of_paper)
+
+
+def test_one_finding_is_judged_through_the_door():
+    found = load("tiny", ("sft", "opd", "rlvr", "sft_matched"))
+    claims = judgeable([claim for claim in CLAIMS if claim.finding == "rank"], found)
+    pd.testing.assert_frame_equal(opdlab.judge(found, "rank"), scorecard(judge(claims, found)))
+    assert 0 < len(claims) < len(opdlab.judge(found))
+    with pytest.raises(OpdlabError, match="there is no finding 'size'; choose one of regime"):
+        opdlab.judge(found, "size")
 
 
 def test_every_finding_has_its_chapter_and_its_row():

@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
-CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_|measure_your_own", path.stem)]
+CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d_|(measure|train)_your_own", path.stem)]
 
 # Home folders, temporary files, Windows drives; and this very clone, wherever it lies.
 TOP_FOLDERS = ("home", "Users", "root", "tmp", "private", "opt")

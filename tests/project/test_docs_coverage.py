@@ -82,6 +82,13 @@ def test_every_module_is_on_the_api_page():
     assert sorted(on_page) == MODULES
 
 
+def test_what_comes_through_the_door_is_public_where_it_lies():
+    names = {name for name, *_ in PUBLIC}
+    for name in opdlab.__all__:
+        found = getattr(opdlab, name)
+        assert f"{found.__module__}.{found.__qualname__}" in names and name in dir(opdlab), name
+
+
 def test_everything_public_has_a_docstring():
     assert len(PUBLIC) > 350, "the search finds too little"
     assert [name for name, found, _ in PUBLIC if not (found.__doc__ or "").strip()] == []

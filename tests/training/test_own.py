@@ -53,7 +53,8 @@ def own_model(folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, 
         "head_dim": 8,
         "max_position_embeddings": 32,
     }
-    config = transformers.Qwen3Config(vocab_size=len(vocabulary), tie_word_embeddings=True, **shape | config)
+    shape |= {"vocab_size": len(vocabulary), "tie_word_embeddings": True} | config
+    config = transformers.Qwen3Config(**shape)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
@@ -124,10 +125,24 @@ def test_ten_lines(models, tmp_path):
     assert set(pairs["a"]) == {"mine"} and set(pairs["b"]) == {"half"}
 
 
+def test_the_first_example_of_the_readme(models, tmp_path, monkeypatch, capsys):
+    example = (Path(__file__).parents[2] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len([line for line in example.splitlines() if line]) <= 10 and example.count("steps=200") == 2
+    monkeypatch.chdir(tmp_path)
+    for name, made in {"base-model": "student", "better-model": "teacher"}.items():
+        shutil.copytree(models / made, name)
+    own_model("tuned-model", seed=2)
+    lines = [json.dumps({"question": word, "answer": "a"}) for word in words()]  # now and then by chance
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    exec(example.replace("steps=200", "steps=6"), {})
+    assert "stable_rank" in capsys.readouterr().out
+
+
 def test_sft_opd_and_rlvr_follow_each_other(models, tmp_path):
     task = task_of()
     sft = ol.train(ol.sft(models / "student"), task, out=tmp_path / "sft", **QUICK | {"samples": 1})
-    assert sft.history["reward"].isna().all() and sft.history["loss"].notna().all()
+    assert sft.history["reward"].dtype == float and sft.history["reward"].isna().all()
+    assert sft.history["loss"].notna().all()
     for name, arm in {
         "opd": ol.opd(sft.model, models / "teacher", estimator="full"),
         "rlvr": ol.rlvr(sft.model),
@@ -178,6 +193,12 @@ def test_graded_rewards_are_reported_as_means(models, tmp_path):
     assert "accuracy" not in run.history and 0 < run.accuracy <= 7.5
 
 
+def test_a_reward_that_never_differs_leaves_nothing_to_measure(models, tmp_path):
+    run = ol.train(ol.rlvr(models / "student"), task_of(lambda p, c, a: 0.0), out=tmp_path / "run", **QUICK)
+    with pytest.raises(OpdlabError, match=r"^no step of run changed a weight, since .*: give a reward that tells them"):
+        _ = run.trajectory
+
+
 def test_a_lambda_and_a_closure_and_a_callable_object_can_reward(models, tmp_path):
     class Weighted:
         def __init__(self, weight):
@@ -218,12 +239,14 @@ def test_a_student_may_start_from_random_weights(tmp_path):
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(models, tmp_path, monkeypatch):
+# After every step, and not before the training is done: then it begins again.
+@pytest.mark.parametrize("seconds_between_checkpoints", [0.0, 3600.0])
+def test_an_interrupted_run_goes_on_bit_for_bit(seconds_between_checkpoints, models, tmp_path, monkeypatch):
     arm = ol.opd(models / "student", models / "teacher", projection=ol.project(k=4, start=0.5))
     settings = QUICK | {"steps": 8}
     whole = ol.train(arm, task_of(), out=tmp_path / "whole", **settings)
 
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", seconds_between_checkpoints)
     step = Trainer.step
     for stopped_at in (3, 6):
 
@@ -253,6 +276,15 @@ def test_the_same_call_returns_the_run_that_is_there(models, tmp_path, monkeypat
         namespace,
     )
     assert ol.train(arm, task_of(namespace["share"]), out=out, **QUICK).accuracy == first.accuracy
+
+
+def test_a_reward_that_is_mended_needs_no_new_folder(models, tmp_path):
+    arm, out = ol.rlvr(models / "student"), tmp_path / "run"
+    with pytest.raises(OpdlabError, match=r"ZeroDivisionError"):
+        ol.train(arm, task_of(lambda p, c, a: 1 / 0), out=out, **QUICK)
+    assert histories(ol.train(arm, task_of(), out=out, **QUICK)) == histories(
+        ol.train(arm, task_of(), out=tmp_path / "another", **QUICK)
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -357,6 +389,7 @@ def test_a_reward_that_fails_quotes_the_prompt(reward, said, models, tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        ({"vocab_size": 16}, r"has 10 logits and teacher .* has 16, though their tokenizers agree: choose a teacher"),
         ({"letters": "abcdefg"}, r"different vocabularies \(10 and 11 tokens, 10 in common\): choose a teacher"),
         (
             {"eos": "<|model|>"},
