@@ -37,14 +37,15 @@ from opdlab.geometry import (
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.geometry.summary import largest_k, of_layers
 from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.sources import Located, name_of, open_all, place_of, source_of
+from opdlab.measuring.sources import name_of, place_of
 from opdlab.measuring.update import Shown, Update, load_update, write_table
+from opdlab.models.checkpoints import Checkpoint
 from opdlab.models.files import write_json
 
 # The means of an update that stand beside those of others.
 _KINDS = ["value", "null", "noise", "at equal norm", "null at equal norm"]
-# An update as another process needs it: its label, base and tuned checkpoint, and norm by matrix, as measured.
-_Measured = tuple[str, tuple[Located, Located], Mapping[str, float]]
+# An update as a process needs it: its label, base and tuned checkpoint, and norm by matrix, as measured.
+_Measured = tuple[str, tuple[Checkpoint, Checkpoint], Mapping[str, float]]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -112,15 +113,15 @@ def compare(
     measured = _labelled(asked)
     tables = _comparable(asked, measured.values())
     named = [[label, place_of(update.base), place_of(update.path[-1])] for label, update in measured.items()]
-    ends = [(source_of(update.base), source_of(update.path[-1])) for update in measured.values()]
+    ends = [(update.base, update.path[-1]) for update in measured.values()]
     norms = [table["frobenius"].astype(float).to_dict() for table in tables]
     work = partial(_compare_matrix, updates=list(zip(measured, ends, norms, strict=True)), seed=seed)
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
+    folder = Path(out) if out else None
     # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
-    on_disk, folder = all(isinstance(source, Path) for where in ends for source in where), Path(out) if out else None
+    on_disk = all(isinstance(end.path, Path) for pair in ends for end in pair)
     log, processes = (folder, processes) if on_disk else (None, 1)
-    open_all.cache_clear()  # files may have changed
     with resumable_map(work, sizes, identity, out=log, processes=processes, progress=progress) as found:
         by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
         pairs = pd.DataFrame(list(chain.from_iterable(by_pair)))
@@ -128,7 +129,6 @@ def compare(
         comparison = Comparison(pd.concat(models, axis="columns"), pairs, named)
         if folder:
             comparison.save(folder)
-    open_all.cache_clear()  # weights in memory may go
     return comparison
 
 
@@ -158,10 +158,8 @@ def _comparable(asked: Sequence[Update | Path], updates: Iterable[Update]) -> li
     return tables
 
 
-def _compare_matrix(
-    name: str, updates: Sequence[tuple[str, tuple[Located, Located], Mapping[str, float]]], seed: int
-) -> dict:
-    """Compare the updates of one matrix, every pair of them; an update is its label, both ends, and its norms."""
+def _compare_matrix(name: str, updates: Sequence[_Measured], seed: int) -> dict:
+    """Compare the updates of one matrix, every pair of them."""
     seen = [_see(name, label, *ends, norms[name], seed) for label, ends, norms in updates]
     return {"pairs": [_row(name, a, b) for a, b in combinations(seen, 2)]}
 
@@ -175,8 +173,7 @@ class _Seen(NamedTuple):
     masks: dict[str, tuple[Tensor, Tensor]]  # by size, the visible update and its permuted null
 
 
-def _see(name: str, label: str, base_at: Located, tuned_at: Located, norm: float, seed: int) -> _Seen:
-    base, tuned = open_all(base_at, (tuned_at,))
+def _see(name: str, label: str, base: Checkpoint, tuned: Checkpoint, norm: float, seed: int) -> _Seen:
     shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
     changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
     if shapes[0] != shapes[1] or len(shapes[0]) != 2:

@@ -69,6 +69,18 @@ def _write_line(log: TextIO, **line: object) -> None:
         raise OpdlabError(f"{log.name} cannot be written ({problem.strerror}); make room, run again") from problem
 
 
+# What a worker process does with each tensor. It is sent there once, as it names every tensor of several models.
+_WORK: list[Callable[[str], dict]] = []
+
+
+def _take_up(work: Callable[[str], dict]) -> None:
+    _WORK.append(work)
+
+
+def _do(name: str) -> dict:
+    return _WORK[-1](name)
+
+
 def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
     if processes == 1:
         yield from ((name, work(name)) for name in sizes)
@@ -77,12 +89,12 @@ def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: 
     # together hardly larger than that. Eight million entries more, half a gigabyte, leave room for the small ones.
     room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
     running: dict[Future[dict], str] = {}
-    with workers(processes) as pool:
+    with workers(processes, _take_up, work) as pool:
         try:
             while waiting or running:
                 for name, size in list(waiting.items()):
                     if len(running) < 2 * processes and size + sum(sizes[other] for other in running.values()) <= room:
-                        running[pool.submit(work, name)] = name
+                        running[pool.submit(_do, name)] = name
                         del waiting[name]
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -16,29 +15,20 @@ from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import HEAD, Checkpoint, Source, embedding_of, open_checkpoint
 from opdlab.models.files import local_folder
 
-#: A path, which every process can open for itself, or a checkpoint of weights in memory.
-Located = Path | Checkpoint
 
-
-def locate(base: Source, path: Source | Sequence[Source]) -> tuple[Located, tuple[Located, ...]]:
-    """Return where a base and one or more checkpoints are: as paths, those of the hub once they are fetched.
+def open_all(base: Source, path: Source | Sequence[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """Open a base and one or more checkpoints after it; models of the hub are fetched first.
 
     Raises:
-        OpdlabError: if a model of the hub cannot be fetched, or what is in memory is no model.
+        OpdlabError: as :func:`opdlab.models.checkpoints.open_checkpoint` does, or if a model cannot be fetched.
     """
-    origin = local_folder(base) if isinstance(base, (str, Path)) else open_checkpoint(base)
     several: Sequence[Any] = path if isinstance(path, (list, tuple)) else [path]
-    return origin, tuple(
-        local_folder(source) if isinstance(source, (str, Path)) else open_checkpoint(source, open_checkpoint(origin))
-        for source in several
-    )
+    opened = _open(base)
+    return opened, tuple(_open(source, opened) for source in several)
 
 
-@lru_cache(maxsize=64)
-def open_all(base: Located, path: tuple[Located, ...]) -> tuple[Checkpoint, ...]:
-    """Open a base and checkpoints after it; each process reads their headers once."""
-    opened = open_checkpoint(base)
-    return opened, *(open_checkpoint(checkpoint, opened) for checkpoint in path)
+def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:
+    return open_checkpoint(local_folder(source) if isinstance(source, (str, Path)) else source, base)
 
 
 def name_of(checkpoint: Checkpoint) -> str:
@@ -54,14 +44,9 @@ def place_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
 
 
-def source_of(checkpoint: Checkpoint) -> Located:
-    """Return what to open a checkpoint from again: its path, or itself if it is in memory."""
-    return checkpoint.path if isinstance(checkpoint.path, Path) else checkpoint
-
-
-def check_apart(out: Path | None, checkpoints: Iterable[object]) -> None:
+def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint]) -> None:
     """Raise if results would be written into one of the checkpoints."""
-    if out and any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):
+    if out and str(out.resolve()) in map(place_of, checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
 
 
@@ -104,7 +89,7 @@ def step_of(path: Path) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def steps_of(path: Sequence[Located]) -> tuple[int, ...]:
+def steps_of(path: Sequence[Path | str]) -> tuple[int, ...]:
     """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ...
 
     >>> steps_of([Path("run/checkpoint-50"), Path("run/checkpoint-100")]), steps_of([Path("early"), Path("late")])

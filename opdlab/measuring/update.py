@@ -15,9 +15,9 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means, summarise, trajectory_means
-from opdlab.measuring.sources import check_apart, locate, name_of, open_all, place_of, steps_of
+from opdlab.measuring.sources import check_apart, name_of, open_all, place_of, steps_of
 from opdlab.measuring.tensors import Job, measured
-from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
+from opdlab.models.checkpoints import Checkpoint, Source
 from opdlab.models.files import write_json, write_whole
 from opdlab.processes import provenance
 
@@ -63,13 +63,12 @@ def measure(
                             matrix  k  sparsity  nss  stable_rank
     0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    start, ends = locate(base, tuned)
-    job = Job(start, ends, steps_of(ends), seed, nulls, cache=cache, device=device)
-    out = Path(out) if out else None
-    check_apart(out, [start, *ends])
+    origin, path = open_all(base, tuned)
+    steps, out = steps_of([end.path for end in path]), Path(out) if out else None
+    check_apart(out, (origin, *path))
+    job = Job(origin, path, steps, seed, nulls, cache=cache, device=device)
     with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
-        origin, *path = open_all(job.base, job.path)
-        update = Update(origin, tuple(path), table, trajectory, seed, device)
+        update = Update(origin, path, table, trajectory, seed, device)
         if (table["frobenius"] != 0).any():
             if out:
                 update.save(out)
@@ -104,8 +103,8 @@ def measure_update(
     steps = [step for step, _ in path]
     if steps != sorted(set(steps)):
         raise OpdlabError(f"path has the steps {steps}; expected them ascending, none twice")
-    ends = locate(base, [source for _, source in path])
-    job = Job(*ends, tuple(steps), seed, blocks=blocks, trajectory_blocks=trajectory_blocks, device=device)
+    origin, ends = open_all(base, [source for _, source in path])
+    job = Job(origin, ends, tuple(steps), seed, blocks=blocks, trajectory_blocks=trajectory_blocks, device=device)
     with measured(job, processes=1) as tables:
         return tables
 
@@ -192,7 +191,7 @@ class Update(Shown):
         from opdlab.measuring.report import write_report
 
         folder = Path(folder)
-        check_apart(folder, [self.base.path, *(checkpoint.path for checkpoint in self.path)])
+        check_apart(folder, (self.base, *self.path))
         write_table(folder / "matrices.csv", self.table)
         summary: dict[str, Any] = {
             "base": place_of(self.base),
@@ -231,8 +230,7 @@ def load_update(summary: Path) -> Update:
         raise OpdlabError(
             f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
         ) from problem
-    opened = open_checkpoint(base)
-    return Update(opened, tuple(open_checkpoint(end, opened) for end in path), table, trajectory, seed, device)
+    return Update(*open_all(base, path), table, trajectory, seed, device)
 
 
 def as_html(table: pd.DataFrame) -> str:

@@ -95,11 +95,11 @@ class Piece:
     shape: tuple[int, ...]
     dtype: str  # as torch calls it; one that cannot be measured, as safetensors does
     index: int | None = None  # which matrix, if the stored tensor is a stack of them
-    take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    takes: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Piece:
         """Return a piece of the given shape that applies ``take`` to what this one yields."""
-        return replace(self, shape=shape, take=lambda tensor: take(self.take(tensor)))
+        return replace(self, shape=shape, takes=(*self.takes, take))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,9 @@ class Checkpoint:
         piece = self.pieces[name]
         if piece.dtype not in _FLOATS.values():
             raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
-        tensor = piece.take(_stored(piece.file, piece.stored, piece.index))
+        tensor = _stored(piece.file, piece.stored, piece.index)
+        for take in piece.takes:
+            tensor = take(tensor)
         # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
