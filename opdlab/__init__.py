@@ -5,7 +5,7 @@
 >>> student.loss, student.tokens.share
 ('opd_sampled', 0.25)
 
-What is here is imported when it is first used. Behind it are seven rooms, each of which imports only those before it:
+Names are imported when they are first used. Behind them are seven rooms, each of which imports only those before it:
 :mod:`opdlab.geometry` (tensors in, numbers out), :mod:`opdlab.models` (weights on disk), :mod:`opdlab.training` (how
 models learn), :mod:`opdlab.figures`, :mod:`opdlab.measuring` (updates between checkpoints), :mod:`opdlab.lab` (the
 book's own experiments) and :mod:`opdlab.claims` (what they say about the paper).
@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pandas as pd
 
     from opdlab.lab.records import Records
@@ -75,7 +74,7 @@ def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path |
         task: such as one from :meth:`Task.from_dataset`.
         steps: updates.
         learning_rate: of the optimizer.
-        out: the folder of the run.
+        out: the folder of the run, which messages call by its name.
         settings: ``seed``, ``progress=False`` for no bar, or any other field of an experiment, such as ``prompts``,
             ``samples`` or ``max_new_tokens`` (:func:`opdlab.training.trained.make_experiment`).
 
@@ -88,18 +87,20 @@ def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path |
             the loss is not finite.
     """
     from opdlab.measuring.update import measure
-    from opdlab.training.trained import train_arm
+    from opdlab.training.loop import train as train_experiment
+    from opdlab.training.trained import Trained, make_experiment
 
-    return train_arm(arm, task, out=out, measure=measure, steps=steps, learning_rate=learning_rate, **settings)
+    folder, progress = Path(out).expanduser().resolve(), settings.pop("progress", True)
+    settings = {"name": folder.name} | settings
+    experiment = make_experiment(arm, task, steps=steps, learning_rate=learning_rate, **settings)
+    return Trained(train_experiment(experiment, folder, folder=folder, progress=progress), measure)
 
 
 def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Comparison:
     """Compare updates: do they move the same weights, and in the same directions?
 
-    Args:
-        updates: measured ones, runs of :func:`train` (called by the names of their folders), or folders that
-            ``opdlab measure`` wrote.
-        options: of :func:`opdlab.measuring.compare.compare`.
+    They may be measured ones, runs of :func:`train` (called by the names of their folders), or folders that ``opdlab
+    measure`` wrote; the options are those of :func:`opdlab.measuring.compare.compare`.
 
     Raises:
         OpdlabError: if there are fewer than two, or they are not of the same matrices.
@@ -112,11 +113,15 @@ def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Com
 
 
 def judge(records: Records, finding: str = "") -> pd.DataFrame:
-    """Judge the paper's claims by records, and return the scorecard, one row per claim that the records can test.
+    """Judge the paper's claims by the records of :func:`load`, and return the scorecard, a row per claim they can test.
 
+<<<<<<< HEAD
     Args:
         records: from :func:`load`.
         finding: only the claims of this finding, a key of :data:`opdlab.claims.paper.FINDINGS`; by default all.
+=======
+    ``finding``, a key of :data:`opdlab.claims.FINDINGS`, leaves only the claims of this one.
+>>>>>>> s-train
 
     Raises:
         OpdlabError: if there is no such finding.

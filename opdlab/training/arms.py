@@ -29,17 +29,11 @@ ESTIMATORS = {"sampled": "opd_sampled", "full": "reverse_kl", "forward": "forwar
 
 @dataclass(frozen=True)
 class Model:
-    """A model: the folder that its weights are read from, or the shape of one with random weights.
+    """A model: the folder that its weights are read from, or the shape of one with random weights."""
 
-    Attributes:
-        folder: a Hugging Face folder.
-        shape: of a model with random weights instead, the fields of ``Qwen3Config`` as pairs.
-        known: the digest of the weights, for a folder that is not there.
-    """
-
-    folder: str = ""
-    shape: tuple[tuple[str, int], ...] = ()
-    known: str = ""
+    folder: str = ""  # a Hugging Face folder
+    shape: tuple[tuple[str, int], ...] = ()  # fields of Qwen3Config, for random weights instead
+    known: str = ""  # the digest of the weights, for a folder that is not there
 
     @property
     def identity(self) -> Any:
@@ -54,17 +48,17 @@ class Model:
 
 
 def as_model(model: Model | str | Path) -> Model:
-    """Return a model given by its folder, or as it is."""
+    """Return a model that is given as one, or by its folder."""
     return model if isinstance(model, Model) else Model(str(model))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which tokens count: the share with the largest key, ranked within each completion or within the whole batch."""
+    """Which tokens count: the share with the largest key, ranked by one of :data:`opdlab.training.losses.RANKINGS`."""
 
     ranking: str
     share: float
-    per_completion: bool = True
+    per_completion: bool = True  # or ranked within the whole batch
 
     def __post_init__(self) -> None:
         """Refuse an unknown ranking and a share that keeps no token."""
@@ -76,61 +70,38 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Projection:
-    """What training is projected onto, and from when on (2606.07082, section 4).
+    """What training is projected onto, and from when on (2606.07082, section 4). Embeddings and norms stay free.
 
-    Attributes:
-        start: share of the training at which it begins.
-        k: directions on the input side of each matrix; of entries, the share k / n of them.
-        space: where they come from. "update": the top right singular vectors of the update W_t - W_0 so far;
-            "weights": those of W_0; "random"; "entries": the largest entries of the update so far; "random entries".
-        acts_on: the "gradient", before clipping, as in the paper; or the "update", after the optimizer.
-        source: the experiment whose update gives the directions, at the same step; None for the run's own.
-        final: take the update at its end, not at ``start``.
-        block: "attention" leaves the MLP free; the paper has only attention matrices. Embeddings and norms are free.
-        reset: forget the optimizer's moments at ``start``.
-        rescale: give a projected update the norm that it had before.
+    The ``space`` is "update", the top right singular vectors of the update W_t - W_0 so far; "weights", those of W_0;
+    "random"; "entries", the largest of the update so far; or "random entries".
     """
 
-    start: float = 0.2
-    k: int = 16
+    start: float = 0.2  # share of the training at which it begins
+    k: int = 16  # directions on the input side of each matrix; of entries, the share k / n of them
     space: str = "update"
-    acts_on: str = "update"
-    source: Experiment | None = None
-    final: bool = False
-    block: str = ""
-    reset: bool = False
-    rescale: bool = False
+    acts_on: str = "update"  # after the optimizer; or "gradient", before clipping, as in the paper
+    source: Experiment | None = None  # whose update gives the directions, at the same step; None for the run's own
+    final: bool = False  # take the update at its end, not at ``start``
+    block: str = ""  # "attention" leaves the MLP free; the paper has only attention matrices
+    reset: bool = False  # forget the optimizer's moments at ``start``
+    rescale: bool = False  # give a projected update the norm that it had before
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: from which model, on whose completions, by which loss.
-
-    Attributes:
-        student: the model that is trained.
-        rollouts_by: who writes the completions, one of :data:`WRITERS`.
-        loss: the loss per token, a key of :data:`opdlab.training.losses.LOSSES`.
-        teacher: the model that grades or writes, or None.
-        teacher_share: share of the prompts whose completions the teacher writes instead.
-        tokens: which tokens count; None for all.
-        alpha: weight of ``loss`` in a mixture with RLVR's, which gets the rest; None for no mixture.
-        balanced: mix gradients scaled to equal norms, not the raw ones.
-        projection: what training is projected onto, or None.
-        optimizer: "adamw", "sgd" or "muon".
-        weight_dtype: dtype that weights are rounded to after each step.
-    """
+    """One way of training: from which model, on whose completions, by which loss."""
 
     student: Model
-    rollouts_by: str
-    loss: str
-    teacher: Model | None = None
-    teacher_share: float = 0.0
-    tokens: Tokens | None = None
-    alpha: float | None = None
-    balanced: bool = False
+    rollouts_by: str  # who writes the completions, one of WRITERS
+    loss: str  # per token, a key of opdlab.training.losses.LOSSES
+    teacher: Model | None = None  # grades or writes
+    teacher_share: float = 0.0  # of the prompts, whose completions the teacher writes instead
+    tokens: Tokens | None = None  # which tokens count; None for all
+    alpha: float | None = None  # weight of ``loss`` in a mixture with RLVR's, which gets the rest
+    balanced: bool = False  # mix gradients scaled to equal norms, not the raw ones
     projection: Projection | None = None
-    optimizer: str = "adamw"
-    weight_dtype: str = "float32"
+    optimizer: str = "adamw"  # or "sgd" or "muon"
+    weight_dtype: str = "float32"  # that weights are rounded to after each step
 
     def __post_init__(self) -> None:
         """Refuse what no step could be made of."""
@@ -151,12 +122,12 @@ class Arm:
     @property
     def reads_teacher(self) -> bool:
         """Whether the loss reads the teacher's logits."""
-        return any(loss in READ_TEACHER for loss in self.losses)
+        return not READ_TEACHER.isdisjoint(self.losses)
 
     @property
     def reads_rewards(self) -> bool:
         """Whether the loss reads the rewards of the completions."""
-        return any(loss in READ_REWARDS for loss in self.losses)
+        return not READ_REWARDS.isdisjoint(self.losses)
 
 
 def top(ranking: str = "log-ratio", share: float = 0.25, per_completion: bool = True) -> Tokens:
@@ -174,23 +145,18 @@ def random_tokens(share: float = 0.25, per_completion: bool = True) -> Tokens:
 
 
 def project(k: int = 16, start: float = 0.2, **how: Any) -> Projection:
-    """Project training, from a share of it on, onto the top ``k`` input directions of its update so far.
+    """Project training, from the share ``start`` of it on, onto the top ``k`` input directions of its update so far.
 
-    Args:
-        k: directions of each matrix.
-        start: share of the training.
-        how: other fields of :class:`Projection`, such as ``acts_on="gradient"``.
+    Other fields of :class:`Projection`, such as ``acts_on="gradient"``, change what is projected onto what.
     """
     return Projection(start, k, **how)
 
 
 def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
-    """Supervised fine-tuning: imitate the task's demonstrations, or a teacher's own completions.
+    """Supervised fine-tuning: imitate the task's demonstrations.
 
-    Args:
-        student: a model folder.
-        teacher: with one, its completions are imitated instead (matched SFT, the control of the book).
-        variant: other fields of :class:`Arm`.
+    With a teacher, its completions are imitated instead (matched SFT, the control of the book). A model is given by its
+    folder; ``variant`` sets other fields of :class:`Arm`.
     """
     writer = "teacher" if teacher is not None else "task"
     return Arm(as_model(student), writer, "cross_entropy", _teacher(teacher), **variant)
@@ -199,12 +165,9 @@ def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = Non
 def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
     """On-policy distillation: the student writes, and the teacher grades each token (2606.07082, section 5).
 
-    Args:
-        student: a model folder.
-        teacher: a model folder with the same vocabulary.
-        estimator: of the reverse KL: "sampled" (the paper's), "full" (over the whole vocabulary), or one of the
-            others in :data:`ESTIMATORS`.
-        variant: other fields of :class:`Arm`, such as ``tokens`` (:func:`top`) and ``projection`` (:func:`project`).
+    Models are given by their folders, and share a vocabulary. The estimator of the reverse KL is "sampled" (the
+    paper's), "full" (over the whole vocabulary) or another of :data:`ESTIMATORS`. ``variant`` sets other fields of
+    :class:`Arm`, such as ``tokens`` (:func:`top`) and ``projection`` (:func:`project`).
 
     Raises:
         OpdlabError: if there is no such estimator.
@@ -218,10 +181,8 @@ def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: 
 def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
     """Reinforcement learning with verifiable rewards, by GRPO (2402.03300): the student writes, the task rewards.
 
-    Args:
-        student: a model folder.
-        teacher: never listened to; with one, evaluations also say how far the student is from it.
-        variant: other fields of :class:`Arm`.
+    A teacher is never listened to: with one, evaluations also say how far the student is from it. Models are given by
+    their folders; ``variant`` sets other fields of :class:`Arm`.
     """
     return Arm(as_model(student), "student", "grpo", _teacher(teacher), **variant)
 
@@ -247,10 +208,11 @@ def changed_fields(value: Any) -> dict[str, Any]:
     >>> changed_fields(project(k=4, acts_on="gradient"))
     {'k': 4, 'acts_on': 'gradient'}
     """
-    found = {item.name: getattr(value, item.name) for item in fields(value)}
-    defaults = {item.name: item.default for item in fields(value)}
+    found = {
+        item.name: getattr(value, item.name) for item in fields(value) if item.default != getattr(value, item.name)
+    }
     return {
         name: asdict(entry) if isinstance(entry, Tokens) else entry
         for name, entry in found.items()
-        if name not in ("student", "teacher", "projection", "source") and entry != defaults[name]
+        if name not in ("student", "teacher", "projection", "source")
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import cos, pi
@@ -60,54 +60,31 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Compute:
-    """How a run is computed. None of it is meant to change a result by more than rounding.
+    """How a run is computed. None of it is meant to change a result by more than rounding."""
 
-    Attributes:
-        dtype: what the passes compute in on a GPU; weights and moments stay float32.
-        micro_batch: completions in one pass, about: like lengths go together, and the loss does not depend on it.
-        threads: CPU threads; with one, sums keep their order, and small matrices gain nothing from a second.
-        gpu: whether a GPU is used where there is one.
-        tokens_at_once: completion tokens whose logits are held at once; 0 for those of a whole micro-batch.
-        recompute: compute the activations of a layer again instead of keeping them.
-    """
-
-    dtype: str = "float32"
-    micro_batch: int = 32
-    threads: int = 1
-    gpu: bool = False
-    tokens_at_once: int = 0
-    recompute: bool = False
+    dtype: str = "float32"  # of the passes on a GPU; weights and moments stay float32
+    micro_batch: int = 32  # completions in one pass, about: like lengths go together, whatever the loss
+    threads: int = 1  # of the CPU; with one, sums keep their order, and small matrices gain nothing from a second
+    gpu: bool = False  # use a GPU where there is one
+    tokens_at_once: int = 0  # completion tokens whose logits are held at once; 0 for those of a whole micro-batch
+    recompute: bool = False  # compute the activations of a layer again instead of keeping them
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides a run.
-
-    Attributes:
-        arm: who is taught, on whose completions, by which loss.
-        task: where prompts, demonstrations and rewards come from.
-        recipe: budget and optimizer.
-        seed: of prompts and rollouts, and of the weights where they start at random.
-        max_new_tokens: a completion is cut at this many tokens.
-        temperature: of the rollouts in training; evaluations sample at 1.
-        evaluations: steps after which accuracy is measured, beside step 0.
-        evaluation_prompts: prompts of one evaluation.
-        snapshots: steps after which the weights are kept, beside step 0.
-        compute: precision, batching and device.
-        name: what the run is called in folders and messages; it decides nothing.
-    """
+    """Everything that decides a run."""
 
     arm: Arm
     task: Task
     recipe: Recipe
-    seed: int = 0
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    evaluations: tuple[int, ...] = ()
+    seed: int = 0  # of prompts and rollouts, and of the weights where they start at random
+    max_new_tokens: int = 64  # where a completion is cut
+    temperature: float = 1.0  # of the rollouts in training; evaluations sample at 1
+    evaluations: tuple[int, ...] = ()  # steps after which accuracy is measured, beside step 0
     evaluation_prompts: int = 256
-    snapshots: tuple[int, ...] = ()
-    compute: Compute = field(default_factory=Compute)
-    name: str = ""
+    snapshots: tuple[int, ...] = ()  # steps after which the weights are kept, beside step 0
+    compute: Compute = Compute()
+    name: str = ""  # of the run in folders and messages; it decides nothing
 
     @property
     def begin(self) -> int | None:
@@ -122,7 +99,7 @@ class Experiment:
         """
         if self.arm.student.shape:
             return (self.recipe.steps,)
-        return tuple(sorted({0, *self.snapshots, *([self.begin] if self.begin else [])}))
+        return tuple(sorted({0, self.begin or 0, *self.snapshots}))
 
     @cached_property
     def config(self) -> dict:
@@ -131,14 +108,14 @@ class Experiment:
         Raises:
             OpdlabError: if a model is missing, or a task's reward fails.
         """
-        arm, recipe = self.arm, asdict(self.recipe)
+        arm = self.arm
         config: dict[str, Any] = {
             "arm": changed_fields(arm),
             "student": arm.student.identity,
             "teacher": arm.teacher.identity if arm.teacher else None,
             "task": self.task.name,
             "data": self.task.digest,
-            "recipe": recipe,
+            "recipe": asdict(self.recipe),
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -161,9 +138,8 @@ class Experiment:
         """Return the fields of a projection that are not as usual, and which step of which run gives its directions."""
         source = projection.source
         step = (source or self).recipe.steps if projection.final else self.begin
-        return (
-            changed_fields(projection) | {"begin": self.begin, "step": step} | ({"run": source.key} if source else {})
-        )
+        run = {"run": source.key} if source else {}
+        return changed_fields(projection) | {"begin": self.begin, "step": step} | run
 
     @cached_property
     def key(self) -> str:
@@ -187,34 +163,25 @@ def config_key(config: dict) -> str:
 
 
 def with_fields(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
-    """Return an experiment with some fields replaced, whichever part of it they belong to.
-
-    Args:
-        experiment: the one to start from.
-        settings: values by name: of the experiment itself, or of its arm, recipe or compute.
+    """Return an experiment with fields replaced by name, be they its own or of its recipe, arm or compute.
 
     Raises:
         OpdlabError: if no part has such a field, naming those that are near, or a value is of another kind.
     """
-    parts: dict[str, Any] = {
-        "": experiment,
-        "recipe": experiment.recipe,
-        "arm": experiment.arm,
-        "compute": experiment.compute,
-    }
-    kinds = {part: get_type_hints(type(owner)) for part, owner in parts.items()}
-    changes: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    parts = {part: getattr(experiment, part) for part in ("recipe", "arm", "compute")}
+    owners = {"": experiment} | parts
+    known = {name: (part, kind) for part in owners for name, kind in get_type_hints(type(owners[part])).items()}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in owners}
     for name, value in settings.items():
-        part = next((part for part, known in kinds.items() if name in known), None)
-        if part is None:
-            known = [name for of in kinds.values() for name in of if name not in parts]
-            near = get_close_matches(name, known, 3) or known
+        if name not in known:
+            names = [name for name in known if name not in parts]
+            near = get_close_matches(name, names, 3) or names
             raise OpdlabError(f"an experiment has no field {name!r}: choose another, such as {', '.join(near)}")
-        if not _fits(value, kinds[part][name]):
-            kind = getattr(kinds[part][name], "__name__", str(kinds[part][name]))
-            raise OpdlabError(f"{name} is {value!r}, which is no {kind}: give one")
+        part, kind = known[name]
+        if not _fits(value, kind):
+            raise OpdlabError(f"{name} is {value!r}, which is no {getattr(kind, '__name__', kind)}: give one")
         changes[part][name] = value
-    changed = {part: replace(parts[part], **changes[part]) for part in ("recipe", "arm", "compute")}
+    changed = {part: replace(owner, **changes[part]) for part, owner in parts.items()}
     return replace(experiment, **changed | changes[""])
 
 

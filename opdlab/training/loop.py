@@ -36,9 +36,9 @@ def train(
     Args:
         experiment: what to train.
         root: the folder of all runs.
-        folder: the run's own folder; by default named in ``root`` by the experiment's key.
-        branch_from: an experiment in ``root`` that is the same until this one is projected: if its run is there, its
-            first steps are taken over.
+        folder: of the run; by default in ``root``, named by the experiment's key.
+        branch_from: an experiment that is the same until this one is projected: the first steps of its run in ``root``
+            are taken over.
         branch_steps: steps after which the whole state is kept, for other runs to branch off from.
         progress: show a bar with step, loss, accuracy and time left.
         on_steps: called with the number of steps done since the call before; first with those of an earlier call.
@@ -60,14 +60,8 @@ def train(
                 run.branch_from(Run(branch_from, root), experiment.begin, trainer.device)
         done = _resume(run, trainer)
         on_steps(done)
-        bar = tqdm(
-            total=run.steps,
-            initial=done,
-            desc=f"{experiment.title} seed {experiment.seed}",
-            disable=not progress,
-            unit="step",
-        )
-        with bar:
+        title = f"{experiment.title} seed {experiment.seed}"
+        with tqdm(total=run.steps, initial=done, desc=title, unit="step", disable=not progress) as bar:
             _go_on(run, trainer, done, set(branch_steps), bar, on_steps)
         run.checkpoint.unlink(missing_ok=True)
     return run

@@ -65,8 +65,8 @@ LOSSES: dict[str, Loss] = {
     "grpo": _grpo,
 }
 #: Losses that read the teacher's logits, and those that read rewards.
-READ_TEACHER = ("opd_sampled", "opd_sequence_mean", "opd_sign", "reverse_kl", "forward_kl")
-READ_REWARDS = ("grpo",)
+READ_TEACHER = {"opd_sampled", "opd_sequence_mean", "opd_sign", "reverse_kl", "forward_kl"}
+READ_REWARDS = {"grpo"}
 
 
 # --- which tokens count ---------------------------------------------------------------------------------------------
@@ -79,11 +79,11 @@ def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Any = 
     """Return the key (B, T) by which tokens are ranked, largest first.
 
     Args:
-        ranking: what ranks them.
-        student: (B, T, V) its logits.
+        ranking: one of :data:`RANKINGS`.
+        student: (B, T, V) logits.
         tokens: (B, T) of the completions.
-        teacher: (B, T, V) its logits, if what ranks reads them.
-        noise: (B, T) the key where chance ranks, drawn by who calls, so that it can be used twice.
+        teacher: (B, T, V) logits, if the ranking reads them.
+        noise: (B, T) the key if chance ranks, drawn by the caller, so that it can be used twice.
 
     Raises:
         OpdlabError: if ``ranking`` is none of :data:`RANKINGS`.
@@ -102,14 +102,8 @@ def token_weights(key: Tensor, mask: Tensor, share: float, per_completion: bool 
     """Return the weight of each token (B, T): T / kept for the share with the largest ``key`` (B, T), 0 for the rest.
 
     The paper's sparsification (2606.07082, section 5.1): the kept tokens make up for the others, so the weights of a
-    completion sum to its number of tokens. At least one token is kept.
-
-    Args:
-        key: what ranks the tokens; ties go to the earlier one.
-        mask: (B, T) False on the padding.
-        share: of the tokens that are kept, more than 0 and 1 at most.
-        per_completion: rank within each completion, as the paper does, or else within the whole batch, where shares
-            may be smaller than one token of a completion.
+    completion sum to its number of tokens. At least one token is kept, and ties go to the earlier one. Ranked within
+    the whole batch instead of each completion, the share may be smaller than one token of a completion.
 
     Raises:
         OpdlabError: if the share is outside (0, 1].

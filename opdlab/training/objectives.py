@@ -1,12 +1,9 @@
 """Objectives: what SFT, OPD and RLVR ask of the student, as pure functions on tensors.
 
-Conventions. ``logits`` (B, T, V) are aligned with the tokens they predict: ``logits[b, t]`` is the distribution that
-``tokens[b, t]`` was drawn from. ``mask`` (B, T) marks the completion tokens that count. S is the student, T the
-teacher, p their softmax at temperature 1. Everything is in nats. Logits must be finite.
-
-A loss is per token, (B, T), and comes first; a reduction to a scalar comes last and knows the size of the whole batch,
-so that splitting a batch into micro-batches changes nothing. OPD, RLVR and their mixtures differ in their advantages
-only; one :func:`policy_gradient` serves them all.
+``logits[b, t]`` (V,) is the distribution that ``tokens[b, t]`` was drawn from, and must be finite; ``mask`` (B, T)
+marks the completion tokens that count. S is the student, T the teacher, p their softmax at temperature 1; all is in
+nats. A loss is per token, (B, T); a reduction to a scalar comes last and knows the size of the whole batch, so that
+splitting it into micro-batches changes nothing. OPD, RLVR and their mixtures differ in their advantages only.
 """
 
 from __future__ import annotations
@@ -59,8 +56,8 @@ def entropy(logits: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the SFT loss -log p_S(token) (B, T): next-token cross-entropy (2606.07082, Appendix D).
 
-    The gradient to the logits is p_S - onehot(token). Over tokens drawn from the teacher its expectation is the
-    gradient of KL(T || S), see :func:`forward_kl`. Raises what :func:`token_logps` raises.
+    The gradient to the logits is p_S - onehot(token), in expectation over the teacher's tokens that of
+    :func:`forward_kl`. Raises what :func:`token_logps` raises.
 
     >>> cross_entropy(torch.tensor([[[0.25, 0.75]]]).log(), torch.tensor([[0]]))  # log 4
     tensor([[1.3863]])
@@ -75,8 +72,8 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return KL(S || T) = ∑ p_S (log p_S - log p_T) (B, T) over the vocabulary; logits (B, T, V).
 
     The OPD objective with the expectation over the token taken exactly (2606.07082, Appendix D). The gradient to the
-    student's logit i is p_S(i) (log p_S(i) / p_T(i) - KL): it weighs tokens by what the *student* would say. None
-    reaches the teacher, and none goes through the choice of the states, which are sampled.
+    student's logit i is p_S(i) (log p_S(i) / p_T(i) - KL), weighed by what the *student* would say. None reaches the
+    teacher, or goes through the choice of the states, which are sampled.
 
     Raises:
         OpdlabError: if the two logits differ in shape.
@@ -84,8 +81,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     >>> reverse_kl(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log())  # (log 4/3) / 2
     tensor([[0.1438]])
     """
-    student, teacher = _both_logps(student_logits, teacher_logits)
-    return _kl(student, teacher)
+    return _kl(*_both_logps(student_logits, teacher_logits))
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -106,9 +102,7 @@ def generalised_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float)
 
     GKD's divergence (2306.13649, Eq. 1) in TRL's convention: at β = 0 it is KL(T || S) and at β = 1 it is KL(S || T).
     It jumps at both ends: just inside, it is β KL(T || S) near 0 and (1 - β) KL(S || T) near 1, to first order. So
-    a sweep over β sweeps the size of the gradient too; compare directions, or rescale the steps. And digits cancel: at
-    β = 0.001 the gradient can be right to four of them only in float32.
-
+    a sweep over β sweeps the size of the gradient too, and digits cancel: at β = 0.001 four can be left in float32.
     The gradient flows through p_S and m, never to the teacher.
 
     Raises:
@@ -133,11 +127,9 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> T
     """Return KL(S || T) (B, T) on k + 1 outcomes: the student's k likeliest tokens, and all others as one.
 
     The *student's* tokens, because KL(S || T) weighs by p_S: they hold most of the sum, and among them are those that
-    the teacher would never say. The last bucket keeps both distributions normalised; merging outcomes can only lower a
-    divergence, so 0 <= topk <= :func:`reverse_kl`, with equality at k = V. (The sum cut off at k may be negative.)
-
-    The gradient is that of the coarse KL: within the tail it fits the total mass, not its shape. The choice of the k
-    tokens is not differentiated.
+    the teacher would never say. Merging outcomes can only lower a divergence, so 0 <= topk <= :func:`reverse_kl`, with
+    equality at k = V (the sum cut off at k may be negative). Within the tail the gradient fits the total mass, not its
+    shape; the choice of the k tokens is not differentiated.
 
     Raises:
         OpdlabError: if k is not between 1 and V, or the two logits differ in shape.
@@ -166,9 +158,8 @@ def kl_estimators(logratio: Tensor) -> dict[str, Tensor]:
     """Return the estimators k1 = r, k2 = r²/2 and k3 = exp(-r) - 1 + r of KL(S || T), each of ``logratio``'s shape.
 
     r = log p_S(a) - log p_T(a) for a drawn from S (J. Schulman, "Approximating KL divergence", 2020). As *values*, k1
-    and k3 are unbiased and k3 is never negative. As *losses* they are something else. Back-propagated, in expectation
-    over a: k1 gives the gradient 0, k2 that of KL(S || T), and k3 that of KL(T || S). To get the gradient of KL(S || T)
-    out of k1, hold it fixed and use it as an advantage: :func:`opd_advantages`.
+    and k3 are unbiased and k3 is never negative. As *losses*, in expectation over a, k1 gives the gradient 0, k2 that
+    of KL(S || T) and k3 that of KL(T || S); k1 held fixed gives that of KL(S || T), see :func:`opd_advantages`.
 
     >>> kl_estimators(torch.tensor(0.5).log())  # log 1/2, (log 2)² / 2, and 2 - 1 - log 2
     {'k1': tensor(-0.6931), 'k2': tensor(0.2402), 'k3': tensor(0.3069)}
@@ -183,9 +174,9 @@ def opd_advantages(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Return A_OPD = -(log p_S(a) - log p_T(a)) (B, T), detached, from the log-probabilities of the sampled tokens.
 
     The paper's OPD (2606.07082, section 5 and Appendix G; the same in slime and at Thinking Machines): each token is
-    credited with its own log-ratio and no later one (discount 0). Given to :func:`policy_gradient`, its expected
-    gradient over tokens drawn from the student is that of :func:`reverse_kl` at the sampled states. The loss *value* is
-    then the log-ratio, the estimator k1. On tokens drawn from someone else it is the gradient of neither KL.
+    credited with its own log-ratio and no later one (discount 0). By :func:`policy_gradient`, in expectation over
+    tokens drawn from the student, the gradient is that of :func:`reverse_kl` at the sampled states, and the *value* the
+    estimator k1. On tokens drawn from someone else it is the gradient of neither KL.
 
     Raises:
         OpdlabError: if the two differ in shape.
@@ -203,12 +194,6 @@ def grpo_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: f
     A = (reward - group mean) / (group standard deviation + eps), of GRPO (2402.03300, section 4.1.2), with the sample
     standard deviation (n - 1) as in TRL; ``scale="none"`` leaves the division out, as Dr. GRPO does (2503.20783). The
     mean of each group is 0; a group without variance gets exactly 0.
-
-    Args:
-        rewards: (B,) of the completions, those of one prompt side by side.
-        group_size: completions of each prompt.
-        scale: "std" or "none", what a group is divided by.
-        eps: keeps the division finite.
 
     Raises:
         OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, or ``scale`` is neither of the two.
@@ -242,8 +227,8 @@ def has_reward_variance(rewards: Tensor, group_size: int) -> Tensor:
 def mix_advantages(opd: Tensor, rlvr: Tensor, alpha: float) -> Tensor:
     """Return α A_OPD + (1 - α) A_RLVR (B, T), of ``opd`` (B, T) and ``rlvr`` (B,), broadcast over its tokens.
 
-    Raw, without normalisation (2606.07082, section 5.3). Gradients are linear in the advantages, so the gradient is
-    the same mixture; but the two differ in size and density, so α is no share of the step.
+    Raw, without normalisation (2606.07082, section 5.3). The gradient is the same mixture, being linear in advantages;
+    but the two differ in size and density, so α is no share of the step.
 
     Raises:
         OpdlabError: if α is outside [0, 1], or ``rlvr`` has not one entry for each row of ``opd``.
@@ -265,16 +250,12 @@ def policy_gradient(
 ) -> Tensor:
     """Return -min(ρ A, clip(ρ) A) (B, T), with ρ = exp(logps - old_logps) clipped to [1 - low, 1 + high].
 
-    Args:
-        logps: (B, T) the student's log-probabilities of the sampled tokens, with gradient.
-        advantages: (B, T), or (B,) for one advantage for all tokens of a row.
-        old_logps: (B, T) those of the student that sampled the tokens; by default the same student, so ρ = 1.
-        clip: (low, high), or None for -ρ A.
-
-    The gradient is -ρ A ∇ log p_S, and zero for a token whose ρ has left the interval in the direction that A pushes.
-    One update per rollout has ρ = 1: the plain policy gradient, for which clipping is idle. The *value* is then -A,
-    so after averaging zero for GRPO, whatever the gradient: do not plot this loss. PPO (1707.06347, Eq. 7), with the
-    two bounds of DAPO (2503.14476).
+    PPO (1707.06347, Eq. 7) with the two bounds of DAPO (2503.14476); without ``clip`` it is -ρ A. ``logps`` (B, T) are
+    the student's of the sampled tokens, ``advantages`` are (B, T), or (B,) for one in each row, and ``old_logps``
+    (B, T) are of the student that sampled, by default the same one. The gradient is -ρ A ∇ log p_S, and zero for a
+    token whose ρ has left the interval in the direction that A pushes. One update per rollout has ρ = 1: the plain
+    policy gradient, for which clipping is idle. The *value* is then -A, so after averaging zero for GRPO, whatever the
+    gradient: do not plot this loss.
 
     Raises:
         OpdlabError: if shapes do not fit, or a bound is negative.
@@ -302,9 +283,8 @@ def policy_gradient(
 def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
     """Return the sum of ``per_token`` (B, T) over ``mask`` (B, T), divided by ``normalizer``, a scalar.
 
-    ``normalizer`` is the number of tokens in the *whole* batch: then the losses of its micro-batches add up to the loss
-    of the batch, and so do the gradients, however it was split. By default (and never less than 1) it is the number of
-    tokens in ``mask``, right only for a batch in one piece.
+    ``normalizer`` is the number of tokens in the *whole* batch: then the losses and the gradients of its micro-batches
+    add up to those of the batch. By default it is the number of tokens in ``mask``, and never less than 1.
 
     Raises:
         OpdlabError: if the two differ in shape.
@@ -330,10 +310,9 @@ def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | 
     return means.sum() / torch.as_tensor(mask.shape[0] if normalizer is None else normalizer).clamp(min=1)
 
 
-# The four reductions in use for GRPO, by TRL's names: (loss per token, mask, rows, tokens, length) -> scalar. Here rows
-# and tokens are counts of the whole batch, and length is the longest completion allowed. The losses of the
-# micro-batches are to be added up. Only bnpo depends on the split: each micro-batch is averaged over its *own* tokens
-# and weighs by its rows. With one micro-batch in one process, bnpo is dapo.
+# The reductions in use for GRPO, by TRL's names: (loss per token, mask, rows, tokens, length) -> scalar, with the rows
+# and tokens of the whole batch, and the longest completion allowed. The losses of the micro-batches are to be added up.
+# Only bnpo depends on the split: a micro-batch is averaged over its *own* tokens and weighs by its rows.
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor, int, int, int], Tensor]] = {
     # Each sequence weighs the same: DeepSeekMath, 2402.03300, Eq. 3.
     "grpo": lambda loss, mask, rows, tokens, length: sequence_mean(loss, mask, rows),

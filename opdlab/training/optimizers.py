@@ -19,13 +19,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
 def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: str) -> list[Optimizer]:
-    """Return the optimizers of a model, together one for each of its weights. The learning rate is set at each step.
+    """Return the optimizers that share out a model's weights. The learning rate is set at each step.
 
-    Args:
-        model: whose weights are trained.
-        recipe: betas and weight decay.
-        name: "adamw"; "sgd", without momentum; or "muon", which makes the update of each matrix nearly orthogonal
-            (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix.
+    They are "adamw"; "sgd", without momentum; or "muon", which makes the update of each matrix nearly orthogonal
+    (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix.
 
     Raises:
         OpdlabError: if there is no such optimizer.
@@ -46,25 +43,25 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
 
 def moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the moments of all weights, by kind and name."""
-    found: dict[str, Tensor] = {}
-    for optimizer in optimizers:
-        for name, weight in weights.items():
-            state = optimizer.state.get(weight, {})
-            found |= {f"{kind}.{name}": state[kind] for kind in _MOMENTS if kind in state}
-    return found
+    return {
+        f"{kind}.{name}": moment
+        for optimizer in optimizers
+        for name, weight in weights.items()
+        for kind, moment in optimizer.state.get(weight, {}).items()
+        if kind in _MOMENTS
+    }
 
 
 def load_moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Give the optimizers back what :func:`moments` returned; ``tensors`` may hold more."""
+    names = {weight: name for name, weight in weights.items()}
     for optimizer in optimizers:
-        ours = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        for name, weight in weights.items():
-            if id(weight) in ours:
-                state = {
-                    # AdamW counts its steps on the CPU.
-                    kind: tensors[f"{kind}.{name}"].to("cpu" if kind == "step" else weight.device)
-                    for kind in _MOMENTS
-                    if f"{kind}.{name}" in tensors
-                }
-                if state:
-                    optimizer.state[weight] = state
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            state = {
+                # AdamW counts its steps on the CPU.
+                kind: tensors[f"{kind}.{names[weight]}"].to("cpu" if kind == "step" else weight.device)
+                for kind in _MOMENTS
+                if f"{kind}.{names[weight]}" in tensors
+            }
+            if state:
+                optimizer.state[weight] = state

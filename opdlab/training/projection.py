@@ -25,13 +25,7 @@ class Projector:
     def __init__(
         self, projection: Projection, origin: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int = 0
     ):
-        """Find the subspaces.
-
-        Args:
-            projection: which kind.
-            origin: state dict of W_0.
-            weights: state dict of W_t, whose update from ``origin`` gives the directions.
-            seed: of random subspaces.
+        """Find the subspaces from the state dicts of W_0 and W_t; ``seed`` is of random ones.
 
         Raises:
             OpdlabError: if the kind of space is unknown, or k exceeds a matrix.
@@ -39,13 +33,15 @@ class Projector:
         self.acts_on, self.rescale = projection.acts_on, projection.rescale
         self.random = torch.Generator().manual_seed(seed)
         self.of: dict[str, Tensor] = {}
-        for name, w0 in weight_matrices(origin).items():
+        for name, matrix in weight_matrices(origin).items():
             if projection.block in ("", describe(name).block):
-                if projection.k > min(w0.shape):
-                    raise OpdlabError(f"k is {projection.k}; expected {min(w0.shape)} at most, as {name} is smaller")
-                delta = weights[name].detach().double().cpu() - w0.detach().double().cpu()
-                found = self._find(projection, w0.detach().double().cpu(), delta)
-                self.of[name] = found.to(w0.device if found.dtype == torch.bool else w0)
+                if projection.k > min(matrix.shape):
+                    raise OpdlabError(
+                        f"k is {projection.k}; expected {min(matrix.shape)} at most, as {name} is smaller"
+                    )
+                w0, w1 = (tensor.detach().double().cpu() for tensor in (matrix, weights[name]))
+                found = self._find(projection, w0, w1 - w0)
+                self.of[name] = found.to(matrix.device if found.dtype == torch.bool else matrix)
 
     def _find(self, projection: Projection, w0: Tensor, delta: Tensor) -> Tensor:
         """Return V (n, k), or a mask (m, n) of entries."""

@@ -80,19 +80,16 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Rollouts:
-    """Sample ``samples`` completions for each prompt.
+    """Sample completions for each prompt, B x samples in all, prompt by prompt.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer; completions end with (and include) its end-of-sequence token.
-        prompts: B questions.
-        max_new_tokens: a completion is cut at this many tokens.
+        tokenizer: of the model; completions include its end-of-sequence token, unless they are cut before.
+        prompts: B texts.
+        max_new_tokens: where a completion is cut.
         samples: completions per prompt.
         temperature: of the softmax; 0 is greedy decoding, the same tokens as ``model.generate(do_sample=False)``.
         generator: the source of randomness (on the CPU), needed unless greedy.
-
-    Returns:
-        The B x samples completions, prompt by prompt.
 
     Raises:
         OpdlabError: if a prompt does not fit the model's context.
@@ -129,17 +126,11 @@ class _Sampling:
         """Read the prompts, each once, however many samples are drawn from it."""
         self.model, self.rows, self.width = model, len(prompts) * samples, max(map(len, prompts))
         blanks = [self.width - len(ids) for ids in prompts]
-        mask = torch.tensor([[0] * n + [1] * len(ids) for n, ids in zip(blanks, prompts, strict=True)]).to(model.device)
+        mask = torch.tensor([[0] * n + [1] * (self.width - n) for n in blanks]).to(model.device)
         ids = torch.tensor([[tokenizer.pad_token_id] * n + ids for n, ids in zip(blanks, prompts, strict=True)])
         self.cache = transformers.DynamicCache(config=model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (B, V)
+        logits = self._read(ids.to(model.device), mask, positions, logits_to_keep=1)  # (B, V)
         self.cache.batch_repeat_interleave(samples)
         self.logits = logits.repeat_interleave(samples, 0)
         # The mask of all steps to come, in the shape that attention wants (rows, 1, 1, width + room).
@@ -155,12 +146,12 @@ class _Sampling:
             tokens = tokens[going]
             self.cache.batch_select_indices(going.nonzero().squeeze(1))
         self.position = self.position + 1
-        self.logits = self.model(
-            input_ids=tokens[:, None],
-            attention_mask=self.mask[..., : self.width + t + 1],
-            position_ids=self.position,
-            past_key_values=self.cache,
-        ).logits[:, -1]
+        self.logits = self._read(tokens[:, None], self.mask[..., : self.width + t + 1], self.position)
+
+    def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        """Return the logits (rows, V) after the last token."""
+        options |= {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return self.model(past_key_values=self.cache, **options).logits[:, -1]
 
 
 def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
@@ -182,27 +173,16 @@ def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """R prompts and their C completions, packed into R rows of length L.
+    """R prompts and their C completions, packed into R rows of length L."""
 
-    Attributes:
-        ids: (R, L) prompts, each followed by its completions, padded on the right.
-        positions: (R, L) of each token within its own prompt and completion.
-        visible: (R, 1, L, L) True where the token of the third axis sees that of the fourth.
-        row: (C, 1) the packed row of each completion.
-        source: (C, T) where in its row the model predicts each token of a completion: at the token before it.
-        tokens: (C, T) the completions, padded on the right.
-        mask: (C, T) False on the padding of ``tokens``.
-        advantages: (C,) of RLVR, or None.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    visible: Tensor
-    row: Tensor
-    source: Tensor
-    tokens: Tensor
-    mask: Tensor
-    advantages: Tensor | None
+    ids: Tensor  # (R, L) prompts, each followed by its completions, padded on the right
+    positions: Tensor  # (R, L) of each token within its own prompt and completion
+    visible: Tensor  # (R, 1, L, L) True where the token of the third axis sees that of the fourth
+    row: Tensor  # (C, 1) the packed row of each completion
+    source: Tensor  # (C, T) where in its row the model predicts each token of a completion: at the token before it
+    tokens: Tensor  # (C, T) the completions, padded on the right
+    mask: Tensor  # (C, T) False on the padding of ``tokens``
+    advantages: Tensor | None  # (C,) of RLVR
 
     def logits(self, model: transformers.PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""
@@ -222,20 +202,11 @@ class MicroBatch:
         """Split the completions, not their packed rows: a piece has about ``tokens`` tokens, padding counted."""
         completions, longest = self.tokens.shape
         size = max(1, tokens // longest)
+        of_completions = ("row", "source", "tokens", "mask", *([] if self.advantages is None else ["advantages"]))
         for start in range(0, completions, size):
             part = slice(start, start + size)
-            advantages = None if self.advantages is None else self.advantages[part]
-            yield (
-                part,
-                replace(
-                    self,
-                    row=self.row[part],
-                    source=self.source[part],
-                    tokens=self.tokens[part],
-                    mask=self.mask[part],
-                    advantages=advantages,
-                ),
-            )
+            changes: dict[str, Any] = {name: getattr(self, name)[part] for name in of_completions}
+            yield part, replace(self, **changes)
 
 
 def micro_batches(
@@ -244,12 +215,7 @@ def micro_batches(
     """Split prompts and completions into micro-batches of about ``sequences`` completions, like lengths together.
 
     The completions of one prompt stay together, and prompts come by falling length, within a micro-batch too.
-
-    Args:
-        rollouts: B completions and their prompts.
-        sequences: completions in a micro-batch, about.
-        device: where the micro-batches go.
-        advantages: (B,) of all completions, if the arm listens to rewards.
+    ``advantages`` (B,) are of all completions, if the arm listens to rewards.
     """
     samples = rollouts.samples
     groups = [rollouts.completions[i : i + samples] for i in range(0, len(rollouts.completions), samples)]
@@ -262,16 +228,13 @@ def micro_batches(
 
 def _pack(rows: list[tuple[list[int], list[list[int]]]], device: torch.device, advantages: Tensor | None) -> MicroBatch:
     width = max(len(prompt) + sum(map(len, group)) for prompt, group in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     # What a token belongs to: 0 the prompt, 1, 2 ... a completion, -1 padding (which sees itself, or would be NaN).
     owner = torch.full((len(rows), width), -1)
-    completions = [completion for _, group in rows for completion in group]
-    longest = max(map(len, completions))
+    lengths = torch.tensor([len(completion) for _, group in rows for completion in group])
     row = torch.tensor([[i] for i, (_, group) in enumerate(rows) for _ in group])
-    source = torch.zeros(len(completions), longest, dtype=torch.long)
-    tokens = torch.zeros(len(completions), longest, dtype=torch.long)
-    mask = torch.zeros(len(completions), longest, dtype=torch.bool)
+    source, tokens = torch.zeros(2, len(lengths), int(lengths.max()), dtype=torch.long)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
     c = 0
     for i, (prompt, group) in enumerate(rows):
         end = len(prompt)
@@ -284,11 +247,8 @@ def _pack(rows: list[tuple[list[int], list[list[int]]]], device: torch.device, a
             owner[i, place] = number
             source[c, :n] = torch.arange(end - 1, end + n - 1)
             source[c, 0] = len(prompt) - 1
-            mask[c, :n] = True
             end, c = end + n, c + 1
     same = owner[:, :, None] == owner[:, None, :]
     visible = ((same | (owner[:, None, :] == 0)) & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    ids, positions, visible, row, source, tokens, mask = (
-        tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask)
-    )
-    return MicroBatch(ids, positions, visible, row, source, tokens, mask, advantages)
+    packed = (ids, positions, visible, row, source, tokens, mask)
+    return MicroBatch(*(tensor.to(device) for tensor in packed), advantages)  # type: ignore[misc]

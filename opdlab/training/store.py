@@ -35,10 +35,7 @@ class Run:
     def __init__(self, experiment: Experiment, root: Path, folder: Path | None = None):
         """Open the run of an experiment, which need not have begun.
 
-        Args:
-            experiment: what is run.
-            root: the folder of all runs.
-            folder: the run's own folder; by default named in ``root`` by the experiment's key.
+        Its folder is by default named by the experiment's key, in ``root``, the folder of all runs.
 
         Raises:
             OpdlabError: if the folder holds another experiment.
@@ -68,7 +65,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step's weights are there."""
+        """Whether the last step's weights are on the disk."""
         return self.snapshot_path(self.steps).exists()
 
     @property
@@ -99,14 +96,13 @@ class Run:
 
         On ``device``, that is: elsewhere the same steps give other bits.
         """
-        snapshots = [s for s in self.experiment.kept if s <= step]
-        if not (other.state_path(step).exists() and all(other.snapshot_path(s).exists() for s in snapshots)):
+        copies = [(other.snapshot_path(s), self.snapshot_path(s)) for s in self.experiment.kept if s <= step]
+        # Last: with a checkpoint the run counts as begun.
+        copies.append((other.state_path(step), self.checkpoint))
+        if not all(source.exists() for source, _ in copies):
             return
         if json.loads((other.folder / "provenance.json").read_text()) != provenance(device):
             return
-        copies = [(other.snapshot_path(s), self.snapshot_path(s)) for s in snapshots]
-        # Last: with a checkpoint the run counts as begun.
-        copies.append((other.state_path(step), self.checkpoint))
         for name in ("history", "evaluations"):
             for line in other.lines(name):
                 if line["step"] <= step and (name == "history" or line["step"] in self.config["evaluations"]):
@@ -116,8 +112,7 @@ class Run:
 
     def save_origin(self, weights: dict[str, Tensor]) -> None:
         """Save the weights before the first step, on the disk once for all runs that start from the same."""
-        name = f"{self.config['student']}-{self.experiment.arm.weight_dtype}.safetensors"
-        path = self.root / "origins" / name
+        path = self.root / "origins" / f"{self.config['student']}-{self.experiment.arm.weight_dtype}.safetensors"
         if not path.exists():
             save_tensors(path, weights)
         link_or_copy(self.snapshot_path(0), path)
@@ -152,15 +147,16 @@ class Run:
 
     def lines(self, name: str) -> list[dict]:
         """Return the lines of ``history`` or ``evaluations``."""
+        return [json.loads(line) for line in self._written(name)]
+
+    def _written(self, name: str) -> list[str]:
         path = self.folder / f"{name}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return path.read_text().splitlines(keepends=True) if path.exists() else []
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines that were written after the checkpoint of ``step``, which a resumed run writes again."""
         for name in ("history", "evaluations"):
-            path = self.folder / f"{name}.jsonl"
-            if path.exists():
+            if written := self._written(name):
                 # A kill may have cut the last line, so keep whole lines only.
-                whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-                write_text(path, "".join(kept))
+                kept = (line for line in written if line.endswith("\n") and json.loads(line)["step"] <= step)
+                write_text(self.folder / f"{name}.jsonl", "".join(kept))

@@ -1,7 +1,6 @@
 """Tasks with a verifiable answer: where prompts come from, how a solution is written, what earns a reward.
 
-A task of one's own is made from a data set by :meth:`Task.from_dataset`. No text holds the end of the sequence: that is
-a token, which differs from model to model (:func:`opdlab.training.trainer.score`).
+No text holds the end of the sequence: that is a token, which differs from model to model.
 """
 
 from __future__ import annotations
@@ -44,25 +43,15 @@ def is_evaluation(prompt: str) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class Task:
-    """A named task.
-
-    Attributes:
-        name: the name in messages and records.
-        draw: draws a prompt; None where the prompts are those of ``data``.
-        demonstration: writes a correct completion of a prompt, which SFT imitates.
-        score: the reward of (prompt, completion).
-        data: the prompts of a data set, in order.
-        chat: whether prompts are written through the chat template of the tokenizer, where it has one.
-        content: a digest of what a data set and its reward are.
-    """
+    """A named task, made of functions, or by :meth:`from_dataset`."""
 
     name: str
-    draw: Callable[[np.random.Generator], str] | None
-    demonstration: Callable[[str], str]
-    score: Callable[[str, str], float]
-    data: tuple[str, ...] = ()
-    chat: bool = False
-    content: str = ""
+    draw: Callable[[np.random.Generator], str] | None  # a prompt; None where the prompts are those of ``data``
+    demonstration: Callable[[str], str]  # a correct completion of a prompt, which SFT imitates
+    score: Callable[[str, str], float]  # the reward of (prompt, completion)
+    data: tuple[str, ...] = ()  # the prompts of a data set, in order
+    chat: bool = False  # write prompts through the chat template of the tokenizer, where it has one
+    content: str = ""  # a digest of a data set and its reward
 
     @classmethod
     def from_dataset(
@@ -76,29 +65,24 @@ class Task:
         name: str = "",
         chat: bool = True,
     ) -> Task:
-        """Make a task of a data set.
-
-        One row in eight is held out for evaluation, chosen by a hash of its prompt, so no prompt is both trained on
-        and evaluated on. A batch takes 32 prompts unless told otherwise, and all of them where there are fewer.
+        """Make a task of a data set, with one prompt in eight held out for evaluation, chosen by a hash of its text.
 
         The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
         task is another, and a run on the old one does not go on. What functions of other modules do is not looked at.
 
         Args:
-            rows: a list of dicts, the path of a JSONL file, a ``datasets.Dataset``, or the name of one on the hub, of
-                which the split "train" is taken.
+            rows: dicts, a JSONL file, a ``datasets.Dataset``, or the name of one on the hub (its split "train").
             prompt: the column with the question.
             answer: the column with the right answer, which only the reward and SFT see.
-            reward: (prompt, completion, answer) -> float, of any size, and graded if you like: accuracies are then
-                mean rewards. A function, a lambda, a closure or a callable object; by default 1.0 where the last word
-                of the completion is the answer, and 0.0 elsewhere. A completion that is cut before its end earns 0.0.
+            reward: (prompt, completion, answer) -> any number; by default 1.0 where the last word of the completion is
+                the answer, and 0.0 elsewhere. A completion that is cut before its end earns 0.0.
             demonstration: the column that SFT imitates; by default ``answer``.
             name: of the task; by default that of the file or data set.
             chat: write prompts through the tokenizer's chat template, where it has one.
 
         Raises:
-            OpdlabError: if the rows cannot be read, a column is missing, one prompt has two answers, there are too
-                few rows to hold any out, or the reward is no function.
+            OpdlabError: if the rows cannot be read or are too few, a column is missing, a prompt has two answers, or
+                the reward is no function.
 
         >>> rows = [{"question": f"{a} + {b} = ?", "answer": a + b} for a in range(10) for b in range(10)]
         >>> task = Task.from_dataset(rows, prompt="question", reward=lambda prompt, said, answer: float(said == answer))
@@ -108,22 +92,9 @@ class Task:
         if reward is not None and not callable(reward):
             raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
         records, found_name = _read_rows(rows)
-        table: dict[str, tuple[str, str]] = {}
         columns = {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer}
-        for number, row in enumerate(records):
-            entries = [_entry(row, role, column, number) for role, column in columns.items()]
-            if table.setdefault(entries[0], (entries[1], entries[2])) != (entries[1], entries[2]):
-                raise OpdlabError(
-                    f"row {number} asks {entries[0][:60]!r} again with another {answer!r}: keep one of them"
-                )
-        held_out = sum(map(is_evaluation, table))
-        if not 0 < held_out < len(table):
-            raise OpdlabError(
-                f"the data set has {len(table)} different prompts, of which {held_out} would be held out for "
-                "evaluation: give at least some twenty rows"
-            )
-        of_rows = _Rows(table, reward or last_word)
-        return cls(name or found_name, None, of_rows.demonstration, of_rows.score, tuple(table), chat, of_rows.digest)
+        data = _Rows(_table(records, columns), reward or last_word)
+        return cls(name or found_name, None, data.demonstration, data.score, tuple(data.table), chat, data.digest)
 
     def __repr__(self) -> str:
         """Say how many prompts there are, without writing them out."""
@@ -147,21 +118,17 @@ class Task:
         Raises:
             OpdlabError: if the task's function raises or returns no finite number, quoting the prompt.
         """
+        where = f"on the prompt {prompt[:60]!r} and the completion {completion[:60]!r}"
         try:
             reward = float(self.score(prompt, completion))
+        except OpdlabError:
+            raise
         except Exception as problem:
-            if isinstance(problem, OpdlabError):
-                raise
-            why = (str(problem).splitlines() or ["without a message"])[0]
-            raise OpdlabError(
-                f"the reward of task {self.name!r} raised {type(problem).__name__} ({why}) on the prompt "
-                f"{prompt[:60]!r} and the completion {completion[:60]!r}: mend the reward function"
-            ) from problem
+            why = f"{type(problem).__name__} ({(str(problem).splitlines() or ['without a message'])[0]})"
+            message = f"the reward of task {self.name!r} raised {why} {where}: mend the reward function"
+            raise OpdlabError(message) from problem
         if not math.isfinite(reward):
-            raise OpdlabError(
-                f"the reward of task {self.name!r} is {reward} on the prompt {prompt[:60]!r} and the completion "
-                f"{completion[:60]!r}: return a finite number"
-            )
+            raise OpdlabError(f"the reward of task {self.name!r} is {reward} {where}: return a finite number")
         return reward
 
     def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
@@ -180,13 +147,10 @@ class Task:
             return [chosen[i] for i in rng.permutation(len(chosen))[:count]]
         assert self.draw, "a task has data or draws its prompts"
         drawn: list[str] = []
-        seen: set[str] = set()
         for _ in range(1000 * count):
             prompt = self.draw(rng)
-            if is_evaluation(prompt) != evaluation or (evaluation and prompt in seen):
-                continue
-            drawn.append(prompt)
-            seen.add(prompt)
+            if is_evaluation(prompt) == evaluation and not (evaluation and prompt in drawn):
+                drawn.append(prompt)
             if len(drawn) == count:
                 return drawn
         raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
@@ -202,14 +166,11 @@ class Task:
     def digest(self) -> str:
         """The identity of prompts, demonstrations and rewards, 8 hex digits.
 
-        It is taken from what the reward gives for 64 demonstrations, each with its own prompt and with another's, and
-        of a data set from all rows and the code of its reward. So a comment in it changes nothing, and a value does.
+        It hashes what the reward gives for 64 demonstrations, each with its own prompt and with another's, and of a
+        data set also all rows and the code of the reward. So a comment in it changes nothing, and a value does.
         """
-        if self.data:
-            prompts = list(self.data[:DIGESTED])
-        else:
-            assert self.draw, "a task has data or draws its prompts"
-            random = np.random.default_rng(0)
+        prompts, random = list(self.data[:DIGESTED]), np.random.default_rng(0)
+        if self.draw:
             prompts = [self.draw(random) for _ in range(DIGESTED)]
         texts = [self.demonstration(prompt) for prompt in prompts]
         scrambled = texts[1:] + texts[:1]
@@ -218,11 +179,29 @@ class Task:
         return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
+def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Return answers and demonstrations by prompt; ``columns`` names the column of each."""
+    table: dict[str, tuple[str, str]] = {}
+    for number, row in enumerate(rows):
+        prompt, answer, demonstration = (_entry(row, role, column, number) for role, column in columns.items())
+        if table.setdefault(prompt, (answer, demonstration)) != (answer, demonstration):
+            raise OpdlabError(
+                f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
+            )
+    held_out = sum(map(is_evaluation, table))
+    if not 0 < held_out < len(table):
+        raise OpdlabError(
+            f"the data set has {len(table)} different prompts, of which {held_out} would be held out for "
+            "evaluation: give at least some twenty rows"
+        )
+    return table
+
+
 class _Rows:
     """A data set by its prompts, and its reward."""
 
     def __init__(self, table: Mapping[str, tuple[str, str]], reward: Reward):
-        self.table, self.reward = dict(table), reward
+        self.table, self.reward = table, reward
         told = json.dumps([self.table, _Identity(reward).told])
         self.digest = hashlib.sha256(told.encode()).hexdigest()
 
@@ -246,9 +225,8 @@ def last_word(prompt: str, completion: str, answer: str) -> float:
 class _Identity:
     """What a reward does, as JSON values: its code, without names, comments and lines, and the values that it reads.
 
-    Two rewards that differ must not look alike, so in doubt they look different: another version of Python, which
-    compiles to other code, makes another reward. Functions and classes are looked into where they are of the module of
-    the reward, and known by their names elsewhere.
+    In doubt two rewards look different, as under two versions of Python. Functions and classes are looked into where
+    they are of the module of the reward, and known by their names elsewhere.
     """
 
     def __init__(self, reward: Any):
@@ -332,14 +310,12 @@ def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
         if path.suffix in (".jsonl", ".json") or path.exists():
             return _read_jsonl(path), path.stem
         return _from_hub(str(rows)), str(rows)
-    name = getattr(getattr(rows, "info", None), "dataset_name", None)
-    return rows, name or "data"
+    return rows, getattr(getattr(rows, "info", None), "dataset_name", None) or "data"
 
 
 def _read_jsonl(path: Path) -> list[Any]:
     try:
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as problem:
         raise OpdlabError(f"the data set {path} cannot be read ({problem}): give one JSON object a line") from problem
 

@@ -17,11 +17,11 @@ from opdlab.models.files import local_folder
 from opdlab.models.folders import ALPHABET, load_tokenizer
 from opdlab.training.arms import Arm, with_local_models
 from opdlab.training.config import Compute, Experiment, Recipe, with_fields
-from opdlab.training.loop import install_model, train
-from opdlab.training.rollouts import encode_completions, encode_prompts, sample
+from opdlab.training.loop import install_model
+from opdlab.training.rollouts import encode_completions, encode_prompts
 from opdlab.training.store import Run
 from opdlab.training.tasks import Task
-from opdlab.training.trainer import Trainer, random_numbers, score, torch_generator
+from opdlab.training.trainer import Trainer, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,16 +44,15 @@ Measure = Callable[..., Any]
 def make_experiment(
     arm: Arm, task: Task, *, steps: int, learning_rate: float, seed: int = 0, name: str = "", **settings: Any
 ) -> Experiment:
-    """Return an experiment with defaults that fit the task and the models.
+    """Return an experiment with the defaults of :func:`opdlab.train`, as far as they fit the task and the models.
 
-    A batch has 32 prompts with 4 completions each (SFT on demonstrations: 1), an evaluation 256 prompts, and where the
-    task has fewer prompts, all of them. Completions end after 256 tokens, or half the context if that is less. Weights
-    are kept and accuracy is measured at the shares :data:`SNAPSHOTS` and :data:`EVALUATIONS` of the training. A GPU is
-    used where there is one; elsewhere one thread, or with a vocabulary above 32 768 tokens, as real models have, all
-    that PyTorch is set to. The number of threads decides the last digits, so a run goes on with the same.
+    Completions end after half the context if that is below 256 tokens. Weights are kept and accuracy is measured at
+    the shares :data:`SNAPSHOTS` and :data:`EVALUATIONS` of the training. Without a GPU one thread computes, or with a
+    vocabulary above 32 768 tokens, as real models have, all that PyTorch is set to. The number of threads decides the
+    last digits, so a run goes on with the same.
 
     Args:
-        arm: from :func:`opdlab.sft`, :func:`opdlab.opd` or :func:`opdlab.rlvr`. Models named on the hub are fetched.
+        arm: whose models are fetched if they are named on the hub.
         task: where prompts and rewards come from.
         steps: updates.
         learning_rate: of the optimizer.
@@ -70,6 +69,7 @@ def make_experiment(
             raise OpdlabError(f"{what} is {number!r}: give a {'whole ' if what == 'steps' else ''}number above 0")
     arm = with_local_models(arm, local_folder)
     context, vocabulary = _sizes(arm)
+    large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     recipe = Recipe(
         steps,
         prompts=min(PROMPTS, task.training_prompts or PROMPTS),
@@ -86,41 +86,33 @@ def make_experiment(
         evaluations=recipe.steps_at(EVALUATIONS),
         evaluation_prompts=min(EVALUATION_PROMPTS, task.held_out or EVALUATION_PROMPTS),
         snapshots=recipe.steps_at(SNAPSHOTS),
-        compute=_compute(vocabulary),
+        compute=Compute(gpu=True, **(large if vocabulary > LARGE_VOCABULARY else {})),
         name=name,
     )
     experiment = with_fields(experiment, settings)
     # The end counts: a run is finished when it has those weights, and is as good as it is then.
-    evaluations, snapshots = ({*chosen, steps} for chosen in (experiment.evaluations, experiment.snapshots))
-    experiment = replace(experiment, evaluations=tuple(sorted(evaluations)), snapshots=tuple(sorted(snapshots)))
+    kept: Any = {name: tuple(sorted({*getattr(experiment, name), steps})) for name in ("evaluations", "snapshots")}
+    experiment = replace(experiment, **kept)
     _check_numbers(experiment, context)
     _check_lengths(experiment, context)
     return experiment
-
-
-def _compute(vocabulary: int) -> Compute:
-    if vocabulary <= LARGE_VOCABULARY:
-        return Compute(gpu=True)
-    return Compute(gpu=True, tokens_at_once=LOGITS // vocabulary, threads=torch.get_num_threads())
 
 
 def _sizes(arm: Arm) -> tuple[int, int]:
     """Return the context that student and teacher share, and the student's vocabulary."""
     if arm.student.shape:
         return dict(arm.student.shape).get("max_position_embeddings", 1024), len(ALPHABET)
-    found = []
-    for role, model in (("student", arm.student), ("teacher", arm.teacher)):
-        if model is None:
-            continue
-        if not (Path(model.folder) / "config.json").is_file():
+    configs = []
+    for role, model in {"student": arm.student, "teacher": arm.teacher or arm.student}.items():
+        file = Path(model.folder) / "config.json"
+        if not file.is_file():
             raise OpdlabError(
                 f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
                 "and tokenizer, or OWNER/NAME on the hub"
             )
-        config = json.loads((Path(model.folder) / "config.json").read_text())
-        config |= config.get("text_config", {})
-        found.append((config.get("max_position_embeddings", 1024), config.get("vocab_size", 1)))
-    return min(context for context, _ in found), found[0][1]
+        config = json.loads(file.read_text())
+        configs.append(config | config.get("text_config", {}))
+    return min(config.get("max_position_embeddings", 1024) for config in configs), configs[0].get("vocab_size", 1)
 
 
 def _check_numbers(experiment: Experiment, context: int) -> None:
@@ -159,32 +151,11 @@ def _check_lengths(experiment: Experiment, context: int) -> None:
         )
 
 
-def train_arm(
-    arm: Arm, task: Task, *, out: Path | str, measure: Measure | None = None, progress: bool = True, **settings: Any
-) -> Trained:
-    """Train an arm on a task, or go on where an earlier call with the same arguments was stopped.
-
-    Args:
-        arm: from :func:`opdlab.sft`, :func:`opdlab.opd` or :func:`opdlab.rlvr`.
-        task: such as one from :meth:`opdlab.Task.from_dataset`.
-        out: the folder of the run; its name is that of the run in messages.
-        measure: what :attr:`Trained.trajectory` measures with.
-        progress: show a bar.
-        settings: ``steps``, ``learning_rate`` and what else :func:`make_experiment` takes.
-
-    Raises:
-        OpdlabError: on bad input, if ``out`` holds another experiment, or if the loss is not finite.
-    """
-    folder = Path(out).expanduser().resolve()
-    experiment = make_experiment(arm, task, **{"name": folder.name} | settings)
-    return Trained(train(experiment, folder, folder=folder, progress=progress), measure)
-
-
 class Trained:
     """A finished run: what happened in it, how well it does, and how its weights moved."""
 
-    def __init__(self, run: Run, measure: Measure | None = None):
-        """Look at a finished run, whose trajectory is measured by ``measure``."""
+    def __init__(self, run: Run, measure: Measure):
+        """Look at a finished run, whose trajectory ``measure`` measures."""
         self.run, self._measure = run, measure
 
     def __repr__(self) -> str:
@@ -211,10 +182,7 @@ class Trained:
 
     @property
     def accuracy(self) -> float:
-        """The mean reward of completions sampled at temperature 1 on the held-out prompts, at the end.
-
-        With a reward of 0 or 1 this is the share that is right; with a graded one it is a mean, and as large as that.
-        """
+        """The mean reward of completions sampled at temperature 1 on held-out prompts, at the end."""
         return float(self.evaluations["sampled"].iloc[-1])
 
     @property
@@ -233,8 +201,6 @@ class Trained:
         Raises:
             OpdlabError: if there is no update: no step changed a weight, or the student started from random ones.
         """
-        if self._measure is None:
-            raise OpdlabError("this run came without a measure: train it by opdlab.train, or measure its snapshots")
         if self.run.experiment.arm.student.shape:
             raise OpdlabError("a student that starts from random weights has no update to measure: train it on")
         if self.history["skipped"].all():
@@ -247,10 +213,7 @@ class Trained:
         return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)
 
     def transcripts(self, count: int = 3) -> pd.DataFrame:
-        """Return what the model writes on held-out prompts before the training and after it, with the rewards.
-
-        Args:
-            count: prompts, the first of an evaluation.
+        """Return what the model writes on the first prompts of an evaluation before and after the training, graded.
 
         Raises:
             OpdlabError: if fewer are held out, or the student's folder is gone.
@@ -258,21 +221,15 @@ class Trained:
         import pandas as pd
 
         experiment, task = self.run.experiment, self.run.experiment.task
-        # The student alone: no teacher is asked.
+        # No teacher is asked.
         alone = Arm(experiment.arm.student, "task", "cross_entropy", weight_dtype=experiment.arm.weight_dtype)
         trainer = Trainer(replace(experiment, arm=alone))
-        prompts = task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
-        table: dict[str, Any] = {"prompt": prompts, "demonstration": [task.demonstration(prompt) for prompt in prompts]}
+        prompts = trainer.held_out(count)
+        table: dict[str, Any] = {"prompt": prompts, "demonstration": list(map(task.demonstration, prompts))}
         for when in ("before", "after"):
             if when == "after":
                 trainer.student.load_state_dict(self.run.snapshot(self.run.steps), strict=False)
-            rollouts = sample(
-                trainer.student,
-                trainer.tokenizer,
-                trainer.texts(prompts),
-                max_new_tokens=experiment.max_new_tokens,
-                generator=torch_generator(random_numbers(0, "evaluation rollouts", 0)),
-            )
+            rollouts = trainer.answer(trainer.student, prompts)
             table[when] = trainer.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
             table[f"reward {when}"] = score(trainer.tokenizer, task, prompts, rollouts).tolist()
         return pd.DataFrame(table)

@@ -60,12 +60,6 @@ def score(
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
 
     A completion without the end of the sequence was cut, and earns nothing.
-
-    Args:
-        tokenizer: of the model that wrote the completions.
-        task: whose rewards.
-        prompts: each with ``rollouts.samples`` completions.
-        rollouts: B completions, in the order of the prompts.
     """
     ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
     texts = tokenizer.batch_decode([tokens[:-1] for tokens in rollouts.completions])
@@ -88,12 +82,16 @@ class Trainer:
         # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
         self.dtype = getattr(torch, experiment.compute.dtype) if self.device.type == "cuda" else torch.float32
         self.tokenizer, self.student = self._student()
-        self.teacher = self._teacher()
+        self.teacher: Any = None
+        if self.arm.teacher:
+            check_same_vocabulary(Path(self.arm.student.folder), Path(self.arm.teacher.folder))
+            # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
+            self.teacher = load_model(self.arm.teacher.folder, self.device, self.dtype)
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}
-        by = self.arm.rollouts_by
-        self.writer = copy.deepcopy(self.student) if by == "initial student" else writers[by]
+        initial = self.arm.rollouts_by == "initial student"
+        self.writer = copy.deepcopy(self.student) if initial else writers[self.arm.rollouts_by]
         self.optimizers = make_optimizers(self.student, self.recipe, self.arm.optimizer)
         self.projector: Projector | None = None
 
@@ -108,13 +106,6 @@ class Trainer:
         if self.experiment.compute.recompute:
             model.activation_checkpointing_enable()
         return tokenizer, model
-
-    def _teacher(self) -> transformers.PreTrainedModel | None:
-        if self.arm.teacher is None:
-            return None
-        check_same_vocabulary(Path(self.arm.student.folder), Path(self.arm.teacher.folder))
-        # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
-        return load_model(self.arm.teacher.folder, self.device, self.dtype)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -165,20 +156,14 @@ class Trainer:
             room = context_length(self.student) - self.experiment.max_new_tokens
             solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
             return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
-        generator = torch_generator(random_numbers(seed, "rollouts", step))
+        how: dict[str, Any] = {"samples": recipe.samples, "temperature": self.experiment.temperature}
+        how |= {"max_new_tokens": self.experiment.max_new_tokens}
+        how |= {"generator": torch_generator(random_numbers(seed, "rollouts", step))}
         by_teacher = round(self.arm.teacher_share * len(prompts))
         rollouts = Rollouts([], [])
         for writer, part in ((self.teacher, texts[:by_teacher]), (self.writer, texts[by_teacher:])):
             if part:
-                rollouts += sample(
-                    self.in_dtype(writer),
-                    self.tokenizer,
-                    part,
-                    max_new_tokens=self.experiment.max_new_tokens,
-                    samples=recipe.samples,
-                    temperature=self.experiment.temperature,
-                    generator=generator,
-                )
+                rollouts += sample(self.in_dtype(writer), self.tokenizer, part, **how)
         if self.writer is self.teacher or by_teacher:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
@@ -193,24 +178,22 @@ class Trainer:
         """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients by loss."""
         random = torch_generator(random_numbers(self.experiment.seed, "tokens", step))
         sums, gradients = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}, Gradients()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.student.zero_grad()
         self.student.train(self.experiment.compute.recompute)  # Only then does transformers recompute.
         for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device, advantages):
             losses, measured = self.read(part, rollouts.tokens, random)
             self._accumulate(losses, gradients)
             sums["loss"] += sum(self.arm.losses[name] * value.item() for name, value in losses.items())
-            sums["entropy"] += measured["entropy"].item() / rollouts.tokens
-            sums["kl"] += measured["kl"].item() / rollouts.tokens
+            for name, value in measured.items():
+                sums[name] += value.item() / rollouts.tokens
         self.student.eval()
         return sums, gradients
 
     def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
         """Let the models read a micro-batch of a batch with so many ``tokens``, and return what :meth:`losses` does."""
-        reads_teacher, noise = self.arm.reads_teacher, None
-        if self.arm.tokens and self.arm.tokens.ranking == "random":
-            noise = torch.rand(part.tokens.shape, generator=random).to(self.device)
-        at_once = self.experiment.compute.tokens_at_once
+        reads_teacher, at_once = self.arm.reads_teacher, self.experiment.compute.tokens_at_once
+        chance = self.arm.tokens and self.arm.tokens.ranking == "random"
+        noise = torch.rand(part.tokens.shape, generator=random).to(self.device) if chance else None
         if not at_once:
             with self.precision():
                 logits = part.logits(self.student)
@@ -234,8 +217,7 @@ class Trainer:
             # The logits of a piece are made again when its gradient is due, so those of two are never there together.
             found = checkpoint(look, piece, rows, ours[rows], use_reentrant=False, preserve_rng_state=False)
             for total, values in zip(totals, found, strict=True):
-                for name, value in values.items():
-                    total[name] = total[name] + value if name in total else value
+                total |= {name: total.get(name, 0.0) + value for name, value in values.items()}
         return totals
 
     def losses(
@@ -243,19 +225,18 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return each of the arm's losses, as its share of that of a batch, and sums over the tokens.
 
+        The losses are by name, and the sums are "entropy" and "kl" (to the teacher), all scalars.
+
         Args:
             part: a micro-batch of C completions, or some of them.
             logits: (C, T, V) of the student.
             teacher: (C, T, V) of the teacher, or None.
             tokens: in the whole batch.
             noise: (C, T) what ranks the tokens if chance does.
-
-        Returns:
-            The losses by name, and the sums "entropy" and "kl" (to the teacher), all scalars.
         """
-        weights, chosen = None, self.arm.tokens
+        weights: Tensor | float = 1.0
         with torch.no_grad():
-            if chosen:
+            if chosen := self.arm.tokens:
                 key = token_ranking(chosen.ranking, logits, part.tokens, teacher, noise)
                 weights = token_weights(key, part.mask, chosen.share, chosen.per_completion)
             kl = logits.new_zeros(()) if teacher is None else objectives.reverse_kl(logits, teacher)[part.mask].sum()
@@ -263,9 +244,7 @@ class Trainer:
         losses = {}
         for name in self.arm.losses:
             per_token = LOSSES[name](logits, part.tokens, teacher, part.advantages, part.mask)
-            losses[name] = objectives.token_mean(
-                per_token if weights is None else per_token * weights, part.mask, normalizer=tokens
-            )
+            losses[name] = objectives.token_mean(per_token * weights, part.mask, normalizer=tokens)
         return losses, sums
 
     def _accumulate(self, losses: dict[str, Tensor], gradients: Gradients) -> None:
@@ -346,21 +325,23 @@ class Trainer:
 
     def evaluate(self, step: int) -> dict:
         """Measure the mean reward, greedy and sampled, on the same held-out prompts for all arms and seeds."""
-        count = self.experiment.evaluation_prompts
-        prompts = self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
-        result: dict[str, float] = {"step": step, "prompts": count}
+        prompts = self.held_out(self.experiment.evaluation_prompts)
+        result: dict[str, float] = {"step": step, "prompts": len(prompts)}
         student = self.in_dtype(self.student)
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rollouts = sample(
-                student,
-                self.tokenizer,
-                self.texts(prompts),
-                max_new_tokens=self.experiment.max_new_tokens,
-                temperature=temperature,
-                generator=torch_generator(random_numbers(0, "evaluation rollouts", 0)),
-            )
+            rollouts = self.answer(student, prompts, temperature)
             result[mode] = float(score(self.tokenizer, self.task, prompts, rollouts).mean())
         return result | self.distance_to_teacher(rollouts)
+
+    def held_out(self, count: int) -> list[str]:
+        """Return the first ``count`` prompts of an evaluation."""
+        return self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
+
+    def answer(self, student: transformers.PreTrainedModel, prompts: list[str], temperature: float = 1.0) -> Rollouts:
+        """Sample a completion for each prompt of an evaluation."""
+        how: dict[str, Any] = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": temperature}
+        how |= {"generator": torch_generator(random_numbers(0, "evaluation rollouts", 0))}
+        return sample(student, self.tokenizer, self.texts(prompts), **how)
 
     @torch.no_grad()
     def distance_to_teacher(self, rollouts: Rollouts) -> dict:

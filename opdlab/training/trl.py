@@ -14,12 +14,9 @@ opd           ``trl.experimental`` ``IWOPDTrainer``, gamma 0  the paper's: a pol
 rlvr          ``GRPOTrainer``                                 GRPO, averaged over tokens ("dapo"), no KL, 0.2 and 0.28
 ============  ==============================================  =======================================================
 
-``DistillationTrainer`` has no estimator from the sampled token. Matched SFT is left out, as no trainer samples from the
-teacher; so are variants that choose tokens, mix objectives, project training or round the weights.
-
-Step t sees the same prompts in the same order as in opdlab's own loop, the loss is averaged over the same tokens, and
-rate, clipping and AdamW are the same: from the same completions comes the same update
-(``tests/training/test_engines.py``). But TRL
+No trainer samples from the teacher (matched SFT), and none chooses tokens, mixes objectives, projects training or
+rounds the weights. From the same completions comes the same update as in opdlab's own loop, of which TRL sees the
+prompts in the same order (``tests/training/test_engines.py``). But TRL
 
 - samples from random streams of its own, so the completions are others, and spares norms from weight decay;
 - has the paper's epsilon of Adam for RLVR, 1e-15, where opdlab's loop has 1e-8: some per cent of a first step;
@@ -44,6 +41,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,20 +99,17 @@ def trainer_of(experiment: Experiment) -> str:
 
 
 def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) -> dict:
-    """Return what TRL is told, as JSON values.
-
-    Args:
-        experiment: what to train.
-        processes: how many take part.
-        gpu: whether each has a GPU, or the CPU is used, in float32.
-        vllm: whether rollouts are sampled with vLLM.
+    """Return what TRL is told, as JSON values; without ``gpu`` each process uses the CPU, in float32.
 
     Raises:
         OpdlabError: if TRL has no trainer for the arm, or the processes cannot share the batch.
     """
     trainer, arm = trainer_of(experiment), experiment.arm
-    what = {"arm": experiment.title, "seed": experiment.seed, "task": experiment.task.name, "trainer": trainer}
-    return what | {
+    return {
+        "arm": experiment.title,
+        "seed": experiment.seed,
+        "task": experiment.task.name,
+        "trainer": trainer,
         "recipe": asdict(experiment.recipe),
         "start": arm.student.folder,
         "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
@@ -141,12 +136,26 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vll
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
     if recipe.schedule == "cosine":
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+<<<<<<< HEAD
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
     optimizer = {"optim": "adamw_torch", "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1]}
     optimizer |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
     rate = schedule | {"learning_rate": recipe.learning_rate, "warmup_steps": recipe.warmup}
     plain = {"max_steps": recipe.steps, "seed": experiment.seed, "use_cpu": not gpu, "logging_steps": 1}
     return {**plain, **batch, **optimizer, **rate, "report_to": "none", "gradient_checkpointing": compute.recompute} | {
+=======
+    return schedule | {
+        "max_steps": recipe.steps,
+        "learning_rate": recipe.learning_rate,
+        "warmup_steps": recipe.warmup,
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": share // per_device,
+        "optim": "adamw_torch",
+        "adam_beta1": recipe.betas[0],
+        "adam_beta2": recipe.betas[1],
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+>>>>>>> s-train
         # The paper gives one for RLVR only (Table 5); the other is PyTorch's.
         "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
@@ -193,6 +202,7 @@ def accelerate_arguments(config: dict) -> dict:
     fsdp |= {"fsdp_offload_params": False, "fsdp_state_dict_type": "FULL_STATE_DICT"}
     # Else only the first process would read the teacher, whose weights nobody sends to the others.
     fsdp |= {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
+<<<<<<< HEAD
     machine = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1, "machine_rank": 0}
     return machine | {
         "use_cpu": config["arguments"]["use_cpu"],
@@ -200,6 +210,14 @@ def accelerate_arguments(config: dict) -> dict:
         "num_processes": config["processes"],
         "fsdp_config": fsdp,
     }
+=======
+    arguments = config["arguments"]
+    precision = {"use_cpu": arguments["use_cpu"], "mixed_precision": "bf16" if arguments["bf16"] else "no"}
+    machine = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0}
+    return machine | precision | {
+        "distributed_type": "FSDP", "num_processes": config["processes"], "fsdp_config": fsdp,
+    }  # fmt: skip
+>>>>>>> s-train
 
 
 # --- starting it ------------------------------------------------------------------------------------------------------
@@ -219,12 +237,12 @@ def launch(
     """Train an experiment with TRL, and say where its files are.
 
     Args:
-        experiment: one that TRL has a trainer for. Its models are folders, or names on the Hugging Face hub.
+        experiment: with models in folders, or named on the Hugging Face hub.
         folder: of the run.
         callback: makes what measures the run on its way and writes its snapshots.
         processes: how many take part; by default one for each GPU here.
         gpu: whether it needs GPUs.
-        vllm: whether rollouts are sampled with vLLM.
+        vllm: sample rollouts with vLLM.
         produces: folder of the model that the run makes, if it makes one.
         dry_run: only write the configuration and print the command.
 
@@ -268,8 +286,8 @@ def write(config: dict, experiment: Experiment, callback: Callback, folder: Path
         ) from problem
     write_whole(folder / "run.pickle", lambda temporary: temporary.write_bytes(packed))
     program = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
-    files = folder / "accelerate.json", folder / "run.pickle"
-    return [program, "launch", "--config_file", str(files[0]), "-m", "opdlab.training.trl", str(files[1])]
+    options = ["--config_file", f"{folder / 'accelerate.json'}", "-m", "opdlab.training.trl"]
+    return [program, "launch", *options, f"{folder / 'run.pickle'}"]
 
 
 def check_ready(config: dict) -> None:
@@ -394,11 +412,8 @@ def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: in
             return {"prompt": prompts}
         before = encode_prompts(tokenizer, prompts, context - experiment.max_new_tokens)
         after = encode_completions(tokenizer, [task.demonstration(prompt) for prompt in prompts])
-        pairs = list(zip(before, after, strict=True))
-        return {
-            "input_ids": [prompt + solution for prompt, solution in pairs],
-            "labels": [[-100] * len(prompt) + solution for prompt, solution in pairs],
-        }
+        labels = [[-100] * len(prompt) + solution for prompt, solution in zip(before, after, strict=True)]
+        return {"input_ids": list(map(add, before, after)), "labels": labels}
 
     return datasets.Dataset.from_dict({"number": range(recipe.steps * a_step)}).with_transform(draw)
 
