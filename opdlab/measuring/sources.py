@@ -34,8 +34,8 @@ def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:
 def name_of(checkpoint: Checkpoint) -> str:
     """Return the name of a checkpoint, for titles."""
     path = checkpoint.path
-    if isinstance(path, Path) and (model := path.parent.parent.name).startswith("models--"):  # in the hub's cache
-        return model.removeprefix("models--").replace("--", "/")
+    if isinstance(path, Path) and path.parent.name == "snapshots":  # of a run, or in the hub's cache
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name.removesuffix(".safetensors") if isinstance(path, Path) else path
 
 

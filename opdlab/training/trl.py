@@ -136,26 +136,12 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vll
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
     if recipe.schedule == "cosine":
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-<<<<<<< HEAD
     batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
     optimizer = {"optim": "adamw_torch", "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1]}
     optimizer |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
     rate = schedule | {"learning_rate": recipe.learning_rate, "warmup_steps": recipe.warmup}
     plain = {"max_steps": recipe.steps, "seed": experiment.seed, "use_cpu": not gpu, "logging_steps": 1}
     return {**plain, **batch, **optimizer, **rate, "report_to": "none", "gradient_checkpointing": compute.recompute} | {
-=======
-    return schedule | {
-        "max_steps": recipe.steps,
-        "learning_rate": recipe.learning_rate,
-        "warmup_steps": recipe.warmup,
-        "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": share // per_device,
-        "optim": "adamw_torch",
-        "adam_beta1": recipe.betas[0],
-        "adam_beta2": recipe.betas[1],
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip,
->>>>>>> s-train
         # The paper gives one for RLVR only (Table 5); the other is PyTorch's.
         "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
@@ -202,7 +188,6 @@ def accelerate_arguments(config: dict) -> dict:
     fsdp |= {"fsdp_offload_params": False, "fsdp_state_dict_type": "FULL_STATE_DICT"}
     # Else only the first process would read the teacher, whose weights nobody sends to the others.
     fsdp |= {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
-<<<<<<< HEAD
     machine = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1, "machine_rank": 0}
     return machine | {
         "use_cpu": config["arguments"]["use_cpu"],
@@ -210,14 +195,6 @@ def accelerate_arguments(config: dict) -> dict:
         "num_processes": config["processes"],
         "fsdp_config": fsdp,
     }
-=======
-    arguments = config["arguments"]
-    precision = {"use_cpu": arguments["use_cpu"], "mixed_precision": "bf16" if arguments["bf16"] else "no"}
-    machine = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0}
-    return machine | precision | {
-        "distributed_type": "FSDP", "num_processes": config["processes"], "fsdp_config": fsdp,
-    }  # fmt: skip
->>>>>>> s-train
 
 
 # --- starting it ------------------------------------------------------------------------------------------------------
