@@ -69,13 +69,8 @@ def make_experiment(
     arm = replace(arm, student=_fetched(arm.student), teacher=_fetched(arm.teacher))
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
-    recipe = Recipe(
-        steps,
-        prompts=min(PROMPTS, task.training_prompts or PROMPTS),
-        samples=1 if arm.rollouts_by == "task" else SAMPLES,
-        learning_rate=learning_rate,
-        warmup=min(10, steps // 10),
-    )
+    prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
+    recipe = Recipe(steps, prompts, samples, learning_rate, warmup=min(10, steps // 10))
     experiment = Experiment(
         arm,
         task,

@@ -57,6 +57,18 @@ def score(
     return torch.tensor([reward if whole else 0.0 for reward, whole in zip(rewards, ended, strict=True)])
 
 
+def load_student(
+    experiment: Experiment, device: torch.device | str = "cpu"
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+    """Return the tokenizer and the model that a run starts from."""
+    source = experiment.arm.student
+    if source.shape:
+        # transformers wraps the method "to", and its type with it.
+        model = new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
+        return character_tokenizer(), model
+    return load_tokenizer(source.folder), load_model(source.folder, device)
+
+
 class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
@@ -71,7 +83,9 @@ class Trainer:
         self.device = find_device(experiment.compute.gpu)
         # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
         self.dtype = getattr(torch, experiment.compute.dtype) if self.device.type == "cuda" else torch.float32
-        self.tokenizer, self.student = self._student()
+        self.tokenizer, self.student = load_student(experiment, self.device)
+        if experiment.compute.recompute:
+            self.student.activation_checkpointing_enable()
         self.teacher: Any = None
         if self.arm.teacher:
             check_same_vocabulary(Path(self.arm.student.folder), Path(self.arm.teacher.folder))
@@ -84,18 +98,6 @@ class Trainer:
         self.writer = copy.deepcopy(self.student) if initial else writers[self.arm.rollouts_by]
         self.optimizers = make_optimizers(self.student, self.recipe, self.arm.optimizer)
         self.projector: Projector | None = None
-
-    def _student(self) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
-        source = self.arm.student
-        if source.shape:
-            # transformers wraps the method "to", and its type with it.
-            model = new_model(dict(source.shape), self.experiment.seed).to(self.device).eval()  # type: ignore[arg-type]
-            tokenizer: transformers.PreTrainedTokenizerBase = character_tokenizer()
-        else:
-            tokenizer, model = load_tokenizer(source.folder), load_model(source.folder, self.device)
-        if self.experiment.compute.recompute:
-            model.activation_checkpointing_enable()
-        return tokenizer, model
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
