@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +44,6 @@ class Model:
         if self.shape:
             return dict(self.shape)
         return self.known if self.known and not Path(self.folder).is_dir() else weights_digest(Path(self.folder))
-
-
-def as_model(model: Model | str | Path) -> Model:
-    """Return a model that is given as one, or by its folder."""
-    return model if isinstance(model, Model) else Model(str(model))
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = Non
     folder; ``variant`` sets other fields of :class:`Arm`.
     """
     writer = "teacher" if teacher is not None else "task"
-    return Arm(as_model(student), writer, "cross_entropy", _teacher(teacher), **variant)
+    return Arm(_model(student), writer, "cross_entropy", _model(teacher), **variant)
 
 
 def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
@@ -175,7 +169,7 @@ def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: 
     if estimator not in ESTIMATORS:
         raise OpdlabError(f"there is no estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     options = {"rollouts_by": "student"} | variant
-    return Arm(as_model(student), loss=ESTIMATORS[estimator], teacher=_teacher(teacher), **options)
+    return Arm(_model(student), loss=ESTIMATORS[estimator], teacher=_model(teacher), **options)
 
 
 def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
@@ -184,20 +178,12 @@ def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = No
     A teacher is never listened to: with one, evaluations also say how far the student is from it. Models are given by
     their folders; ``variant`` sets other fields of :class:`Arm`.
     """
-    return Arm(as_model(student), "student", "grpo", _teacher(teacher), **variant)
+    return Arm(_model(student), "student", "grpo", _model(teacher), **variant)
 
 
-def _teacher(teacher: Model | str | Path | None) -> Model | None:
-    return None if teacher is None else as_model(teacher)
-
-
-def with_local_models(arm: Arm, local_folder: Callable[[str], Path]) -> Arm:
-    """Return an arm whose models are in folders on this machine, as ``local_folder`` finds or fetches them."""
-
-    def local(model: Model) -> Model:
-        return replace(model, folder=str(local_folder(model.folder))) if model.folder else model
-
-    return replace(arm, student=local(arm.student), teacher=local(arm.teacher) if arm.teacher else None)
+def _model(given: Model | str | Path | None) -> Any:
+    """Return a model that is given as one or by its folder, or None."""
+    return given if given is None or isinstance(given, Model) else Model(str(given))
 
 
 def changed_fields(value: Any) -> dict[str, Any]:

@@ -110,21 +110,14 @@ class Experiment:
         """
         arm = self.arm
         config: dict[str, Any] = {
-            "arm": changed_fields(arm),
-            "student": arm.student.identity,
+            "arm": changed_fields(arm), "student": arm.student.identity,
             "teacher": arm.teacher.identity if arm.teacher else None,
-            "task": self.task.name,
-            "data": self.task.digest,
-            "recipe": asdict(self.recipe),
-            "seed": self.seed,
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "micro_batch": self.compute.micro_batch,
-            "threads": self.compute.threads,
-            "evaluation_prompts": self.evaluation_prompts,
-            "evaluations": [0, *self.evaluations],
+            "task": self.task.name, "data": self.task.digest, "recipe": asdict(self.recipe), "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,
+            "micro_batch": self.compute.micro_batch, "threads": self.compute.threads,
+            "evaluation_prompts": self.evaluation_prompts, "evaluations": [0, *self.evaluations],
             "snapshots": self.kept,
-        }
+        }  # fmt: skip
         # Named only where it is not as usual, so that a new kind of entry leaves older records valid.
         if self.task.chat and arm.student.folder:
             config["template"] = hashlib.sha256(chat_template(arm.student.folder).encode()).hexdigest()[:8]

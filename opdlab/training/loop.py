@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opdlab.models.files import load_tensors, save_tensors, write_json
-from opdlab.models.folders import character_tokenizer, load_model, load_tokenizer, new_model, save_model
+from opdlab.models.folders import save_model
 from opdlab.processes import cpu_threads
 from opdlab.training.config import Experiment
 from opdlab.training.store import Run
-from opdlab.training.trainer import Trainer
+from opdlab.training.trainer import Trainer, load_student
 
 # Seconds between two checkpoints: what a kill can cost. But saving takes a twentieth of the time at most.
 CHECKPOINT_SECONDS = 20.0
@@ -140,8 +140,7 @@ def _source_weights(run: Run) -> dict[str, Tensor]:
 
 def install_model(run: Run, folder: Path) -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
-    start = run.experiment.arm.student
-    model = new_model(dict(start.shape), run.experiment.seed) if start.shape else load_model(start.folder)
+    tokenizer, model = load_student(run.experiment)
     model.load_state_dict(run.snapshot(run.steps), strict=False)
-    save_model(model, character_tokenizer() if start.shape else load_tokenizer(start.folder), folder)
+    save_model(model, tokenizer, folder)
     return folder

@@ -103,7 +103,6 @@ def generalised_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float)
     GKD's divergence (2306.13649, Eq. 1) in TRL's convention: at β = 0 it is KL(T || S) and at β = 1 it is KL(S || T).
     It jumps at both ends: just inside, it is β KL(T || S) near 0 and (1 - β) KL(S || T) near 1, to first order. So
     a sweep over β sweeps the size of the gradient too, and digits cancel: at β = 0.001 four can be left in float32.
-    The gradient flows through p_S and m, never to the teacher.
 
     Raises:
         OpdlabError: if β is outside [0, 1], or the two logits differ in shape.
@@ -212,10 +211,9 @@ def grpo_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: f
 
 
 def has_reward_variance(rewards: Tensor, group_size: int) -> Tensor:
-    """Return a bool for each group (B / group_size,): whether its ``rewards`` (B,) differ at all.
+    """Return whether the ``rewards`` (B,) of each group differ at all (B / group_size,).
 
-    Where none does, RLVR has no signal, and the paper skips the batch (2606.07082, Table 5). Raises what
-    :func:`grpo_advantages` raises about groups.
+    Where none do, the paper skips the batch (2606.07082, Table 5). Raises what :func:`grpo_advantages` raises.
 
     >>> has_reward_variance(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
     tensor([ True, False])
@@ -300,7 +298,7 @@ def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | 
     """Return the sum over sequences of their means of ``per_token`` (B, T) over ``mask``, divided by ``normalizer``.
 
     ``normalizer`` is the number of sequences in the whole batch, by default B; an empty sequence adds 0 and counts.
-    A token of a short answer weighs more than one of a long answer. Raises what :func:`token_mean` raises.
+    Raises what :func:`token_mean` raises.
 
     >>> sequence_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
     tensor(3.7500)

@@ -64,11 +64,6 @@ def encode_completions(tokenizer: transformers.PreTrainedTokenizerBase, texts: S
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
-def context_length(model: transformers.PreTrainedModel) -> int:
-    """Return how many tokens a model reads at most."""
-    return model.config.max_position_embeddings
-
-
 @torch.inference_mode()
 def sample(
     model: transformers.PreTrainedModel,
@@ -94,7 +89,7 @@ def sample(
     Raises:
         OpdlabError: if a prompt does not fit the model's context.
     """
-    encoded = encode_prompts(tokenizer, prompts, context_length(model) - max_new_tokens)
+    encoded = encode_prompts(tokenizer, prompts, model.config.max_position_embeddings - max_new_tokens)
     batch = _Sampling(model, tokenizer, encoded, samples, max_new_tokens)
     # Inverse-transform sampling: one uniform number per row and position, drawn in advance.
     uniforms = torch.rand(batch.rows, max_new_tokens, generator=generator, dtype=torch.float64).to(model.device)
@@ -250,5 +245,5 @@ def _pack(rows: list[tuple[list[int], list[list[int]]]], device: torch.device, a
             end, c = end + n, c + 1
     same = owner[:, :, None] == owner[:, None, :]
     visible = ((same | (owner[:, None, :] == 0)) & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    packed = (ids, positions, visible, row, source, tokens, mask)
-    return MicroBatch(*(tensor.to(device) for tensor in packed), advantages)  # type: ignore[misc]
+    packed: Any = [tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask)]
+    return MicroBatch(*packed, advantages)

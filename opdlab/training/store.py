@@ -42,7 +42,7 @@ class Run:
         """
         self.experiment, self.root = experiment, root
         self.folder = folder or root / experiment.folder
-        # A run that failed before its first step holds nothing yet: who mends a reward may call again.
+        # A run that failed before its first step holds nothing yet, so another reward may follow.
         if folder and (folder / "config.json").is_file():
             there = json.loads((folder / "config.json").read_text())
             if "recipe" not in there:

@@ -183,7 +183,14 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
     """Return answers and demonstrations by prompt; ``columns`` names the column of each."""
     table: dict[str, tuple[str, str]] = {}
     for number, row in enumerate(rows):
-        prompt, answer, demonstration = (_entry(row, role, column, number) for role, column in columns.items())
+        this = f"row {number} of the data set"
+        if not isinstance(row, Mapping):
+            raise OpdlabError(f"{this} is {str(row)[:60]!r}: give rows as dicts, such as one split")
+        for role, column in columns.items():
+            if row.get(column) is None:
+                has = f"has no {role} in a column {column!r}, and has {', '.join(map(str, row))}"
+                raise OpdlabError(f"{this} {has}: say which column it is by {role}=")
+        prompt, answer, demonstration = (str(row[column]) for column in columns.values())
         if table.setdefault(prompt, (answer, demonstration)) != (answer, demonstration):
             raise OpdlabError(
                 f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
@@ -290,17 +297,6 @@ def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float 
         return float(score(prompt, text))
     except Exception as problem:
         return type(problem).__name__
-
-
-def _entry(row: Any, role: str, column: str, number: int) -> str:
-    if not isinstance(row, Mapping):
-        raise OpdlabError(f"row {number} of the data set is {str(row)[:60]!r}: give rows as dicts, such as one split")
-    if row.get(column) is None:
-        raise OpdlabError(
-            f"row {number} of the data set has no {role} in a column {column!r}, and has {', '.join(map(str, row))}: "
-            f"say which column it is by {role}="
-        )
-    return str(row[column])
 
 
 def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:

@@ -15,7 +15,7 @@ import torch
 from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
 from opdlab.models.folders import ALPHABET, load_tokenizer
-from opdlab.training.arms import Arm, with_local_models
+from opdlab.training.arms import Arm, Model
 from opdlab.training.config import Compute, Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
 from opdlab.training.rollouts import encode_completions, encode_prompts
@@ -34,7 +34,7 @@ EVALUATIONS = (0.5, 1.0)
 PROMPTS, SAMPLES, EVALUATION_PROMPTS = 32, 4, 256
 #: From how many tokens on a vocabulary is large, and how many logits are then held at once.
 LARGE_VOCABULARY, LOGITS = 2**15, 2**28
-#: The longest prompts by characters whose tokens are counted before a training begins, all of a small data set.
+#: Of so many prompts, the longest by characters, tokens are counted before a training begins.
 CHECKED = 1000
 
 #: Given the file of the weights at step 0 and those after it, and ``seed=`` of the nulls, measures the update.
@@ -67,16 +67,11 @@ def make_experiment(
     for what, number in (("steps", steps), ("learning_rate", learning_rate)):
         if not isinstance(number, int if what == "steps" else (int, float)) or not 0 < number < math.inf:
             raise OpdlabError(f"{what} is {number!r}: give a {'whole ' if what == 'steps' else ''}number above 0")
-    arm = with_local_models(arm, local_folder)
+    arm = replace(arm, student=_fetched(arm.student), teacher=_fetched(arm.teacher))
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
-    recipe = Recipe(
-        steps,
-        prompts=min(PROMPTS, task.training_prompts or PROMPTS),
-        samples=1 if arm.rollouts_by == "task" else SAMPLES,
-        learning_rate=learning_rate,
-        warmup=min(10, steps // 10),
-    )
+    prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
+    recipe = Recipe(steps, prompts, samples, learning_rate, warmup=min(10, steps // 10))
     experiment = Experiment(
         arm,
         task,
@@ -96,6 +91,10 @@ def make_experiment(
     _check_numbers(experiment, context)
     _check_lengths(experiment, context)
     return experiment
+
+
+def _fetched(model: Model | None) -> Any:
+    return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
 
 
 def _sizes(arm: Arm) -> tuple[int, int]:
@@ -177,7 +176,7 @@ class Trained:
         import pandas as pd
 
         table = pd.DataFrame(self.run.lines(name))
-        # What a run does not have is no number, in a column of numbers.
+        # None becomes NaN.
         return table.astype({column: float for column in ("accuracy", "kl_teacher") if column in table})
 
     @property

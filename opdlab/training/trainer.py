@@ -1,9 +1,7 @@
-"""The trainer: the models, the task and the optimizer of a run, and one training step for every arm.
+"""The trainer: one training step for every arm, strictly on-policy, as in the paper's recipes.
 
-Each step draws prompts, gets completions (worked solutions, the student's rollouts or the teacher's), turns them into
-a loss per token, and makes one update: strictly on-policy, as in the paper's recipes. All randomness of a step comes
-from (seed, purpose, step). So two arms with the same seed see the same prompts, and a run that was killed goes on bit
-for bit as if nothing had happened.
+All randomness of a step comes from (seed, purpose, step). So two arms with the same seed see the same prompts, and a
+run that was killed goes on bit for bit as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -28,15 +26,7 @@ from opdlab.training.config import Experiment
 from opdlab.training.losses import LOSSES, token_ranking, token_weights
 from opdlab.training.optimizers import load_moments, make_optimizers, moments
 from opdlab.training.projection import Projector
-from opdlab.training.rollouts import (
-    MicroBatch,
-    Rollouts,
-    context_length,
-    encode_completions,
-    encode_prompts,
-    micro_batches,
-    sample,
-)
+from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, encode_prompts, micro_batches, sample
 from opdlab.training.tasks import Task
 
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4}
@@ -67,6 +57,18 @@ def score(
     return torch.tensor([reward if whole else 0.0 for reward, whole in zip(rewards, ended, strict=True)])
 
 
+def load_student(
+    experiment: Experiment, device: torch.device | str = "cpu"
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+    """Return the tokenizer and the model that a run starts from."""
+    source = experiment.arm.student
+    if source.shape:
+        # transformers wraps the method "to", and its type with it.
+        model = new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
+        return character_tokenizer(), model
+    return load_tokenizer(source.folder), load_model(source.folder, device)
+
+
 class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
@@ -81,7 +83,9 @@ class Trainer:
         self.device = find_device(experiment.compute.gpu)
         # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
         self.dtype = getattr(torch, experiment.compute.dtype) if self.device.type == "cuda" else torch.float32
-        self.tokenizer, self.student = self._student()
+        self.tokenizer, self.student = load_student(experiment, self.device)
+        if experiment.compute.recompute:
+            self.student.activation_checkpointing_enable()
         self.teacher: Any = None
         if self.arm.teacher:
             check_same_vocabulary(Path(self.arm.student.folder), Path(self.arm.teacher.folder))
@@ -94,18 +98,6 @@ class Trainer:
         self.writer = copy.deepcopy(self.student) if initial else writers[self.arm.rollouts_by]
         self.optimizers = make_optimizers(self.student, self.recipe, self.arm.optimizer)
         self.projector: Projector | None = None
-
-    def _student(self) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
-        source = self.arm.student
-        if source.shape:
-            # transformers wraps the method "to", and its type with it.
-            model = new_model(dict(source.shape), self.experiment.seed).to(self.device).eval()  # type: ignore[arg-type]
-            tokenizer: transformers.PreTrainedTokenizerBase = character_tokenizer()
-        else:
-            tokenizer, model = load_tokenizer(source.folder), load_model(source.folder, self.device)
-        if self.experiment.compute.recompute:
-            model.activation_checkpointing_enable()
-        return tokenizer, model
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -153,12 +145,11 @@ class Trainer:
         prompts = self.task.prompts(recipe.prompts, random_numbers(seed, "prompts", step))
         texts = self.texts(prompts)
         if self.writer is None:
-            room = context_length(self.student) - self.experiment.max_new_tokens
+            room = self.student.config.max_position_embeddings - self.experiment.max_new_tokens
             solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
             return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
-        how: dict[str, Any] = {"samples": recipe.samples, "temperature": self.experiment.temperature}
-        how |= {"max_new_tokens": self.experiment.max_new_tokens}
-        how |= {"generator": torch_generator(random_numbers(seed, "rollouts", step))}
+        how: Any = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": self.experiment.temperature}
+        how |= {"samples": recipe.samples, "generator": torch_generator(random_numbers(seed, "rollouts", step))}
         by_teacher = round(self.arm.teacher_share * len(prompts))
         rollouts = Rollouts([], [])
         for writer, part in ((self.teacher, texts[:by_teacher]), (self.writer, texts[by_teacher:])):
@@ -298,9 +289,9 @@ class Trainer:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def project(self, weights: Mapping[str, Tensor], at_start: bool) -> None:
-        """Project training from now on, onto directions of the update from the origin to ``weights``.
+        """Project training from now on; the update from the origin to ``weights`` gives the directions.
 
-        ``at_start`` is False when a stopped run goes on, which keeps its moments in any case.
+        A stopped run that goes on is not ``at_start``, and keeps its moments in any case.
         """
         projection = self.arm.projection
         self.projector = Projector(projection, self.origin, weights, self.experiment.seed)

@@ -1,8 +1,7 @@
-"""Training on many GPUs: an experiment run by TRL's trainers, under ``accelerate launch``.
+"""Training on many GPUs: an experiment run by TRL's trainers, under ``accelerate launch`` (FSDP2).
 
-``opdlab train --arm opd_full --scale paper --engine trl`` writes the arguments of a TRL trainer and of ``accelerate``
-(FSDP2) into the run's folder, prints the command and runs it: each process is then this module. The snapshots are put
-together from all GPUs, for ``opdlab measure BASE --trajectory RUN/snapshots``. TRL is imported only when it is used.
+``opdlab train --engine trl`` writes what they are told into the run's folder, prints the command and runs it: each
+process is then this module. The snapshots are put together from all GPUs.
 
 ============  ==============================================  =======================================================
 arm           trainer                                         loss
@@ -18,7 +17,8 @@ No trainer samples from the teacher (matched SFT), and none chooses tokens, mixe
 rounds the weights. From the same completions comes the same update as in opdlab's own loop, of which TRL sees the
 prompts in the same order (``tests/training/test_engines.py``). But TRL
 
-- samples from random streams of its own, so the completions are others, and spares norms from weight decay;
+- samples from random streams of its own, so the completions are others;
+- spares norms from weight decay;
 - has the paper's epsilon of Adam for RLVR, 1e-15, where opdlab's loop has 1e-8: some per cent of a first step;
 - makes an update from momentum where all rewards of a batch are alike, which opdlab's loop skips;
 - in bf16 under FSDP2 adds up the gradients of different GPUs in bf16, and only those of micro-batches in float32;
@@ -38,12 +38,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -56,19 +56,14 @@ from opdlab.models.folders import check_same_vocabulary, load_model, load_tokeni
 from opdlab.training.arms import changed_fields
 from opdlab.training.config import Experiment, Recipe
 from opdlab.training.objectives import CLIP
-from opdlab.training.rollouts import Rollouts, context_length, encode_completions, encode_prompts
+from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
 from opdlab.training.trainer import random_numbers, score
 
-if TYPE_CHECKING:
-    import datasets
-
-#: The name of TRL's trainer and its configuration, without ending, by who writes the completions and the loss.
+#: The first word of TRL's trainer and its configuration, by who writes the completions and the loss.
 TRAINERS = {
     ("task", "cross_entropy"): "SFT", ("student", "opd_sampled"): "IWOPD", ("student", "grpo"): "GRPO",
     ("student", "reverse_kl"): "Distillation", ("student", "forward_kl"): "Distillation",
 }  # fmt: skip
-GPUS = 8  # that a scale for many of them is configured for on a machine without any
-PROMPT_ROOM = 2048  # tokens of context for a prompt, which vLLM makes room for beside the completion
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 #: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
@@ -106,20 +101,14 @@ def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) 
     """
     trainer, arm = trainer_of(experiment), experiment.arm
     return {
-        "arm": experiment.title,
-        "seed": experiment.seed,
-        "task": experiment.task.name,
-        "trainer": trainer,
-        "recipe": asdict(experiment.recipe),
-        "start": arm.student.folder,
-        "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
-        "snapshots": list(experiment.snapshots),
-        "processes": processes,
-        "arguments": _common(experiment, trainer, processes, gpu, vllm) | _special(experiment, trainer, vllm),
-    }
+        "arm": experiment.title, "seed": experiment.seed, "task": experiment.task.name, "trainer": trainer,
+        "recipe": asdict(experiment.recipe), "snapshots": list(experiment.snapshots), "processes": processes,
+        "start": arm.student.folder, "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
+        "arguments": _common(experiment, trainer, processes, gpu) | _special(experiment, trainer, vllm),
+    }  # fmt: skip
 
 
-def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vllm: bool) -> dict:
+def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool) -> dict:
     """Return the arguments that all trainers have; those of the paper are in its Tables 3 to 5."""
     recipe, compute = experiment.recipe, experiment.compute
     share, rest = divmod(recipe.completions, max(1, processes))
@@ -136,19 +125,19 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool, vll
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup" if recipe.warmup else "constant"}
     if recipe.schedule == "cosine":
         schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device}
-    optimizer = {"optim": "adamw_torch", "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1]}
-    optimizer |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip}
-    rate = schedule | {"learning_rate": recipe.learning_rate, "warmup_steps": recipe.warmup}
-    plain = {"max_steps": recipe.steps, "seed": experiment.seed, "use_cpu": not gpu, "logging_steps": 1}
-    return {**plain, **batch, **optimizer, **rate, "report_to": "none", "gradient_checkpointing": compute.recompute} | {
+    return schedule | {
+        "max_steps": recipe.steps, "learning_rate": recipe.learning_rate, "warmup_steps": recipe.warmup,
+        "per_device_train_batch_size": per_device, "gradient_accumulation_steps": share // per_device,
+        "optim": "adamw_torch", "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1],
+        "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.clip,
         # The paper gives one for RLVR only (Table 5); the other is PyTorch's.
         "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
+        "seed": experiment.seed, "use_cpu": not gpu, "gradient_checkpointing": compute.recompute,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
         "bf16": gpu and compute.dtype == "bfloat16",
         # The weights are among the snapshots; in a run that goes on from a checkpoint of TRL, the origin would be lost.
-        "save_strategy": "no",
-    }
+        "save_strategy": "no", "logging_steps": 1, "report_to": "none",
+    }  # fmt: skip
 
 
 def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
@@ -156,15 +145,14 @@ def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
     recipe, room = experiment.recipe, experiment.max_new_tokens
     in_order: dict[str, Any] = {"shuffle_dataset": False}
     if trainer == "SFT":
-        # The rows hold tokens and labels already, in the order that opdlab's loop reads them.
+        # The rows hold tokens and labels already.
         as_they_are = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
         return in_order | as_they_are | {"max_length": None, "train_sampling_strategy": "sequential"}
     rollouts: dict[str, Any] = {"max_completion_length": room, "temperature": experiment.temperature}
     rollouts |= {"top_p": 1.0, "top_k": 0, "use_vllm": vllm}
     if vllm:
-        # Its memory is the trainer's while the update is made.
-        rollouts |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}
-        rollouts["vllm_max_model_length"] = room + PROMPT_ROOM
+        # Asleep, its memory is the trainer's while the update is made; 2048 tokens are for the prompt.
+        rollouts |= {"vllm_mode": "colocate", "vllm_enable_sleep_mode": True, "vllm_max_model_length": room + 2048}
     if trainer == "Distillation":
         return rollouts | in_order | {"beta": 1.0 if experiment.arm.loss == "reverse_kl" else 0.0}
     if trainer == "IWOPD":
@@ -180,21 +168,16 @@ def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
 
 
 def accelerate_arguments(config: dict) -> dict:
-    """Return the configuration file of ``accelerate launch``: FSDP2, each layer a unit of its own.
-
-    On CPUs accelerate 1.15 starts the processes and then shares nothing among them but gradients (DDP).
-    """
+    """Return the configuration of ``accelerate launch``: FSDP2 in units of layers, which 1.15 makes DDP on CPUs."""
     fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True}
     fsdp |= {"fsdp_offload_params": False, "fsdp_state_dict_type": "FULL_STATE_DICT"}
     # Else only the first process would read the teacher, whose weights nobody sends to the others.
     fsdp |= {"fsdp_cpu_ram_efficient_loading": False, "fsdp_activation_checkpointing": False}
-    machine = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1, "machine_rank": 0}
-    return machine | {
-        "use_cpu": config["arguments"]["use_cpu"],
-        "mixed_precision": "bf16" if config["arguments"]["bf16"] else "no",
-        "num_processes": config["processes"],
-        "fsdp_config": fsdp,
-    }
+    arguments = config["arguments"]
+    precision = {"use_cpu": arguments["use_cpu"], "mixed_precision": "bf16" if arguments["bf16"] else "no"}
+    machine = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0}
+    machine |= {"distributed_type": "FSDP", "num_processes": config["processes"]}
+    return machine | precision | {"fsdp_config": fsdp}
 
 
 # --- starting it ------------------------------------------------------------------------------------------------------
@@ -226,7 +209,8 @@ def launch(
     Raises:
         OpdlabError: if TRL cannot train the experiment, something is missing here, or training fails.
     """
-    processes = processes or torch.cuda.device_count() or (GPUS if gpu else 1)
+    # On a machine without GPUs the configuration is for eight.
+    processes = processes or torch.cuda.device_count() or (8 if gpu else 1)
     config = configure(experiment, processes, gpu=gpu, vllm=vllm) | {"produces": produces and str(produces)}
     print(f"run folder: {folder}")
     if (folder / "trainer_state.json").exists():
@@ -248,7 +232,7 @@ def launch(
 
 
 def write(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> list[str]:
-    """Write what the processes need into a run's folder, and return the command that trains, as its words.
+    """Write what the processes need into a run's folder, and return the words of the command that trains.
 
     Raises:
         OpdlabError: if the task cannot be handed to other processes.
@@ -258,9 +242,8 @@ def write(config: dict, experiment: Experiment, callback: Callback, folder: Path
     try:
         packed = pickle.dumps((config, experiment, callback))
     except (pickle.PicklingError, AttributeError) as problem:
-        raise OpdlabError(
-            f"task {experiment.task.name!r} cannot be handed to other processes ({problem}): put its reward in a module"
-        ) from problem
+        what = f"task {experiment.task.name!r} cannot be handed to other processes ({problem})"
+        raise OpdlabError(f"{what}: put its reward in a module") from problem
     write_whole(folder / "run.pickle", lambda temporary: temporary.write_bytes(packed))
     program = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
     options = ["--config_file", f"{folder / 'accelerate.json'}", "-m", "opdlab.training.trl"]
@@ -275,13 +258,13 @@ def check_ready(config: dict) -> None:
     """
     if not find_spec("trl"):
         raise OpdlabError("the engine trl is not installed: pip install 'opdlab[trl]'")
-    gpus, wanted = torch.cuda.device_count(), config["processes"]
-    if not config["arguments"]["use_cpu"] and gpus < wanted:
+    arguments, gpus = config["arguments"], torch.cuda.device_count()
+    if not arguments["use_cpu"] and gpus < config["processes"]:
         raise OpdlabError(
-            f"{config['arm']!r} needs {wanted} CUDA GPUs, and this machine has {gpus}: run it where they are, or only "
-            "write its configuration with --dry-run"
+            f"{config['arm']!r} needs {config['processes']} CUDA GPUs, and this machine has {gpus}: run it where they "
+            "are, or only write its configuration with --dry-run"
         )
-    if config["arguments"].get("use_vllm") and not find_spec("vllm"):
+    if arguments.get("use_vllm") and not find_spec("vllm"):
         raise OpdlabError(f"{config['arm']!r} samples with vLLM: pip install 'trl[vllm]'")
     for source in filter(None, (config["start"], config["teacher"])):
         if Path(source).is_absolute() and not Path(source).is_dir():
@@ -297,7 +280,8 @@ def run(path: Path) -> None:
     Raises:
         OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
     """
-    config, experiment, callback = pickle.loads(path.read_bytes())  # which launch wrote on this machine
+    # What launch wrote on this machine a moment ago.
+    config, experiment, callback = pickle.loads(path.read_bytes())
     trainer = make_trainer(config, experiment, callback, path.parent)
     trainer.train()
     trainer.save_state()
@@ -315,12 +299,12 @@ def make_trainer(config: dict, experiment: Experiment, callback: Callback, folde
     """Return the trainer of a configuration, with data, models and callback, which writes into ``folder``."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     name = config["trainer"]
-    kind, settings = _classes(name, experiment.recipe)
+    kind, configuration = _classes(name, experiment.recipe)
     # First of all, as it joins the processes and says which device is whose.
-    settings = settings(output_dir=str(folder), **config["arguments"])
+    settings = configuration(output_dir=str(folder), **config["arguments"])
     start = local_folder(config["start"])
     tokenizer, student = load_tokenizer(start), load_model(start)
-    data = rows(experiment, name, tokenizer, context_length(student))
+    data = rows(experiment, name, tokenizer, student.config.max_position_embeddings)
     options = {"args": settings, "processing_class": tokenizer, "train_dataset": data}
     if config["teacher"]:
         teacher = local_folder(config["teacher"])
@@ -329,7 +313,7 @@ def make_trainer(config: dict, experiment: Experiment, callback: Callback, folde
     if name == "GRPO":
         options["reward_funcs"] = reward(experiment, tokenizer)
     elif name == "IWOPD":
-        options["data_collator"] = _prompts_of(tokenizer)
+        options["data_collator"] = partial(_collate, tokenizer)
     trainer = kind(student, **options)
     trainer.add_callback(callback(trainer, folder, experiment.snapshots))
     return trainer
@@ -337,18 +321,19 @@ def make_trainer(config: dict, experiment: Experiment, callback: Callback, folde
 
 def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
     """Return TRL's trainer, with what opdlab must have otherwise, and its configuration."""
-    rate_at, library = recipe.learning_rate_at, import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
+    library = import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
     trainer: Any = getattr(library, f"{name}Trainer")
 
     class Scheduled(trainer):
         """With the learning rates of opdlab's loop, of which TRL's schedules are some steps off."""
 
         def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda t: rate_at(t) / recipe.learning_rate)
+            at = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(at, lambda step: recipe.learning_rate_at(step) / recipe.learning_rate)
             return self.lr_scheduler
 
     class InOrder(Scheduled):
-        """With prompts in order, and a loss averaged over the tokens of the batch; ``IWOPDTrainer`` offers neither."""
+        """With prompts in order, and a loss averaged over the tokens of the batch, as ``IWOPDTrainer`` has neither."""
 
         loss_is_scaled_for_ga = True
 
@@ -367,11 +352,11 @@ def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
     return InOrder if name == "IWOPD" else Scheduled, getattr(library, f"{name}Config")
 
 
-def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: int) -> datasets.Dataset:
-    """Return the data set: the prompts of step 0 as opdlab's loop sees them, those of step 1, and so on.
+def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: int) -> Any:
+    """Return the ``datasets.Dataset``: the prompts of step 0 as opdlab's loop sees them, those of step 1, and so on.
 
-    A row is drawn when it is asked for. It is a prompt, which GRPO repeats by itself and the others find as often as it
-    is sampled; or for SFT the tokens of prompt and solution, with labels on the solution only.
+    A row is drawn when it is asked for: a prompt, repeated for all trainers but GRPO as often as it is sampled; or for
+    SFT the tokens of prompt and solution, with labels on the solution only.
     """
     import datasets
 
@@ -404,15 +389,11 @@ def reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[f
     return accuracy
 
 
-def _prompts_of(tokenizer: Tokenizer) -> Callable[[list[dict[str, str]]], dict[str, Tensor]]:
-    """Return what makes a batch of rows for ``IWOPDTrainer``, whose own would write prompts by a chat template."""
-
-    def collate(examples: list[dict[str, str]]) -> dict[str, Tensor]:
-        prompts = [example["prompt"] for example in examples]
-        encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-        return {"prompts": encoded.input_ids, "prompt_attention_mask": encoded.attention_mask} | dict(encoded)
-
-    return collate
+def _collate(tokenizer: Tokenizer, examples: list[dict[str, str]]) -> dict[str, Tensor]:
+    """Make a batch of rows for ``IWOPDTrainer``, which by itself would write prompts by a chat template."""
+    prompts = [example["prompt"] for example in examples]
+    encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    return {"prompts": encoded.input_ids, "prompt_attention_mask": encoded.attention_mask} | dict(encoded)
 
 
 if __name__ == "__main__":
