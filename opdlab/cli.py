@@ -115,21 +115,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_scale(parser)
     parser.add_argument("--arm", required=True, help="sft, opd or rlvr; of the book also sft_matched or a variant")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any field of the experiment, such as samples=8 or 'tokens=top(\"log-ratio\", 0.25)' (repeatable)",
-    )
+    what = "any field of the experiment, such as samples=8 or 'tokens=top(\"log-ratio\", 0.25)' (repeatable)"
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=what)
     own = parser.add_argument_group("a task and models of your own (instead of a scale)")
     own.add_argument("--data", help="JSONL file, or a data set on the hub, with prompts and answers")
     own.add_argument("--prompt", help="its column with the prompt (default: prompt)")
     own.add_argument("--answer", help="its column with the answer (default: answer)")
     own.add_argument("--demonstration", help="its column that sft imitates (default: that of the answer)")
-    own.add_argument(
-        "--reward", metavar="MODULE:FUNCTION", help="(prompt, completion, answer) -> number (default: the last word)"
-    )
+    what = "(prompt, completion, answer) -> number (default: the last word)"
+    own.add_argument("--reward", metavar="MODULE:FUNCTION", help=what)
     own.add_argument("--student", help="model folder, or OWNER/NAME on the hub")
     own.add_argument("--teacher", help="the same; its vocabulary must be the student's")
     own.add_argument("--steps", type=int, help="number of updates")
@@ -163,8 +157,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.engine:
         _train_by_engine(options, lab)
         return
-    _for_own_loop(lab)
-    check_room(lab, options.arm)
+    check_room(_for_own_loop(lab), options.arm)
     settings = _settings(options.set)
     run = lab.train(options.arm, options.seed, progress=True, change=lambda of: with_fields(of, settings))
     print(f"run folder: {run.folder}")
@@ -182,14 +175,10 @@ def _train_own(options: argparse.Namespace) -> None:
             raise OpdlabError(f"arm {options.arm!r} on --data needs --{name.replace('_', '-')}: give it")
     columns = {name: getattr(options, name) for name in ("prompt", "answer", "demonstration") if getattr(options, name)}
     reward = _imported(options.reward) if options.reward else None
-    run = opdlab.train(
-        getattr(opdlab, options.arm)(options.student, teacher=options.teacher),
-        opdlab.Task.from_dataset(options.data, reward=reward, **columns),
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        out=options.out,
-        **{"seed": options.seed} | _settings(options.set),
-    )
+    task = opdlab.Task.from_dataset(options.data, reward=reward, **columns)
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "learning_rate", "out", "seed")}
+    arm = getattr(opdlab, options.arm)(options.student, teacher=options.teacher)
+    run = opdlab.train(arm, task, **settings | _settings(options.set))
     print(run.evaluations.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"\nthe model: {run.model}\nto measure it: opdlab measure {options.student} {run.model}")
 

@@ -245,5 +245,5 @@ def _pack(rows: list[tuple[list[int], list[list[int]]]], device: torch.device, a
             end, c = end + n, c + 1
     same = owner[:, :, None] == owner[:, None, :]
     visible = ((same | (owner[:, None, :] == 0)) & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    packed: Any = [tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask)]
-    return MicroBatch(*packed, advantages)
+    packed: Any = (tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask))
+    return MicroBatch(*(*packed, advantages))
