@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,9 +159,12 @@ def _train(options: argparse.Namespace) -> None:
         _train_by_engine(options, lab)
         return
     check_room(_for_own_loop(lab), options.arm)
-    settings = _settings(options.set)
-    run = lab.train(options.arm, options.seed, progress=True, change=lambda of: with_fields(of, settings))
+    settings, steps = _settings(options.set), list[int]()
+    change = partial(with_fields, settings=settings)
+    run = lab.train(options.arm, options.seed, progress=True, change=change, on_steps=steps.append)
     print(f"run folder: {run.folder}")
+    if steps[0] == run.steps:
+        print("finished before; delete the folder to train it again")
     for line in run.lines("evaluations"):
         print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
 
