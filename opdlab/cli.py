@@ -154,13 +154,12 @@ def _train(options: argparse.Namespace) -> None:
 
     if not options.engine and (options.processes or options.dry_run):
         raise OpdlabError("--processes and --dry-run are of an engine: add --engine trl")
-    lab = _laboratory(options)
     if options.engine:
-        _train_by_engine(options, lab)
+        _train_by_engine(options, _laboratory(options))
         return
-    check_room(_for_own_loop(lab), options.arm)
-    settings, steps = _settings(options.set), list[int]()
-    change = partial(with_fields, settings=settings)
+    lab, steps = _for_own_loop(_laboratory(options)), list[int]()
+    check_room(lab, options.arm)
+    change = partial(with_fields, settings=_settings(options.set))
     run = lab.train(options.arm, options.seed, progress=True, change=change, on_steps=steps.append)
     print(f"run folder: {run.folder}")
     if steps[0] == run.steps:
@@ -231,18 +230,13 @@ def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
     from opdlab.measuring.callback import callback_for
     from opdlab.training.trl import launch
 
-    named, gpu = lab.arm(options.arm), lab.scale.compute.gpu
-    launch(
-        lab.experiment(options.arm, options.seed),
-        lab.runs / f"{options.arm}-seed{options.seed}-trl",
-        callback_for,
-        processes=options.processes,
-        gpu=bool(lab.scale.engine) or (gpu and torch.cuda.is_available()),
-        vllm=bool(lab.scale.engine),
-        # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
-        produces=lab.models / named.produces if named.produces and options.seed == 0 else None,
-        dry_run=options.dry_run,
-    )
+    engine, folder = bool(lab.scale.engine), lab.runs / f"{options.arm}-seed{options.seed}-trl"
+    gpu = engine or (lab.scale.compute.gpu and torch.cuda.is_available())
+    # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
+    model = lab.arm(options.arm).produces if options.seed == 0 else ""
+    how = {"processes": options.processes, "dry_run": options.dry_run, "gpu": gpu, "vllm": engine}
+    produces = lab.models / model if model else None
+    launch(lab.experiment(options.arm, options.seed), folder, callback_for, produces=produces, **how)
 
 
 # --- the book ---------------------------------------------------------------------------------------------------------

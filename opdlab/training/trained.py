@@ -16,7 +16,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
 from opdlab.models.folders import ALPHABET, load_tokenizer
 from opdlab.training.arms import Arm, Model
-from opdlab.training.config import Compute, Experiment, Recipe, with_fields
+from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
 from opdlab.training.rollouts import encode_completions, encode_prompts
 from opdlab.training.store import Run
@@ -64,27 +64,22 @@ def make_experiment(
     Raises:
         OpdlabError: if a field is unknown, or a model or a number cannot be used.
     """
-    for what, number in (("steps", steps), ("learning_rate", learning_rate)):
+    for what, number, kind in (("steps", steps, "whole number"), ("learning_rate", learning_rate, "number")):
         if not isinstance(number, int if what == "steps" else (int, float)) or not 0 < number < math.inf:
-            raise OpdlabError(f"{what} is {number!r}: give a {'whole ' if what == 'steps' else ''}number above 0")
+            raise OpdlabError(f"{what} is {number!r}: give a {kind} above 0")
     arm = replace(arm, student=_fetched(arm.student), teacher=_fetched(arm.teacher))
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
     recipe = Recipe(steps, prompts, samples, learning_rate, warmup=min(10, steps // 10))
-    experiment = Experiment(
-        arm,
-        task,
-        recipe,
-        seed,
-        max_new_tokens=min(256, context // 2),
-        evaluations=recipe.steps_at(EVALUATIONS),
-        evaluation_prompts=min(EVALUATION_PROMPTS, task.held_out or EVALUATION_PROMPTS),
-        snapshots=recipe.steps_at(SNAPSHOTS),
-        compute=Compute(gpu=True, **(large if vocabulary > LARGE_VOCABULARY else {})),
-        name=name,
-    )
-    experiment = with_fields(experiment, settings)
+    experiment = Experiment(arm, task, recipe, seed, min(256, context // 2), name=name)
+    measured: dict[str, Any] = {
+        "evaluations": recipe.steps_at(EVALUATIONS),
+        "evaluation_prompts": min(EVALUATION_PROMPTS, task.held_out or EVALUATION_PROMPTS),
+        "snapshots": recipe.steps_at(SNAPSHOTS),
+        "gpu": True,
+    }
+    experiment = with_fields(experiment, measured | (large if vocabulary > LARGE_VOCABULARY else {}) | settings)
     # The end counts: a run is finished when it has those weights, and is as good as it is then.
     kept: Any = {name: tuple(sorted({*getattr(experiment, name), steps})) for name in ("evaluations", "snapshots")}
     experiment = replace(experiment, **kept)
