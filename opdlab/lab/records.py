@@ -127,7 +127,7 @@ def load(
 def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None) -> pd.DataFrame:
     analysis = ANALYSES[name]
     wanted = [seed for seed in analysis.seeds(lab) if seeds is None or seed in seeds]
-    if any(missing_parts(analysis, seed, lab) for seed in wanted):
+    if any(_is_due(analysis, seed, lab) for seed in wanted):
         raise OpdlabError(
             f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
             f"'opdlab record --scale {lab.scale.name} --analysis {name}'"
@@ -204,7 +204,15 @@ def recorded_arms(lab: Laboratory) -> tuple[str, ...]:
 def recorded_analyses(lab: Laboratory) -> tuple[str, ...]:
     """Return the analyses recorded for every seed that they have at the scale."""
     analyses = (ANALYSES[name] for name in lab.scale.policy.analyses)
-    return tuple(of.name for of in analyses if not any(missing_parts(of, seed, lab) for seed in of.seeds(lab)))
+    return tuple(of.name for of in analyses if not any(_is_due(of, seed, lab) for seed in of.seeds(lab)))
+
+
+def _is_due(analysis: Analysis, seed: int, lab: Laboratory) -> bool:
+    """Tell whether an analysis lacks a part. Pairs with a run that is not recorded itself are not asked for yet."""
+    missing, index = missing_parts(analysis, seed, lab), read_index(lab.records)
+    if not analysis.pairs or len(missing) == len(analysis.parts(lab, seed)):
+        return bool(missing)
+    return any(all(has_record(*run, lab, index) for run in part.runs) for part in missing)
 
 
 def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:

@@ -201,6 +201,10 @@ def test_an_arm_that_is_added_leaves_every_record_valid(monkeypatch):
     lab = replace(before, arms=grid._arms, scale=replace(before.scale, policy=more))
     assert plan(before, policy.arms, analyses=policy.analyses) == [], "the records of tiny are whole"
     assert set(recorded_arms(lab)) == set(policy.arms)
+    # Chapters go on reading: pairs with an arm that is not recorded itself are not asked for.
+    assert recorded_analyses(lab) == recorded_analyses(before) == policy.analyses
+    pairs = [load(at, ["opd"], analyses=["similarity"]).analyses["similarity"] for at in (before, lab)]
+    pd.testing.assert_frame_equal(*pairs)
     assert plan(lab, policy.arms) == []
     analyses = [ANALYSES[analysis] for analysis in policy.analyses]
     due = [part for of in analyses for seed in of.seeds(lab) for part in missing_parts(of, seed, lab)]
