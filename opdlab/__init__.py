@@ -115,7 +115,7 @@ def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Com
 def judge(records: Records, finding: str = "") -> pd.DataFrame:
     """Judge the paper's claims by the records of :func:`load`, and return the scorecard, a row per claim they can test.
 
-    ``finding``, a key of :data:`opdlab.claims.FINDINGS`, leaves only the claims of this one.
+    ``finding``, a key of :data:`opdlab.claims.paper.FINDINGS`, leaves only the claims of this one.
 
     Raises:
         OpdlabError: if there is no such finding.

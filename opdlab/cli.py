@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from opdlab.errors import OpdlabError, exit_status
 if TYPE_CHECKING:
     from opdlab.lab.laboratory import Laboratory
 
-# The commands, in the order of the help: what each does, and what adds its arguments and runs it, found below by name.
+# The commands, in the order of the help; what adds the arguments of each and runs it is found below by name.
 _COMMANDS = {
     "measure": "measure the update from one checkpoint to another, or the way through several",
     "compare": "compare updates that were measured: the same weights, the same directions?",
@@ -36,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in _COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        globals()[f"_add_{name}"](command)
+        if add := globals().get(f"_add_{name}"):
+            add(command)
     return parser
 
 
@@ -54,10 +56,10 @@ def _laboratory(options: argparse.Namespace) -> Laboratory:
 def _for_own_loop(lab: Laboratory) -> Laboratory:
     """Return the laboratory, or refuse one whose scale only another engine trains."""
     if lab.scale.engine:
+        command = f"opdlab train --engine {lab.scale.engine} --scale {lab.scale.name} --arm ..."
         raise OpdlabError(
-            f"scale {lab.scale.name!r} ({lab.scale.summary}) is too large for opdlab's own loop: run 'opdlab train "
-            f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' where there are GPUs for it, or choose "
-            "another scale"
+            f"scale {lab.scale.name!r} ({lab.scale.summary}) is too large for opdlab's own loop: run {command!r} where "
+            "there are GPUs for it, or choose another scale"
         )
     return lab
 
@@ -73,8 +75,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     parser.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
-    what = "matrices measured at once (default: one for each processor, or 1 for a small model)"
-    parser.add_argument("--processes", type=int, help=what)
+    parser.add_argument("--processes", type=int, help="at once (default: one for each processor; 1 for a small model)")
     parser.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
 
 
@@ -87,24 +88,14 @@ def _measure(options: argparse.Namespace) -> None:
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
     path = options.tuned or find_trajectory(options.trajectory)
     out = options.out or default_out(Path(options.trajectory or path[-1]))
-    update = measure(
-        options.base,
-        path,
-        out=out,
-        seed=options.seed,
-        nulls=not options.no_nulls,
-        processes=options.processes,
-        device=options.device,
-        cache=None if options.no_cache else cache_folder(),
-        progress=True,
-    )
-    print(update)
+    how = {name: getattr(options, name) for name in ("seed", "processes", "device")}
+    how |= {"nulls": not options.no_nulls, "cache": None if options.no_cache else cache_folder()}
+    print(measure(options.base, path, out=out, progress=True, **how))
     print(f"\nwith figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    what = "summary.json of 'opdlab measure'; its checkpoints are read again"
-    parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help=what)
+    parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help="summary.json; its models are read again")
     parser.add_argument("--out", type=Path, default=Path("geometry-compare"), help="default: geometry-compare, here")
     parser.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="matrices compared at once")
@@ -113,8 +104,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from opdlab.measuring.compare import compare
 
-    processes = options.processes
-    print(compare(options.results, out=options.out, seed=options.seed, processes=processes, progress=True))
+    how = {name: getattr(options, name) for name in ("out", "seed", "processes")}
+    print(compare(options.results, progress=True, **how))
     print(f"\nwith a figure: {options.out / 'compare.html'}; every matrix: {options.out / 'pairs.csv'}")
 
 
@@ -166,10 +157,13 @@ def _train(options: argparse.Namespace) -> None:
     if options.engine:
         _train_by_engine(options, _laboratory(options))
         return
-    lab, settings = _for_own_loop(_laboratory(options)), _settings(options.set)
+    lab, steps = _for_own_loop(_laboratory(options)), list[int]()
+    change = partial(with_fields, settings=_settings(options.set))
     check_room(lab, options.arm)
-    run = lab.train(options.arm, options.seed, progress=True, change=lambda of: with_fields(of, settings))
+    run = lab.train(options.arm, options.seed, progress=True, change=change, on_steps=steps.append)
     print(f"run folder: {run.folder}")
+    if steps[0] == run.steps:
+        print("finished before; delete the folder to train it again")
     for line in run.lines("evaluations"):
         print(f"step {line['step']:5}: greedy {line['greedy']:.1%}, sampled {line['sampled']:.1%}")
 
@@ -248,10 +242,6 @@ def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
 # --- the book ---------------------------------------------------------------------------------------------------------
 
 
-def _add_scales(parser: argparse.ArgumentParser) -> None:
-    del parser  # it has no arguments
-
-
 def _scales(options: argparse.Namespace) -> None:
     from opdlab.lab.grid import ARMS
     from opdlab.lab.scales import SCALES
@@ -304,8 +294,7 @@ def _plan(options: argparse.Namespace) -> None:
     )
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    _add_scale(parser)
+_add_models = _add_scale
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -353,11 +342,8 @@ def _record(options: argparse.Namespace) -> None:
 
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     _add_record(parser)
-    parser.add_argument(
-        "--keep-models",
-        action="store_true",
-        help="start from the models that are there: another processor makes others, and seeds tell nothing of those",
-    )
+    what = "start from the models that are there: another processor makes others, and seeds tell nothing of those"
+    parser.add_argument("--keep-models", action="store_true", help=what)
 
 
 def _reproduce(options: argparse.Namespace) -> None:

@@ -19,11 +19,7 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: its own or 0, 2 on bad input, 130 if interrupted.
 
     If the reader of its output has closed the pipe, as in ``opdlab plan | head``, the status is 141 and nothing is
-    printed.
-
-    Args:
-        program: name to print before an error message.
-        work: the command; it returns its exit status, or None for 0.
+    printed. An error message begins with the name of the program.
 
     >>> exit_status("opdlab", lambda: None)
     0

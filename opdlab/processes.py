@@ -63,10 +63,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 def workers(count: int, prepare: Callable | None = None, *arguments: object) -> Iterator[ProcessPoolExecutor]:
     """Start ``count`` single-threaded worker processes, and end them at once on any exception, Ctrl-C included.
 
-    Args:
-        count: number of processes.
-        prepare: function to call once in each process before any work.
-        arguments: arguments of ``prepare``.
+    Each process first calls ``prepare(*arguments)``.
     """
     # glibc reads these when a worker starts. Without them it returns the memory of large tensors to the system and gets
     # it back page by page, which takes a tenth of a training step and a quarter of a measurement. Above 32 MB it still

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pandas as pd
@@ -21,16 +21,10 @@ SHOWN = ("tiny", "small")
 def records_at(
     name: str, arms: Sequence[str], root: Path | None = None, analyses: tuple[str, ...] = ()
 ) -> Records | None:
-    """Return the records of a scale, as far as there are any.
+    """Return the records of a scale for those of the arms that are recorded; None if there are none.
 
-    Args:
-        name: the name of the scale.
-        arms: the arms to load; those that are not recorded are left out.
-        root: the folder that holds data/records; by default the repository.
-        analyses: the analyses to load.
-
-    Returns:
-        The records, or None if the scale has no record of any of the arms, or lacks one of the analyses.
+    It is None as well if the scale lacks one of the analyses. ``root`` holds data/records; by default it is the
+    repository.
     """
     lab = Laboratory.at(name, root)
     there = recorded_arms(lab)
@@ -43,16 +37,9 @@ def records_at(
 def compare_scales(
     metrics: Mapping[str, Metric], arms: Sequence[str], scales: Sequence[str] = SHOWN, root: Path | None = None
 ) -> pd.DataFrame:
-    """Return metrics of arms at several scales, one row per scale, metric, arm and seed that is recorded.
+    """Return metrics, by title, of arms at several scales, one row per scale, title, arm and seed that is recorded.
 
-    Args:
-        metrics: by title. A scale is left out if it lacks an analysis that one of them reads.
-        arms: the arms, in order.
-        scales: the names of the scales.
-        root: the folder that holds data/records; by default the repository.
-
-    Returns:
-        A table with the columns scale, title, arm, label, seed and value.
+    The columns are scale, title, arm, label, seed and value. A scale that lacks an analysis is left out.
     """
     rows = []
     analyses = tuple({metric.analysis for metric in metrics.values() if metric.analysis})
@@ -60,12 +47,10 @@ def compare_scales(
         records = records_at(scale, arms, root, analyses)
         if records is None:
             continue
-        for title, metric in metrics.items():
-            for arm in arms:
-                if arm in set(records.runs["arm"]):
-                    found = metric.of(records, arm)
-                    who = {"scale": scale, "title": title, "arm": arm, "label": ARMS[arm].label}
-                    rows += [who | {"seed": seed, "value": number} for seed, number in found.items()]
+        for (title, metric), arm in product(metrics.items(), arms):
+            if arm in set(records.runs["arm"]):
+                who = (scale, title, arm, ARMS[arm].label)
+                rows += [(*who, seed, value) for seed, value in metric.of(records, arm).items()]
     return pd.DataFrame(rows, columns=["scale", "title", "arm", "label", "seed", "value"])
 
 
@@ -79,11 +64,8 @@ def judge_at(name: str, root: Path | None = None) -> list[Verdict]:
 def compare_order(table: pd.DataFrame, title: str) -> str:
     """Say how a metric orders the arms at each of two scales, and on how many pairs of arms the scales agree.
 
-    A pair is told apart at a scale if the 95 % interval of its difference, paired by seed, does not contain zero.
-
-    Args:
-        table: what :func:`compare_scales` returns for two scales.
-        title: the title of the metric.
+    The table is that of :func:`compare_scales`. A pair is told apart at a scale if the 95 % interval of its difference,
+    paired by seed, does not contain zero.
     """
     wide = table[table["title"] == title].pivot_table(index=["scale", "seed"], columns="arm", values="value")
     scales, means = list(table["scale"].unique()), wide.groupby("scale").mean()

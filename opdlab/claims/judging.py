@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import nan
 
 import numpy as np
 import pandas as pd
@@ -27,8 +26,8 @@ from opdlab.stats import Interval, mean_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
-#: Where the paper's number is from: printed, in the paper or in a neighbouring one; said in words, without a number;
-#: found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
+#: Where the paper's number is from. It is printed, in the paper or in a neighbouring one; or said in words, without a
+#: number; or found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
 KNOWN = ("printed", "words", "draft", "secondary")
 _EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 
@@ -37,24 +36,17 @@ _EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 class Metric:
     """A number that each run has: the mean of one column over matrices.
 
-    Attributes:
-        column: a column of the records' ``matrices``, or of their ``trajectory`` if ``progress`` is given. The columns
-            "sampled" and "greedy" (accuracy), "entropy" and "kl_teacher" are those of their ``evaluations``.
-        analysis: the analysis to read instead (:data:`opdlab.lab.analyses.ANALYSES`).
-        where: entries that pick the rows of an analysis, by column.
-        progress: a share of the training; the nearest snapshot is read.
-        since: a share of the training from which the change is taken, instead of the number itself.
-        block: "attention" leaves the MLP out, as the paper does for trajectories.
-        log: take the natural logarithm, for quantities that are compared by their ratio.
+    The column is one of the records' ``matrices``, or of their ``trajectory`` if ``progress`` is given. The columns
+    "sampled" and "greedy" (accuracy), "entropy" and "kl_teacher" are those of their ``evaluations``.
     """
 
     column: str
-    analysis: str = ""
-    where: dict[str, object] = field(default_factory=dict)
-    progress: float | None = None
-    since: float | None = None
-    block: str = ""
-    log: bool = False
+    analysis: str = ""  # the analysis to read instead (opdlab.lab.analyses.ANALYSES)
+    where: dict[str, object] = field(default_factory=dict)  # entries that pick the rows of an analysis, by column
+    progress: float | None = None  # a share of the training; the nearest snapshot is read
+    since: float | None = None  # a share of the training from which the change is taken, instead of the number itself
+    block: str = ""  # "attention" leaves the MLP out, as the paper does for trajectories
+    log: bool = False  # take the natural logarithm, for quantities that are compared by their ratio
 
     def of(self, records: Records, arm: str) -> pd.Series:
         """Return the metric of each run of an arm, by seed; all rows count if ``arm`` is empty.
@@ -76,7 +68,9 @@ class Metric:
             rows = rows[rows["block"] == self.block]
         if rows.empty or self.column not in rows:
             raise OpdlabError(f"the records have no {self.column!r} of the arm {arm!r}; record it first")
-        values = _at(per_run(rows, (self.column,)) if "block" in rows else rows, self.column, self.progress)
+        runs = per_run(rows, (self.column,)) if "block" in rows else rows
+        runs = runs if self.progress is None else nearest(runs, self.progress)
+        values = runs.set_index("seed")[self.column]
         if self.log:
             values = np.log(values)
         if self.since is not None:
@@ -84,27 +78,15 @@ class Metric:
         return values
 
 
-def _at(runs: pd.DataFrame, column: str, progress: float | None) -> pd.Series:
-    return (runs if progress is None else nearest(runs, progress)).set_index("seed")[column]
-
-
 @dataclass(frozen=True)
 class Contrast:
-    """A statistic with one value per seed: a metric of one arm minus that of another arm, another metric, or a number.
-
-    Attributes:
-        metric: the metric.
-        arm: the arm that it is taken of.
-        minus_arm: the arm that is subtracted, if it is another.
-        minus: the metric that is subtracted, if it is another, or a number.
-        size: 0 for the difference itself, 1 for its absolute value ("far"), -1 for minus that ("near").
-    """
+    """A statistic with one value per seed: a metric of one arm minus that of another, another metric, or a number."""
 
     metric: Metric
     arm: str
-    minus_arm: str = ""
-    minus: Metric | float | None = None
-    size: int = 0
+    minus_arm: str = ""  # the arm that is subtracted, if it is another
+    minus: Metric | float | None = None  # the metric that is subtracted, if it is another, or a number
+    size: int = 0  # 0 for the difference itself, 1 for its absolute value ("far"), -1 for minus that ("near")
 
     def of(self, records: Records) -> pd.Series:
         """Return the contrast by seed, for the seeds that both sides have."""
@@ -124,48 +106,29 @@ class Contrast:
     @property
     def arms(self) -> set[str]:
         """The arms whose runs must be recorded."""
-        if all(metric.analysis for metric in self.metrics):
-            return set()
-        return {self.arm, self.minus_arm or self.arm}
+        return set() if all(metric.analysis for metric in self.metrics) else {self.arm, self.minus_arm or self.arm}
 
 
 def contrasts(records: Records, metric: Metric, arms: Sequence[str], baseline: str) -> pd.DataFrame:
-    """Return a metric of several arms minus that of a baseline, one column per arm and one row per seed.
-
-    Args:
-        records: the records of all these arms.
-        metric: the metric.
-        arms: the arms, in order.
-        baseline: the arm that is subtracted.
-    """
+    """Return a metric of several arms minus that of a baseline arm, one column per arm and one row per seed."""
     return pd.DataFrame({arm: Contrast(metric, arm, baseline).of(records) for arm in arms})
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, and how it is tested.
+    """A statement of the paper, and how it is tested."""
 
-    Attributes:
-        name: the name in code and links.
-        finding: the finding that it belongs to, a key of :data:`opdlab.claims.paper.FINDINGS`.
-        statement: the claim in one sentence.
-        source: where the paper makes it, and the numbers that it prints.
-        effect: the statistic that tests it; positive speaks for the claim.
-        smallest: the smallest effect that counts, in the units of the statistic.
-        controls: what is left of the effect without a simpler explanation, by that explanation.
-        negative_controls: the same statistic where the paper's explanation does not apply, by the reason why not.
-        known: where the paper's number is from, one of :data:`opdlab.claims.judging.KNOWN`.
-    """
-
-    name: str
-    finding: str
-    statement: str
-    source: str
-    effect: Contrast
-    smallest: float
+    name: str  # in code and links
+    finding: str  # the finding that it belongs to, a key of opdlab.claims.paper.FINDINGS
+    statement: str  # the claim in one sentence
+    source: str  # where the paper makes it, and the numbers that it prints
+    effect: Contrast  # the statistic that tests it; positive speaks for the claim
+    smallest: float  # the smallest effect that counts, in the units of the statistic
+    # What is left of the effect without a simpler explanation, by that explanation.
     controls: dict[str, Contrast] = field(default_factory=dict)
+    # The same statistic where the paper's explanation does not apply, by the reason why not.
     negative_controls: dict[str, Contrast] = field(default_factory=dict)
-    known: str = "words"
+    known: str = "words"  # where the paper's number is from, one of KNOWN
 
     @property
     def arms(self) -> set[str]:
@@ -184,28 +147,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the records say about a claim.
-
-    Attributes:
-        claim: the claim.
-        verdict: one of :data:`opdlab.claims.judging.VERDICTS`.
-        by: the control or negative control that explains the effect, or "".
-        effect: the mean over seeds with Student's 95 % interval.
-        p: the one-sided p-value of an effect above the smallest that counts, corrected by Holm's method.
-        seeds: the number of seeds.
-        left: what each control leaves of the effect, and what each negative control shows of it, with intervals.
-        perhaps: for a reproduced claim, the controls and negative controls that the seeds cannot rule out as its
-            explanation.
-    """
+    """What the records say about a claim."""
 
     claim: Claim
-    verdict: str
-    by: str
-    effect: Interval
-    p: float
-    seeds: int
-    left: dict[str, Interval]
-    perhaps: tuple[str, ...] = ()
+    verdict: str  # one of VERDICTS
+    by: str  # the control or negative control that explains the effect, or ""
+    effect: Interval  # the mean over seeds with Student's 95 % interval
+    p: float  # the one-sided p-value of an effect above the smallest that counts, corrected by Holm's method
+    seeds: int  # how many
+    left: dict[str, Interval]  # what each control leaves of the effect, and what each negative control shows of it
+    perhaps: tuple[str, ...] = ()  # the explanations of a reproduced claim that the seeds cannot rule out
 
     @property
     def text(self) -> str:
@@ -218,12 +169,8 @@ class Verdict:
 def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     """Return the verdicts on claims; the p-values of one finding's claims are corrected together.
 
-    Args:
-        claims: the claims.
-        records: the records of all arms and analyses that they need (:func:`judgeable`).
-
     Raises:
-        OpdlabError: if the records lack an arm or a column, which it names.
+        OpdlabError: if the records lack an arm or a column, which it names (see :func:`judgeable`).
     """
     effects = [claim.effect.of(records) for claim in claims]
     p_values = [_p_above(effect, claim.smallest) for claim, effect in zip(claims, effects, strict=True)]
@@ -275,38 +222,30 @@ def holm(p_values: Sequence[float]) -> list[float]:
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
     """
-    order, corrected, largest = np.argsort(p_values), [nan] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(p_values)
+    raised = np.minimum(1.0, np.arange(len(order), 0, -1) * np.asarray(p_values)[order])
+    return np.maximum.accumulate(raised)[np.argsort(order)].tolist()
 
 
 def scorecard(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Return the verdicts as a table, one row per claim."""
-    rows = []
-    for found in verdicts:
-        rows.append(
-            {
-                "claim": found.claim.statement,
-                "verdict": found.text,
-                "paper": found.claim.source,
-                "known": found.claim.known,
-                "effect": f"{found.effect:+.3g}",
-                "counts from": f"{found.claim.smallest:.3g}",
-                "p": f"{found.p:.2g}",
-                "seeds": found.seeds,
-            }
-        )
-    return pd.DataFrame(rows)
+    columns = {
+        "claim": [found.claim.statement for found in verdicts],
+        "verdict": [found.text for found in verdicts],
+        "paper": [found.claim.source for found in verdicts],
+        "known": [found.claim.known for found in verdicts],
+        "effect": [f"{found.effect:+.3g}" for found in verdicts],
+        "counts from": [f"{found.claim.smallest:.3g}" for found in verdicts],
+        "p": [f"{found.p:.2g}" for found in verdicts],
+        "seeds": [found.seeds for found in verdicts],
+    }
+    return pd.DataFrame(columns)
 
 
 def count_verdicts(verdicts: Sequence[Verdict], chapters: Mapping[str, tuple[str, str]]) -> str:
     """Return a Markdown table of how many claims of each finding have each verdict.
 
-    Args:
-        verdicts: the verdicts.
-        chapters: the title and the page of each finding's chapter (:data:`opdlab.claims.paper.FINDINGS`).
+    The chapter of a finding is its title and its page (:data:`opdlab.claims.paper.FINDINGS`).
     """
     lines = ["| finding | " + " | ".join(VERDICTS) + " |", "| --- |" + " ---: |" * len(VERDICTS)]
     for finding, (title, page) in chapters.items():

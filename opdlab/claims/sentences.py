@@ -40,11 +40,9 @@ def name_arms(arms: Sequence[str]) -> str:
 
 
 def list_results(lines: Sequence[str] | Mapping[str, str | pd.Series], about: str = "") -> str:
-    """Return a Markdown list under the words "Computed from the records".
+    """Return a Markdown list under the words "Computed from the records", and a few about which records these are.
 
-    Args:
-        lines: sentences; or answers by question, where values, one per seed, are answered by :func:`answer`.
-        about: which records these are, in a few words.
+    The lines are sentences, or answers by question, where values, one per seed, are answered by :func:`answer`.
     """
     if isinstance(lines, Mapping):
         answers = {question: found if isinstance(found, str) else answer(found) for question, found in lines.items()}
@@ -56,13 +54,11 @@ def list_results(lines: Sequence[str] | Mapping[str, str | pd.Series], about: st
 def effect_table(effects: Mapping[str, pd.DataFrame], arms: Sequence[str] | None = None) -> pd.DataFrame:
     """Return a table of means over seeds with 95 % intervals, one row per arm and one column per effect.
 
-    Args:
-        effects: by title, tables with one column per arm and one row per seed
-            (:func:`opdlab.claims.judging.contrasts`).
-        arms: the arms to show; by default all that an effect has.
+    An effect, by its title, is a table of :func:`opdlab.claims.judging.contrasts`. By default all its arms are shown.
     """
-    columns = {}
-    for title, effect in effects.items():
-        shown = effect if arms is None else arms
-        columns[title] = {ARMS[arm].label: f"{mean_interval(effect[arm]):+.2f}" for arm in shown}
-    return pd.DataFrame(columns)
+    return pd.DataFrame(
+        {
+            title: {ARMS[arm].label: f"{mean_interval(effect[arm]):+.2f}" for arm in (effect if arms is None else arms)}
+            for title, effect in effects.items()
+        }
+    )

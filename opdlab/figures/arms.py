@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, product
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ from opdlab.stats import mean_interval
 
 # The matrices of a layer, in the order in which they are applied.
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The smallest distance between two labels at the right of a panel, as a share of its height.
+_GAP = 0.075
 
 
 class Look(NamedTuple):
@@ -35,20 +39,12 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class ArmFigures:
-    """Figures of arms that each have a look of their own.
+    """Figures of arms that each have a look of their own."""
 
-    Attributes:
-        looks: the look of each arm, by the arm's name in the column ``arm`` of the tables.
-    """
-
-    looks: Mapping[str, Look]
+    looks: Mapping[str, Look]  # by the arm's name in the column ``arm`` of the tables
 
     def look_of(self, arm: str, colours: Mapping[str, str] | None = None) -> Look:
-        """Return the look of an arm.
-
-        Args:
-            arm: the arm.
-            colours: colours that replace those of some arms.
+        """Return the look of an arm; here and below ``colours`` replaces the colours of some arms.
 
         Raises:
             OpdlabError: if the arm has no look.
@@ -56,7 +52,7 @@ class ArmFigures:
         if arm not in self.looks:
             raise OpdlabError(f"looks has no entry for the arm {arm!r}: add its label, colour and marker")
         look = self.looks[arm]
-        return look._replace(colour=colours[arm]) if colours and arm in colours else look
+        return look._replace(colour=(colours or {}).get(arm, look.colour))
 
     def colour_of(self, arm: str) -> str:
         """Return the colour of an arm."""
@@ -105,14 +101,11 @@ class ArmFigures:
             if smooth > 1:
                 wide = wide.rolling(smooth, min_periods=1).mean()
             drawn.append(wide.to_numpy().ravel())
+            mean, marker = wide.mean(axis=1), look.marker if smooth == 1 else None
             axis.plot(wide.index, wide, color=look.colour, linewidth=0.7, alpha=0.5)
-            mean = wide.mean(axis=1)
-            axis.plot(
-                wide.index, mean, color=look.colour, linewidth=2, marker=look.marker if smooth == 1 else None, ms=4
-            )
+            axis.plot(wide.index, mean, color=look.colour, linewidth=2, marker=marker, ms=4)
             if smooth == 1 and wide.shape[1] > 1 and (bands is None or arm in bands):
-                intervals = [mean_interval(row) for row in wide.to_numpy()]
-                low, high = [i.low for i in intervals], [i.high for i in intervals]
+                _, low, high = zip(*map(mean_interval, wide.to_numpy()), strict=True)
                 axis.fill_between(wide.index, low, high, color=look.colour, alpha=0.12, linewidth=0)
             if null:
                 nulls = rows.groupby(x)[null].mean()
@@ -125,50 +118,25 @@ class ArmFigures:
             self.label_ends(axis, ends, colours=colours)
 
     def label_ends(
-        self,
-        axis: Axes,
-        ends: Sequence[tuple[float, str]],
-        gap: float = 0.075,
-        colours: Mapping[str, str] | None = None,
+        self, axis: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[str, str] | None = None
     ) -> None:
         """Write the arms' labels to the right of their curves, pushed apart where they would overlap.
 
-        The labels follow their curves when the limits of the axis change; whether it is logarithmic must be set before.
-
-        Args:
-            axis: the panel.
-            ends: for each curve the height of its end, in data units, and its arm.
-            gap: the smallest distance between two labels, as a share of the axis.
-            colours: colours that replace those of some arms.
+        ``ends`` holds for each curve the height of its end, in data units, and its arm. The labels follow their curves
+        when the limits of the axis change; whether it is logarithmic must be set before.
         """
         ends = sorted(ends)
-        names = []
-        for _, arm in ends:
-            look = self.look_of(arm, colours)
-            names.append(
-                axis.annotate(
-                    look.label,
-                    (1.02, 0.0),
-                    xycoords="axes fraction",
-                    color=look.colour,
-                    fontsize=9,
-                    va="center",
-                    annotation_clip=False,
-                )
-            )
+        style: dict[str, Any] = {"xycoords": "axes fraction", "annotation_clip": False, "fontsize": 9, "va": "center"}
+        looks = [self.look_of(arm, colours) for _, arm in ends]
+        names = [axis.annotate(look.label, (1.02, 0.0), color=look.colour, **style) for look in looks]
 
         def place(axis: Axes) -> None:
             low, high, *heights = axis.yaxis.get_transform().transform([*axis.get_ylim(), *(y for y, _ in ends)])
-            places: list[float] = []
-            for height in heights:
-                share = min(max((height - low) / (high - low), 0.0), 1.0)
-                places.append(max(share, places[-1] + gap) if places else share)
+            shares = np.clip([(height - low) / (high - low) for height in heights], 0.0, 1.0)
+            risen = list(accumulate(shares, lambda below, share: max(share, below + _GAP)))
             # From the top down, a label that was pushed out of the panel is pushed back into it.
-            ceiling = 1.0
-            for i in range(len(places) - 1, -1, -1):
-                places[i] = min(places[i], ceiling)
-                ceiling = places[i] - gap
-            for name, share in zip(names, places, strict=True):
+            sunk = accumulate(np.minimum(risen, 1.0)[::-1], lambda above, share: min(share, above - _GAP))
+            for name, share in zip(reversed(names), sunk, strict=True):
                 name.xy = (1.02, share)
                 name.set_position(name.xy)
 
@@ -192,8 +160,8 @@ class ArmFigures:
         for i, arm in enumerate(arms):
             rows, look = table[table["arm"] == arm], self.look_of(arm)
             axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=look.colour, linewidth=2)
-            spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else [0.0]
-            axis.plot(i + np.asarray(spread), rows[y], look.marker, color=look.colour, ms=5, alpha=0.8)
+            spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else np.zeros(1)
+            axis.plot(i + spread, rows[y], look.marker, color=look.colour, ms=5, alpha=0.8)
             if null:
                 axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
         labels = [fill(self.look_of(arm).label, wrap, break_long_words=False) for arm in arms]
@@ -205,10 +173,8 @@ class ArmFigures:
     def draw_modules(self, table: pd.DataFrame, views: Sequence[tuple[str, str, str | None, bool]]) -> Figure:
         """Draw every matrix of a model: a row of panels per view, a column per module, and in each panel the layers.
 
-        Args:
-            table: one row per run and matrix, with the columns ``arm``, ``seed``, ``module`` and ``layer``.
-            views: for each row of panels a column of the table, its title, the column of its null or None, and whether
-                its axis is logarithmic.
+        A view is a column of the table, its title, the column of its null or None, and whether its axis is logarithmic.
+        The table has one row per run and matrix, with the columns ``arm``, ``seed``, ``module`` and ``layer``.
         """
         present = set(table["module"])
         modules = [name for name in MODULES if name in present] + sorted(present - set(MODULES))
@@ -245,18 +211,16 @@ class ArmFigures:
         """Draw quantities at several scales: a row of panels per quantity, a panel per scale, and a dot per seed.
 
         Args:
-            table: one row per scale, quantity, arm and seed, in the columns ``scale``, ``title``, ``arm`` and
-                ``value``.
+            table: one row per scale, quantity, arm and seed: the columns ``scale``, ``title``, ``arm`` and ``value``.
             width: the width of a panel in inches.
             height: the height of a panel in inches.
             null: the column that holds the null of each row; none is drawn where it is missing.
             near: by title, the distance from the first arm's mean that is shaded as near enough.
             wrap: the number of characters after which a label is broken.
         """
-        titles, scales = list(dict.fromkeys(table["title"])), list(dict.fromkeys(table["scale"]))
+        titles, scales = table["title"].unique(), table["scale"].unique()
         figure, axes = panels(len(titles) * len(scales), len(scales), width, height)
-        for i, axis in enumerate(axes):
-            title, scale = titles[i // len(scales)], scales[i % len(scales)]
+        for axis, (title, scale) in zip(axes, product(titles, scales), strict=True):
             rows = table[(table["title"] == title) & (table["scale"] == scale)]
             self.draw_dots(axis, rows, "value", null=null, wrap=wrap)
             axis.set_title(f"{title}, {scale}")
@@ -330,12 +294,11 @@ class ArmFigures:
             colours: colours that replace those of some arms.
             options: further arguments of Matplotlib's ``legend``, such as :data:`opdlab.figures.style.ABOVE`.
         """
-        handles = []
-        for arm in arms:
-            label, colour, marker = self.look_of(arm, colours)
-            handles.append(plt.Line2D([], [], color=colour, marker=marker, linewidth=2, ms=5, label=label))
+        looks = [self.look_of(arm, colours) for arm in arms]
+        line = partial(plt.Line2D, [], [])
+        handles = [line(label=label, color=colour, marker=marker, linewidth=2, ms=5) for label, colour, marker in looks]
         if null:
-            handles.append(plt.Line2D([], [], label=null, **NULL))
+            handles.append(line(label=null, **NULL))
         if isinstance(place, Axes) and not place.has_data():
             place.set_axis_off()
             options = {"loc": "center left", "fontsize": 11} | options

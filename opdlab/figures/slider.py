@@ -28,39 +28,31 @@ _SHOW = (
 def slider(frames: Sequence[tuple[Figure, str, str]], caption: str, *, start: int = 0) -> HTML:
     """Return a figure that is stepped through with a slider, and close the figures that it is made of.
 
-    Args:
-        frames: for each step the figure, the label beside the slider, and the text for readers who cannot see the
-            figure; all figures have one size.
-        caption: plain text under the figure that says what to see.
-        start: the frame that is shown at first, and on paper.
+    A frame is a figure, the label beside the slider, and the text for readers who cannot see the figure; all figures
+    have one size. The caption is plain text; ``start`` is the frame that is shown at first, and on paper.
 
     Raises:
         OpdlabError: if there is no frame ``start``.
     """
     if not 0 <= start < len(frames):
         raise OpdlabError(f"start is {start}, but there are {len(frames)} frames")
-    pictures = []
-    for i, (figure, label, alt) in enumerate(frames):
-        hidden = "" if i == start else " hidden"
-        pictures.append(
-            f'<img src="data:image/png;base64,{_png(figure)}" alt="{escape(alt)}" '
-            f'style="max-width: 100%;" data-label="{escape(label)}"{hidden}>'
-        )
+    pictures = "".join(
+        f'<img src="data:image/png;base64,{_png(figure)}" alt="{escape(alt)}" '
+        f'style="max-width: 100%;" data-label="{escape(label)}"{"" if i == start else " hidden"}>'
+        for i, (figure, label, alt) in enumerate(frames)
+    )
     label = escape(frames[start][1])
     back, on = (
         f'<button type="button" aria-label="{word}" onclick="{_SHOW.format(move=move)}">{sign}</button>'
         for word, sign, move in (("earlier", "◀", "slider.stepDown();"), ("later", "▶", "slider.stepUp();"))
     )
     return HTML(
-        '<figure class="steppable" style="margin: 1em 0;">'
-        + "".join(pictures)
-        + '<div style="display: flex; gap: 0.75em; align-items: center; flex-wrap: wrap;">'
-        + back
-        + f'<input type="range" min="0" max="{len(frames) - 1}" value="{start}" aria-label="step of the figure" '
-        + f'aria-valuetext="{label}" style="flex: 1; min-width: 8em;" oninput="{_SHOW.format(move="")}">'
-        + on
-        + f'<output style="min-width: 12em;">{label}</output></div>'
-        + f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f'<figure class="steppable" style="margin: 1em 0;">{pictures}'
+        f'<div style="display: flex; gap: 0.75em; align-items: center; flex-wrap: wrap;">{back}'
+        f'<input type="range" min="0" max="{len(frames) - 1}" value="{start}" aria-label="step of the figure" '
+        f'aria-valuetext="{label}" style="flex: 1; min-width: 8em;" oninput="{_SHOW.format(move="")}">'
+        f'{on}<output style="min-width: 12em;">{label}</output></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 

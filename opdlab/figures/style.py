@@ -51,10 +51,9 @@ def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9
     columns = min(columns, count)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    flat = list(axes.flat)
-    for spare in flat[count:]:
+    for spare in axes.flat[count:]:
         spare.remove()
-    return figure, flat[:count]
+    return figure, list(axes.flat[:count])
 
 
 def set_log(axis: XAxis | YAxis) -> None:
@@ -65,24 +64,14 @@ def set_log(axis: XAxis | YAxis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def note_null(axis: Axes, value: float, name: str = "permuted") -> None:
-    """Write the value of a null that lies above a panel at its top right, so that the panel need not stretch to it.
-
-    Args:
-        axis: the panel.
-        value: the value of the null.
-        name: the name of the null.
-    """
+def note_null(axis: Axes, value: float) -> None:
+    """Write the value of a permuted null above a panel, at its top right, so that the panel need not stretch to it."""
     style = {"color": NULL["color"], "fontsize": 9, "ha": "right", "va": "bottom"}
-    axis.annotate(f"{name}: {value:.3g} ↑", (1.0, 1.0), xycoords="axes fraction", annotation_clip=False, **style)
+    axis.annotate(f"permuted: {value:.3g} ↑", (1.0, 1.0), xycoords="axes fraction", annotation_clip=False, **style)
 
 
 def shades(names: Sequence[str], palette: str = "blend:#16002B,#6A3D9A,#C9B1E4") -> dict[str, str]:
-    """Return a colour for each name, from dark to light in the order of the names.
-
-    Args:
-        names: the names, darkest first.
-        palette: the name of a seaborn palette that begins dark; by default purples.
+    """Return a colour for each name, the darkest first, from a seaborn palette that begins dark; by default purples.
 
     >>> shades(["three quarters", "half"])
     {'three quarters': '#16002b', 'half': '#6a3d9a'}

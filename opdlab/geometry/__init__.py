@@ -11,8 +11,9 @@ Nothing here knows how the weights were trained. Read in this order, one idea a 
    it, in a table, for the matrices of a model.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
-left is the output side and right the input side. Arithmetic is in float64, on the device of the
-tensor. What is undefined is NaN, never 0; bad input raises :class:`opdlab.errors.OpdlabError`.
+left is the output side and right the input side. Arithmetic is in float64, on the device of the tensor. What is
+undefined is NaN, never 0. Entries that are not finite, shapes that differ and numbers out of range raise
+:class:`opdlab.errors.OpdlabError`; a function says so only where there is more to it.
 """
 
 from opdlab.geometry.masks import (
@@ -28,13 +29,7 @@ from opdlab.geometry.masks import (
     smallest_entries,
 )
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
-from opdlab.geometry.measure import (
-    Resolution,
-    measure_matrix,
-    measure_pair,
-    measure_vector,
-    overall_sparsity,
-)
+from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair, measure_vector, overall_sparsity
 from opdlab.geometry.nulls import noise_mask, norm_matched, permute, permuted_update, random_walk, random_walk_sim
 from opdlab.geometry.sparsity import (
     absolute_sparsity,

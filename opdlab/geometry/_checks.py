@@ -1,7 +1,8 @@
-"""Checks of the arguments of every geometry function, with errors that name the argument."""
+"""Checks of the arguments of every geometry function, with errors that name the argument, and a safe division."""
 
 from __future__ import annotations
 
+from math import nan
 from numbers import Integral
 
 import torch
@@ -63,6 +64,11 @@ def at_least_zero(value: float, name: str) -> float:
     if not 0 <= value < float("inf"):
         raise OpdlabError(f"{name} is {value!r}; expected a finite number of 0 or more")
     return value
+
+
+def ratio(a: float, b: float) -> float:
+    """Divide two numbers that are not negative; NaN if the denominator is zero."""
+    return a / b if b > 0 else nan
 
 
 def mask(m: Tensor, name: str) -> Tensor:

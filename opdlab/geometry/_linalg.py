@@ -21,11 +21,7 @@ def eigenvalues(lower: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues (n,) of a symmetric matrix, ascending, and the vectors (n, k) of the k largest.
 
     On a CPU this calls LAPACK step by step: torch.linalg.eigh would compute every vector and take two to three times as
-    long.
-
-    Args:
-        lower: (n, n) in float64, of which the lower triangle is read.
-        k: from 0 to n.
+    long. Of the matrix, (n, n) in float64, only the lower triangle is read.
     """
     n = len(lower)
     if lower.device.type != "cpu" or n == 1:

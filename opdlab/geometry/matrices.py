@@ -38,15 +38,16 @@ def describe(name: str) -> Description:
     """
     found = _LAYER.search(name)
     *parents, module = name.removesuffix(".weight").removesuffix(".bias").split(".")
+    inside = " ".join(parents).lower()
     block = next((block for part, block in _OTHERS.items() if part in module.lower()), "other")
     if name.endswith(".bias"):
         block = "bias"
     elif "qkv" in module or "gate_up" in module:
         block = "fused"
     elif found and block == "other":
-        inside = " ".join(parents).lower()
-        block = "attention" if "attn" in inside or "attention" in inside else "other"
-        if block == "other" and (module in _MLP_MODULES or any(part in inside for part in _MLP_PARENTS)):
+        if "attn" in inside or "attention" in inside:
+            block = "attention"
+        elif module in _MLP_MODULES or any(part in inside for part in _MLP_PARENTS):
             block = "mlp"
     return Description(int(found[1]) if found else -1, module, block)
 
@@ -73,9 +74,6 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Embeddings, the output head, norms and biases are left out: the first two are not in a layer, and the others are not
     matrices.
 
-    Args:
-        state_dict: names and tensors of a model.
-
     Raises:
         OpdlabError: if no weight is left, or one holds several matrices side by side, which the paper splits first.
 
@@ -96,13 +94,7 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decompose(w0s: Mapping[str, Tensor]) -> dict[str, Svd]:
-    """Decompose every matrix of an origin, once for all the updates that start from it.
-
-    Args:
-        w0s: a state dict; :func:`weight_matrices` chooses from it.
-
-    Raises:
-        OpdlabError: if no matrix is left or an entry is not finite.
+    """Decompose the :func:`weight_matrices` of an origin, once for all the updates that start from it.
 
     >>> import torch
     >>> decompose({"layers.0.mlp.up_proj.weight": torch.eye(2)})["layers.0.mlp.up_proj.weight"].rank
@@ -116,10 +108,7 @@ def float64_matrices(
 ) -> dict[str, Tensor]:
     """Return :func:`weight_matrices` in float64, finite, and with the names and shapes of ``like`` where it is given.
 
-    Args:
-        weights: a state dict.
-        name: what to call it in an error.
-        like: matrices to agree with.
+    An error calls the state dict by its ``name``.
 
     Raises:
         OpdlabError: naming the first matrix that is wrong.

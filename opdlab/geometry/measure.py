@@ -6,7 +6,7 @@ counts by its number of parameters: :func:`opdlab.geometry.summary.means`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import nan
 from typing import TYPE_CHECKING
@@ -50,27 +50,17 @@ MATCHED_NORM = 0.002
 class Resolution:
     """How finely a matrix is measured; no number of directions may exceed its smaller side."""
 
-    # Singular vectors in the principal angles, and singular values in the tail. The paper's 512 is an eighth of 4096.
-    k: int
-    # Dimensions of the subspaces in Sim_K; the paper has 16.
-    sim_ks: tuple[int, ...]
-    # Rank of the reconstruction behind the principal mask; 64 in the paper.
-    mask_rank: int
-    # Shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5.
-    alphas: tuple[float, ...]
-    # Further numbers of singular vectors at which the mean angle is reported.
-    angle_ks: tuple[int, ...] = ()
-    # Relative norm of the norm-matched updates.
-    matched_norm: float = MATCHED_NORM
+    k: int  # singular vectors in the principal angles, and values in the tail; the paper's 512 is an eighth of 4096
+    sim_ks: tuple[int, ...]  # dimensions of the subspaces in Sim_K; the paper has 16
+    mask_rank: int  # rank of the reconstruction behind the principal mask; 64 in the paper
+    alphas: tuple[float, ...]  # shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5
+    angle_ks: tuple[int, ...] = ()  # further numbers of singular vectors at which the mean angle is reported
+    matched_norm: float = MATCHED_NORM  # relative norm of the norm-matched updates
 
     def __post_init__(self) -> None:
         """Reject values that no matrix could be measured with."""
-        _checks.whole(self.k, "k", 1)
-        _checks.whole(self.mask_rank, "mask_rank", 1)
-        for i, k in enumerate(self.sim_ks):
-            _checks.whole(k, f"sim_ks[{i}]", 1)
-        for i, k in enumerate(self.angle_ks):
-            _checks.whole(k, f"angle_ks[{i}]", 1)
+        for name, number in self._directions():
+            _checks.whole(number, name, 1)
         for i, alpha in enumerate(self.alphas):
             _checks.share(alpha, f"alphas[{i}]")
         _checks.share(self.matched_norm, "matched_norm")
@@ -88,13 +78,21 @@ class Resolution:
         """
         smaller = min(shape)
         eighth = max(1, smaller // 8)
-        return cls(
-            k=eighth,
-            sim_ks=tuple(k for k in (4, 8, 16) if k <= smaller),
-            mask_rank=min(64, eighth),
-            alphas=(0.3, 0.5),
-            angle_ks=tuple(k for k in (4, 8, 16) if k < eighth),
-        )
+        sim_ks = tuple(k for k in (4, 8, 16) if k <= smaller)
+        return cls(eighth, sim_ks, min(64, eighth), (0.3, 0.5), angle_ks=tuple(k for k in (4, 8, 16) if k < eighth))
+
+    def check_size(self, name: str, w0: Tensor, *needed: str) -> None:
+        """Raise if one of the needed numbers of directions exceeds the smaller side of a matrix."""
+        largest = min(w0.shape)
+        for setting, number in self._directions():
+            if setting.partition("[")[0] in needed and number > largest:
+                raise OpdlabError(f"{setting} is {number}; expected {largest} at most, as {name} is {tuple(w0.shape)}")
+
+    def _directions(self) -> Iterator[tuple[str, int]]:
+        """Yield name and value of every number of directions."""
+        yield from (("k", self.k), ("mask_rank", self.mask_rank))
+        for name in ("sim_ks", "angle_ks"):
+            yield from ((f"{name}[{i}]", k) for i, k in enumerate(getattr(self, name)))
 
     @property
     def vectors(self) -> int:
@@ -189,13 +187,12 @@ def measure_matrix(
     _checks.same_shape(w0, f"{name} in w0s", w1, f"{name} in w1s")
     w0 = _checks.matrix(w0, f"{name} in w0s")
     at = resolution or Resolution.of(tuple(w0.shape))
-    ks = {f"angle_ks[{i}]": k for i, k in enumerate(at.angle_ks)}
-    check_size(name, w0, k=at.k, mask_rank=at.mask_rank, **ks)
+    at.check_size(name, w0, "k", "mask_rank", "angle_ks")
     svd0 = svd0 or svd(w0, k=at.vectors)
     # Large tensors are dropped once they have been used: at most six float64 matrices of this shape are alive.
     masks = _masks(w0, svd0, at)
     w1 = _checks.matrix(w1, f"{name} in w1s")
-    sized = {"": _size_row(w0, w1, svd0, masks, at)}
+    of_size, matched = _size_row(w0, w1, svd0, masks, at), {}
     delta = w1 - w0
     row: dict[str, float] = {"k": at.k, "mask_rank": at.mask_rank}
     row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
@@ -203,8 +200,7 @@ def measure_matrix(
     row |= spectrum_stats(delta, at.k)
     row |= {f"energy_{side}": share for side, share in subspace_energy(delta, svd0, at.k)._asdict().items()}
     moved, largest = row["frobenius"] > 0, largest_entries(delta, round(LARGEST * delta.numel()))
-    for key, value in _overlaps(masks, largest if moved else torch.zeros_like(largest)).items():
-        row[f"{key}_top"] = value
+    row |= _suffixed(_overlaps(masks, largest if moved else torch.zeros_like(largest)), "_top")
     for key, value in _overlaps(masks, torch.ones_like(largest)).items():
         row[key.replace("overlap", "share")] = value
     if nulls:
@@ -214,29 +210,26 @@ def measure_matrix(
         row["stable_rank_gaussian"] = gaussian_stable_rank(*w0.shape)
         random = generator_of(seed, name)
         shuffled = permute(delta, random)
-        row |= {f"{key}_null": value for key, value in spectrum_stats(shuffled, at.k).items()}
-        sized[""] |= _null_row(w0, w0 + shuffled, masks)
-        sized["_matched"] = dict.fromkeys(sized[""], nan)
+        row |= _suffixed(spectrum_stats(shuffled, at.k), "_null")
+        of_size |= _suffixed(_overlaps(masks, update_mask(w0, w0 + shuffled)), "_null")
+        matched = dict.fromkeys(of_size, nan)
         scale = at.matched_norm * frobenius(w0) / row["frobenius"] if moved else 0.0
-        null = _null_row(w0, torch.add(w0, shuffled, alpha=scale), masks)
+        null = _suffixed(_overlaps(masks, update_mask(w0, torch.add(w0, shuffled, alpha=scale))), "_null")
         del shuffled
-        noise = noise_mask(w0, round(sized[""]["density"] * w0.numel()), random)
-        row |= {f"{key}_noise": value for key, value in _overlaps(masks, noise).items()}
+        noise = noise_mask(w0, round(of_size["density"] * w0.numel()), random)
+        row |= _suffixed(_overlaps(masks, noise), "_noise")
         if scale > 0:
-            matched = torch.add(w0, delta, alpha=scale)
+            w1 = torch.add(w0, delta, alpha=scale)
             del delta
-            sized["_matched"] = _size_row(w0, matched, svd0, masks, at) | null
-    return row | {f"{key}{suffix}": value for suffix, found in sized.items() for key, value in found.items()}
+            matched = _size_row(w0, w1, svd0, masks, at) | null
+    return row | of_size | _suffixed(matched, "_matched")
 
 
 def overall_sparsity(table: DataFrame) -> float:
     """Return the sparsity of all measured weights together: the mean over matrices, weighted by their parameters.
 
-    Args:
-        table: of :func:`measure_pair`, or the rows of one step of :func:`~opdlab.geometry.measure_trajectory`.
-
     Raises:
-        OpdlabError: if a matrix occurs twice: then the rows are of several updates.
+        OpdlabError: if a matrix occurs twice: then the rows are of several updates, or of several steps.
 
     Source: 2606.07082, Appendix C.3 and Table 1. All other columns are averaged without weights.
 
@@ -245,20 +238,14 @@ def overall_sparsity(table: DataFrame) -> float:
     0.625
     """
     if table["matrix"].duplicated().any():
-        raise OpdlabError(
-            "table has a matrix in several rows; expected the rows of one update, for example of one step"
-        )
+        raise OpdlabError("table has a matrix in several rows; expected those of one update, for example of one step")
     return float((table["sparsity"] * table["parameters"]).sum() / table["parameters"].sum())
 
 
 def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
     """Measure the update of a weight that is not a matrix, such as a norm's, without any directions.
 
-    Keys: frobenius, relative_norm, sparsity, sparsity_absolute, sparsity_relative, density, as in
-    :func:`measure_matrix`.
-
-    Raises:
-        OpdlabError: if the shapes differ or an entry is not finite.
+    Keys: frobenius, relative_norm, sparsity, sparsity_absolute, sparsity_relative, density, as :func:`measure_matrix`.
 
     >>> measure_vector(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 3.0]))["sparsity"]
     0.75
@@ -325,17 +312,8 @@ def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, at: Resolution) -
     return row | _overlaps(masks, visible)
 
 
-def _null_row(w0: Tensor, shuffled: Tensor, masks: Masks) -> dict[str, float]:
-    """Return the overlaps of w0 plus the permuted update, seen in bfloat16."""
-    return {f"{key}_null": value for key, value in _overlaps(masks, update_mask(w0, shuffled)).items()}
-
-
-def check_size(name: str, w0: Tensor, **numbers: int) -> None:
-    """Raise if a number of directions exceeds the smaller side of a matrix."""
-    largest = min(w0.shape)
-    for setting, value in numbers.items():
-        if value > largest:
-            raise OpdlabError(f"{setting} is {value}; expected {largest} at most, as {name} is {tuple(w0.shape)}")
+def _suffixed(row: dict[str, float], suffix: str) -> dict[str, float]:
+    return {f"{key}{suffix}": value for key, value in row.items()}
 
 
 def _base_svd(name: str, w0: Tensor, base_svds: Mapping[str, Svd]) -> Svd:

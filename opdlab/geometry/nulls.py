@@ -1,7 +1,8 @@
 """Nulls: what a diagnostic shows when there is nothing to see.
 
 Each keeps one trivial property of an update and destroys its geometry: a permutation keeps the sizes of the entries, a
-random walk the sizes of the steps; rescaling makes two updates equally large.
+random walk the sizes of the steps; rescaling makes two updates equally large. They are controls that the paper does not
+have. Generators are those of the CPU.
 """
 
 from __future__ import annotations
@@ -22,13 +23,6 @@ from opdlab.geometry.subspaces import Similarity, similarity_to_end
 def permute(delta: Tensor, generator: Generator) -> Tensor:
     """Return the entries of an update in random places, in float64: the same entries without any geometry.
 
-    Args:
-        delta: a tensor of any shape.
-        generator: a CPU generator.
-
-    Raises:
-        OpdlabError: if an entry is not finite.
-
     >>> permute(torch.arange(4.0), torch.Generator().manual_seed(0)).sort().values
     tensor([0., 1., 2., 3.], dtype=torch.float64)
     """
@@ -44,16 +38,7 @@ def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
 
     Small weights have small bfloat16 steps, so an update shows on them more often without any geometry. Rounding this
     tensor to bfloat16 and computing the overlaps again, as ``overlap(m, update_mask(w0, permuted))``, tells how often.
-
-    Args:
-        w0: weights before, any shape.
-        w1: weights after, the same shape; unrounded, as a trainer keeps them.
-        generator: a CPU generator.
-
-    Raises:
-        OpdlabError: if the shapes differ or an entry is not finite.
-
-    Source: a control that the paper does not have.
+    The weights are of any shape, and unrounded, as a trainer keeps them.
 
     >>> w0, w1 = torch.zeros(4), torch.arange(4.0)
     >>> permuted_update(w0, w1, torch.Generator().manual_seed(0)).sort().values
@@ -70,19 +55,6 @@ def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
     what rounding alone prefers. It needs no unrounded update, so it also serves for models that were saved in bfloat16.
     The permuted update does not: there each entry was rounded to the grid of its own weight.
 
-    Args:
-        w0: weights before, any shape.
-        count: how many, from 0 to the number of entries.
-        generator: a CPU generator.
-
-    Returns:
-        A mask of that shape with ``count`` True entries.
-
-    Raises:
-        OpdlabError: if count is out of range or an entry is not finite.
-
-    Source: a control that the paper does not have, for its Figure 3.
-
     >>> noise_mask(torch.tensor([1.0, 1e-3, 1.0, 1e-3]), 2, torch.Generator().manual_seed(0))
     tensor([False,  True, False,  True])
     """
@@ -98,20 +70,12 @@ def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def random_walk(norms: Sequence[float], shape: Sequence[int], generator: Generator) -> Iterator[Tensor]:
-    """Yield the cumulative updates of a walk whose steps are independent, Gaussian and of given sizes.
+    """Yield the T cumulative updates (m, n), in float64, of a walk whose steps are independent and Gaussian.
 
-    Args:
-        norms: T Frobenius norms, of the updates between consecutive snapshots (the first counts from w0).
-        shape: (m, n) of the matrix.
-        generator: a CPU generator.
-
-    Yields:
-        T updates (m, n) in float64, from w0 to each snapshot.
+    Its T ``norms`` are the Frobenius norms of the updates between consecutive snapshots; the first counts from w0.
 
     Raises:
         OpdlabError: if there is no norm, one is negative or not finite, or a dimension is below 1.
-
-    Source: a control that the paper does not have.
 
     >>> first, second = random_walk([3.0, 4.0], (8, 8), torch.Generator().manual_seed(0))
     >>> torch.stack([first, second - first]).norm(dim=(1, 2))
@@ -126,21 +90,9 @@ def random_walk(norms: Sequence[float], shape: Sequence[int], generator: Generat
 
 
 def random_walk_sim(norms: Sequence[float], shape: Sequence[int], k: int, generator: Generator) -> Similarity:
-    """Return Sim_K(t, t_end) of a random walk: what a shared history gives without any preferred direction.
+    """Return Sim_K(t, t_end) of a :func:`random_walk`: what a shared history gives without any preferred direction.
 
-    Args:
-        norms: T Frobenius norms, of the updates between consecutive snapshots (the first counts from w0).
-        shape: (m, n) of the matrix.
-        k: dimension of the subspaces, at most min(m, n).
-        generator: a CPU generator.
-
-    Returns:
-        T similarities a side; the last is 1. NaN as long as the walk has not left w0.
-
-    Raises:
-        OpdlabError: if k is out of range, or as for :func:`random_walk`.
-
-    Source: a control that the paper does not have, for its Figure 5.
+    The last of the T similarities a side is 1; they are NaN as long as the walk has not left w0.
 
     >>> walk = random_walk_sim([1.0, 1.0, 0.0], (64, 64), 2, torch.Generator().manual_seed(0))
     >>> [round(sim, 2) for sim in walk.right]  # the last step is nothing
@@ -154,16 +106,8 @@ def norm_matched(w0: Tensor, w1: Tensor, norm: float) -> Tensor:
 
     Angles and spectral drift grow with the size of an update; this puts two updates on one scale before comparing.
 
-    Args:
-        w0: weights before, any shape.
-        w1: weights after, the same shape.
-        norm: the size wanted, in the units of the weights, 0 or more.
-
     Raises:
-        OpdlabError: if w1 equals w0 (no direction to scale), norm is negative or not finite, the shapes differ, or an
-            entry is not finite.
-
-    Source: a control that the paper does not have, for its Figure 2.
+        OpdlabError: if w1 equals w0, which leaves no direction to scale.
 
     >>> norm_matched(torch.zeros(2), torch.tensor([3.0, 4.0]), 10.0)
     tensor([6., 8.], dtype=torch.float64)

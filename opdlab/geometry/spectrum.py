@@ -47,10 +47,7 @@ def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
     Gram matrix, five to ten times faster than the full SVD. Where that would lose more than two digits, the full SVD is
     used: values are good to 2e-10 of the largest, subspaces to about 1e-9 degrees where the gap behind them is wide.
 
-    Args:
-        w: (m, n) matrix, any dtype, computed in float64.
-        name: what to call it in an error.
-        k: how many singular vectors are needed; by default all, by the full SVD.
+    Without k, all vectors are computed, by the full SVD. An error calls the matrix by its ``name``.
 
     Raises:
         OpdlabError: if ``w`` is not a non-empty matrix, an entry is not finite, or k is not in 1..min(m, n).
@@ -67,30 +64,24 @@ def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
     if isinstance(w, Svd):
         return w
     w = _checks.matrix(w, name)
-    # LAPACK takes a tall matrix faster than a wide one: by a quarter here, by nearly a half without the vectors.
-    tall = w if w.shape[0] >= w.shape[1] else w.T
+    if w.shape[0] < w.shape[1]:
+        # LAPACK takes a tall matrix faster than a wide one: by a quarter here, by nearly a half without the vectors.
+        v, s, uh = svd(w.T, name, k)
+        return Svd(uh.T, s, v.T)
     if k is not None:
-        _checks.whole(k, "k", 1, tall.shape[1])
-        squares, vectors = eigenvalues(gram(tall), k)  # ascending
+        squares, vectors = eigenvalues(gram(w), _checks.whole(k, "k", 1, w.shape[1]))  # ascending
         if squares[0] > _GRAM_FLOOR**2 * squares[-1] and squares[-k] > _GRAM_LEADING**2 * squares[-1]:
-            s, v = squares.flip(0).sqrt(), vectors.flip(1)
-            # The columns of tall @ v are orthogonal already except for rounding, which QR removes.
-            u, r = torch.linalg.qr(tall @ v)
-            u = u * r.diagonal().sign()
-        else:
-            u, s, vh = torch.linalg.svd(tall, full_matrices=False)
-            # Copied, because views would keep all the vectors alive.
-            u, v = u[:, :k].clone(), vh[:k].T.clone()
-    else:
-        u, s, vh = torch.linalg.svd(tall, full_matrices=False)
-        v = vh.T
-    return Svd(u, s, v.T) if w.shape[0] >= w.shape[1] else Svd(v, s, u.T)
+            v = vectors.flip(1)
+            # The columns of w @ v are orthogonal already except for rounding, which QR removes.
+            u, r = torch.linalg.qr(w @ v)
+            return Svd(u * r.diagonal().sign(), squares.flip(0).sqrt(), v.T)
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    # Copied, because views would keep all the vectors alive.
+    return Svd(u, s, vh) if k is None else Svd(u[:, :k].clone(), s, vh[:k].clone())
 
 
 def singular_values(w: Tensor | Svd, name: str = "w") -> Tensor:
     """Return the singular values (min(m, n),) in float64, descending; cheaper than :func:`svd` for a matrix.
-
-    Args and errors are those of :func:`svd`.
 
     >>> singular_values(torch.diag(torch.tensor([3.0, 4.0])))
     tensor([4., 3.], dtype=torch.float64)
@@ -106,13 +97,7 @@ def singular_values(w: Tensor | Svd, name: str = "w") -> Tensor:
 
 
 def frobenius(delta: Tensor) -> float:
-    """Return ||delta||_F, the size of an update, in the units of the weights.
-
-    Args:
-        delta: a tensor of any shape.
-
-    Raises:
-        OpdlabError: if an entry is not finite.
+    """Return ||delta||_F, the size of an update of any shape, in the units of the weights.
 
     Source: 2606.07082, Appendix E; its Figure 4b uses it to rule out "low rank because nothing moved".
 
@@ -125,20 +110,13 @@ def frobenius(delta: Tensor) -> float:
 def relative_norm(w0: Tensor, w1: Tensor) -> float:
     """Return ||w1 - w0||_F / ||w0||_F, a number without a unit; NaN if w0 is zero.
 
-    Args:
-        w0: weights before, any shape.
-        w1: weights after, the same shape.
-
-    Raises:
-        OpdlabError: if the shapes differ or an entry is not finite.
-
     Source: 2606.07082, the right-hand side of its bound on :func:`spectral_drift`.
 
     >>> relative_norm(torch.eye(2), 1.5 * torch.eye(2))
     0.5
     """
     w0, w1 = _checks.pair(w0, w1)
-    return _ratio(frobenius(w1 - w0), frobenius(w0))
+    return _checks.ratio(frobenius(w1 - w0), frobenius(w0))
 
 
 def spectral_drift(w0: Tensor | Svd, w1: Tensor | Svd) -> float:
@@ -147,13 +125,6 @@ def spectral_drift(w0: Tensor | Svd, w1: Tensor | Svd) -> float:
     The singular values are paired in descending order. By Mirsky's theorem NSS is at most :func:`relative_norm`; it is
     far less when an update turns the singular vectors and keeps the values.
 
-    Args:
-        w0: (m, n) matrix before, or its Svd.
-        w1: (m, n) matrix after, or its Svd.
-
-    Raises:
-        OpdlabError: if the numbers of singular values differ, or as for :func:`svd`.
-
     Source: 2606.07082, Appendix C.3; 2511.08567.
 
     >>> spectral_drift(torch.eye(2), torch.diag(torch.tensor([1.0, 2.0])))  # 1 / sqrt(2)
@@ -161,17 +132,11 @@ def spectral_drift(w0: Tensor | Svd, w1: Tensor | Svd) -> float:
     """
     s0, s1 = singular_values(w0, "w0"), singular_values(w1, "w1")
     _checks.same_shape(s0, "the spectrum of w0", s1, "the spectrum of w1")
-    return _ratio(frobenius(s1 - s0), frobenius(s0))
+    return _checks.ratio(frobenius(s1 - s0), frobenius(s0))
 
 
 def stable_rank(delta: Tensor | Svd) -> float:
     """Return ||delta||_F^2 / ||delta||_op^2, a count of directions from 1 to the rank; NaN for a zero update.
-
-    Args:
-        delta: (m, n) update, or its Svd.
-
-    Raises:
-        OpdlabError: as for :func:`svd`.
 
     Source: 2606.07082, Appendix E and Figure 4a.
 
@@ -189,14 +154,7 @@ def effective_rank(delta: Tensor | Svd, squared: bool = False) -> float:
     """Return exp(H), with H the entropy of the normalised spectrum: a count of directions; NaN for a zero update.
 
     Two conventions are in use, and they differ widely: shares of the singular values (Roy and Vetterli's, the default),
-    which the long tail of small values dominates, or of their squares, the shares of the energy.
-
-    Args:
-        delta: (m, n) update, or its Svd.
-        squared: use the shares of the squares.
-
-    Raises:
-        OpdlabError: as for :func:`svd`.
+    which the long tail of small values dominates, or with ``squared`` those of their squares, the shares of the energy.
 
     Source: Roy and Vetterli (2007). Not in 2606.07082; neighbouring papers report it beside :func:`stable_rank`.
 
@@ -215,13 +173,6 @@ def effective_rank(delta: Tensor | Svd, squared: bool = False) -> float:
 def top_energy(delta: Tensor | Svd, k: int) -> float:
     """Return the share of ||delta||_F^2 in the first k singular values, from 0 to 1; NaN for a zero update.
 
-    Args:
-        delta: (m, n) update, or its Svd.
-        k: how many, at most min(m, n).
-
-    Raises:
-        OpdlabError: if k is out of range, or as for :func:`svd`.
-
     Source: the share of energy of neighbouring analyses (2606.13657); 2606.07082 has none.
 
     >>> top_energy(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0])), 1)
@@ -236,18 +187,11 @@ def top_energy(delta: Tensor | Svd, k: int) -> float:
 
 
 def hill(delta: Tensor | Svd, k: int) -> float:
-    """Return the Hill estimate of the tail exponent of the spectrum, from its k largest values.
+    """Return the Hill estimate of the tail exponent of the spectrum, from its k largest values, two at least.
 
     It is 1 over the mean of log(s_i / s_k) for i < k. A small exponent is a heavy tail: few values far above the rest.
     The paper does not give its k, and the estimate depends on it, so always report k. NaN for an update with fewer than
     k directions, and infinite if the k values are equal.
-
-    Args:
-        delta: (m, n) update, or its Svd.
-        k: how many values, from 2 to min(m, n).
-
-    Raises:
-        OpdlabError: if k is out of range, or as for :func:`svd`.
 
     Source: Hill (1975); 2606.07082, Appendix E.
 
@@ -266,9 +210,6 @@ def hill(delta: Tensor | Svd, k: int) -> float:
 def gaussian_stable_rank(m: int, n: int) -> float:
     """Return m n / (sqrt(m) + sqrt(n))^2, about the stable rank of an m x n matrix of independent Gaussian entries.
 
-    Raises:
-        OpdlabError: if a dimension is not a whole number of 1 or more.
-
     Source: the largest singular value of a Gaussian matrix is about sqrt(m) + sqrt(n) (Davidson and Szarek, 2001); the
     paper gives no reference value.
 
@@ -277,8 +218,3 @@ def gaussian_stable_rank(m: int, n: int) -> float:
     """
     m, n = _checks.whole(m, "m", 1), _checks.whole(n, "n", 1)
     return m * n / (sqrt(m) + sqrt(n)) ** 2
-
-
-def _ratio(a: float, b: float) -> float:
-    """Divide; NaN if the denominator is zero."""
-    return a / b if b > 0 else nan

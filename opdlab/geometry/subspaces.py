@@ -36,12 +36,7 @@ class Similarity(NamedTuple):
 def top_right(delta: Tensor | Svd, k: int) -> Tensor:
     """Return the top-k right singular vectors as columns, (n, k) in float64: the paper's V_k.
 
-    Args:
-        delta: (m, n) matrix, or its Svd.
-        k: how many, at most min(m, n). Columns past the numerical rank (:attr:`Svd.rank`) are NaN.
-
-    Raises:
-        OpdlabError: if k is out of range, or as for :func:`svd`.
+    Columns past the numerical rank (:attr:`Svd.rank`) are NaN.
 
     Source: 2606.07082, Appendix E (k = 16, of the update).
 
@@ -50,35 +45,27 @@ def top_right(delta: Tensor | Svd, k: int) -> Tensor:
     >>> top_right(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), 2)[:, 1]
     tensor([nan, nan], dtype=torch.float64)
     """
-    decomposed = svd(delta, "delta", k)
-    return _leading(decomposed.vh.T, decomposed, k)
+    found = svd(delta, "delta", k)
+    return _leading(found.vh.T, found.rank, k)
 
 
 def top_left(delta: Tensor | Svd, k: int) -> Tensor:
     """Return the top-k left singular vectors as columns, (m, k) in float64: the paper's U_k.
 
-    Args and errors are those of :func:`top_right`.
-
     >>> top_left(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), 1).abs().T
     tensor([[1., 0.]], dtype=torch.float64)
     """
-    decomposed = svd(delta, "delta", k)
-    return _leading(decomposed.u, decomposed, k)
+    found = svd(delta, "delta", k)
+    return _leading(found.u, found.rank, k)
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Return the principal angles between two subspaces, (K,) in degrees from 0 to 90, ascending.
+    """Return the principal angles between two orthonormal bases (n, K): (K,) in degrees from 0 to 90, ascending.
 
     cos(theta_i) is the i-th singular value of a^T b (descending). The arccosine loses half of the digits near 1: in
     float64 it cannot see angles under about 1e-6 degrees. So angles up to 45 degrees come from their sines, the
-    singular values of (I - a a^T) b, and the others from their cosines. Either is good to about 1e-13 degrees.
-
-    Args:
-        a: (n, K) orthonormal basis.
-        b: (n, K) orthonormal basis.
-
-    Returns:
-        The angles; all NaN if a basis contains NaN.
+    singular values of (I - a a^T) b, and the others from their cosines. Either is good to about 1e-13 degrees. All are
+    NaN if a basis contains NaN.
 
     Raises:
         OpdlabError: if the shapes differ or the columns are not orthonormal to 1e-10.
@@ -103,23 +90,12 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rotation(w0: Tensor | Svd, w1: Tensor | Svd, k: int) -> Rotation:
-    """Return the angles by which an update turned the top-k singular subspaces of a weight matrix.
+    """Return the k angles, a side, by which an update turned the top-k singular subspaces of a weight matrix.
 
     The largest angle is governed by the gap between the k-th and the next singular value of w0 (Wedin's bound:
-    ||delta||_op over the gap), so look at the mean and the median as well.
+    ||delta||_op over the gap), so look at the mean and the median as well. NaN if a matrix has a rank below k.
 
-    Args:
-        w0: (m, n) matrix before, or its Svd.
-        w1: (m, n) matrix after, or its Svd.
-        k: dimension of the subspaces, at most min(m, n). The paper's 512 is an eighth of its 4096.
-
-    Returns:
-        Left and right angles, (k,) each, in degrees, ascending; NaN if a matrix has a rank below k.
-
-    Raises:
-        OpdlabError: if k is out of range, the shapes differ, or as for :func:`svd`.
-
-    Source: 2606.07082, Appendix C.3 and Figure 2; 2511.08567.
+    Source: 2606.07082, Appendix C.3 and Figure 2, with k = 512, an eighth of its 4096; 2511.08567.
 
     >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
     >>> w0 = torch.diag(torch.tensor([2.0, 1.0]))
@@ -127,10 +103,7 @@ def rotation(w0: Tensor | Svd, w1: Tensor | Svd, k: int) -> Rotation:
     Rotation(left=tensor([90.], dtype=torch.float64), right=tensor([0.], dtype=torch.float64))
     """
     svd0, svd1 = svd(w0, "w0", k), svd(w1, "w1", k)
-    return Rotation(
-        left=principal_angles(top_left(svd0, k), top_left(svd1, k)),
-        right=principal_angles(top_right(svd0, k), top_right(svd1, k)),
-    )
+    return Rotation(*(principal_angles(top(svd0, k), top(svd1, k)) for top in (top_left, top_right)))
 
 
 class Energy(NamedTuple):
@@ -144,18 +117,8 @@ class Energy(NamedTuple):
 def subspace_energy(delta: Tensor, w0: Tensor | Svd, k: int) -> Energy:
     """Return how much of an update lies in the top-k singular subspaces of the weights it is applied to.
 
-    A random update has k / m on the left, k / n on the right and their product on both sides.
-
-    Args:
-        delta: (m, n) update.
-        w0: (m, n) matrix before, or its Svd.
-        k: dimension of the subspaces, at most min(m, n).
-
-    Returns:
-        One- and two-sided shares; NaN for a zero update, or if w0 has a rank below k.
-
-    Raises:
-        OpdlabError: if k is out of range, the shapes differ, or as for :func:`svd`.
+    A random update (m, n) has k / m on the left, k / n on the right and their product on both sides. NaN for a zero
+    update, or if w0 has a rank below k.
 
     Source: the two-sided share is the "principal projection" of neighbouring analyses (their k is a tenth of the
     smaller side); 2606.07082 has none.
@@ -180,13 +143,6 @@ def cosine(delta_a: Tensor, delta_b: Tensor) -> float:
 
     Two unrelated updates of p weights have 0, give or take 1 / sqrt(p).
 
-    Args:
-        delta_a: an update of any shape.
-        delta_b: another of the same shape.
-
-    Raises:
-        OpdlabError: if the shapes differ or an entry is not finite.
-
     >>> round(cosine(torch.eye(2), torch.ones(2, 2)), 4)  # 1 / sqrt(2)
     0.7071
     """
@@ -200,14 +156,8 @@ def cosine(delta_a: Tensor, delta_b: Tensor) -> float:
 def sim_k(v_a: Tensor, v_b: Tensor) -> float:
     """Return ||v_a^T v_b||_F^2 / K, from 0 (orthogonal) to 1 (the same subspace): the mean cos^2 of the angles.
 
-    Two random subspaces of dimension K in R^n have K / n on average.
-
-    Args:
-        v_a: (n, K) orthonormal basis.
-        v_b: (n, K) orthonormal basis.
-
-    Returns:
-        The similarity; NaN if a basis contains NaN, that is if an update has fewer than K directions.
+    The bases are (n, K) and orthonormal; two random ones have K / n on average. A basis with NaN, of an update that has
+    fewer than K directions, gives NaN.
 
     Raises:
         OpdlabError: if the shapes differ or the columns are not orthonormal to 1e-10.
@@ -226,20 +176,13 @@ def sim_k(v_a: Tensor, v_b: Tensor) -> float:
 
 
 def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
-    """Return Sim_K(t, t_end) of cumulative updates w_t - w0 to the last of them, on both sides.
+    """Return Sim_K(t, t_end) of T cumulative updates w_t - w0, in order, to the last of them: T numbers a side.
 
     Successive updates share their history, so the similarity climbs to 1 for any process; compare with
-    :func:`opdlab.geometry.random_walk_sim`.
-
-    Args:
-        deltas: T updates (m, n) in order, or their Svds.
-        k: dimension of the subspaces, at most min(m, n).
-
-    Returns:
-        T similarities a side; NaN where this update or the last has a rank below k.
+    :func:`opdlab.geometry.random_walk_sim`. NaN where this update or the last has a rank below k.
 
     Raises:
-        OpdlabError: if there is no update, k is out of range, or as for :func:`svd`.
+        OpdlabError: if there is no update.
 
     Source: 2606.07082, Appendix E and Figure 5.
 
@@ -249,12 +192,12 @@ def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
     if not deltas:
         raise OpdlabError("deltas is empty; expected one update or more")
     svds = [svd(delta, f"deltas[{t}]", k) for t, delta in enumerate(deltas)]
-    left, right = ([side(delta, k) for delta in svds] for side in (top_left, top_right))
-    return Similarity(left=[sim_k(u, left[-1]) for u in left], right=[sim_k(v, right[-1]) for v in right])
+    sides = [[top(delta, k) for delta in svds] for top in (top_left, top_right)]
+    return Similarity(*([sim_k(basis, bases[-1]) for basis in bases] for bases in sides))
 
 
-def _leading(vectors: Tensor, decomposed: Svd, k: int) -> Tensor:
-    """Return the first k columns; those that belong to a vanishing singular value are NaN."""
+def _leading(vectors: Tensor, rank: int, k: int) -> Tensor:
+    """Return the first k columns; those past the rank belong to a vanishing singular value, and are NaN."""
     columns = vectors[:, : _checks.whole(k, "k", 1, vectors.shape[1])].clone()
-    columns[:, decomposed.rank :] = nan
+    columns[:, rank:] = nan
     return columns

@@ -1,8 +1,7 @@
 """Summaries: what a table of measurements says about a whole model, a block or a module, as means over its matrices.
 
-All means are weighted by one rule, the paper's (2606.07082, Appendix C.3): sparsity weighs a matrix by its parameters,
-every other diagnostic weighs all matrices alike. A mean stands beside the same mean of its null, or, where
-size explains it (sparsity, angles, drift), beside that of the update at equal norm.
+By the paper's rule (2606.07082, Appendix C.3) sparsity weighs a matrix by its parameters, and every other diagnostic
+weighs all matrices alike. A mean stands beside that of its null or, where size explains it, of the norm-matched update.
 """
 
 from __future__ import annotations
@@ -32,15 +31,10 @@ _NOT_MEASURED = ("layer", "rows", "cols", "matrices", "parameters", "k", "mask_r
 def means(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ()) -> pd.DataFrame:
     """Average over the rows that agree in ``keys``: sparsity by parameters, everything else with all matrices alike.
 
-    Args:
-        table: one row per matrix, or per group of matrices that was averaged before, which then has the column
-            ``matrices``, their number. The column ``parameters`` is needed.
-        keys: columns to group by; without any, all rows are one group.
-        columns: what to average; by default everything that was measured.
-
-    Returns:
-        One row per group, in the order of their first rows, with the keys, the means (what is NaN for a matrix does not
-        count) and the totals ``matrices`` and ``parameters``.
+    A row of ``table`` is one matrix, with its number of ``parameters``, or a group that was averaged before, with the
+    number of its ``matrices`` as well. Without keys all rows are one group; without columns everything that was
+    measured is averaged, where what is NaN for a matrix does not count. The groups stand in the order of their first
+    rows, with the totals ``matrices`` and ``parameters``.
 
     Source: 2606.07082, Appendix C.3.
 
@@ -109,23 +103,18 @@ def trajectory_means(trajectory: pd.DataFrame) -> pd.DataFrame:
 
 
 def largest_k(table: pd.DataFrame) -> int | None:
-    """Return the largest K at which any similarity is defined: an update of rank r has no more than r directions.
+    """Return the largest K of the columns sim_right_K16 and so on at which any similarity is defined.
 
-    Args:
-        table: with columns such as sim_right_K16. None is returned if it has none, the smallest K if none is defined.
+    An update of rank r has no more than r directions. If none is defined, it is the smallest K; without columns, None.
     """
     names = [column.removeprefix("sim_right_K") for column in table if column.startswith("sim_right_K")]
     ks = sorted(int(name) for name in names if name.isdigit())
     return max((k for k in ks if table[f"sim_right_K{k}"].notna().any()), default=ks[0] if ks else None)
 
 
-def _by_parameters(column: str) -> bool:
-    return column.startswith("sparsity")
-
-
 def _weights(table: pd.DataFrame, column: str) -> pd.Series:
     """Return what each row weighs in the mean of a column."""
-    if _by_parameters(column):
+    if column.startswith("sparsity"):
         return table["parameters"]
     # A row is one matrix, or the mean of several, whose parameters it has in all.
     return table["matrices"] if "matrices" in table else pd.Series(1, table.index)
@@ -152,7 +141,7 @@ def _summary(rows: pd.DataFrame) -> dict:
 def _entry(known: pd.DataFrame, column: str, null: str | None) -> dict:
     """Return the entry of one diagnostic, from matrices where it and its null are defined."""
     value = _mean(known, column)
-    weighting = "per parameter" if _by_parameters(column) else "per matrix"
+    weighting = "per parameter" if column.startswith("sparsity") else "per matrix"
     entry: dict = {"value": value, "weighting": weighting, "defined": len(known)}
     if column.startswith(("angle", "energy", "top_energy", "hill")) and "k" in known:
         entry["k"] = sorted(set(known["k"].astype(int)))

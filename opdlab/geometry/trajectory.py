@@ -12,7 +12,7 @@ from torch import Tensor
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.matrices import float64_matrices, identity
-from opdlab.geometry.measure import Resolution, check_size, generator_of, spectrum_stats
+from opdlab.geometry.measure import Resolution, generator_of, spectrum_stats
 from opdlab.geometry.nulls import permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity
 from opdlab.geometry.spectrum import frobenius, relative_norm, stable_rank, svd
@@ -96,7 +96,7 @@ def measure_matrix_trajectory(
     """
     w0 = _checks.matrix(w0, f"{name} in w0s")
     on = resolution or Resolution.of(tuple(w0.shape))
-    check_size(name, w0, k=on.k, **{f"sim_ks[{i}]": k for i, k in enumerate(on.sim_ks)})
+    on.check_size(name, w0, "k", "sim_ks")
     generator, vectors, count = generator_of(seed, name), max(on.sim_ks, default=1), len(w_ts)
 
     def at(t: int) -> Tensor:
@@ -105,8 +105,8 @@ def measure_matrix_trajectory(
     # Snapshots are read again where they are needed, so that at most two of them are in memory.
     interval_norms = [frobenius(after - before) for before, after in pairwise((w0, *map(at, range(count))))]
     walk_svds = [svd(delta.to(w0.device), k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
-    end, svds, rests, intervals, rows = at(count - 1), [], [], [], []
-    before = w0
+    before, end = w0, at(count - 1)
+    svds, rests, intervals, rows = [], [], [], []
     for t in range(count):
         w_t = at(t)
         rests.append(svd(end - w_t, k=vectors))
@@ -116,30 +116,21 @@ def measure_matrix_trajectory(
         last = rests[t - 1] if t == count - 1 else None
         intervals.append((last or svd(w_t - before, k=vectors)) if t else svds[0])
         before = w_t
-        row = {
-            "k": on.k,
-            "mask_rank": on.mask_rank,
-            "frobenius": frobenius(delta),
-            "relative_norm": relative_norm(w0, w_t),
-            "interval_norm": interval_norms[t],
-            "interval_stable_rank": stable_rank(intervals[t]),
-            "sparsity": bf16_sparsity(w0, w_t),
-        }
-        seen, null = spectrum_stats(svds[t], on.k), spectrum_stats(permute(delta, generator), on.k)
-        for key, value in seen.items():
+        row: dict[str, float] = {"k": on.k, "mask_rank": on.mask_rank}
+        row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w_t)}
+        row |= {"interval_norm": interval_norms[t], "interval_stable_rank": stable_rank(intervals[t])}
+        row["sparsity"] = bf16_sparsity(w0, w_t)
+        null = spectrum_stats(permute(delta, generator), on.k)
+        for key, value in spectrum_stats(svds[t], on.k).items():
             row |= {key: value, f"{key}_null": null[key]}
         rows.append(row)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     for k in on.sim_ks:
         ours, walk = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
         for side, top in (("right", top_right), ("left", top_left)):
-            columns[f"sim_{side}_K{k}"] = getattr(ours, side)
-            columns[f"sim_{side}_K{k}_null"] = getattr(walk, side)
-            columns[f"sim_{side}_K{k}_rest"] = [
-                sim_k(top(past, k), top(rest, k)) for past, rest in zip(svds, rests, strict=True)
-            ]
-            columns[f"sim_{side}_K{k}_interval"] = [nan] + [
-                sim_k(top(before, k), top(after, k)) for before, after in pairwise(intervals)
-            ]
+            columns |= {f"sim_{side}_K{k}": getattr(ours, side), f"sim_{side}_K{k}_null": getattr(walk, side)}
+            rest = [sim_k(top(a, k), top(b, k)) for a, b in zip(svds, rests, strict=True)]
+            consecutive = [sim_k(top(a, k), top(b, k)) for a, b in pairwise(intervals)]
+            columns |= {f"sim_{side}_K{k}_rest": rest, f"sim_{side}_K{k}_interval": [nan, *consecutive]}
         columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * count
     return columns

@@ -1,7 +1,7 @@
-"""The budget of a run: memory, hours and disk, from shapes alone, so that a large model can be planned on a laptop.
+"""What a run takes: memory, hours and disk, from shapes alone, so that a large model can be planned on a laptop.
 
-Bytes and operations follow from the trainer (:mod:`opdlab.training.trainer`); how fast a device works is one line in
-:data:`DEVICES`. ``tests/lab/test_planning.py`` holds the numbers against a measured step.
+Bytes and operations follow from :mod:`opdlab.training.trainer`; ``tests/lab/test_planning.py`` holds them against a
+measured step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import transformers
 from opdlab.errors import OpdlabError
 from opdlab.lab.grid import PAPER
 from opdlab.lab.laboratory import Laboratory
+from opdlab.models.folders import new_model
 from opdlab.processes import find_device
 from opdlab.training.config import Experiment
 
@@ -43,26 +44,28 @@ DEVICES = {
 }
 
 
-def _qwen3(width: int, middle: int, layers: int, heads: int, tied: bool) -> dict:
-    sizes = {"hidden_size": width, "intermediate_size": middle, "num_hidden_layers": layers}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-    return sizes | {"model_type": "qwen3", "max_position_embeddings": 40960, "tie_word_embeddings": tied}
-
-
+_FIELDS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings"),
+)
 #: The shapes of published models, from their configurations on the hub, so that a plan needs no network.
 #:
 #: :meta hide-value:
 SHAPES = {
-    "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, True),
-    "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, False),
-    "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, False),
-    "smollm2": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+    name: dict(zip(_FIELDS, fields, strict=True))
+    for name, *fields in (
+        ("Qwen/Qwen3-0.6B", "qwen3", 1024, 3072, 28, 16, 8, 128, 151936, 40960, True),
+        ("Qwen/Qwen3-1.7B", "qwen3", 2048, 6144, 28, 16, 8, 128, 151936, 40960, True),
+        ("Qwen/Qwen3-8B", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936, 40960, False),
+        ("Qwen/Qwen3-32B", "qwen3", 5120, 25600, 64, 64, 8, 128, 151936, 40960, False),
+        ("smollm2", "llama", 576, 1536, 30, 9, 3, 64, 49152, 8192, True),
+    )
+}
+
+
+def new_config(shape: dict) -> transformers.PreTrainedConfig:
+    """Return the configuration of a published shape, one of the values of :data:`SHAPES`."""
+    return transformers.AutoConfig.for_model(**shape)
 
 
 class Shape(NamedTuple):
@@ -76,12 +79,6 @@ class Shape(NamedTuple):
     cache: int  # numbers that one token adds to the cache of keys and values
 
 
-def new_config(shape: dict) -> transformers.PreTrainedConfig:
-    """Return the configuration of a published shape, one of the values of :data:`SHAPES`."""
-    fields = dict(shape)
-    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
 @cache
 def _measured(config_text: str) -> Shape:
     config = new_config(json.loads(config_text))
@@ -90,30 +87,24 @@ def _measured(config_text: str) -> Shape:
     parameters = sum(weight.numel() for weight in model.parameters())
     # The token embedding is looked up and not multiplied, unless it is the output layer too.
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * heads
-    flops = 2 * (parameters - looked_up)
-    return Shape(parameters, flops, config.num_hidden_layers, config.hidden_size, config.vocab_size, keys_and_values)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    cached = 2 * layers * config.num_key_value_heads * head
+    return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
 
 
 def shape_of(name: str, lab: Laboratory) -> Shape:
-    """Return the shape of a model of a scale, from its folder, or from what it is fetched or made from.
-
-    Raises:
-        OpdlabError: if nothing tells.
-    """
-    folder, models = lab.models / name, lab.scale.models
-    if (folder / "config.json").is_file():
-        return _measured(json.dumps(json.loads((folder / "config.json").read_text())))
+    """Return the shape of a scale's model, from its folder or its source; raises an OpdlabError if neither tells."""
+    models, file = lab.scale.models, lab.models / name / "config.json"
+    if file.is_file():
+        return _measured(file.read_text())
     if name in models.shapes:
-        from opdlab.models.folders import new_model  # What the lab builds itself is small.
-
-        return _measured(json.dumps(new_model(models.shapes[name], 0).config.to_dict()))
+        return _measured(new_model(models.shapes[name], 0).config.to_json_string())
     if name not in models.pretrained:
         return shape_of(lab.maker_of(name).start, lab)
     known = SHAPES.get(models.pretrained[name].removesuffix("-Base"))
     if known is None:
-        raise OpdlabError(f"the shape of {models.pretrained[name]!r} is not known: put its folder into {folder.parent}")
+        raise OpdlabError(f"the shape of {models.pretrained[name]!r} is not known: put its folder into {lab.models}")
     return _measured(json.dumps(known))
 
 
@@ -124,30 +115,19 @@ class Plan(NamedTuple):
     flops: dict[str, float]  # operations of one step, by what for
     seconds: dict[str, float]  # of one step on the device, by what for
     steps: int
-    evaluating: float  # seconds of all evaluations
+    hours: float  # of the whole run with its evaluations, without the measurement of its geometry
     disk: float  # bytes that lie there at once: snapshots, a checkpoint, and what projected runs branch off from
     stays: float  # bytes of these once the run is recorded. All runs from one model share its start.
 
     @property
     def peak(self) -> float:
         """The bytes at the peak of a step, when it writes or when it learns."""
-        learning = self.memory["activations"] + self.memory["logits"]
-        writing = self.memory["rollouts"]
+        learning, writing = self.memory["activations"] + self.memory["logits"], self.memory["rollouts"]
         return sum(self.memory.values()) - learning - writing + max(learning, writing)
-
-    @property
-    def hours(self) -> float:
-        """The hours of the whole run, without the measurement of its geometry."""
-        return (self.steps * sum(self.seconds.values()) + self.evaluating) / 3600
 
 
 def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
-    """Plan one run, with prompts and completions of the scale's typical lengths.
-
-    Args:
-        lab: whose models may be there already; their shapes are then taken from their folders.
-        name: of the arm.
-        device: what it would run on, one of :data:`DEVICES`.
+    """Plan one run of an arm, with prompts and completions of the scale's typical lengths.
 
     Raises:
         OpdlabError: if there is no such arm, or a shape is not known.
@@ -157,46 +137,44 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     student = shape_of(named.start or name, lab)
     teacher = shape_of(named.teacher, lab) if named.teacher else None
     writer = {"task": None, "teacher": teacher}.get(named.arm.rollouts_by, student)
-    width = 2 if device.half and experiment.compute.dtype == "bfloat16" else 4  # bytes of what passes compute in
-    packed = recipe.prompts * (prompt + recipe.samples * new)  # each prompt is read once for all its completions
+    size = 2 if device.half and experiment.compute.dtype == "bfloat16" else 4  # bytes of a number that passes compute
 
-    flops = {"student": (4 if experiment.compute.recompute else 3) * student.flops * float(packed)}
-    seconds = {}
+    def generation(model: Shape, rows: int) -> float:
+        """Return the seconds of writing: a new token is bound by arithmetic, by reading weights, or by launching."""
+        arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
+        return new * max(arithmetic, reading, model.layers * device.launch)
+
+    packed = float(recipe.prompts * (prompt + recipe.samples * new))  # a prompt is read once for all its completions
+    flops = {"student": (4 if experiment.compute.recompute else 3) * student.flops * packed}
     if writer:
         flops["rollouts"] = writer.flops * float(recipe.completions * new + recipe.prompts * prompt)
-        seconds["rollouts"] = _generation(writer, recipe.completions, new, width, device)
     if teacher and named.arm.reads_teacher:
-        flops["teacher"] = teacher.flops * float(packed)
+        flops["teacher"] = teacher.flops * packed
+    seconds = {"rollouts": generation(writer, recipe.completions)} if writer else {}
     seconds |= {what: flops[what] / device.flops for what in ("student", "teacher") if what in flops}
     # Weights, gradients and both moments are read, and all but the gradients written.
     seconds["optimizer"] = 28 * student.parameters / device.bandwidth
 
     count = experiment.evaluation_prompts
     reading = (student.flops + (teacher.flops if teacher else 0)) * count * (prompt + new) / device.flops
-    evaluating = (1 + len(experiment.evaluations)) * (2 * _generation(student, count, new, width, device) + reading)
+    evaluating = (1 + len(experiment.evaluations)) * (2 * generation(student, count) + reading)
     states = 3 * (1 + len(lab.branch_steps(name)))  # weights and both moments
     return Plan(
-        memory=_memory(experiment, student, teacher, width, prompt, new),
+        memory=_memory(experiment, student, teacher, size, (prompt, new)),
         flops=flops,
         seconds=seconds,
         steps=recipe.steps,
-        evaluating=evaluating,
+        hours=(recipe.steps * sum(seconds.values()) + evaluating) / 3600,
         disk=4.0 * student.parameters * (len(experiment.snapshots) + 1 + states),
         stays=4.0 * student.parameters * (len(lab.kept_steps(name)) - 1),
     )
 
 
-def _generation(model: Shape, rows: int, new: int, width: int, device: Device) -> float:
-    """Return the seconds of writing: each new token is bound by arithmetic, by reading weights, or by launching."""
-    arithmetic = model.flops * rows / device.flops
-    return new * max(arithmetic, width * model.parameters / device.bandwidth, model.layers * device.launch)
-
-
 def _memory(
-    experiment: Experiment, student: Shape, teacher: Shape | None, width: int, prompt: int, new: int
+    experiment: Experiment, student: Shape, teacher: Shape | None, size: int, lengths: tuple[int, int]
 ) -> dict[str, float]:
-    """Return the bytes at the peak of a step, by what for."""
-    recipe, compute, arm = experiment.recipe, experiment.compute, experiment.arm
+    """Return the bytes at the peak of a step, by what for; a number that passes compute takes ``size``."""
+    recipe, compute, arm, (prompt, new) = experiment.recipe, experiment.compute, experiment.arm, lengths
     rows = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts)
     in_batch = rows * (prompt + recipe.samples * new)
     completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
@@ -207,46 +185,40 @@ def _memory(
         "rollouts": 0.0,
         "weights, gradients, moments": 16.0 * student.parameters,
         "origin": 4.0 * student.parameters,
-        "activations": float(width * kept * in_batch),
+        "activations": float(size * kept * in_batch),
         # Logits, their softmax, and the gradients of both; the teacher's beside them.
         "logits": 4.0 * student.vocabulary * at_once * (4 + 2 * arm.reads_teacher),
     }
     if teacher:
-        memory["teacher"] = float(width * teacher.parameters)
+        memory["teacher"] = float(size * teacher.parameters)
     if arm.rollouts_by != "task":
         writer = teacher if teacher and arm.rollouts_by == "teacher" else student
-        copy = width * student.parameters if width < 4 and writer is student else 0
-        memory["rollouts"] = copy + float(width * writer.cache * recipe.completions * (prompt + new))
+        copy = size * student.parameters if size < 4 and writer is student else 0
+        memory["rollouts"] = copy + float(size * writer.cache * recipe.completions * (prompt + new))
     return memory
 
 
 def plan_table(lab: Laboratory, arms: tuple[str, ...], device: Device) -> pd.DataFrame:
     """Return the plans of some arms, one row each: memory, disk (and what stays on it), operations of a step, hours."""
-    rows = []
-    for arm in arms:
-        plan = plan_run(lab, arm, device)
-        rows.append(
-            {
-                "arm": arm,
-                "memory (GB)": plan.peak / GB,
-                "of which": max(plan.memory, key=plan.memory.__getitem__),
-                "TFLOP a step": sum(plan.flops.values()) / 1e12,
-                "seconds a step": sum(plan.seconds.values()),
-                "steps": plan.steps,
-                "hours": plan.hours,
-                "disk (GB)": plan.disk / GB,
-                "stays (GB)": plan.stays / GB,
-            }
-        )
-    return pd.DataFrame(rows)
+    plans = ((arm, plan_run(lab, arm, device)) for arm in arms)
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "memory (GB)": plan.peak / GB,
+            "of which": pd.Series(plan.memory).idxmax(),
+            "TFLOP a step": sum(plan.flops.values()) / 1e12,
+            "seconds a step": sum(plan.seconds.values()),
+            "steps": plan.steps,
+            "hours": plan.hours,
+            "disk (GB)": plan.disk / GB,
+            "stays (GB)": plan.stays / GB,
+        }
+        for arm, plan in plans
+    )
 
 
 def check_device(lab: Laboratory) -> None:
-    """Refuse a scale that this machine is not for, before anything is fetched.
-
-    Raises:
-        OpdlabError: if the scale needs a GPU and there is none.
-    """
+    """Raise an OpdlabError if the scale needs a GPU and there is none, before anything is fetched."""
     scale = lab.scale
     if scale.gpu_only and find_device(scale.compute.gpu).type == "cpu":
         needed = max(plan_run(lab, arm, DEVICES["h100"]).peak for arm in scale.policy.arms)
@@ -257,11 +229,7 @@ def check_device(lab: Laboratory) -> None:
 
 
 def check_room(lab: Laboratory, arm: str) -> None:
-    """Refuse a run that will not fit, before anything is loaded.
-
-    Raises:
-        OpdlabError: as :func:`check_device`, or if the run needs more memory than the device has.
-    """
+    """Raise an OpdlabError if a run needs a device or memory that is not there, before anything is loaded."""
     check_device(lab)
     device = find_device(lab.scale.compute.gpu)
     needed = plan_run(lab, arm, DEVICES["cpu" if device.type == "cpu" else "h100"]).peak
@@ -278,7 +246,7 @@ def processes_for(lab: Laboratory) -> int:
     if find_device(lab.scale.compute.gpu).type != "cpu":
         return 1
     largest = max(plan_run(lab, arm, DEVICES["cpu"]).peak for arm in PAPER)
-    return max(1, min(os.cpu_count() or 1, int(_free_memory() // largest) if largest else 1))
+    return max(1, min(os.cpu_count() or 1, int(_free_memory() // largest)))
 
 
 def _free_memory() -> float:

@@ -11,39 +11,24 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from opdlab.errors import OpdlabError
 from opdlab.training.arms import Arm, Model, Projection, Tokens
 
 
 @dataclass(frozen=True)
 class NamedArm:
-    """An arm of the book.
+    """An arm of the book; its models are named by their folders among a scale's models."""
 
-    Attributes:
-        name: the name in commands, records and code.
-        label: the name in figures.
-        arm: what is trained how; its models are named by their folders among a scale's models.
-        parent: the arm that it is a variant of, or "".
-        recipe: the recipe that it follows, a key of a scale's recipes.
-        task: where the prompts come from, if not from the scale's task.
-        produces: the model folder that its last weights become with seed 0, or "".
-        lr_factor: factor on the recipe's learning rate.
-        directions_of: of a projected arm: the arm whose update gives the directions, or "" for its own.
-        other_seed: of a projected arm: take the directions from the run of the next seed.
-        recorded: whether a record can be kept of it, or it only makes a model.
-    """
-
-    name: str
-    label: str
+    name: str  # in commands, records and code
+    label: str  # in figures
     arm: Arm
-    parent: str = ""
-    recipe: str = ""
-    task: str = ""
-    produces: str = ""
-    lr_factor: float = 1.0
-    directions_of: str = ""
-    other_seed: bool = False
-    recorded: bool = True
+    parent: str = ""  # the arm that it is a variant of
+    recipe: str = ""  # a key of a scale's recipes
+    task: str = ""  # where the prompts come from, if not from the scale's task
+    produces: str = ""  # the model folder that its last weights become with seed 0
+    lr_factor: float = 1.0  # on the recipe's learning rate
+    directions_of: str = ""  # the arm whose update gives the directions of a projection, if not its own
+    other_seed: bool = False  # take the directions from the run of the next seed
+    recorded: bool = True  # whether a record can be kept of it, or it only makes a model
 
     @property
     def start(self) -> str:
@@ -61,23 +46,19 @@ class NamedArm:
         return tuple(filter(None, (self.start, self.teacher)))
 
     def directions(self, seed: int, next_seed: int) -> tuple[str, int] | None:
-        """Return the arm and the seed of the other run that gives the directions of a projected run, if one does."""
+        """Return arm and seed of the other run that a projected run takes its directions from, if it does."""
         projection = self.arm.projection
         if projection is None or not (self.directions_of or self.other_seed or projection.final):
             return None
         return self.directions_of or self.parent, next_seed if self.other_seed else seed
 
 
-def _arm(start: str, rollouts_by: str, loss: str, teacher: str = "") -> Arm:
-    return Arm(Model(start), rollouts_by, loss, Model(teacher) if teacher else None)
-
-
 def _from_anchor(name: str, label: str, rollouts_by: str, loss: str) -> NamedArm:
-    return NamedArm(name, label, _arm("anchor", rollouts_by, loss, "teacher"), recipe=name)
+    return NamedArm(name, label, Arm(Model("anchor"), rollouts_by, loss, Model("teacher")), recipe=name)
 
 
 def _imitating(name: str, label: str, start: str, **entries: Any) -> NamedArm:
-    return NamedArm(name, label, _arm(start, "task", "cross_entropy"), **{"recipe": name} | entries)
+    return NamedArm(name, label, Arm(Model(start), "task", "cross_entropy"), **{"recipe": name} | entries)
 
 
 _PAPER = (
@@ -117,7 +98,7 @@ _arms: dict[str, NamedArm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 
 
 def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
-    """Add an arm that is like ``parent`` but for ``differences``, of the arm itself or of what the book says of it."""
+    """Add an arm that is like ``parent`` but for some fields, of the arm itself or of what the book says of it."""
     own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
     models: dict[str, Any] = {key: Model(differences[key]) for key in ("student", "teacher") if key in differences}
     arm = replace(_arms[parent].arm, **differences | models)
@@ -139,9 +120,8 @@ _vary("opd_short", "opd_same_teacher", "teacher of the same size", teacher="teac
 _vary("opd_short", "opd_small", "smaller student", student="anchor_small")
 _vary("opd_short", "opd_difference", "second task", student="anchor_difference", teacher="teacher_difference",
       task="running_difference")  # fmt: skip
-_vary(
-    "opd_short", "opd_products", "second task", student="anchor_products", teacher="teacher_products", task="products"
-)
+_vary("opd_short", "opd_products", "second task", student="anchor_products", teacher="teacher_products",
+      task="products")  # fmt: skip
 
 # Which tokens count: the paper's quarter and half, by the signed log-ratio or by chance, and on to one in a hundred.
 for _share in (50, 25, 5, 1):
@@ -209,27 +189,16 @@ _project("opd_short", "opd_random_entries", "a random eighth", space="random ent
 ARMS: Mapping[str, NamedArm] = MappingProxyType(_arms)
 #: The paper's arms and matched SFT.
 PAPER = tuple(arm.name for arm in _PAPER)
-#: The arms that a record can be kept of, which are all but those that only make models.
+#: The arms that a record can be kept of: all but those that only make models.
 #:
 #: :meta hide-value:
 RECORDED = tuple(name for name, arm in ARMS.items() if arm.recorded)
 
 
-def ancestor(name: str, arms: Mapping[str, NamedArm] = ARMS) -> str:
+def ancestor(name: str) -> str:
     """Return the paper's arm that an arm descends from, which gives its colour in figures.
 
     >>> ancestor("opd_top25_update4")
     'opd'
     """
-    return ancestor(arms[name].parent, arms) if arms[name].parent else name
-
-
-def get_arm(name: str, arms: Mapping[str, NamedArm] = ARMS) -> NamedArm:
-    """Return the arm called ``name``.
-
-    Raises:
-        OpdlabError: if there is no such arm.
-    """
-    if name not in arms:
-        raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
-    return arms[name]
+    return ancestor(ARMS[name].parent) if ARMS[name].parent else name

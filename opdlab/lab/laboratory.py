@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from opdlab.errors import OpdlabError
-from opdlab.lab.grid import ARMS, NamedArm, get_arm
+from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import Scale, get_scale
 from opdlab.lab.tasks import TASKS
 from opdlab.training.arms import Arm, Model
@@ -26,27 +26,16 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Laboratory:
-    """The experiments of the book at one scale, and where their files lie.
-
-    Attributes:
-        scale: models, budget, what is recorded, and how it is computed.
-        root: the folder that holds data/models, data/records and runs.
-        arms: the arms, by name.
-        tasks: the tasks, by name.
-    """
+    """The experiments of the book at one scale, and where their files lie."""
 
     scale: Scale
-    root: Path
+    root: Path  # holds data/models, data/records and runs
     arms: Mapping[str, NamedArm] = field(default_factory=lambda: dict(ARMS), repr=False)
     tasks: Mapping[str, Task] = field(default_factory=lambda: dict(TASKS), repr=False)
 
     @classmethod
     def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
-        """Return the laboratory of a scale, by default that of ``OPDLAB_SCALE``, in a folder or the repository.
-
-        Raises:
-            OpdlabError: if there is no such scale.
-        """
+        """Return the laboratory of a scale (:func:`opdlab.lab.scales.get_scale`) in ``root`` or the repository."""
         return cls(get_scale(scale), root or default_root())
 
     @property
@@ -61,19 +50,17 @@ class Laboratory:
 
     @property
     def runs(self) -> Path:
-        """The folder with the runs; it is not part of the repository."""
+        """The folder with the runs, which is not part of the repository."""
         return self.root / "runs" / self.scale.name
 
     # --- experiments --------------------------------------------------------------------------------------------------
 
     def experiment(self, name: str, seed: int = 0) -> Experiment:
-        """Return the experiment of an arm and a seed.
-
-        Raises:
-            OpdlabError: if the arm is unknown.
-        """
-        named, policy, budget = self.arm(name), self.scale.policy, self.scale.budget
-        recipe, variant = self.recipe(name), bool(named.parent)
+        """Return the experiment of an arm and a seed; raises as :meth:`recipe` does."""
+        named, policy, budget, recipe = self.arm(name), self.scale.policy, self.scale.budget, self.recipe(name)
+        evaluations, snapshots = policy.evaluations, policy.snapshots
+        if named.parent:
+            evaluations, snapshots = policy.variant_evaluations, policy.variant_snapshots
         return Experiment(
             arm=self._with_models(named, seed),
             task=self.tasks[named.task or self.scale.task],
@@ -81,9 +68,9 @@ class Laboratory:
             seed=seed,
             max_new_tokens=budget.max_new_tokens,
             temperature=budget.temperature,
-            evaluations=recipe.steps_at(policy.variant_evaluations if variant else policy.evaluations),
+            evaluations=recipe.steps_at(evaluations),
             evaluation_prompts=budget.evaluation_prompts,
-            snapshots=recipe.steps_at(policy.variant_snapshots if variant else policy.snapshots),
+            snapshots=recipe.steps_at(snapshots),
             compute=self.scale.compute,
             name=name,
         )
@@ -100,15 +87,13 @@ class Laboratory:
         return arm
 
     def arm(self, name: str) -> NamedArm:
-        """Return the arm called ``name``, or raise an OpdlabError."""
-        return get_arm(name, self.arms)
+        """Return the arm called ``name``, or raise an OpdlabError if there is none."""
+        if name not in self.arms:
+            raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
+        return self.arms[name]
 
     def recipe(self, name: str) -> Recipe:
-        """Return the recipe of an arm.
-
-        Raises:
-            OpdlabError: if the scale has none.
-        """
+        """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""
         named, recipes = self.arm(name), self.scale.budget.recipes
         if named.recipe not in recipes:
             raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {', '.join(recipes)}")
@@ -134,20 +119,14 @@ class Laboratory:
 
     def _recorded_digest(self, name: str) -> str:
         path = self.records / "runs.csv"
-        if path.is_file():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    named = self.arms.get(row["arm"])
-                    if named and name in named.models:
-                        return row["student" if name == named.start else "teacher"]
+        for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
+            named = self.arms.get(row["arm"])
+            if named and name in named.models:
+                return row["student" if name == named.start else "teacher"]
         return ""
 
     def model_folder(self, name: str) -> Path:
-        """Return the folder of a model.
-
-        Raises:
-            OpdlabError: if it is not there.
-        """
+        """Return the folder of a model, or raise an OpdlabError if it is not there."""
         if not (self.models / name).is_dir():
             raise OpdlabError(
                 f"there is no model in {self.models / name}: run 'opdlab models --scale {self.scale.name}' first"
@@ -155,11 +134,7 @@ class Laboratory:
         return self.models / name
 
     def maker_of(self, folder: str) -> NamedArm:
-        """Return the arm that makes the model folder called ``folder``.
-
-        Raises:
-            OpdlabError: if none does.
-        """
+        """Return the arm that makes the model folder called ``folder``, or raise an OpdlabError if none does."""
         for name in self.scale.models.makers:
             if self.arms[name].produces == folder:
                 return self.arms[name]
@@ -185,12 +160,12 @@ class Laboratory:
         Args:
             name: of the arm.
             seed: of prompts and rollouts.
-            change: what to change of the experiment.
+            change: makes another experiment of it.
             progress: show a bar.
             on_steps: called with the steps that were done.
 
         Raises:
-            OpdlabError: if a model is missing; otherwise as :func:`opdlab.training.loop.train`.
+            OpdlabError: if a model is missing, and whatever the loop raises.
         """
         named = self.arm(name)
         for folder in named.models:
@@ -220,14 +195,13 @@ class Laboratory:
 
         They are all that it took, or only those that other runs need: before they branch off, or for their directions.
         """
-        experiment, recipe = self.experiment(name), self.recipe(name)
-        taken = set(experiment.kept)
-        if self.scale.policy.keep_snapshots:
-            return taken
-        last_branch, first_seed = max(self.branch_steps(name), default=0), self.scale.policy.seeds[0]
+        policy, recipe, taken = self.scale.policy, self.recipe(name), self.experiment(name).kept
+        if policy.keep_snapshots:
+            return set(taken)
+        last_branch = max(self.branch_steps(name), default=0)
         kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
-        for other in map(self.arm, self.scale.policy.arms):
-            source = other.directions(first_seed, self.scale.later_seed(first_seed))
+        for other in map(self.arm, policy.arms):
+            source = other.directions(0, 1)  # of which seed makes no difference here
             if other.arm.projection and source and source[0] == name:
                 kept |= set(recipe.steps_at((other.arm.projection.start,)))
         return kept

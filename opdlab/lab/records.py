@@ -16,21 +16,19 @@ Columns that follow from others are not stored: :func:`read_tables` adds them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import gaussian_stable_rank
 from opdlab.geometry.matrices import describe
 from opdlab.geometry.summary import means
 from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
-from opdlab.lab.analyses.runset import clock
 from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.update import measure_update
 from opdlab.models.files import tensors_digest, write_json, write_whole
@@ -44,31 +42,25 @@ DIGESTS = ("key", "weights", "student", "teacher", "data", "template", "projecti
 
 @dataclass(frozen=True)
 class Records:
-    """The tables of several runs, one below the other, each with the columns ``arm``, ``label`` and ``seed``.
+    """The tables of several runs, one below the other, each with the columns ``arm``, ``label`` and ``seed``."""
 
-    Attributes:
-        history: one row per training step (loss, accuracy of the rollouts, entropy, norms, tokens, seconds: of the
-            processor, or on a GPU of the clock).
-        evaluations: one row per evaluation (greedy and sampled accuracy, entropy, KL to the teacher).
-        matrices: one row per weight matrix, origin against end point (:func:`opdlab.geometry.measure_matrix`).
-        trajectory: one row per snapshot and block, attention or MLP, the mean over its matrices.
-        runs: one row per run: key, what decides it, versions, seconds.
-        analyses: the tables of analyses (:data:`opdlab.lab.analyses.ANALYSES`), by name, each with a column ``seed``.
-    """
-
+    #: One row per training step: loss, accuracy of the rollouts, entropy, norms, tokens, seconds (of the processor, or
+    #: on a GPU of the clock).
     history: pd.DataFrame
-    evaluations: pd.DataFrame
-    matrices: pd.DataFrame
-    trajectory: pd.DataFrame
-    runs: pd.DataFrame
-    analyses: dict[str, pd.DataFrame] = field(default_factory=dict)
+    evaluations: pd.DataFrame  # one row per evaluation: greedy and sampled accuracy, entropy, KL to the teacher
+    matrices: pd.DataFrame  # one row per weight matrix, origin against end point (opdlab.geometry.measure_matrix)
+    trajectory: pd.DataFrame  # one row per snapshot and block, attention or MLP, the mean over its matrices
+    runs: pd.DataFrame  # one row per run: key, what decides it, versions, seconds
+    analyses: dict[str, pd.DataFrame] = field(default_factory=dict)  # tables of analyses by name, with a column seed
 
     def of_seeds(self, seeds: Sequence[int]) -> Records:
         """Return only what is of these seeds."""
-        tables = {name: getattr(self, name) for name in (*TABLES, "runs")}
-        kept = {name: table[table["seed"].isin(seeds)] for name, table in tables.items()}
-        analyses = {name: table[table["seed"].isin(seeds)] for name, table in self.analyses.items()}
-        return Records(**kept, analyses=analyses)
+
+        def kept(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+            return {name: table[table["seed"].isin(seeds)] for name, table in tables.items()}
+
+        own = {name: getattr(self, name) for name in (*TABLES, "runs")}
+        return Records(**kept(own), analyses=kept(self.analyses))
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
@@ -98,8 +90,8 @@ def load(
         scale: its name, or its laboratory; by default that of ``OPDLAB_SCALE``.
         arms: names in :data:`opdlab.lab.grid.ARMS`; by default all that are recorded.
         seeds: by default those that the scale has for each arm.
-        analyses: names in :data:`opdlab.lab.analyses.ANALYSES`; by default all that are recorded if ``arms`` is not
-            given, and otherwise none.
+        analyses: names in :data:`opdlab.lab.analyses.ANALYSES`; by default none if ``arms`` is given, or else all that
+            are recorded.
         root: the folder that holds data/records; by default the repository.
 
     Raises:
@@ -118,16 +110,15 @@ def load(
             f"{lab.records} has no record of {', '.join(dict.fromkeys(missing)) or 'any arm'} as it would be made now: "
             f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'"
         )
-    chosen = pd.DataFrame(wanted, columns=["arm", "seed"])
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for arm in arms:
-        kept = chosen.loc[chosen["arm"] == arm, "seed"]
+        kept = [seed for name, seed in wanted if name == arm]
         for name, table in read_tables(lab.records / arm).items():
             rows = table[table["seed"].isin(kept)].assign(label=lab.arm(arm).label)
             if "step" in rows:
                 rows["progress"] = rows["step"] / lab.recipe(arm).steps
             tables[name].append(rows)
-    runs = chosen.merge(index, on=["arm", "seed"], how="left")
+    runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
     runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
     joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
     return Records(**joined, runs=runs, analyses={name: _analysis(name, lab, seeds) for name in analyses})
@@ -141,28 +132,25 @@ def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None) -> pd.Dat
             f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
             f"'opdlab record --scale {lab.scale.name} --analysis {name}'"
         )
-    table = _read_csv(lab.records / "analyses" / f"{name}.csv")
+    table = read_table(lab.records / "analyses" / f"{name}.csv")
     valid = {part.key(lab) for seed in wanted for part in analysis.parts(lab, seed)}
     return table[table["key"].isin(valid) & table["seed"].isin(wanted)].reset_index(drop=True)
 
 
-def read_index(folder: Path) -> pd.DataFrame:
-    """Return the table of all runs in a folder of records, empty if there is none."""
-    path = folder / "runs.csv"
-    return _read_csv(path) if path.exists() else pd.DataFrame(columns=["arm", "seed", "key"])
+def read_index(folder: Path, of: str = "runs") -> pd.DataFrame:
+    """Return the table of all runs in a folder of records, or ``of`` all "analyses"; empty if there is none."""
+    path, what = folder / f"{of}.csv", {"runs": "arm", "analyses": "analysis"}[of]
+    return read_table(path) if path.exists() else pd.DataFrame(columns=[what, "seed", "key"])
 
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """Read the tables of an arm, or of a run, with the columns that are not stored.
-
-    Raises:
-        OpdlabError: if a file is missing or damaged, naming it.
-    """
-    tables = {name: _read_csv(folder / f"{name}.csv") for name in TABLES}
+    """Read the tables of an arm, or of a run, with the columns that are not stored; raises as :func:`read_table`."""
+    tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}
     return tables | {"matrices": add_derived(tables["matrices"])}
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
+    """Read one file as it is stored, or raise an OpdlabError if it is missing or damaged."""
     try:
         return pd.read_csv(path, dtype=dict.fromkeys(DIGESTS, str))
     except (OSError, ValueError) as problem:
@@ -174,18 +162,17 @@ def _read_csv(path: Path) -> pd.DataFrame:
 def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that follow from name, shape and resolution of a matrix, with as many digits as the others."""
     m, n, k = matrices["rows"], matrices["cols"], matrices["k"]
-    size = m * n
     described = pd.DataFrame([describe(name)._asdict() for name in matrices["matrix"]], index=matrices.index)
-    ranks = {shape: gaussian_stable_rank(*shape) for shape in set(zip(m, n, strict=True))}
+    gaussian = {shape: gaussian_stable_rank(*shape) for shape in set(zip(m, n, strict=True))}
     derived = {
-        "parameters": size,
+        "parameters": m * n,
         "energy_left_random": k / m,
         "energy_right_random": k / n,
         "energy_both_random": k / m * (k / n),
-        "stable_rank_gaussian": [ranks[shape] for shape in zip(m, n, strict=True)],
+        "stable_rank_gaussian": [gaussian[shape] for shape in zip(m, n, strict=True)],
     }
     for percent in MASK_PERCENTS:
-        share = (percent / 100 * size).round() / size
+        share = (percent / 100 * (m * n)).round() / (m * n)
         derived |= {f"principal_share_a{percent}": share, f"low_share_a{percent}": share}
     rounded = pd.DataFrame(derived, index=matrices.index).map(lambda value: float(f"{value:.7g}"))
     return pd.concat([matrices, described, rounded.astype({"parameters": int})], axis=1)
@@ -210,60 +197,59 @@ def has_record(arm: str, seed: int, lab: Laboratory, index: pd.DataFrame | None 
 
 def recorded_arms(lab: Laboratory) -> tuple[str, ...]:
     """Return the arms recorded for every seed of the scale."""
-    index = read_index(lab.records)
-    return tuple(
-        arm
-        for arm in lab.scale.policy.arms
-        if arm in set(index["arm"]) and all(has_record(arm, seed, lab, index) for seed in lab.seeds_of(arm))
-    )
+    index, arms = read_index(lab.records), lab.scale.policy.arms
+    return tuple(arm for arm in arms if all(has_record(arm, seed, lab, index) for seed in lab.seeds_of(arm)))
 
 
 def recorded_analyses(lab: Laboratory) -> tuple[str, ...]:
     """Return the analyses recorded for every seed that they have at the scale."""
-    return tuple(
-        name
-        for name in lab.scale.policy.analyses
-        if not any(missing_parts(ANALYSES[name], seed, lab) for seed in ANALYSES[name].seeds(lab))
-    )
+    analyses = (ANALYSES[name] for name in lab.scale.policy.analyses)
+    return tuple(of.name for of in analyses if not any(missing_parts(of, seed, lab) for seed in of.seeds(lab)))
 
 
 def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
     """Return the parts of an analysis that are not recorded as they would be made now."""
-    path = lab.records / "analyses" / f"{analysis.name}.csv"
-    parts = analysis.parts(lab, seed)
+    path, parts = lab.records / "analyses" / f"{analysis.name}.csv", analysis.parts(lab, seed)
     if not path.exists():
         return parts
-    table = _read_csv(path)
-    known = set(table.loc[table["seed"] == seed, "key"])
+    known = set(read_table(path).query("seed == @seed")["key"])
     return [part for part in parts if part.key(lab) not in known]
 
 
 # --- making -----------------------------------------------------------------------------------------------------------
 
 
-def measure_run(run: Run, lab: Laboratory) -> Path:
-    """Measure a finished run, write its tables into its folder, and return their folder."""
-    folder, experiment = run.folder / "tables", run.experiment
-    device, block = find_device(lab.scale.compute.gpu), lab.scale.policy.trajectory_block
-    snapshots = [(step, _on(device, run.snapshot(step))) for step in experiment.kept[1:]]
+def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
+    """Return the folder with the tables of a run, which is trained and measured first if it has none yet."""
+    folder = lab.run(arm, seed).folder / "tables"
+    if not (folder / "record.json").exists():
+        _measure(lab.train(arm, seed), lab, folder)
+    return folder
+
+
+def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
+    """Measure a finished run and write its tables."""
+    experiment, block = run.experiment, lab.scale.policy.trajectory_block
     with cpu_threads(experiment.compute.threads):
         matrices, trajectory = measure_update(
-            _on(device, run.snapshot(0)),
-            snapshots,
+            run.snapshot_path(0),
+            [(step, run.snapshot_path(step)) for step in experiment.kept[1:]],
             seed=experiment.seed,
             blocks=("attention", "mlp"),
             trajectory_blocks=(block,) if block else None,
+            device=str(find_device(experiment.compute.gpu)),
         )
     tables = {
         "history": pd.DataFrame(run.lines("history")),
         "evaluations": pd.DataFrame(run.lines("evaluations")),
         "matrices": matrices.drop(columns=list(DERIVED)),
-        "trajectory": by_block(trajectory),
+        "trajectory": means(trajectory, ["step", "block"]),
     }
     who = {"arm": experiment.name, "seed": experiment.seed}
     for name, table in tables.items():
-        write_table(folder / f"{name}.csv", _after(who, table))
-    description = who | {
+        write_table(folder / f"{name}.csv", pd.concat([pd.DataFrame(who, index=table.index), table], axis=1))
+    description = {
+        **who,
         "key": experiment.key,
         "weights": tensors_digest(run.snapshot_path(run.steps)),
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
@@ -272,37 +258,21 @@ def measure_run(run: Run, lab: Laboratory) -> Path:
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)
-    return folder
-
-
-def _on(device: torch.device, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: weight.to(device) for name, weight in weights.items()}
-
-
-def _after(who: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([pd.DataFrame(who, index=table.index), table], axis=1)
 
 
 def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
     """Return what decides a run as columns: the entries of its parts by name, lists as text.
 
-    >>> _flat({"seed": 0, "recipe": {"steps": 6, "betas": [0.9, 0.98]}, "student": "ab12"})
+    >>> _flat({"recipe": {"steps": 6, "betas": [0.9, 0.98]}, "student": "ab12"})
     {'recipe.steps': 6, 'recipe.betas': '0.9 0.98', 'student': 'ab12'}
     """
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        elif prefix + name != "seed":
+        else:
             flat[prefix + name] = " ".join(map(str, value)) if isinstance(value, list) else value
     return flat
-
-
-def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
-    """Return the folder with the tables of a run, which is trained and measured first if it has none yet."""
-    run = lab.run(arm, seed)
-    path = run.folder / "tables" / "record.json"
-    return path.parent if path.exists() else measure_run(lab.train(arm, seed), lab)
 
 
 def add_run(folder: Path, lab: Laboratory) -> None:
@@ -313,29 +283,27 @@ def add_run(folder: Path, lab: Laboratory) -> None:
     description = json.loads((folder / "record.json").read_text())
     arm, seed = description["arm"], description["seed"]
     for name in TABLES:
-        _replace_rows(lab.records / arm / f"{name}.csv", _read_csv(folder / f"{name}.csv"), seed=seed)
+        _replace_rows(lab.records / arm / f"{name}.csv", read_table(folder / f"{name}.csv"), seed=seed)
     _replace_rows(lab.records / "runs.csv", pd.DataFrame([description]), arm=arm, seed=seed)
 
 
-def analyse(name: str, seed: int, lab: Laboratory, progress: bool = False) -> Path:
+def analyse(name: str, seed: int, lab: Laboratory) -> Path:
     """Compute the parts of an analysis that are not recorded, and return the folder with their table."""
-    analysis, here = ANALYSES[name], lab.runs / f"{name}-seed{seed}"
+    analysis, folder = ANALYSES[name], lab.runs / f"{name}-seed{seed}"
     parts = missing_parts(analysis, seed, lab)
     with cpu_threads(lab.scale.compute.threads):
-        runs = RunSet(lab, seed, progress=progress)
-        began = clock()
-        table = analysis.measure(runs, parts)
-        seconds = round(clock() - began, 1)
-    names = list(parts[0].entries)
+        began = time.process_time()  # whatever else runs here
+        table = analysis.measure(RunSet(lab, seed), parts)
+        seconds = round(time.process_time() - began, 1)
     if analysis.keys:
-        table = by_block(table, analysis.keys)
+        table = means(table, [*analysis.keys, "block"])
     keys = {tuple(part.entries.values()): part.key(lab) for part in parts}
-    found = [keys[tuple(row[name] for name in names)] for row in table.to_dict("records")]
+    of_rows = [keys[tuple(row[name] for name in parts[0].entries)] for row in table.to_dict("records")]
     table.insert(0, "seed", seed)
-    table.insert(1, "key", found)
-    write_table(here / f"{name}.csv", table)
-    write_json(here / "record.json", {"analysis": name, "seed": seed, "seconds": seconds, **provenance()})
-    return here
+    table.insert(1, "key", of_rows)
+    write_table(folder / f"{name}.csv", table)
+    write_json(folder / "record.json", {"analysis": name, "seed": seed, "seconds": seconds, **provenance()})
+    return folder
 
 
 def add_analysis(folder: Path, lab: Laboratory) -> None:
@@ -344,26 +312,20 @@ def add_analysis(folder: Path, lab: Laboratory) -> None:
     name, seed = description["analysis"], description["seed"]
     path = lab.records / "analyses" / f"{name}.csv"
     valid = {part.key(lab) for part in ANALYSES[name].parts(lab, seed)}
-    added = _read_csv(folder / f"{name}.csv")
-    before = _read_csv(path) if path.exists() else added.head(0)
+    added = read_table(folder / f"{name}.csv")
+    before = read_table(path) if path.exists() else added.head(0)
     stale = (before["seed"] == seed) & (~before["key"].isin(valid) | before["key"].isin(added["key"]))
-    _write_sorted(path, pd.concat([before[~stale], added], ignore_index=True), ["seed"])
+    write_table(path, pd.concat([before[~stale], added], ignore_index=True).sort_values("seed", kind="stable"))
     _replace_rows(lab.records / "analyses.csv", pd.DataFrame([description]), analysis=name, seed=seed)
 
 
 def _replace_rows(path: Path, rows: pd.DataFrame, **which: Any) -> None:
     """Add rows to a table on disk, in the place of those with the same entries in the columns of ``which``."""
     if path.exists():
-        before = _read_csv(path)
-        same = pd.Series(True, before.index)
-        for column, value in which.items():
-            same &= before[column] == value
+        before = read_table(path)
+        same = (before[list(which)] == pd.Series(which)).all(axis=1)
         rows = pd.concat([before[~same], rows], ignore_index=True)
-    _write_sorted(path, rows, list(which))
-
-
-def _write_sorted(path: Path, table: pd.DataFrame, columns: list[str]) -> None:
-    write_table(path, table.sort_values(columns, kind="stable", ignore_index=True))
+    write_table(path, rows.sort_values(list(which), kind="stable"))
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -380,17 +342,11 @@ def nearest(table: pd.DataFrame, progress: float) -> pd.DataFrame:
     return table[gap == gap.groupby(table["arm"]).transform("min")]
 
 
-def by_block(table: pd.DataFrame, keys: Iterable[str] = ("step",)) -> pd.DataFrame:
-    """Average over the matrices of each block, as :func:`per_run` does, keeping apart what differs in ``keys``."""
-    return means(table, [*keys, "block"])
-
-
 def per_run(table: pd.DataFrame, columns: tuple[str, ...] = ()) -> pd.DataFrame:
     """Average over matrices, leaving one row per run of ``matrices``, or per run and snapshot of ``trajectory``.
 
-    All diagnostics are averaged, or only those in ``columns``, which is faster.
-
-    The mean is unweighted, the paper's rule for all diagnostics but one: sparsity weighs a matrix by its parameters
-    (2606.07082, Appendix C.3). ``matrices`` counts what was averaged.
+    All diagnostics are averaged, or only those in ``columns``, which is faster. The mean is unweighted, the paper's
+    rule for all diagnostics but one: sparsity weighs a matrix by its parameters (2606.07082, Appendix C.3).
+    ``matrices`` counts what was averaged.
     """
     return means(table, [key for key in ("arm", "label", "seed", "step", "progress") if key in table], columns)

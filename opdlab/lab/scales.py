@@ -16,99 +16,59 @@ from opdlab.training.config import Compute, Recipe
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a scale.
+    """The models of a scale."""
 
-    Attributes:
-        folder: under data/models, which holds the base, anchor, teacher and so on.
-        makers: the arms that make them.
-        shapes: of the models that start from random weights.
-        pretrained: what to fetch as a model instead (:mod:`opdlab.models.fetch`).
-    """
-
-    folder: str
-    makers: tuple[str, ...]
-    shapes: dict[str, dict] = field(default_factory=dict)
-    pretrained: dict[str, str] = field(default_factory=dict)
+    folder: str  # under data/models, which holds the base, anchor, teacher and so on
+    makers: tuple[str, ...]  # the arms that make them
+    shapes: dict[str, dict] = field(default_factory=dict)  # of the models that start from random weights
+    pretrained: dict[str, str] = field(default_factory=dict)  # what is fetched instead (opdlab.models.fetch)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the runs of a scale may take.
+    """What the runs of a scale may take."""
 
-    Attributes:
-        recipes: by name; an arm has its own or names another.
-        max_new_tokens: of a completion.
-        typical_tokens: of a prompt and of a completion, which plans are computed from.
-        temperature: of the rollouts.
-        evaluation_prompts: prompts of one evaluation.
-    """
-
-    recipes: dict[str, Recipe]
-    max_new_tokens: int = 48
-    typical_tokens: tuple[int, int] = (12, 20)
-    temperature: float = 1.0
-    evaluation_prompts: int = 1024
+    recipes: dict[str, Recipe]  # by name; an arm has its own or names another
+    max_new_tokens: int = 48  # of a completion
+    typical_tokens: tuple[int, int] = (12, 20)  # of a prompt and of a completion, which plans are computed from
+    temperature: float = 1.0  # of the rollouts
+    evaluation_prompts: int = 1024  # of one evaluation
 
 
 @dataclass(frozen=True)
 class RecordPolicy:
     """What is recorded at a scale.
 
-    Variants are many, so each has fewer seeds, snapshots and evaluations than the arms of the paper.
-
-    Attributes:
-        arms: the arms that are recorded.
-        analyses: the analyses that are recorded.
-        seeds: of the paper's arms.
-        variant_seeds: of the variants.
-        other_seeds: by arm, where it has other seeds than these.
-        snapshots: shares of the training after which weights are kept (dense early).
-        evaluations: shares of the training after which accuracy is measured.
-        variant_snapshots: the same for variants.
-        variant_evaluations: the same for variants.
-        trajectory_block: the block whose matrices are followed over training, as the paper follows attention; "" for
-            all.
-        keep_snapshots: whether recorded runs keep all their snapshots, or only those that other runs need.
+    Variants are many, so each has fewer seeds, snapshots and evaluations than the arms of the paper. Snapshots and
+    evaluations are shares of the training, after which weights are kept (densely at first) or accuracy is measured.
     """
 
     arms: tuple[str, ...]
     analyses: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     variant_seeds: tuple[int, ...] = (0, 1, 2)
-    other_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    other_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by arm, where it has other seeds than these
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     variant_evaluations: tuple[float, ...] = (0.2, 1.0)
-    trajectory_block: str = ""
-    keep_snapshots: bool = True
+    trajectory_block: str = ""  # the block that is followed over training, as the paper follows attention; "" for all
+    keep_snapshots: bool = True  # of recorded runs; if not, they keep only what other runs need
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Everything that changes between a smoke test and a real model.
+    """Everything that changes between a smoke test and a real model."""
 
-    Attributes:
-        name: on the command line and in ``OPDLAB_SCALE``.
-        summary: in one line.
-        task: of the arms that name none.
-        models: which models there are.
-        budget: what runs may take.
-        policy: what is recorded.
-        compute: precision, batching and device of all runs.
-        gpu_only: whether it cannot do without a GPU.
-        engine: what trains it, if it is too large for :mod:`opdlab.training.loop`: "trl".
-    """
-
-    name: str
+    name: str  # on the command line and in OPDLAB_SCALE
     summary: str
-    task: str
+    task: str  # of the arms that name none
     models: Models
     budget: Budget
     policy: RecordPolicy
     compute: Compute = field(default_factory=Compute)
     gpu_only: bool = False
-    engine: str = ""
+    engine: str = ""  # what trains it, if it is too large for opdlab.training.loop: "trl"
 
     def later_seed(self, seed: int, count: int = 1) -> int:
         """Return the seed that comes ``count`` after ``seed``, beginning again after the last."""
@@ -116,11 +76,23 @@ class Scale:
         return seeds[(seeds.index(seed) + count) % len(seeds)] if seed in seeds else seed + count
 
 
-_LAYER = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
-_ATTENTION_AND_MLP = _LAYER | {"intermediate_size": 384, "max_position_embeddings": 128}
+_STARTED_AT_ANCHOR = ("opd", "opd_full", "rlvr", "sft_matched")
 
-# One learning rate for all arms that start from the anchor, or their updates could not be compared.
-_FROM_ANCHOR = Recipe(steps=640)
+
+def _recipes(from_anchor: Recipe, short: int, **others: Recipe) -> dict[str, Recipe]:
+    """Return the recipes of a scale: one for all arms that start from the anchor, or they could not be compared.
+
+    All variants, and the runs that they are compared with, take ``short`` steps of it.
+    """
+    return others | dict.fromkeys(_STARTED_AT_ANCHOR, from_anchor) | {"short": replace(from_anchor, steps=short)}
+
+
+_SHAPE = {
+    "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 384,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+_LAYERS = {"base": 3, "base_small": 2, "teacher": 4, "teacher_weak": 4, "teacher_same": 3, "teacher_difference": 4}
+
 _PRETRAINING = Recipe(2500, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95))
 # About ten times the rate of the other arms, as in the paper, and stopped while there is room to improve.
 _SFT = Recipe(340, 64, 1, 1.5e-3, "cosine", 40, (0.9, 0.95))
@@ -133,43 +105,24 @@ TINY = Scale(
     models=Models(
         folder="tiny",
         makers=(
-            "base",
-            "base_small",
-            "sft",
-            "sft_small",
-            "sft_difference",
-            "teacher",
-            "teacher_weak",
-            "teacher_same",
-            "teacher_difference",
+            *("base", "base_small", "sft", "sft_small", "sft_difference"),
+            *("teacher", "teacher_weak", "teacher_same", "teacher_difference"),
         ),
-        shapes={
-            "base": _ATTENTION_AND_MLP | {"num_hidden_layers": 3},
-            "base_small": _ATTENTION_AND_MLP | {"num_hidden_layers": 2},
-            "teacher": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
-            "teacher_weak": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
-            "teacher_same": _ATTENTION_AND_MLP | {"num_hidden_layers": 3},
-            "teacher_difference": _ATTENTION_AND_MLP | {"num_hidden_layers": 4},
-        },
+        shapes={name: _SHAPE | {"num_hidden_layers": layers} for name, layers in _LAYERS.items()},
     ),
     budget=Budget(
-        recipes={
-            "base": _PRETRAINING,
-            "base_small": _PRETRAINING,
-            "teacher": _OF_TEACHER,
-            "teacher_weak": replace(_OF_TEACHER, steps=750),
-            "teacher_same": _OF_TEACHER,
-            "teacher_difference": _OF_TEACHER,
-            "sft": _SFT,
-            # The smaller student, and the second task, need longer to get as far.
-            "sft_long": replace(_SFT, steps=600),
-            "opd": _FROM_ANCHOR,
-            "opd_full": _FROM_ANCHOR,
-            "rlvr": _FROM_ANCHOR,
-            "sft_matched": _FROM_ANCHOR,
-            # A fifth of it: all variants, and the runs that they are compared with.
-            "short": replace(_FROM_ANCHOR, steps=128),
-        },
+        _recipes(
+            Recipe(steps=640),
+            128,
+            base=_PRETRAINING,
+            base_small=_PRETRAINING,
+            teacher=_OF_TEACHER,
+            teacher_weak=replace(_OF_TEACHER, steps=750),
+            teacher_same=_OF_TEACHER,
+            teacher_difference=_OF_TEACHER,
+            sft=_SFT,
+            sft_long=replace(_SFT, steps=600),  # The smaller student, and the second task, need longer to get as far.
+        )
     ),
     policy=RecordPolicy(
         arms=tuple(name for name in RECORDED if name != "opd_products"),
@@ -204,35 +157,27 @@ SMOKE = replace(
 # A real pretrained model. The budgets are such that one seed is an afternoon on two CPU cores. The anchor is young, for
 # from one with 42 % nothing was learned in so few steps; and with half the sequences at three times the rate, the noise
 # of OPD's estimator led away from the teacher (KL .2 to .3 in 18 steps).
-_FROM_ANCHOR_SMALL = Recipe(steps=32, prompts=16, samples=4, learning_rate=1e-5, warmup=3)
 _SFT_SMALL = Recipe(10, 32, 1, 5e-5, "cosine", 3, (0.9, 0.95))
 
 SMALL = Scale(
     name="small",
     summary="SmolLM2-135M-Instruct, sums and differences; minutes per run on a GPU, half an hour without",
     task="chain_sum",
-    models=Models(
-        folder="small",
-        makers=("sft", "expert", "sft_products", "expert_products"),
-        pretrained={"base": "smollm2"},
-    ),
+    models=Models("small", ("sft", "expert", "sft_products", "expert_products"), pretrained={"base": "smollm2"}),
     budget=Budget(
-        recipes={
-            "sft": _SFT_SMALL,
-            "expert": replace(_SFT_SMALL, steps=100, learning_rate=1e-4, warmup=5),
-            "opd": _FROM_ANCHOR_SMALL,
-            "opd_full": _FROM_ANCHOR_SMALL,
-            "rlvr": _FROM_ANCHOR_SMALL,
-            "sft_matched": _FROM_ANCHOR_SMALL,
-            "short": replace(_FROM_ANCHOR_SMALL, steps=12),
-        },
+        _recipes(
+            Recipe(steps=32, prompts=16, samples=4, learning_rate=1e-5, warmup=3),
+            12,
+            sft=_SFT_SMALL,
+            expert=replace(_SFT_SMALL, steps=100, learning_rate=1e-4, warmup=5),
+        ),
         max_new_tokens=16,
         typical_tokens=(11, 11),
         evaluation_prompts=128,
     ),
     policy=RecordPolicy(
         arms=(
-            *("sft", "opd", "opd_full", "rlvr", "sft_matched", "opd_short", "rlvr_short", "sft_matched_short"),
+            *("sft", *_STARTED_AT_ANCHOR, "opd_short", "rlvr_short", "sft_matched_short"),
             *("opd_update4", "opd_random4", "opd_weights4", "opd_of_rlvr4", "sft_matched_update4", "opd_gradient16"),
             *("opd_top25", "opd_random25", "opd_teacher100", "opd_mix50", "opd_mix5", "opd_mix1", "opd_products"),
         ),
@@ -250,27 +195,17 @@ SMALL = Scale(
 )
 
 # One GPU of 80 GB. The recipes have the paper's rates, with fewer and shorter rollouts.
-_FROM_ANCHOR_FULL = Recipe(steps=200, prompts=16, samples=4, learning_rate=1e-6, weight_decay=0.1)
-_SFT_FULL = Recipe(400, 64, 1, 1e-5, "cosine", 40, (0.9, 0.95), weight_decay=0.1)
-
 FULL = Scale(
     name="full",
     summary="Qwen3-1.7B taught by Qwen3-8B, competition mathematics; an hour or less per run on one GPU of 80 GB",
     task="math",
-    models=Models(
-        folder="full",
-        makers=("sft",),
-        pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"},
-    ),
+    models=Models("full", ("sft",), pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"}),
     budget=Budget(
-        recipes={
-            "sft": _SFT_FULL,
-            "opd": _FROM_ANCHOR_FULL,
-            "opd_full": _FROM_ANCHOR_FULL,
-            "rlvr": _FROM_ANCHOR_FULL,
-            "sft_matched": _FROM_ANCHOR_FULL,
-            "short": replace(_FROM_ANCHOR_FULL, steps=50),
-        },
+        _recipes(
+            Recipe(steps=200, prompts=16, samples=4, learning_rate=1e-6, weight_decay=0.1),
+            50,
+            sft=Recipe(400, 64, 1, 1e-5, "cosine", 40, (0.9, 0.95), weight_decay=0.1),
+        ),
         max_new_tokens=1024,
         typical_tokens=(120, 600),
         evaluation_prompts=256,
@@ -290,8 +225,6 @@ FULL_SMALLER = replace(
 )
 
 # The paper's own recipes (2606.07082, Tables 3 to 5), for an engine that trains on many GPUs.
-_OPD_OF_PAPER = Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1)
-
 PAPER = replace(
     FULL,
     name="paper",
@@ -301,15 +234,13 @@ PAPER = replace(
         FULL.budget,
         recipes={
             "sft": Recipe(5375, 256, 1, 1e-5, "cosine", 537, (0.9, 0.95), weight_decay=0.1),
-            "opd": _OPD_OF_PAPER,
-            "opd_full": _OPD_OF_PAPER,
+            **dict.fromkeys(_STARTED_AT_ANCHOR, Recipe(300, 8, 8, 1e-6, warmup=0, weight_decay=0.1)),
             "rlvr": Recipe(1024, 64, 8, 1e-6, warmup=0, weight_decay=0.1),
-            "sft_matched": _OPD_OF_PAPER,
         },
         max_new_tokens=16384,
         typical_tokens=(150, 6000),
     ),
-    policy=replace(FULL.policy, arms=("sft", "opd", "opd_full", "rlvr", "sft_matched")),
+    policy=replace(FULL.policy, arms=("sft", *_STARTED_AT_ANCHOR)),
     engine="trl",
 )
 
@@ -317,10 +248,7 @@ SCALES = {scale.name: scale for scale in (SMOKE, TINY, SMALL, FULL, FULL_SMALLER
 
 
 def get_scale(name: str | None = None) -> Scale:
-    """Return the scale called ``name``; by default the one in ``OPDLAB_SCALE``, or tiny.
-
-    Raises:
-        OpdlabError: if there is no such scale.
+    """Return a scale by its name, by default that of ``OPDLAB_SCALE``, or tiny; raises an OpdlabError if there is none.
 
     >>> get_scale("tiny").task
     'running_sum'

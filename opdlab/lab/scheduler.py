@@ -8,11 +8,13 @@ another run, and last the analyses. Each writes the tables of its run; one proce
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from tqdm import tqdm
@@ -20,7 +22,6 @@ from tqdm import tqdm
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.budget import check_device, check_room
-from opdlab.lab.grid import NamedArm
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import (
     add_analysis,
@@ -30,6 +31,7 @@ from opdlab.lab.records import (
     has_record,
     missing_parts,
     read_index,
+    read_table,
     read_tables,
 )
 from opdlab.models.files import write_json
@@ -43,12 +45,12 @@ MACHINE = ("python", "torch", "transformers", "numpy", "device", "processor", "m
 
 @dataclass(frozen=True)
 class Job:
-    """One run or analysis, the model folders and runs that it waits for, and the model that it produces (or "")."""
+    """One run or analysis."""
 
     what: str  # an arm or an analysis
     seed: int
-    needs: tuple[str, ...]
-    produces: str = ""
+    needs: tuple[str, ...]  # the model folders and the names of the jobs that it waits for
+    produces: str = ""  # the model folder that it makes
 
     @property
     def name(self) -> str:
@@ -64,40 +66,37 @@ class _Plan:
     """The jobs found so far, each with what it needs before it."""
 
     def __init__(self, lab: Laboratory):
-        self.lab, self.jobs, self.index = lab, dict[str, Job](), read_index(lab.records)
+        self.lab, self.jobs = lab, dict[str, Job]()
 
-    def need_model(self, folder: str) -> tuple[str, ...]:
+    def need_model(self, folder: str) -> list[str]:
         if (self.lab.models / folder).is_dir():
-            return ()
+            return []
         if folder not in self.lab.scale.models.pretrained:  # which build fetches
-            self.need_run(self.lab.maker_of(folder), 0)
-        return (folder,)
+            self.need_run(self.lab.maker_of(folder).name, 0)
+        return [folder]
 
-    def need_models(self, named: NamedArm) -> list[str]:
-        return [model for folder in named.models for model in self.need_model(folder)]
+    def need_models(self, arm: str) -> list[str]:
+        return [model for folder in self.lab.arm(arm).models for model in self.need_model(folder)]
 
-    def need_run(self, named: NamedArm, seed: int) -> str:
-        name = f"{named.name}-seed{seed}"
-        if name in self.jobs:
-            return name
-        needs = self.need_models(named)
-        source = named.directions(seed, self.lab.scale.later_seed(seed))
-        if source:
-            needs.append(self.need_run(self.lab.arm(source[0]), source[1]))
-        missing = named.produces and seed == 0 and not (self.lab.models / named.produces).is_dir()
-        self.jobs[name] = Job(named.name, seed, tuple(needs), named.produces if missing else "")
+    def need_run(self, arm: str, seed: int) -> str:
+        name, named = f"{arm}-seed{seed}", self.lab.arm(arm)
+        if name not in self.jobs:
+            needs = self.need_models(arm)
+            source = named.directions(seed, self.lab.scale.later_seed(seed))
+            if source:
+                needs.append(self.need_run(*source))
+            missing = named.produces and seed == 0 and not (self.lab.models / named.produces).is_dir()
+            self.jobs[name] = Job(arm, seed, tuple(needs), named.produces if missing else "")
         return name
 
     def need_analysis(self, name: str, seed: int) -> None:
-        analysis = ANALYSES[name]
-        parts = missing_parts(analysis, seed, self.lab)
-        if not parts:
-            return
-        reads = list(dict.fromkeys(run for part in parts for run in part.runs))
-        needs = [model for arm, _ in reads for model in self.need_models(self.lab.arm(arm))]
-        if analysis.trained:
-            needs += [self.need_run(self.lab.arm(arm), of_seed) for arm, of_seed in reads]
-        self.jobs[f"{name}-seed{seed}"] = Job(name, seed, tuple(dict.fromkeys(needs)))
+        parts = missing_parts(ANALYSES[name], seed, self.lab)
+        reads = dict.fromkeys(run for part in parts for run in part.runs)
+        needs = [model for arm, _ in reads for model in self.need_models(arm)]
+        if ANALYSES[name].trained:
+            needs += [self.need_run(*run) for run in reads]
+        if parts:
+            self.jobs[f"{name}-seed{seed}"] = Job(name, seed, tuple(dict.fromkeys(needs)))
 
 
 def plan(
@@ -119,22 +118,21 @@ def plan(
     Raises:
         OpdlabError: if an arm is unknown, or one that no record is kept of; or if no arm makes a model.
     """
-    found = _Plan(lab)
+    found, index = _Plan(lab), read_index(lab.records)
     for folder in models:
         found.need_model(folder)
-    for wanted in map(lab.arm, arms):
-        if not wanted.recorded:
-            raise OpdlabError(f"no record is kept of arm {wanted.name!r}, as it only makes a model")
+    for arm in arms:
+        if not lab.arm(arm).recorded:
+            raise OpdlabError(f"no record is kept of arm {arm!r}, as it only makes a model")
     # Seed by seed, so that what is stopped halfway can be compared across arms.
-    most = max((len(seeds or lab.seeds_of(arm)) for arm in arms), default=0)
-    for i in range(most):
-        for arm in arms:
-            of_arm = seeds or lab.seeds_of(arm)
-            if i < len(of_arm) and not has_record(arm, of_arm[i], lab, found.index):
-                found.need_run(lab.arm(arm), of_arm[i])
+    wanted = [(i, arm, seed) for arm in arms for i, seed in enumerate(seeds or lab.seeds_of(arm))]
+    for _, arm, seed in sorted(wanted, key=itemgetter(0)):
+        if not has_record(arm, seed, lab, index):
+            found.need_run(arm, seed)
     for name in analyses:
-        for seed in (seed for seed in ANALYSES[name].seeds(lab) if not seeds or seed in seeds):
-            found.need_analysis(name, seed)
+        for seed in ANALYSES[name].seeds(lab):
+            if not seeds or seed in seeds:
+                found.need_analysis(name, seed)
     return list(found.jobs.values())
 
 
@@ -156,7 +154,7 @@ def provide_pretrained(lab: Laboratory) -> None:
             place.symlink_to(default_folder(name), target_is_directory=True)
 
 
-def note_pretrained(lab: Laboratory) -> None:
+def _note_pretrained(lab: Laboratory) -> None:
     """Write beside the records where a scale's pretrained models are from: hub and package differ in their bits."""
     sources = {folder: lab.models / folder / "source.json" for folder in lab.scale.models.pretrained}
     found = {folder: json.loads(path.read_text()) for folder, path in sources.items() if path.is_file()}
@@ -195,13 +193,7 @@ def _work(job: Job, lab: Laboratory, record: bool) -> Path | None:
 
 
 def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: int = 2) -> None:
-    """Run jobs side by side under one bar; what is already there is not done again.
-
-    Args:
-        jobs: what :func:`plan` lists.
-        lab: where models, records and runs lie.
-        record: write the records of what was trained.
-        processes: how many at once.
+    """Run the jobs that :func:`plan` lists, ``processes`` at once, and ``record`` what was trained.
 
     Raises:
         OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
@@ -209,7 +201,7 @@ def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: i
     check_device(lab)
     provide_pretrained(lab)
     if record:
-        note_pretrained(lab)
+        _note_pretrained(lab)
     total, counter = sum(job.steps(lab) for job in jobs), CONTEXT.Value("q", 0)
     waiting, made = list(jobs), set(lab.scale.models.pretrained)
     running: dict[Future[Path | None], Job] = {}
@@ -223,8 +215,7 @@ def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: i
                 running[pool.submit(_work, job, lab, record)] = job
             if not running:
                 raise OpdlabError(f"nothing makes {', '.join(waiting[0].needs)}, which {waiting[0].what!r} needs")
-            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 folder = _result(future, job)
                 if folder and record:
@@ -271,8 +262,7 @@ def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class _Recorded:
+class _Recorded(NamedTuple):
     """What is recorded of a run or an analysis: its figures, what tells it apart bit for bit, and the machine."""
 
     figures: dict[str, float]
@@ -280,74 +270,56 @@ class _Recorded:
     machine: dict[str, Any]
 
 
-def _of_runs(arm: str, seeds: tuple[int, ...], lab: Laboratory) -> dict[int, _Recorded]:
-    index = read_index(lab.records).query("arm == @arm").set_index("seed")
-    tables, found = read_tables(lab.records / arm), {}
-    for seed in seeds:
-        own = {name: table[table["seed"] == seed] for name, table in tables.items()}
-        row = index.loc[seed]
-        found[seed] = _Recorded(end_figures(own), row["weights"], {name: row[name] for name in MACHINE if name in row})
-    return found
-
-
-def _of_analysis(name: str, seeds: tuple[int, ...], lab: Laboratory) -> dict[int, _Recorded]:
-    table = pd.read_csv(lab.records / "analyses" / f"{name}.csv", dtype={"key": str})
-    index = pd.read_csv(lab.records / "analyses.csv").query("analysis == @name").set_index("seed")
+def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, _Recorded]:
+    """Return what is recorded of an arm or an analysis, by seed."""
+    if what in ANALYSES:
+        index = read_index(lab.records, "analyses").query("analysis == @what").set_index("seed")
+        tables = {what: read_table(lab.records / "analyses" / f"{what}.csv")}
+    else:
+        index = read_index(lab.records).query("arm == @what").set_index("seed")
+        tables = read_tables(lab.records / what)
     found = {}
     for seed in seeds:
-        rows, row = table[table["seed"] == seed], index.loc[seed]
-        figures = rows.drop(columns="seed").select_dtypes("number").mean().to_dict()
-        machine = {entry: row[entry] for entry in MACHINE if entry in row}
-        found[seed] = _Recorded(figures, rows.drop(columns="key").to_csv(index=False), machine)
+        row, own = index.loc[seed], {name: table[table["seed"] == seed] for name, table in tables.items()}
+        if what in ANALYSES:
+            figures = own[what].drop(columns="seed").select_dtypes("number").mean().to_dict()
+            identity = own[what].drop(columns="key").to_csv(index=False)
+        else:
+            figures, identity = end_figures(own), row["weights"]
+        found[seed] = _Recorded(figures, identity, {name: row[name] for name in MACHINE if name in row})
     return found
 
 
 def missing_records(names: tuple[str, ...], seeds: tuple[int, ...], lab: Laboratory) -> list[str]:
-    """Return which arms and analyses have no record with all of these seeds.
-
-    Raises:
-        OpdlabError: if an arm is unknown.
-    """
-    path, index = lab.records / "analyses.csv", read_index(lab.records)
-    kept = set(zip(index["arm"], index["seed"], strict=True))
-    if path.exists():
-        table = pd.read_csv(path)
-        kept |= set(zip(table["analysis"], table["seed"], strict=True))
+    """Return which arms and analyses have no record with all of these seeds; an unknown arm raises an OpdlabError."""
+    runs, analyses = read_index(lab.records), read_index(lab.records, "analyses")
+    kept = {*zip(runs["arm"], runs["seed"], strict=True), *zip(analyses["analysis"], analyses["seed"], strict=True)}
     known = [name if name in ANALYSES else lab.arm(name).name for name in names]
     return [name for name in known if not all((name, seed) in kept for seed in seeds)]
 
 
 def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
-    """Compare repeated runs and analyses with the record, one row for each figure of each that has one of the seeds.
+    """Compare repeated arms and analyses with the record, one row for each figure of each that has one of the seeds.
 
     A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is. Elsewhere
     (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
     ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``, or with a
     single recorded seed, which has no spread, ``one seed``.
-
-    Args:
-        recorded: where the records lie.
-        repeated: where the repeated records lie.
-        names: of arms and analyses.
-        seeds: that were repeated.
     """
     rows = []
     for what in names:
-        of = _of_analysis if what in ANALYSES else _of_runs
         of_all = ANALYSES[what].seeds(recorded) if what in ANALYSES else recorded.seeds_of(what)
-        wanted = tuple(seed for seed in seeds if seed in of_all)
-        records, again = of(what, of_all, recorded), of(what, wanted, repeated)
-        for seed in wanted:
-            here, there = again[seed], records[seed]
+        records = _recorded(what, of_all, recorded)
+        again = _recorded(what, [seed for seed in seeds if seed in of_all], repeated)
+        for seed, here in again.items():
+            there = records[seed]
             for figure, value in here.figures.items():
                 spread = prediction_interval([other.figures[figure] for other in records.values()])
-                verdict = "outside"
+                verdict = "one seed" if len(records) == 1 else "outside"
                 if here.identity == there.identity:
                     verdict = "bit for bit"
                 elif spread.low <= value <= spread.high:
                     verdict = "within the spread"
-                elif len(records) == 1:
-                    verdict = "one seed"
                 rows.append(
                     {
                         "run": f"{what} seed {seed}",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate, chain
 from types import MappingProxyType
 
 import numpy as np
@@ -23,15 +24,10 @@ from opdlab.training.tasks import Task
 
 @dataclass(frozen=True)
 class RightAnswer:
-    """The reward of a completion: 1.0 if its final answer is right and 0.0 otherwise; what comes before is not read.
+    """The reward of a completion: 1.0 if its final answer is right and 0.0 otherwise; what comes before is not read."""
 
-    Attributes:
-        answer: returns the final answer in a completion of a prompt, or None if there is none.
-        demonstration: writes a correct completion of a prompt.
-    """
-
-    answer: Callable[[str, str], str | None]
-    demonstration: Callable[[str], str]
+    answer: Callable[[str, str], str | None]  # the final answer in a completion of a prompt, or None if there is none
+    demonstration: Callable[[str], str]  # writes a correct completion of a prompt
 
     def __call__(self, prompt: str, completion: str) -> float:
         """Return the reward.
@@ -46,12 +42,10 @@ class RightAnswer:
         return self.answer(prompt, self.demonstration(prompt))
 
 
-def _task(
-    name: str,
-    draw: Callable[[np.random.Generator], str],
-    demonstration: Callable[[str], str],
-    answer: Callable[[str, str], str | None],
-) -> Task:
+Draw = Callable[[np.random.Generator], str]
+
+
+def _task(name: str, draw: Draw, demonstration: Callable[[str], str], answer: Callable[[str, str], str | None]) -> Task:
     return Task(name, draw, demonstration, RightAnswer(answer, demonstration))
 
 
@@ -95,42 +89,36 @@ def running_difference_prompt(rng: np.random.Generator) -> str:
     return f"Q{rng.integers(terms.sum(), 201)}-{'-'.join(map(str, terms))}=?A:"
 
 
-def _signed_terms(prompt: str) -> list[int]:
-    return [int(term) for term in re.findall(r"[+-]?\d+", prompt)]
-
-
 def running_demonstration(prompt: str) -> str:
     """Write the solution with its running sums, or differences.
 
     >>> running_demonstration("Q17+5+38=?A:"), running_demonstration("Q187-17-5=?A:")
     ('17+5=22;22+38=60#60', '187-17=170;170-5=165#165')
     """
-    total, *rest = _signed_terms(prompt)
-    steps = []
-    for term in rest:
-        steps.append(f"{total}{term:+d}={total + term}")
-        total += term
-    return ";".join(steps) + f"#{total}"
+    terms = [int(term) for term in re.findall(r"[+-]?\d+", prompt)]
+    totals = list(accumulate(terms))
+    steps = (f"{total}{term:+d}={total + term}" for total, term in zip(totals, terms[1:], strict=False))
+    return ";".join(steps) + f"#{totals[-1]}"
 
 
 # --- "pretraining": short tasks that teach digits, order and addition, but never the format above --------------
 
 
-def _numbers(rng: np.random.Generator, high: int) -> list[int]:
-    return rng.integers(1, high + 1, size=rng.integers(2, 5)).tolist()
-
-
-def _join(numbers: list[int], sign: str) -> str:
+def _written(numbers: Iterable[int], sign: str = "") -> str:
     return sign.join(map(str, numbers))
 
 
-_SHORT_PROMPTS = {
+def _few(rng: np.random.Generator, high: int, sign: str) -> str:
+    return _written(rng.integers(1, high + 1, size=rng.integers(2, 5)), sign)
+
+
+_SHORT_PROMPTS: dict[str, Draw] = {
     "S": lambda rng: f"{rng.integers(1, 151)}+{rng.integers(1, 51)}",
-    "D": lambda rng: _join(sorted(rng.integers(1, 201, size=2).tolist(), reverse=True), "-"),
-    "R": lambda rng: _join(rng.integers(0, 10, size=rng.integers(2, 7)).tolist(), ""),
-    "M": lambda rng: _join(_numbers(rng, 200), ","),
-    "O": lambda rng: _join(_numbers(rng, 200), ","),
-    "T": lambda rng: _join(_numbers(rng, 50), "+"),
+    "D": lambda rng: _written(sorted(rng.integers(1, 201, size=2), reverse=True), "-"),
+    "R": lambda rng: _written(rng.integers(0, 10, size=rng.integers(2, 7))),
+    "M": partial(_few, high=200, sign=","),
+    "O": partial(_few, high=200, sign=","),
+    "T": partial(_few, high=50, sign="+"),
 }
 
 
@@ -151,76 +139,59 @@ def short_task_demonstration(prompt: str) -> str:
         return body[::-1]
     numbers = [int(number) for number in re.split("[-+,]", body)]
     if letter == "O":
-        return _join(sorted(numbers), ",")
-    answers: dict[str, Callable[[list[int]], int]] = {"S": sum, "T": sum, "M": max, "D": lambda pair: pair[0] - pair[1]}
-    return str(answers[letter](numbers))
+        return _written(sorted(numbers), ",")
+    answers = {"S": sum(numbers), "T": sum(numbers), "M": max(numbers), "D": numbers[0] - numbers[-1]}
+    return str(answers[letter])
+
+
+# A teacher is pretrained on its main task four times out of five, on the short tasks otherwise. Only prompts of the
+# main task begin with Q.
+
+
+def _mixed_prompt(main: Draw, rng: np.random.Generator) -> str:
+    return (main if rng.random() < 0.8 else short_task_prompt)(rng)
+
+
+def _mixed_demonstration(prompt: str) -> str:
+    return (running_demonstration if prompt.startswith("Q") else short_task_demonstration)(prompt)
+
+
+def _mixed_answer(prompt: str, completion: str) -> str | None:
+    return (after_hash if prompt.startswith("Q") else whole)(prompt, completion)
+
+
+def _mixture(name: str, main: Draw) -> Task:
+    return _task(name, partial(_mixed_prompt, main), _mixed_demonstration, _mixed_answer)
 
 
 RUNNING_SUM = _task("running_sum", running_sum_prompt, running_demonstration, after_hash)
 RUNNING_DIFFERENCE = _task("running_difference", running_difference_prompt, running_demonstration, after_hash)
 SHORT_TASKS = _task("short_tasks", short_task_prompt, short_task_demonstration, whole)
-
-
-@dataclass(frozen=True)
-class _Mixture:
-    """What a teacher is pretrained on: the main task four times out of five, the short tasks otherwise."""
-
-    main: Task
-
-    def of(self, prompt: str) -> Task:
-        return self.main if prompt.startswith("Q") else SHORT_TASKS
-
-    def draw(self, rng: np.random.Generator) -> str:
-        task = self.main if rng.random() < 0.8 else SHORT_TASKS
-        assert task.draw, "the book's tasks draw their prompts"
-        return task.draw(rng)
-
-    def demonstration(self, prompt: str) -> str:
-        return self.of(prompt).demonstration(prompt)
-
-    def score(self, prompt: str, completion: str) -> float:
-        return self.of(prompt).score(prompt, completion)
-
-
-def _mixture(name: str, main: Task) -> Task:
-    mixture = _Mixture(main)
-    return Task(name, mixture.draw, mixture.demonstration, mixture.score)
-
-
-TEACHER_MIXTURE = _mixture("teacher_mixture", RUNNING_SUM)
-DIFFERENCE_MIXTURE = _mixture("difference_mixture", RUNNING_DIFFERENCE)
+TEACHER_MIXTURE = _mixture("teacher_mixture", running_sum_prompt)
+DIFFERENCE_MIXTURE = _mixture("difference_mixture", running_difference_prompt)
 
 
 # --- for pretrained models: arithmetic of reasoning-gym, answered by restating the question --------------------
 
 
 @cache
-def _questions(name: str, settings: tuple[tuple[str, int], ...]) -> Sequence[dict]:
+def _questions(name: str, **settings: int) -> Sequence[dict]:
     import reasoning_gym  # Only who draws prompts needs it.
 
     # Every item is made when it is asked for, from its number.
-    return reasoning_gym.create_dataset(name, seed=0, size=2**31, **dict(settings))
+    return reasoning_gym.create_dataset(name, seed=0, size=2**31, **settings)
 
 
-def _expression_prompt(name: str, settings: tuple[tuple[str, int], ...], rng: np.random.Generator) -> str:
-    item = _questions(name, settings)[int(rng.integers(2**31))]
+def _expression_prompt(questions: Callable[[], Sequence[dict]], rng: np.random.Generator) -> str:
+    item = questions()[int(rng.integers(2**31))]
     return f"What is {item['metadata']['expression']}?\n"
 
 
 def _restated_demonstration(prompt: str) -> str:
     first, sign, second = prompt.removeprefix("What is ").removesuffix("?\n").split(" ")
-    value = _OPERATIONS[sign](int(first), int(second))
+    value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](int(first), int(second))
     # Small models answer better when they say what they were asked.
     return f"{first} {sign} {second} = {value}"
-
-
-def _restated(name: str, **settings: int) -> Task:
-    """Return the task of a dataset of reasoning-gym whose question is one expression."""
-    draw = partial(_expression_prompt, name, tuple(settings.items()))
-    return _task(name, draw, _restated_demonstration, after_equals)
-
-
-_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def after_equals(prompt: str, completion: str) -> str | None:
@@ -230,6 +201,12 @@ def after_equals(prompt: str, completion: str) -> str | None:
     '84'
     """
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
+
+
+def _restated(name: str, **settings: int) -> Task:
+    """Return the task of a dataset of reasoning-gym whose question is one expression."""
+    draw = partial(_expression_prompt, partial(_questions, name, **settings))
+    return _task(name, draw, _restated_demonstration, after_equals)
 
 
 CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
@@ -254,20 +231,22 @@ def _competition() -> dict[str, str]:
             f"the problems of the task 'math' cannot be had ({problem}): install opdlab[real], and check the network "
             "and HF_HUB_OFFLINE"
         ) from problem
-    return {
-        f"{row['problem']}\nPut the final answer in \\boxed{{}}.\n": row["solution"] for part in parts for row in part
-    }
+    asked = "\nPut the final answer in \\boxed{}.\n"
+    return {row["problem"] + asked: row["solution"] for row in chain.from_iterable(parts)}
 
 
 def _math_prompt(rng: np.random.Generator) -> str:
     problems = list(_competition())
-    return problems[int(rng.integers(len(problems)))]
+    return problems[rng.integers(len(problems))]
+
+
+def _math_demonstration(prompt: str) -> str:
+    return _competition()[prompt]
 
 
 def _boxed(prompt: str, completion: str) -> str | None:
     """Return the last boxed expression of a completion, or what the one in the solution is if the two are equal."""
-    found = _last_box(completion)
-    right = _last_box(_competition()[prompt])
+    found, right = _last_box(completion), _last_box(_competition()[prompt])
     if found is None or found == right:
         return found
     from math_verify import parse, verify
@@ -281,34 +260,17 @@ def _last_box(text: str) -> str | None:
     >>> _last_box(r"so \\boxed{\\frac{1}{2}} it is")
     '\\\\frac{1}{2}'
     """
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for i, character in enumerate(text[start:], start):
+    _, box, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for i, character in enumerate(rest if box else ""):
         depth += (character == "{") - (character == "}")
-        if start >= 0 and character == "}" and depth == 0:
-            return text[start + len("\\boxed{") : i]
+        if depth == 0:
+            return rest[:i]
     return None
-
-
-def _math_demonstration(prompt: str) -> str:
-    return _competition()[prompt]
 
 
 MATH = _task("math", _math_prompt, _math_demonstration, _boxed)
 
+_TOY = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
 #: The book's tasks, by name.
-TASKS = MappingProxyType(
-    {
-        task.name: task
-        for task in (
-            RUNNING_SUM,
-            RUNNING_DIFFERENCE,
-            SHORT_TASKS,
-            TEACHER_MIXTURE,
-            DIFFERENCE_MIXTURE,
-            CHAIN_SUM,
-            PRODUCTS,
-            MATH,
-        )
-    }
-)
+TASKS = MappingProxyType({task.name: task for task in (*_TOY, CHAIN_SUM, PRODUCTS, MATH)})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
@@ -21,35 +21,30 @@ from opdlab.models.files import save_tensors
 class GeometryCallback(TrainerCallback):
     """Log rank, size, sparsity and direction of the update at regular intervals.
 
-    These are logged, each as the mean over the chosen matrices: geometry/stable_rank and geometry/relative_norm of the
-    update since the start; geometry/sparsity (bf16); geometry/sim_right_K16 and geometry/sim_left_K16, the similarity
-    of its leading subspaces to those at the previous measurement (unrelated subspaces have geometry/sim_random_K16 on
-    the right; a shared history raises it for any run); and geometry/seconds, the time that this measurement took.
-    Divided by ``every``, that is the cost per step: the 120 attention matrices of a 135 M model take 3 seconds on one
-    CPU core, so 0.06 seconds per step at the default. A copy of the chosen matrices is kept in the CPU's memory.
+    Logged are, each as the mean over the chosen matrices, geometry/stable_rank and geometry/relative_norm of the update
+    since the start; geometry/sparsity (bf16); geometry/sim_right_K16 and geometry/sim_left_K16, the similarity of its
+    leading subspaces to those at the previous measurement (unrelated subspaces have geometry/sim_random_K16 on the
+    right; a shared history raises it for any run); and geometry/seconds, which the measurement took: 3 for the 120
+    attention matrices of a 135 M model on one CPU core, so 0.06 per step at the default. The CPU's memory holds a copy
+    of the chosen matrices.
 
-    It works with transformers' Trainer and trainers derived from it, as all of TRL's are. Sharded weights (DTensor) are
-    gathered to be measured. A LoRA adapter's weights are not an update by themselves: save the adapter, and measure it
-    with ``opdlab measure``.
+    It works with transformers' Trainer and trainers derived from it, as all of TRL's are, and gathers sharded weights
+    (DTensor). A LoRA adapter's weights are no update by themselves: save it, and measure it with ``opdlab measure``.
 
     Args:
         trainer: the trainer that it is added to, which logs the results.
-        every: optimizer steps between measurements; the last step is measured when training ends.
-        matrices: regular expression to search for in the names of the matrices; by default those of attention, which
-            the paper follows over training.
+        every: optimizer steps between measurements; the last step is always measured.
+        matrices: regular expression for the names of the matrices; by default attention's, which the paper follows.
         k: dimension of the subspaces; the paper's 16.
-        snapshots: folder for the model's weights at some steps, one file each, written by the main process; ``opdlab
-            measure BASE --trajectory SNAPSHOTS`` reads them.
-        snapshot_steps: those steps.
+        snapshots: folder for the model's weights, one file a step, for ``opdlab measure BASE --trajectory SNAPSHOTS``.
+        snapshot_steps: the steps at which they are written.
 
     Raises:
         OpdlabError: when training begins, if no trained matrix is chosen, k exceeds a side of one, or training is
-            resumed (the update would be counted from there: measure its checkpoints with ``opdlab measure`` instead).
-            During training, if a snapshot cannot be written.
+            resumed, since the update would be counted from there. Later, if a snapshot cannot be written.
 
     Example::
 
-        trainer = SFTTrainer(model, args=args, train_dataset=data)
         trainer.add_callback(GeometryCallback(trainer, every=50))
         trainer.train()
     """
@@ -72,45 +67,39 @@ class GeometryCallback(TrainerCallback):
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         self.trainer, self.every, self.k = trainer, every, k
         self.snapshots, self.snapshot_steps = snapshots, frozenset(snapshot_steps if snapshots else ())
-        self._origin: dict[str, Tensor] = {}
-        self._last: dict[str, Svd] = {}
-        self._measured = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights that training starts from."""
         if state.global_step > 0:
             raise OpdlabError(
                 f"training resumes at step {state.global_step}, so its first weights are not here: leave out "
                 "GeometryCallback, and measure the checkpoints with 'opdlab measure BASE --trajectory DIR'"
             )
+        self._last: dict[str, Svd] = {}
+        self._measured = 0
         # On the CPU, which has more room than a device.
         self._origin = {
             name: _whole(weight).to("cpu", copy=True)
             for name, weight in _matrices(kwargs["model"])
             if weight.requires_grad and self.matrices.search(name) and ".lora_" not in name
         }
-        self._last, self._measured = {}, 0
-        for name, w0 in self._origin.items():
-            if min(w0.shape) < self.k:
-                raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
         if not self._origin:
             raise OpdlabError(
                 f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
                 "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
             )
+        for name, w0 in self._origin.items():
+            if min(w0.shape) < self.k:
+                raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and log, and write a snapshot, if it is time."""
         if state.global_step in self.snapshot_steps:
             self._snapshot(state, kwargs["model"])
         if state.global_step % self.every == 0:
             self._log(state, control, kwargs["model"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the last step, unless it was measured already."""
         if state.global_step > self._measured:
             self._log(state, control, kwargs["model"])
@@ -144,11 +133,8 @@ class GeometryCallback(TrainerCallback):
         w0 = self._origin[name].to(weight.device)
         delta = svd(weight.double() - w0.double(), f"the update of {name}", k=self.k)
         last, self._last[name] = self._last.get(name), delta
-        row = {
-            "stable_rank": stable_rank(delta),
-            "relative_norm": relative_norm(w0, weight),
-            "sparsity": bf16_sparsity(w0, weight),
-        }
+        row = {"stable_rank": stable_rank(delta)}
+        row |= {"relative_norm": relative_norm(w0, weight), "sparsity": bf16_sparsity(w0, weight)}
         if last is not None:
             row[f"sim_right_K{self.k}"] = sim_k(top_right(last, self.k), top_right(delta, self.k))
             row[f"sim_left_K{self.k}"] = sim_k(top_left(last, self.k), top_left(delta, self.k))
@@ -157,18 +143,12 @@ class GeometryCallback(TrainerCallback):
 
 
 def callback_for(trainer: Trainer, folder: Path, steps: tuple[int, ...]) -> GeometryCallback:
-    """Return a callback that logs ten times in a run, and writes its snapshots into ``folder``.
+    """Return a callback that writes snapshots at ``steps``, the last of which ends the run, into the run's ``folder``.
 
-    At 8 billion weights a measurement takes minutes.
-
-    Args:
-        trainer: the trainer that it is added to.
-        folder: of the run.
-        steps: of the snapshots; the last is that of the run.
+    It logs ten times in a run, because at 8 billion weights a measurement takes minutes.
     """
-    return GeometryCallback(
-        trainer, every=max(1, max(steps) // 10), snapshots=folder / "snapshots", snapshot_steps=steps
-    )
+    every = max(1, max(steps) // 10)
+    return GeometryCallback(trainer, every, snapshots=folder / "snapshots", snapshot_steps=steps)
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:

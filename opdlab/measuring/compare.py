@@ -6,10 +6,12 @@ densities, and masks of permuted updates, which have in common what rounding alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import partial
+from itertools import chain, combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -35,26 +37,29 @@ from opdlab.geometry import (
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.geometry.summary import largest_k, of_layers
 from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.sources import Located, name_of, open_all, place_of, source_of
-from opdlab.measuring.update import Update, as_html, as_text, load_update, write_table
+from opdlab.measuring.sources import name_of, place_of
+from opdlab.measuring.update import Shown, Update, load_update, write_table
+from opdlab.models.checkpoints import Checkpoint
 from opdlab.models.files import write_json
+
+# The means of an update that stand beside those of others.
+_KINDS = ["value", "null", "noise", "at equal norm", "null at equal norm"]
+# An update as a process needs it: its label, base and tuned checkpoint, and norm by matrix, as measured.
+_Measured = tuple[str, tuple[Checkpoint, Checkpoint], Mapping[str, float]]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Comparison:
+class Comparison(Shown):
     """Updates that were compared; shown by itself, it is the means of each pair, beside those of unrelated updates.
 
-    Attributes:
-        models: the diagnostics, one row each and one column per model (value, and at equal norm).
-        pairs: one row per pair of models and matrix: cosine of their updates, Jaccard index of their visible masks (at
-            their own size, and at equal norm: _matched) with its value for independent and for permuted ones, and Sim_K
-            with K/n.
-        updates: label, base and tuned checkpoint of each model.
+    A row of ``pairs`` is one pair of models and matrix: cosine of their updates, Jaccard index of their visible masks
+    (at their own size, and at equal norm: _matched) with its value for independent and for permuted ones, and Sim_K
+    with K/n.
     """
 
-    models: pd.DataFrame
+    models: pd.DataFrame  # the diagnostics, one row each and one column per model (value, and at equal norm)
     pairs: pd.DataFrame
-    updates: list[list[str]]
+    updates: list[list[str]]  # label, base and tuned checkpoint of each model
 
     @property
     def means(self) -> pd.DataFrame:
@@ -77,15 +82,8 @@ class Comparison:
         write_json(folder / "compare.json", what)
         write_comparison(folder / "compare.html", self.models, self.pairs, means)
 
-    def _shown(self) -> list[pd.DataFrame]:
+    def _parts(self) -> list[str | pd.DataFrame]:
         return [self.models, self.means.set_index(["a", "b"]).T]
-
-    def __repr__(self) -> str:
-        """Return models and means as text."""
-        return "\n\n".join(as_text(table) for table in self._shown())
-
-    def _repr_html_(self) -> str:
-        return "\n".join(as_html(table) for table in self._shown())
 
 
 def compare(
@@ -112,31 +110,25 @@ def compare(
     asked = [one if isinstance(one, Update) else _summary_file(Path(one)) for one in updates]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
-    loaded = [one if isinstance(one, Update) else load_update(one) for one in asked]
-    measured = dict(zip(_labels(asked, loaded), loaded, strict=True))
-    tables = [_compared(update.table) for update in loaded]
-    _check_alike(asked, tables)
-    sizes = dict(sorted(tables[0]["parameters"].astype(int).items(), key=lambda item: -item[1]))
-    ends = [(source_of(update.base), source_of(update.path[-1])) for update in loaded]
-    job = _Pairs(
-        tuple((label, *where) for label, where in zip(measured, ends, strict=True)),
-        tuple(table["frobenius"].astype(float).to_dict() for table in tables),
-        seed,
-    )
-    on_disk = all(isinstance(source, Path) for where in ends for source in where)
+    measured = _labelled(asked)
+    tables = _comparable(asked, measured.values())
     named = [[label, place_of(update.base), place_of(update.path[-1])] for label, update in measured.items()]
-    identity = {"updates": named, "norms": job.norms, "seed": seed}
-    # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
+    ends = [(update.base, update.path[-1]) for update in measured.values()]
+    norms = [table["frobenius"].astype(float).to_dict() for table in tables]
+    work = partial(_compare_matrix, updates=list(zip(measured, ends, norms, strict=True)), seed=seed)
+    sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
+    identity = {"updates": named, "norms": norms, "seed": seed}
     folder = Path(out) if out else None
+    # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
+    on_disk = all(isinstance(end.path, Path) for pair in ends for end in pair)
     log, processes = (folder, processes) if on_disk else (None, 1)
-    open_all.cache_clear()  # files may have changed
-    with resumable_map(job.compare, sizes, identity, out=log, processes=processes, progress=progress) as found:
-        of_pairs = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
-        pairs = pd.DataFrame([row for pair in of_pairs for row in pair])
-        comparison = Comparison(side_by_side(measured), pairs, named)
+    with resumable_map(work, sizes, identity, out=log, processes=processes, progress=progress) as found:
+        by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
+        pairs = pd.DataFrame(list(chain.from_iterable(by_pair)))
+        models = {label: update.means.filter(_KINDS) for label, update in measured.items()}
+        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named)
         if folder:
             comparison.save(folder)
-    open_all.cache_clear()  # weights in memory may go
     return comparison
 
 
@@ -144,98 +136,76 @@ def _summary_file(path: Path) -> Path:
     return path / "summary.json" if path.is_dir() else path
 
 
-def _labels(asked: Sequence[Update | Path], loaded: Sequence[Update]) -> list[str]:
-    """Return a name for each update: that of its tuned model, or of its folder where that is not unique."""
-    labels = names = [name_of(update.path[-1]) for update in loaded]
+def _labelled(asked: Sequence[Update | Path]) -> dict[str, Update]:
+    """Return the updates by the names of their tuned models, or of their folders where those are not unique."""
+    updates = [one if isinstance(one, Update) else load_update(one) for one in asked]
+    labels = names = [name_of(update.path[-1]) for update in updates]
     if len(set(names)) < len(names):
         names = [one.title if isinstance(one, Update) else one.resolve().parent.name for one in asked]
-    return names if len(set(names)) == len(names) else [f"{label} ({i})" for i, label in enumerate(labels, 1)]
+    if len(set(names)) < len(names):
+        names = [f"{label} ({i})" for i, label in enumerate(labels, 1)]
+    return dict(zip(names, updates, strict=True))
 
 
-def _compared(table: pd.DataFrame) -> pd.DataFrame:
-    # What is too small for any subspace is left out.
-    return of_layers(table)[lambda rows: rows[["rows", "cols"]].min(axis=1) >= 4].set_index("matrix")
-
-
-def _check_alike(asked: Sequence[Update | Path], tables: Sequence[pd.DataFrame]) -> None:
+def _comparable(asked: Sequence[Update | Path], updates: Iterable[Update]) -> list[pd.DataFrame]:
+    """Return what is compared of each table, by matrix; what is too small for any subspace is left out."""
+    tables = [of_layers(update.table).query("rows >= 4 and cols >= 4").set_index("matrix") for update in updates]
     shapes = [table[["rows", "cols"]].sort_index() for table in tables]
     for one, found in zip(asked, shapes, strict=True):
         if found.empty or not found.equals(shapes[0]):
             what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
             raise OpdlabError(f"{what} is about other matrices than {than}: compare models of one architecture")
+    return tables
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """All that a process needs to compare the updates of any matrix."""
-
-    updates: tuple[tuple[str, Located, Located], ...]  # label, base, tuned
-    norms: tuple[dict[str, float], ...]  # of each update, by matrix, as measured
-    seed: int
-
-    def compare(self, name: str) -> dict:
-        """Compare the updates of one matrix, every pair of them."""
-        seen = [self._see(i, name) for i in range(len(self.updates))]
-        return {"pairs": [a.beside(b, name) for a, b in combinations(seen, 2)]}
-
-    def _see(self, i: int, name: str) -> _Seen:
-        (label, base_at, tuned_at), norm = self.updates[i], self.norms[i][name]
-        base, tuned = open_all(base_at, (tuned_at,))
-        shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
-        changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
-        if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-            raise OpdlabError(changed)
-        w0, w1 = base.read(name).double(), tuned.read(name).double()
-        delta = w1 - w0
-        if abs(frobenius(delta) - norm) > 1e-6 * norm:
-            raise OpdlabError(changed)
-        # Each with a permutation of its own: a shared one would make two equal updates equal again.
-        shuffled = permute(delta, generator_of(self.seed, f"{label} {name}"))
-        masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled))}
-        # Without an update there is nothing to scale, and both masks stay empty.
-        scale = MATCHED_NORM * frobenius(w0) / norm if norm else 0.0
-        matched, null = (update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
-        masks["_matched"] = matched, null
-        ks = Resolution.of(shapes[0]).sim_ks
-        return _Seen(label, svd(delta, k=max(ks)), delta, masks, ks)
+def _compare_matrix(name: str, updates: Sequence[_Measured], seed: int) -> dict:
+    """Compare the updates of one matrix, every pair of them."""
+    seen = [_see(name, label, *ends, norms[name], seed) for label, ends, norms in updates]
+    return {"pairs": [_row(name, a, b) for a, b in combinations(seen, 2)]}
 
 
-@dataclass(frozen=True, eq=False)
-class _Seen:
+class _Seen(NamedTuple):
     """One update of one matrix, as comparisons see it."""
 
     label: str
     directions: Svd
     delta: Tensor
     masks: dict[str, tuple[Tensor, Tensor]]  # by size, the visible update and its permuted null
-    ks: tuple[int, ...]
-
-    def beside(self, other: _Seen, name: str) -> dict:
-        """Return the row of a pair."""
-        row = {"a": self.label, "b": other.label, "matrix": name, **describe(name)._asdict()}
-        row |= {"rows": (m := self.delta.shape[0]), "cols": (n := self.delta.shape[1])}
-        row |= {"cosine": cosine(self.delta, other.delta), "cosine_random": (m * n) ** -0.5}
-        for size in self.masks:
-            (mask_a, null_a), (mask_b, null_b) = self.masks[size], other.masks[size]
-            row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
-            row[f"jaccard_independent{size}"] = independent_jaccard(density(mask_a), density(mask_b))
-            row[f"jaccard_permuted{size}"] = jaccard(null_a, null_b)
-        for k in self.ks:
-            row[f"sim_right_K{k}"] = sim_k(top_right(self.directions, k), top_right(other.directions, k))
-            row[f"sim_left_K{k}"] = sim_k(top_left(self.directions, k), top_left(other.directions, k))
-            row |= {f"sim_right_random_K{k}": k / n, f"sim_left_random_K{k}": k / m}
-        return row
 
 
-def side_by_side(measured: Mapping[str, Update]) -> pd.DataFrame:
-    """Return the means of several updates: one row per diagnostic, columns (label, value or at equal norm)."""
-    columns = {}
-    for label, update in measured.items():
-        means = update.means
-        for kind in ("value", "null", "noise", "at equal norm", "null at equal norm"):
-            if kind in means:
-                columns[(label, kind)] = means[kind]
-    return pd.concat(columns, axis=1)
+def _see(name: str, label: str, base: Checkpoint, tuned: Checkpoint, norm: float, seed: int) -> _Seen:
+    shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
+    changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+        raise OpdlabError(changed)
+    w0, w1 = base.read(name).double(), tuned.read(name).double()
+    delta = w1 - w0
+    if abs(frobenius(delta) - norm) > 1e-6 * norm:
+        raise OpdlabError(changed)
+    # Each with a permutation of its own: a shared one would make two equal updates equal again.
+    shuffled = permute(delta, generator_of(seed, f"{label} {name}"))
+    # Without an update there is nothing to scale, and both masks stay empty.
+    scale = MATCHED_NORM * frobenius(w0) / norm if norm else 0.0
+    matched, null = (update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
+    masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled)), "_matched": (matched, null)}
+    return _Seen(label, svd(delta, k=max(Resolution.of(delta.shape).sim_ks)), delta, masks)
+
+
+def _row(name: str, a: _Seen, b: _Seen) -> dict[str, Any]:
+    """Return the row of a pair."""
+    m, n = a.delta.shape
+    row = {"a": a.label, "b": b.label, "matrix": name, **describe(name)._asdict(), "rows": m, "cols": n}
+    row |= {"cosine": cosine(a.delta, b.delta), "cosine_random": (m * n) ** -0.5}
+    for size in a.masks:
+        (mask_a, null_a), (mask_b, null_b) = a.masks[size], b.masks[size]
+        row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
+        row[f"jaccard_independent{size}"] = independent_jaccard(density(mask_a), density(mask_b))
+        row[f"jaccard_permuted{size}"] = jaccard(null_a, null_b)
+    for k in Resolution.of((m, n)).sim_ks:
+        row[f"sim_right_K{k}"] = sim_k(top_right(a.directions, k), top_right(b.directions, k))
+        row[f"sim_left_K{k}"] = sim_k(top_left(a.directions, k), top_left(b.directions, k))
+        row |= {f"sim_right_random_K{k}": k / n, f"sim_left_random_K{k}": k / m}
+    return row
 
 
 def pair_means(pairs: pd.DataFrame) -> pd.DataFrame:
@@ -245,12 +215,12 @@ def pair_means(pairs: pd.DataFrame) -> pd.DataFrame:
     groups += [[f"jaccard{kind}{size}" for kind in ("", "_independent", "_permuted")] for size in ("", "_matched")]
     groups += [[f"sim_{side}_K{k}", f"sim_{side}_random_K{k}"] for side in ("right", "left")]
     rows = []
-    for (a, b), rows_of_pair in pairs.groupby(["a", "b"], sort=False):
+    for (a, b), of_pair in pairs.groupby(["a", "b"], sort=False):
         row = {"a": a, "b": b}
         for columns in groups:
             # A value and its baselines are of the same matrices: those where all are defined.
-            known = rows_of_pair.reindex(columns=columns).dropna()
-            row |= {f"{columns[0]}_matrices": len(known)} if len(known) < len(rows_of_pair) else {}
-            row |= known.mean().to_dict() if len(known) else dict.fromkeys(columns, float("nan"))
+            known = of_pair.reindex(columns=columns).dropna()
+            row |= {f"{columns[0]}_matrices": len(known)} if len(known) < len(of_pair) else {}
+            row |= known.mean().to_dict()
         rows.append(row)
     return pd.DataFrame(rows)

@@ -29,9 +29,9 @@ def resumable_map(
 ) -> Iterator[dict[str, dict]]:
     """Map a function over tensors in parallel, within a memory bound, resumably.
 
-    Use it as ``with resumable_map(...) as found:``, and write what comes of ``found``, the results by name, inside the
-    block. Each result is written to ``out`` as soon as it is known, so the same call after a stop does only what is
-    left; when the block ends without an error, that log is deleted.
+    Inside ``with resumable_map(...) as found:``, write what comes of the results by name. Each result is written to
+    ``out`` as soon as it is known, so the same call after a stop does only what is left; when the block ends without an
+    error, that log is deleted.
 
     Args:
         work: what to do with one tensor; it returns JSON values and, for several processes, can be pickled.
@@ -53,7 +53,7 @@ def resumable_map(
         for name, found in _in_parallel(work, left, processes):
             done[name] = found
             if log:
-                _write_line(log, {"name": name, "found": found})
+                _write_line(log, name=name, found=found)
             bar.set_postfix_str(name[-40:])
             bar.update()
     yield done
@@ -61,12 +61,24 @@ def resumable_map(
         (out / "rows.jsonl").unlink(missing_ok=True)
 
 
-def _write_line(log: TextIO, line: dict) -> None:
+def _write_line(log: TextIO, **line: object) -> None:
     try:
         log.write(json.dumps(line) + "\n")
         log.flush()
     except OSError as problem:
         raise OpdlabError(f"{log.name} cannot be written ({problem.strerror}); make room, run again") from problem
+
+
+# What a worker process does with each tensor. It is sent there once, as it names every tensor of several models.
+_WORK: list[Callable[[str], dict]] = []
+
+
+def _take_up(work: Callable[[str], dict]) -> None:
+    _WORK.append(work)
+
+
+def _do(name: str) -> dict:
+    return _WORK[-1](name)
 
 
 def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
@@ -77,12 +89,12 @@ def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: 
     # together hardly larger than that. Eight million entries more, half a gigabyte, leave room for the small ones.
     room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
     running: dict[Future[dict], str] = {}
-    with workers(processes) as pool:
+    with workers(processes, _take_up, work) as pool:
         try:
             while waiting or running:
                 for name, size in list(waiting.items()):
                     if len(running) < 2 * processes and size + sum(sizes[other] for other in running.values()) <= room:
-                        running[pool.submit(work, name)] = name
+                        running[pool.submit(_do, name)] = name
                         del waiting[name]
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +23,9 @@ from opdlab.geometry.summary import largest_k, means, of_layers, trajectory_mean
 from opdlab.measuring.update import Update, as_html
 from opdlab.models.files import write_text
 
+_BLUE = "#0072B2"
+_DOTTED: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
+
 
 def write_report(path: Path, update: Update) -> None:
     """Write the report of an update."""
@@ -31,19 +35,15 @@ def write_report(path: Path, update: Update) -> None:
     # Matrices that moved, which is what there is to draw.
     layers = layers[layers["stable_rank"].notna()] if "stable_rank" in layers else layers.head(0)
     if len(layers):
-        figures += [
-            _drawn(_by_layer(layers), "Sparsity, rotation and size of each matrix, by layer; one line per module."),
-            _drawn(
-                _ranks(layers),
-                "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null.",
-            ),
-            _drawn(
-                _masks(layers),
-                "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot "
-                "per matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the "
-                "random rate.",
-            ),
-        ]
+        caption = "Sparsity, rotation and size of each matrix, by layer; one line per module."
+        figures.append(_drawn(_by_layer(layers), caption))
+        caption = "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null."
+        figures.append(_drawn(draw_column(layers, "stable_rank", over_steps=False), caption))
+        caption = (
+            "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
+            "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate."
+        )
+        figures.append(_drawn(_masks(layers), caption))
     if len(steps) and steps["stable_rank"].notna().any():
         caption = (
             "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, norm, "
@@ -51,26 +51,12 @@ def write_report(path: Path, update: Update) -> None:
             "the rank and of a random walk for the similarity."
         )
         figures.append(_drawn(_trajectory(steps), caption))
-    _write_page(
-        path,
-        title=update.title,
-        notes=update.notes,
-        tensors=len(update.table),
-        parameters=update.table["parameters"].sum(),
-        tables=[update.means, *([trajectory_means(steps)] if len(steps) else [])],
-        figures=figures,
-    )
+    tables = [update.means, *([trajectory_means(steps)] if len(steps) else [])]
+    _write_page(path, title=update.title, notes=update.notes, table=update.table, tables=tables, figures=figures)
 
 
 def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, by_pair: pd.DataFrame) -> None:
-    """Write the report of :func:`opdlab.measuring.compare.compare`.
-
-    Args:
-        path: the HTML file.
-        models: one row per diagnostic, one column per model and kind.
-        pairs: one row per pair of models and matrix.
-        by_pair: one row per pair of models, the means.
-    """
+    """Write the report of a :class:`opdlab.measuring.compare.Comparison`; ``by_pair`` is its means."""
     use_style()
     caption = (
         "Each pair of updates, one dot per matrix, with the mean: similarity of the leading right subspaces, and "
@@ -83,11 +69,6 @@ def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, by_p
 
 def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure:
     """Draw a column of an update's table, a dot per matrix, or of its trajectory, a curve per block; dashes are nulls.
-
-    Args:
-        table: of :class:`opdlab.measuring.update.Update`.
-        column: what to draw.
-        over_steps: whether the table is a trajectory.
 
     Raises:
         OpdlabError: if the column has no numbers for the matrices of attention and MLP.
@@ -103,12 +84,14 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
         axis.legend()
         axis.set_xlabel("step")
     else:
-        _dots(axis, layers, column)
-    axis.set_title(column.replace("_", " ") + ("; dashes: its null" if null in layers else ""))
+        _by_module(axis, layers, column)
+    notes = ["dashes: its null"] if null in layers else []
     others = layers[null].mean() if null in layers else known.mean()
     # Some numbers lie far from their nulls, such as ranks.
     if known.min() > 0 and others > 0 and max(known.max(), others) > 5 * min(known.min(), others):
         set_log(axis.yaxis)
+        notes.append("logarithmic axis")
+    axis.set_title("; ".join([column.replace("_", " "), *notes]))
     plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
     return figure
 
@@ -127,99 +110,89 @@ def _drawn(figure: Figure, caption: str) -> dict[str, str]:
 
 
 def _by_layer(layers: pd.DataFrame) -> Figure:
-    modules = list(dict.fromkeys(layers["module"]))
-    palette = dict(zip(modules, sns.color_palette("colorblind", len(modules)), strict=True))
+    palette = sns.color_palette("colorblind", layers["module"].nunique())
     figure, axes = panels(4, columns=2, width=4.6, height=3)
     views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
     for axis, (column, title) in zip(axes, views.items(), strict=False):
-        for module, rows in layers.groupby("module", sort=False):
-            axis.plot(rows["layer"], rows[column], "o-", color=palette[module], ms=3, linewidth=1.2)
+        for colour, (module, rows) in zip(palette, layers.groupby("module", sort=False), strict=True):
+            axis.plot(rows["layer"], rows[column], "o-", color=colour, ms=3, linewidth=1.2, label=module)
         axis.set(title=title, xlabel="layer")
         axis.locator_params(axis="x", integer=True)
-    handles = [plt.Line2D([], [], color=colour, marker="o", ms=4, label=name) for name, colour in palette.items()]
-    axes[3].set_axis_off()
-    axes[3].legend(handles=handles, loc="center left")
+    _legend_alone(axes[3], axes[0])
     return figure
 
 
-def _dots(axis: Axes, layers: pd.DataFrame, column: str) -> None:
-    modules = list(dict.fromkeys(layers["module"]))
-    for i, module in enumerate(modules):
-        rows = layers[layers["module"] == module]
-        spread = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else [0.0]
-        axis.plot(i + np.asarray(spread), rows[column], "o", ms=2.5, color="#0072B2", alpha=0.6)
-        axis.plot([i - 0.35, i + 0.35], [rows[column].mean()] * 2, color="#0072B2", linewidth=2)
-        if f"{column}_null" in rows:
-            axis.plot([i - 0.4, i + 0.4], [rows[f"{column}_null"].mean()] * 2, **NULL)
+def _legend_alone(axis: Axes, of: Axes) -> None:
+    """Use a spare panel for the legend of another."""
+    axis.set_axis_off()
+    axis.legend(*of.get_legend_handles_labels(), loc="center left")
+
+
+def _dots(axis: Axes, i: int, values: pd.Series, null: pd.Series | None) -> None:
+    """Draw values as dots around ``i``, with their mean, and the mean of their null as dashes."""
+    spread = np.linspace(-0.25, 0.25, len(values)) if len(values) > 1 else np.zeros(1)
+    axis.plot(i + spread, values, "o", ms=2.5, color=_BLUE, alpha=0.6)
+    axis.plot([i - 0.35, i + 0.35], [values.mean()] * 2, color=_BLUE, linewidth=2)
+    if null is not None:
+        axis.plot([i - 0.4, i + 0.4], [null.mean()] * 2, **NULL)
+
+
+def _by_module(axis: Axes, layers: pd.DataFrame, column: str) -> None:
+    for i, (_, rows) in enumerate(layers.groupby("module", sort=False)):
+        _dots(axis, i, rows[column], rows.get(f"{column}_null"))
+    modules = layers["module"].unique()
     axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right", fontsize=8)
-
-
-def _ranks(layers: pd.DataFrame) -> Figure:
-    figure, (axis,) = panels(1, width=9.2, height=3)
-    _dots(axis, layers, "stable_rank")
-    axis.set(title="stable rank", yscale="log")
-    return figure
 
 
 def _masks(layers: pd.DataFrame) -> Figure:
     figure, axes = panels(2, columns=2, width=4.6, height=3)
-    for axis, star in zip(axes, ("principal", "low"), strict=True):
-        _dots(axis, layers, f"{star}_overlap_a30")
+    for axis, star, title in zip(axes, ("principal", "low"), ("principal", "low-magnitude"), strict=True):
+        _by_module(axis, layers, f"{star}_overlap_a30")
         for i, (_, rows) in enumerate(layers.groupby("module", sort=False)):
             limits = feasible_range(0.3, float(rows["density"].mean()))
             axis.fill_between([i - 0.45, i + 0.45], *limits, color="0.92", zorder=0, linewidth=0)
-        axis.axhline(0.3, color="0.6", linestyle=":", linewidth=1)
-        axis.set_title("principal weights" if star == "principal" else "low-magnitude weights")
+        axis.axhline(0.3, **_DOTTED)
+        axis.set_title(f"{title} weights")
     return figure
 
 
 def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
     """Draw the means of a column over the steps, and its null as dashes."""
-    for block, colour in (("attention", "#0072B2"), ("mlp", "#D55E00")):
+    for block, colour in (("attention", _BLUE), ("mlp", "#D55E00")):
         rows = trajectory[trajectory["block"] == block]
-        if len(rows):
-            axis.plot(means(rows, ["step"], [column]).set_index("step")[column], "o-", color=colour, ms=4, label=block)
-            if f"{column}_null" in rows:
-                null = means(rows, ["step"], [f"{column}_null"]).set_index("step")
-                axis.plot(null[f"{column}_null"], **NULL | {"color": colour})
+        for name, style in ((column, {"marker": "o", "ms": 4, "label": block}), (f"{column}_null", NULL)):
+            if len(rows) and name in rows:
+                axis.plot(means(rows, ["step"], [name]).set_index("step")[name], **style | {"color": colour})
 
 
 def _trajectory(trajectory: pd.DataFrame) -> Figure:
     k = largest_k(trajectory)
     views = {"stable_rank": "stable rank", "frobenius": "Frobenius norm"}
-    if k:
-        views[f"sim_right_K{k}"] = f"similarity to the end, K = {k}"
+    views |= {f"sim_right_K{k}": f"similarity to the end, K = {k}"} if k else {}
     figure, axes = panels(4, columns=2, width=4.6, height=3)
     for axis, (column, title) in zip(axes, views.items(), strict=False):
         _follow(axis, trajectory, column)
         axis.set(title=title, xlabel="step")
     axes[0].set_yscale("log")
     for spare in axes[len(views) :]:
-        spare.set_axis_off()
-    axes[3].legend(*axes[0].get_legend_handles_labels(), loc="center left")
+        _legend_alone(spare, axes[0])
     return figure
 
 
 def _pairs(pairs: pd.DataFrame) -> Figure:
-    k = largest_k(pairs)
+    k, groups = largest_k(pairs), pairs.groupby(["a", "b"], sort=False)
     views = {
         f"sim_right_K{k}": (f"similarity of updates, K = {k}", f"sim_right_random_K{k}"),
         "jaccard_matched": ("Jaccard index of visible masks, at equal norm", "jaccard_permuted_matched"),
     }
-    names = pairs[["a", "b"]].drop_duplicates()
-    figure, axes = panels(2, columns=2, width=4.6, height=3 + 0.1 * len(names))
+    # A dollar would begin a formula.
+    labels = [f"{a}\n{b}".replace("$", r"\$") for (a, b), _ in groups]
+    figure, axes = panels(2, columns=2, width=4.6, height=3 + 0.1 * len(labels))
     for axis, (column, (title, null)) in zip(axes, views.items(), strict=True):
-        for i, (a, b) in enumerate(names.itertuples(index=False)):
-            rows = pairs[(pairs["a"] == a) & (pairs["b"] == b)]
-            spread = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else [0.0]
-            axis.plot(i + np.asarray(spread), rows[column], "o", ms=2.5, color="#0072B2", alpha=0.6)
-            axis.plot([i - 0.35, i + 0.35], [rows[column].mean()] * 2, color="#0072B2", linewidth=2)
-            axis.plot([i - 0.4, i + 0.4], [rows[null].mean()] * 2, **NULL)
+        for i, (_, rows) in enumerate(groups):
+            _dots(axis, i, rows[column], rows[null])
             if column == "jaccard_matched":
-                independent = [rows["jaccard_independent_matched"].mean()] * 2
-                axis.plot([i - 0.4, i + 0.4], independent, color="0.6", linestyle=":", linewidth=1)
-        # A dollar would begin a formula.
-        labels = [f"{a}\n{b}".replace("$", r"\$") for a, b in names.itertuples(index=False)]
-        axis.set_xticks(range(len(names)), labels, rotation=40 if len(names) > 1 else 0, ha="center", fontsize=8)
-        axis.set(title=title, xlim=(-0.6, len(names) - 0.4))
+                axis.plot([i - 0.4, i + 0.4], [rows["jaccard_independent_matched"].mean()] * 2, **_DOTTED)
+        axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 1 else 0, ha="center", fontsize=8)
+        axis.set(title=title, xlim=(-0.6, len(labels) - 0.4))
     return figure

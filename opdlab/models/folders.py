@@ -1,11 +1,8 @@
-"""Open and save models and tokenizers as ordinary Hugging Face folders.
+"""Open and save models and tokenizers as ordinary Hugging Face folders, the lab's own and Qwen3-8B alike.
 
-Everything goes through ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``, so the lab's own
-models and Qwen3-8B take the same path. Weights are loaded in float32 by default (the cast to bf16 is something to
-measure, not something that training does). Only safetensors are read, and code in a model folder is never run.
-
-The library always spells out ``transformers.AutoModelForCausalLM`` because ``transformers`` imports such a name only
-when it is first used, so a program that only reads records need not wait for it.
+Weights are loaded in float32 by default (the cast to bf16 is something to measure, not something that training does).
+Only safetensors are read, and code in a model folder is never run. ``transformers.AutoModelForCausalLM`` is always
+spelt out because transformers imports such a name when it is first used, which takes seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from tokenizers import models as tokenizer_models
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import weight_files
 
-#: The lab's tokenizer: its end-of-sequence token, its padding token, and all its tokens in the order of their ids.
+#: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
 EOS = "$"
 PAD = "_"
 ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
@@ -42,11 +39,9 @@ def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def new_model(shape: dict, seed: int) -> transformers.Qwen3ForCausalLM:
-    """Build a randomly initialised Qwen3 model for the character tokenizer.
+    """Build a Qwen3 model for the character tokenizer, with random weights; the global random state is left unchanged.
 
-    Args:
-        shape: the fields of ``Qwen3Config`` that set the model's size.
-        seed: seed of the initial weights; the global random state is left unchanged.
+    Its ``shape`` is the fields of ``Qwen3Config`` that set its size.
     """
     config = transformers.Qwen3Config(
         vocab_size=len(ALPHABET),
@@ -65,11 +60,6 @@ def load_model(
     folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> transformers.PreTrainedModel:
     """Load the causal language model in ``folder``, in evaluation mode.
-
-    Args:
-        folder: the model's folder.
-        device: the device to load it onto.
-        dtype: the dtype to load its weights in.
 
     Raises:
         OpdlabError: if the folder or its weights are missing, pickled or damaged.

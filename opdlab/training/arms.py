@@ -17,7 +17,8 @@ from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
 if TYPE_CHECKING:
     from opdlab.training.config import Experiment
 
-#: Who can write the completions: the worked solutions of the task, a model, or the student as it was at the start.
+#: Who can write the completions. Of the task they are its worked solutions, of the initial student those of the student
+#: as it was at the start.
 WRITERS = ("task", "student", "teacher", "initial student")
 #: The estimators of OPD's objective, and the loss that each of them is.
 ESTIMATORS = {"sampled": "opd_sampled", "full": "reverse_kl", "forward": "forward_kl"} | {

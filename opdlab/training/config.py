@@ -93,7 +93,7 @@ class Experiment:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The steps whose weights are kept: 0, those of ``snapshots``, and where a projection begins.
+        """The steps whose weights are kept, which are 0, those of ``snapshots``, and where a projection begins.
 
         Of a model that starts from random weights only the last.
         """

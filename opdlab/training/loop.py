@@ -84,13 +84,16 @@ def _go_on(
     run: Run, trainer: Trainer, done: int, branch_steps: set[int], bar: tqdm, on_steps: Callable[[int], None]
 ) -> None:
     """Make the steps that are left, and write down what comes of them."""
-    experiment, shown = run.experiment, {"accuracy": "?"}
+    experiment = run.experiment
+    # The laboratory's rewards are 0 or 1; one's own may be of any size.
+    name, written = ("reward", ".3g") if experiment.task.data else ("accuracy", ".0%")
+    shown = {name: "?"}
     evaluations, begin = run.config["evaluations"], experiment.begin
 
     def evaluate(step: int) -> None:
         found = trainer.evaluate(step) if step else _at_origin(run, trainer)
         run.append("evaluations", found)
-        shown["accuracy"] = f"{found['sampled']:.0%}"
+        shown[name] = format(found["sampled"], written)
 
     if done in evaluations and done not in {line["step"] for line in run.lines("evaluations")}:
         evaluate(done)
@@ -113,7 +116,7 @@ def _go_on(
             saved = time.monotonic()
             took = saved - began
         if line["accuracy"] is not None:
-            shown["accuracy"] = f"{line['accuracy']:.0%}"
+            shown[name] = format(line["accuracy"], written)
         bar.set_postfix({"loss": f"{line['loss']:.3f}"} | shown, refresh=False)
         bar.update()
         on_steps(1)

@@ -12,7 +12,7 @@ from opdlab.errors import OpdlabError
 from opdlab.training import objectives
 from opdlab.training.objectives import opd_advantages, policy_gradient, token_logps
 
-#: A loss per token: (student logits (B, T, V), tokens (B, T), teacher logits (B, T, V) or None, advantages (B,) or
+#: A loss per token, (student logits (B, T, V), tokens (B, T), teacher logits (B, T, V) or None, advantages (B,) or
 #: None, mask (B, T)) -> (B, T). Only those that look beyond a token need the mask, which is False on the padding.
 Loss = Callable[..., Tensor]
 

@@ -164,7 +164,7 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """The identity of prompts, demonstrations and rewards: 8 hex digits.
+        """The identity of prompts, demonstrations and rewards, 8 hex digits.
 
         It hashes what the reward gives for 64 demonstrations, each with its own prompt and with another's, and of a
         data set also all rows and the code of the reward. So a comment in it changes nothing, and a value does.

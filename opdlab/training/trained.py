@@ -26,8 +26,9 @@ from opdlab.training.trainer import Trainer, score
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Shares of a training after which weights are kept, dense early, and after which accuracy is measured.
+#: Shares of a training after which weights are kept, dense early.
 SNAPSHOTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+#: Shares of a training after which accuracy is measured.
 EVALUATIONS = (0.5, 1.0)
 #: Prompts of a batch, completions of each, and prompts of an evaluation, unless told otherwise or there are fewer.
 PROMPTS, SAMPLES, EVALUATION_PROMPTS = 32, 4, 256
@@ -158,12 +159,12 @@ class Trained:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per step: loss, mean reward of its rollouts, entropy, kl_teacher, norms, tokens, seconds."""
+        """One row per step, with loss, mean reward of its rollouts, entropy, kl_teacher, norms, tokens, seconds."""
         return self._table("history").rename(columns={"accuracy": "reward"})
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """One row per evaluation: the mean reward of held-out prompts, greedy and sampled, entropy and kl_teacher."""
+        """One row per evaluation, with the mean reward of held-out prompts, greedy and sampled, entropy, kl_teacher."""
         return self._table("evaluations")
 
     def _table(self, name: str) -> pd.DataFrame:

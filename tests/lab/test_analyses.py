@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from opdlab.geometry import sim_k, top_right
+from opdlab.geometry import sim_k, top_right, weight_matrices
 from opdlab.lab.analyses import ANALYSES, RunSet
 from opdlab.lab.analyses.directions import COUNT, WALK, cosines
 from opdlab.lab.analyses.gradients import second_moments
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
-from opdlab.lab.analyses.runset import add, layers
+from opdlab.lab.analyses.runset import add
 from opdlab.lab.analyses.similarity import BASES, SIMILARITY, short_arms
 from opdlab.lab.analyses.span import SPAN, residual
 from opdlab.lab.grid import ARMS
@@ -258,7 +258,7 @@ def test_a_run_set_reads_runs_and_puts_the_student_back_together(own):
     start, end = runs.weights("opd", 0.0), runs.weights("opd")
     update = runs.update("opd")
     assert all(torch.equal(start[name].double() + update[name], end[name].double()) for name in start)
-    assert set(layers(update)) < set(update)
+    assert set(weight_matrices(update)) < set(update)
     add_run(find_tables("opd", 0, own), own)
     recorded = load(own, ("opd",), seeds=(0,)).evaluations["sampled"].iloc[-1]
     assert runs.evaluate(end)["sampled"] == pytest.approx(recorded)

@@ -352,7 +352,7 @@ def test_the_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "run folder: " in out and "sampled" in out
     assert main(["train", "--arm", "opd", *home]) == 0
-    assert "sampled" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().out
     assert len(list((tmp_path / "runs" / "smoke").glob("opd-*"))) == 1, "a finished run is not trained again"
     assert main(["record", "--arm", "opd", "--seed", "0", *home]) == 0
     lab = Laboratory.at("smoke", tmp_path)

@@ -1,6 +1,7 @@
 """Tokenizers of student and teacher: how they pad, and whether they agree."""
 
 import pytest
+import transformers
 
 from opdlab.errors import OpdlabError
 from opdlab.models.folders import character_tokenizer, check_same_vocabulary, load_tokenizer
@@ -11,6 +12,7 @@ def write_tokenizer(folder, **tokens):
     for name, token in tokens.items():
         setattr(tokenizer, name, token)
     tokenizer.save_pretrained(folder)
+    transformers.Qwen3Config(vocab_size=len(tokenizer)).save_pretrained(folder)
     return folder
 
 

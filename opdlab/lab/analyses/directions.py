@@ -8,9 +8,9 @@ from itertools import pairwise
 import pandas as pd
 from torch import Tensor
 
-from opdlab.geometry import describe, frobenius, random_walk, svd, top_right
+from opdlab.geometry import describe, frobenius, random_walk, svd, top_right, weight_matrices
 from opdlab.geometry.measure import generator_of
-from opdlab.lab.analyses.runset import Analysis, Part, RunSet, layers
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet
 
 #: Arms that are looked at.
 ARMS_SHOWN = ("opd", "rlvr", "sft_matched")
@@ -21,16 +21,11 @@ WALK = "random walk"
 
 
 def cosines(updates: Sequence[Tensor], count: int = COUNT) -> list[Tensor]:
-    """Return how each snapshot's leading input directions lie to the last one's.
+    """Return, for each of T updates (m, n), how its K leading input directions lie to those of the last: (K, K).
 
-    Args:
-        updates: T cumulative updates (m, n), in order.
-        count: directions at each time, K, at most min(m, n).
-
-    Returns:
-        T matrices (K, K): the absolute cosine of right singular vector i at that time and j at the end. The squares of
-        a column add up to the share of that final direction in the early subspace, and the mean of these sums is
-        Sim_K. NaN for directions that an update does not have.
+    An entry is the absolute cosine of right singular vector i at that time and j at the end, NaN for directions that an
+    update does not have. The squares of a column add up to the share of that final direction in the early subspace, and
+    the mean of these sums is Sim_K.
 
     >>> import torch
     >>> early, late = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([4.0, 3.0]))
@@ -42,55 +37,34 @@ def cosines(updates: Sequence[Tensor], count: int = COUNT) -> list[Tensor]:
     return [(basis.T @ bases[-1]).abs() for basis in bases]
 
 
-def chosen_matrix(names: Sequence[str]) -> str:
-    """Return the matrix that is looked at: the value projection of the middle layer, chosen before any was seen.
-
-    >>> chosen_matrix([f"model.layers.{i}.self_attn.{module}_proj.weight" for i in range(3) for module in "qkvo"])
-    'model.layers.1.self_attn.v_proj.weight'
-    """
-    values = [name for name in names if describe(name).module == "v_proj"]
-    return values[len(values) // 2]
-
-
 def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """Return one row per arm, snapshot and pair of directions.
 
-    Columns: ``arm`` (:data:`WALK` is the null), ``step`` and ``progress``, the number of the ``direction`` then and of
-    the ``final`` one, both from 1, and the absolute ``cosine`` between them.
+    The matrix is the value projection of the middle layer, chosen before any was seen. Columns: ``arm`` (:data:`WALK`
+    is the null), ``step`` and ``progress``, the number of the ``direction`` then and of the ``final`` one, both from 1,
+    and the absolute ``cosine`` between them.
     """
     rows = []
     for arm in ARMS_SHOWN:
         run = runs.run(arm)
-        origin = layers(run.snapshot(0))
-        matrix = chosen_matrix(list(origin))
+        origin = weight_matrices(run.snapshot(0))
+        values = [name for name in origin if describe(name).module == "v_proj"]
+        matrix = values[len(values) // 2]
         w0, steps = origin[matrix].double(), run.experiment.kept[1:]
         updates = [run.snapshot(step)[matrix].double() - w0 for step in steps]
         paths = {arm: updates}
         if arm == ARMS_SHOWN[0]:
-            increments = [updates[0], *(after - before for before, after in pairwise(updates))]
-            generator = generator_of(runs.seed, matrix)
-            paths[WALK] = list(random_walk([frobenius(increment) for increment in increments], w0.shape, generator))
+            lengths = map(frobenius, (updates[0], *(after - before for before, after in pairwise(updates))))
+            paths[WALK] = list(random_walk(list(lengths), w0.shape, generator_of(runs.seed, matrix)))
         for name, path in paths.items():
             for step, table in zip(steps, cosines(path), strict=True):
+                when = {"arm": name, "step": step, "progress": step / steps[-1]}
                 rows += [
-                    {
-                        "arm": name,
-                        "step": step,
-                        "progress": step / steps[-1],
-                        "direction": i + 1,
-                        "final": j + 1,
-                        "cosine": round(float(table[i, j]), 3),
-                    }
-                    for i in range(COUNT)
-                    for j in range(COUNT)
+                    when | {"direction": i, "final": j, "cosine": round(cosine, 3)}
+                    for i, row in enumerate(table.tolist(), 1)
+                    for j, cosine in enumerate(row, 1)
                 ]
     return pd.DataFrame(rows)
 
 
-DIRECTIONS = Analysis(
-    "directions",
-    "how the directions of an update come to be",
-    measure,
-    ARMS_SHOWN,
-    one_seed=True,
-)
+DIRECTIONS = Analysis("directions", "how the directions of an update come to be", measure, ARMS_SHOWN, how_many="one")

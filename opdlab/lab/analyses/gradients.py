@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from opdlab.geometry import describe, sim_k
-from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet, layers
+from opdlab.geometry import describe, sim_k, weight_matrices
+from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet
 from opdlab.training import objectives
 from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches
 from opdlab.training.trainer import Trainer, random_numbers, torch_generator
@@ -27,11 +28,9 @@ Moments = dict[str, Tensor]
 
 
 def second_moments(losses: Iterator[Tensor], matrices: dict[str, Tensor]) -> tuple[Moments, Moments]:
-    """Return the mean of gᵀ g (n, n) over losses, and that of g (m, n), for each matrix.
+    """Return the means of gᵀ g (n, n) and of g (m, n), the gradients of ``losses``, for each of ``matrices`` (m, n).
 
-    Args:
-        losses: scalars whose gradients are g, one per completion.
-        matrices: (m, n) by name, which take gradients.
+    The losses are scalars, one per completion.
     """
     squares = {name: torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64) for name, w in matrices.items()}
     means = {name: torch.zeros(w.shape, dtype=torch.float64) for name, w in matrices.items()}
@@ -39,11 +38,9 @@ def second_moments(losses: Iterator[Tensor], matrices: dict[str, Tensor]) -> tup
     for loss in losses:
         count += 1
         if loss.requires_grad:
-            for (name, square), gradient in zip(
-                squares.items(), torch.autograd.grad(loss, list(matrices.values())), strict=True
-            ):
-                gradient = gradient.double()
-                square += gradient.T @ gradient
+            gradients = torch.autograd.grad(loss, list(matrices.values()))
+            for name, gradient in zip(matrices, (gradient.double() for gradient in gradients), strict=True):
+                squares[name] += gradient.T @ gradient
                 means[name] += gradient
     return {n: s / count for n, s in squares.items()}, {n: m / count for n, m in means.items()}
 
@@ -62,7 +59,7 @@ def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iter
 
 
 def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
-    trainer = RunSet(runs.lab, seed).trainer(arm)
+    trainer = Trainer(runs.lab.experiment(arm, seed))
     random = torch_generator(random_numbers(seed, "tokens", 0))
 
     def own(part: MicroBatch) -> Tensor:
@@ -75,7 +72,7 @@ def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> t
         credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
         return objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
 
-    matrices = layers(dict(trainer.student.named_parameters()))
+    matrices = weight_matrices(dict(trainer.student.named_parameters()))
     return second_moments(_completions(trainer, signs if random_signs else own), matrices)
 
 
@@ -89,7 +86,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     """
     names = {arm: (arm, runs.seed, False) for arm in LOSSES}
     names |= {"opd, another batch": ("opd", runs.later(), False), "random signs": ("opd", runs.seed, True)}
-    found = {name: _moments(runs, *names[name]) for name in runs.follow(names, "gradients")}
+    found = {name: _moments(runs, *of) for name, of in names.items()}
     squares, means = found["opd"]
     bases = {name: _directions(square) for name, square in squares.items()}
     rows = []
@@ -97,9 +94,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
         for name, square in other_squares.items():
             basis, n = _directions(square), len(square)
             row = {"arm": arm, **describe(name)._asdict(), "parameters": means[name].numel()}
-            row["cosine"] = float(
-                torch.nn.functional.cosine_similarity(means[name].flatten(), other_means[name].flatten(), dim=0)
-            )
+            row["cosine"] = float(cosine_similarity(means[name].flatten(), other_means[name].flatten(), dim=0))
             for k in SIM_KS:
                 top = bases[name][:, :k]
                 row[f"sim_right_K{k}"] = sim_k(top, basis[:, :k])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import pandas as pd
 import torch
@@ -16,8 +17,8 @@ _ARMS = ("opd", "rlvr", "sft_matched")
 
 def _points() -> Iterator[dict]:
     """List the points: a path's name, and how much of each arm's update is added to the anchor."""
-    for opd in (*_FIFTHS, 1.25):
-        yield from ({"path": "plane", "opd": opd, "rlvr": rlvr} for rlvr in (*_FIFTHS, 1.25))
+    for opd, rlvr in product((*_FIFTHS, 1.25), repeat=2):
+        yield {"path": "plane", "opd": opd, "rlvr": rlvr}
     for arm in _ARMS:
         yield from ({"path": arm, arm: share} for share in (*_FIFTHS, 1.25, 1.5, 2.0))
     yield from ({"path": "sft", "sft": share - 1} for share in (*_FIFTHS, 1.25))
@@ -38,7 +39,7 @@ def measure_landscape(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     updates = {arm: runs.update(arm) for arm in _ARMS} | {"sft": add(anchor, (-1.0, base))}
     updates["opd_next"] = runs.update("opd", seed=runs.later())
     rows = []
-    for point in runs.follow(list(_points()), "landscape"):
+    for point in _points():
         terms = [(point[arm], update) for arm, update in updates.items() if point.get(arm)]
         shares = {arm: point.get(arm, 0.0) for arm in updates}
         rows.append({"path": point["path"], **shares, **runs.evaluate(add(anchor, *terms))})
@@ -56,19 +57,17 @@ def measure_extrapolation(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     anchor, random, rows = runs.model("anchor"), torch.Generator().manual_seed(runs.seed), []
     for arm in _ARMS:
         end = runs.update(arm)
-        candidates = [("anchor", 0.0, 0.0, anchor), ("end", 1.0, 1.0, add(anchor, (1.0, end)))]
         shuffled = {name: permute(update, random) for name, update in end.items()}
+        candidates = [("anchor", 0.0, 0.0, anchor), ("end", 1.0, 1.0, add(anchor, (1.0, end)))]
         candidates.append(("permuted", 1.0, 1.0, add(anchor, (1.0, shuffled))))
         for progress in (0.05, 0.1, 0.2):
-            early = runs.update(arm, progress)
-            for factor in (0.5, 1.0, 1.5):
-                candidates.append(("stretched", progress, factor, add(anchor, (factor, _to_norm(early, end)))))
+            stretched = _to_norm(runs.update(arm, progress), end)
+            candidates += [("stretched", progress, f, add(anchor, (f, stretched))) for f in (0.5, 1.0, 1.5)]
         for progress in (0.1, 0.2):
             before, now = runs.update(arm, progress / 2), runs.update(arm, progress)
-            for factor in (2.0, 4.0, 6.0, 8.0, 10.0):
-                leap = add(anchor, (1.0 + factor, now), (-factor, before))
-                candidates.append(("leap", progress, factor, leap))
-        found = [runs.evaluate(weights) for *_, weights in runs.follow(candidates, f"extrapolation of {arm}")]
+            for f in (2.0, 4.0, 6.0, 8.0, 10.0):
+                candidates.append(("leap", progress, f, add(anchor, (1.0 + f, now), (-f, before))))
+        found = [runs.evaluate(weights) for *_, weights in candidates]
         low, high = found[0]["sampled"], found[1]["sampled"]
         for (kind, progress, factor, _), scores in zip(candidates, found, strict=True):
             row = {"arm": arm, "kind": kind, "progress": progress, "factor": factor, **scores}
@@ -82,13 +81,9 @@ def _to_norm(update: Weights, like: Weights) -> Weights:
 
 
 LANDSCAPE = Analysis(
-    "landscape",
-    "how well the weights between the ends of runs do",
-    measure_landscape,
-    _ARMS,
-    (("opd", 1),),
-    few_seeds=True,
-)
+    "landscape", "how well the weights between the ends of runs do", measure_landscape, _ARMS, (("opd", 1),),
+    how_many="few",
+)  # fmt: skip
 EXTRAPOLATION = Analysis(
-    "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, few_seeds=True
+    "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, how_many="few"
 )

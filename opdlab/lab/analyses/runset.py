@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from opdlab.geometry import weight_matrices
 from opdlab.lab.laboratory import Laboratory
 from opdlab.models.folders import load_model
 from opdlab.training.config import config_key
@@ -22,26 +19,14 @@ from opdlab.training.trainer import Trainer
 Weights = dict[str, Tensor]
 #: Dimensions of the subspaces that are compared.
 SIM_KS = (4, 8, 16)
-#: The processor time of an analysis, whatever else runs there.
-clock = time.process_time
 
 
+@dataclass
 class RunSet:
     """The runs of one seed at a scale; what is not trained yet is trained when it is asked for."""
 
-    def __init__(self, lab: Laboratory, seed: int, progress: bool = False):
-        """Take the runs of a seed.
-
-        Args:
-            lab: whose runs.
-            seed: of the runs.
-            progress: show bars.
-        """
-        self.lab, self.seed, self.progress = lab, seed, progress
-
-    def follow(self, items: Collection, what: str) -> Iterator:
-        """Go through ``items`` under a bar called ``what``."""
-        yield from tqdm(items, desc=f"{what}, seed {self.seed}", disable=not self.progress)
+    lab: Laboratory
+    seed: int
 
     def later(self, count: int = 1) -> int:
         """Return the seed that comes ``count`` after this one."""
@@ -49,7 +34,7 @@ class RunSet:
 
     def run(self, arm: str, seed: int | None = None) -> Run:
         """Return the finished run of an arm, with this seed or another."""
-        return self.lab.train(arm, self.seed if seed is None else seed, progress=self.progress)
+        return self.lab.train(arm, self.seed if seed is None else seed)
 
     def weights(self, arm: str, progress: float = 1.0, seed: int | None = None) -> Weights:
         """Return all weights of an arm at the snapshot nearest to a share of its training, 0 for its origin."""
@@ -66,13 +51,9 @@ class RunSet:
         model = load_model(self.lab.models / folder)
         return {name: weight.detach().double() for name, weight in model.named_parameters()}
 
-    def trainer(self, arm: str) -> Trainer:
-        """Return the models and the task of an arm, as they are at the start of its training."""
-        return Trainer(self.lab.experiment(arm, self.seed))
-
     @cached_property
     def _judge(self) -> Trainer:
-        return self.trainer("opd")
+        return Trainer(self.lab.experiment("opd", self.seed))
 
     @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor]) -> dict:
@@ -83,11 +64,6 @@ class RunSet:
         return {key: found[key] for key in ("greedy", "sampled", "entropy", "kl_teacher")}
 
 
-def layers(update: Mapping[str, Tensor]) -> Weights:
-    """Choose the matrices of attention and MLP, which all geometry is about."""
-    return weight_matrices(update)
-
-
 def add(weights: Mapping[str, Tensor], *terms: tuple[float, Mapping[str, Tensor]]) -> Weights:
     """Return ``weights`` plus a multiple of each update, in float64."""
     return {name: weight.double() + sum(c * update[name] for c, update in terms) for name, weight in weights.items()}
@@ -95,17 +71,11 @@ def add(weights: Mapping[str, Tensor], *terms: tuple[float, Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of an analysis, which is recorded by itself: all of its rows have the same entries in some columns.
-
-    Attributes:
-        analysis: the name of the analysis.
-        runs: the runs that it reads, as arms and seeds.
-        entries: what its rows have in common, by column.
-    """
+    """One part of an analysis, which is recorded by itself."""
 
     analysis: str
-    runs: tuple[tuple[str, int], ...]
-    entries: dict[str, object] = field(default_factory=dict)
+    runs: tuple[tuple[str, int], ...]  # that it reads, as arms and seeds
+    entries: dict[str, object] = field(default_factory=dict)  # what all of its rows have in common, by column
 
     def key(self, lab: Laboratory) -> str:
         """Return the hash of everything that decides its rows."""
@@ -115,38 +85,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Something that is computed from finished runs, seed by seed, without training any more.
+    """Something that is computed from finished runs, seed by seed, without training any more."""
 
-    Attributes:
-        name: the name in records and code.
-        what: what it finds out.
-        measure: turns runs, and the parts that are wanted, into a table: one row per thing compared (and matrix).
-        arms: whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses.
-        later: arms whose runs of later seeds it reads too, and how many seeds on.
-        keys: the columns that tell apart what is compared, if a row is of one matrix; its record has means by block.
-        trained: whether it needs the runs, or only what they start from.
-        few_seeds: take the seeds of variants, because it measures the accuracy of many weights.
-        one_seed: take the first seed only, because it is for looking at, not for averages.
-        pairs: for an analysis of pairs: its parts; by default the whole is one part.
-    """
-
-    name: str
-    what: str
+    name: str  # in records and code
+    what: str  # it finds out
+    #: Turns runs, and the parts that are wanted, into a table: one row per thing compared (and matrix).
     measure: Callable[[RunSet, Sequence[Part]], pd.DataFrame]
-    arms: tuple[str, ...]
-    later: tuple[tuple[str, int], ...] = ()
-    keys: tuple[str, ...] = ()
-    trained: bool = True
-    few_seeds: bool = False
-    one_seed: bool = False
-    pairs: Callable[[Laboratory, int], list[Part]] | None = None
+    arms: tuple[str, ...]  # whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses
+    later: tuple[tuple[str, int], ...] = ()  # arms whose runs of later seeds it reads too, and how many seeds on
+    keys: tuple[str, ...] = ()  # columns that tell apart what is compared by matrix; its record has means by block
+    trained: bool = True  # whether it needs the runs, or only what they start from
+    #: Whether it takes "all" seeds, the "few" of variants, because it measures the accuracy of many weights, or "one",
+    #: because it is for looking at, not for averages.
+    how_many: str = "all"
+    pairs: Callable[[Laboratory, int], list[Part]] | None = None  # its parts; by default the whole is one part
 
     def seeds(self, lab: Laboratory) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
         policy = lab.scale.policy
-        if self.one_seed:
-            return policy.seeds[:1]
-        return policy.variant_seeds if self.few_seeds else policy.seeds
+        return {"all": policy.seeds, "few": policy.variant_seeds, "one": policy.seeds[:1]}[self.how_many]
 
     def parts(self, lab: Laboratory, seed: int) -> list[Part]:
         """Return what of it is recorded by itself."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
 
 import pandas as pd
 
-from opdlab.geometry import Svd, cosine, describe, sim_k, svd, top_left, top_right
-from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet, Weights, layers
+from opdlab.geometry import Svd, cosine, describe, sim_k, svd, top_left, top_right, weight_matrices
+from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet, Weights
 from opdlab.lab.laboratory import Laboratory
 
 #: Arms whose runs are compared with each other, with the same seed and with the next.
@@ -20,34 +22,27 @@ WEIGHTS = "weights"
 
 def short_arms(lab: Laboratory) -> tuple[str, ...]:
     """Return the recorded arms that start where short OPD does, are as long, and are free to move."""
-    short = lab.arm("opd_short")
-    return tuple(
-        name
-        for name in lab.scale.policy.arms
-        if (lab.arm(name).start, lab.arm(name).recipe) == (short.start, short.recipe)
-        and not lab.arm(name).arm.projection
-    )
+    short, arms = lab.arm("opd_short"), map(lab.arm, lab.scale.policy.arms)
+    alike = (of for of in arms if (of.start, of.recipe) == (short.start, short.recipe))
+    return tuple(of.name for of in alike if not of.arm.projection)
 
 
 def pairs(lab: Laboratory, seed: int) -> list[Part]:
     """Return the pairs of runs that are compared, each a part of its own: a new arm adds pairs and changes none."""
-    return [
-        Part("similarity", runs, {"arm": arm, "other": other, "next_seed": other_seed != seed})
-        for arm, other, other_seed in _pairs(lab, seed)
-        for runs in [((arm, seed), *([] if other == WEIGHTS else [(other, other_seed)]))]
-    ]
-
-
-def _pairs(lab: Laboratory, seed: int) -> Iterator[tuple[str, str, int]]:
-    later = lab.scale.later_seed(seed)
-    for arm in WHOLE:
-        for other in WHOLE:
-            yield arm, other, later
-            if other != arm:
-                yield arm, other, seed
+    later, found = lab.scale.later_seed(seed), []
+    for arm, other in product(WHOLE, repeat=2):
+        found += [(arm, other, later), *([(arm, other, seed)] if other != arm else [])]
     if seed in lab.scale.policy.variant_seeds:
-        yield from ((base, other, seed) for base in BASES for other in short_arms(lab) if other != base)
-    yield from ((arm, WEIGHTS, seed) for arm in WHOLE)
+        found += [(base, other, seed) for base, other in product(BASES, short_arms(lab)) if other != base]
+    found += [(arm, WEIGHTS, seed) for arm in WHOLE]
+    return [
+        Part(
+            "similarity",
+            tuple((name, of_seed) for name, of_seed in ((arm, seed), (other, other_seed)) if name != WEIGHTS),
+            {"arm": arm, "other": other, "next_seed": other_seed != seed},
+        )
+        for arm, other, other_seed in found
+    ]
 
 
 def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
@@ -56,16 +51,14 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     Columns: ``arm`` and ``other``, whether the other run has the ``next_seed``, the cosine of the two updates, and
     Sim_K of their right and left subspaces with K / n and K / m. The ``other`` called "weights" stands for W_0.
     """
-    known: dict[tuple[str, int], tuple[Weights, dict[str, Svd]]] = {}
 
+    @cache
     def of(arm: str, seed: int) -> tuple[Weights, dict[str, Svd]]:
-        if (arm, seed) not in known:
-            chosen = layers(runs.model("anchor") if arm == WEIGHTS else runs.update(arm, seed=seed))
-            known[arm, seed] = chosen, {name: svd(matrix, name, max(SIM_KS)) for name, matrix in chosen.items()}
-        return known[arm, seed]
+        chosen = weight_matrices(runs.model("anchor") if arm == WEIGHTS else runs.update(arm, seed=seed))
+        return chosen, {name: svd(matrix, name, max(SIM_KS)) for name, matrix in chosen.items()}
 
     rows = []
-    for part in runs.follow(parts, "similarity"):
+    for part in parts:
         arm, other = str(part.entries["arm"]), str(part.entries["other"])
         (a, svd_a), (b, svd_b) = of(arm, runs.seed), of(other, runs.later() if part.entries["next_seed"] else runs.seed)
         for name, matrix in a.items():
@@ -81,10 +74,6 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
 
 SIMILARITY = Analysis(
-    "similarity",
-    "whether two runs end in the same subspace",
-    measure,
-    (*WHOLE, *BASES),
-    keys=("arm", "other", "next_seed"),
-    pairs=pairs,
-)
+    "similarity", "whether two runs end in the same subspace", measure, (*WHOLE, *BASES),
+    keys=("arm", "other", "next_seed"), pairs=pairs,
+)  # fmt: skip

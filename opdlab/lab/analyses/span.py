@@ -9,19 +9,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opdlab.geometry import cosine
-from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights, layers
+from opdlab.geometry import cosine, weight_matrices
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights
 
 #: Updates that are explained.
 TARGETS = ("opd", "opd_full")
 
 
 def residual(target: Tensor, basis: Sequence[Tensor]) -> tuple[float, list[float]]:
-    """Return what is left of ``target`` outside the span of ``basis``, as a share of its norm, and the coefficients.
+    """Return what is left of ``target`` (N,) outside the span of ``basis``, and the coefficients.
 
-    Args:
-        target: (N,) an update.
-        basis: vectors (N,) that span the space, linearly independent.
+    The residual is a share of the norm. The vectors (N,) of the basis are linearly independent.
 
     >>> residual(torch.tensor([3.0, 4.0]).double(), [torch.tensor([2.0, 0.0]).double()])
     (0.8, [1.5])
@@ -39,7 +37,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients; and the cosines of the
     update with each of the two, and between these.
     """
-    sizes = [weight.numel() for _, weight in sorted(layers(runs.model("anchor")).items())]
+    sizes = [weight.numel() for _, weight in sorted(weight_matrices(runs.model("anchor")).items())]
     random = torch.Generator().manual_seed(runs.seed)
 
     def sft() -> Tensor:
@@ -86,13 +84,10 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
 def _flat(update: Weights) -> Tensor:
     """Return all matrices as one vector, by name: a model and a snapshot list them in different orders."""
-    return torch.cat([w.flatten() for _, w in sorted(layers(update).items())])
+    return torch.cat([w.flatten() for _, w in sorted(weight_matrices(update).items())])
 
 
 SPAN = Analysis(
-    "span",
-    "what is left of OPD's update outside the span of two others",
-    measure,
-    (*TARGETS, "rlvr", "sft_matched"),
+    "span", "what is left of OPD's update outside the span of two others", measure, (*TARGETS, "rlvr", "sft_matched"),
     (*((arm, later) for arm in TARGETS for later in (1, 2)), ("rlvr", 1), ("sft_matched", 1)),
-)
+)  # fmt: skip
