@@ -158,8 +158,8 @@ def _train(options: argparse.Namespace) -> None:
         _train_by_engine(options, _laboratory(options))
         return
     lab, steps = _for_own_loop(_laboratory(options)), list[int]()
-    check_room(lab, options.arm)
     change = partial(with_fields, settings=_settings(options.set))
+    check_room(lab, options.arm)
     run = lab.train(options.arm, options.seed, progress=True, change=change, on_steps=steps.append)
     print(f"run folder: {run.folder}")
     if steps[0] == run.steps:
