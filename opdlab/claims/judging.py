@@ -41,12 +41,12 @@ class Metric:
     """
 
     column: str
-    analysis: str = ""  # the analysis to read instead (opdlab.lab.analyses.ANALYSES)
-    where: dict[str, object] = field(default_factory=dict)  # entries that pick the rows of an analysis, by column
-    progress: float | None = None  # a share of the training; the nearest snapshot is read
-    since: float | None = None  # a share of the training from which the change is taken, instead of the number itself
-    block: str = ""  # "attention" leaves the MLP out, as the paper does for trajectories
-    log: bool = False  # take the natural logarithm, for quantities that are compared by their ratio
+    analysis: str = ""  #: the analysis to read instead (opdlab.lab.analyses.ANALYSES)
+    where: dict[str, object] = field(default_factory=dict)  #: entries that pick the rows of an analysis, by column
+    progress: float | None = None  #: a share of the training; the nearest snapshot is read
+    since: float | None = None  #: a share of the training from which the change is taken, instead of the number itself
+    block: str = ""  #: "attention" leaves the MLP out, as the paper does for trajectories
+    log: bool = False  #: take the natural logarithm, for quantities that are compared by their ratio
 
     def of(self, records: Records, arm: str) -> pd.Series:
         """Return the metric of each run of an arm, by seed; all rows count if ``arm`` is empty.
@@ -84,9 +84,9 @@ class Contrast:
 
     metric: Metric
     arm: str
-    minus_arm: str = ""  # the arm that is subtracted, if it is another
-    minus: Metric | float | None = None  # the metric that is subtracted, if it is another, or a number
-    size: int = 0  # 0 for the difference itself, 1 for its absolute value ("far"), -1 for minus that ("near")
+    minus_arm: str = ""  #: the arm that is subtracted, if it is another
+    minus: Metric | float | None = None  #: the metric that is subtracted, if it is another, or a number
+    size: int = 0  #: 0 for the difference itself, 1 for its absolute value ("far"), -1 for minus that ("near")
 
     def of(self, records: Records) -> pd.Series:
         """Return the contrast by seed, for the seeds that both sides have."""
@@ -118,17 +118,17 @@ def contrasts(records: Records, metric: Metric, arms: Sequence[str], baseline: s
 class Claim:
     """A statement of the paper, and how it is tested."""
 
-    name: str  # in code and links
-    finding: str  # the finding that it belongs to, a key of opdlab.claims.paper.FINDINGS
-    statement: str  # the claim in one sentence
-    source: str  # where the paper makes it, and the numbers that it prints
-    effect: Contrast  # the statistic that tests it; positive speaks for the claim
-    smallest: float  # the smallest effect that counts, in the units of the statistic
-    # What is left of the effect without a simpler explanation, by that explanation.
+    name: str  #: in code and links
+    finding: str  #: the finding that it belongs to, a key of opdlab.claims.paper.FINDINGS
+    statement: str  #: the claim in one sentence
+    source: str  #: where the paper makes it, and the numbers that it prints
+    effect: Contrast  #: the statistic that tests it; positive speaks for the claim
+    smallest: float  #: the smallest effect that counts, in the units of the statistic
+    #: What is left of the effect without a simpler explanation, by that explanation.
     controls: dict[str, Contrast] = field(default_factory=dict)
-    # The same statistic where the paper's explanation does not apply, by the reason why not.
+    #: The same statistic where the paper's explanation does not apply, by the reason why not.
     negative_controls: dict[str, Contrast] = field(default_factory=dict)
-    known: str = "words"  # where the paper's number is from, one of KNOWN
+    known: str = "words"  #: where the paper's number is from, one of KNOWN
 
     @property
     def arms(self) -> set[str]:
@@ -150,13 +150,13 @@ class Verdict:
     """What the records say about a claim."""
 
     claim: Claim
-    verdict: str  # one of VERDICTS
-    by: str  # the control or negative control that explains the effect, or ""
-    effect: Interval  # the mean over seeds with Student's 95 % interval
-    p: float  # the one-sided p-value of an effect above the smallest that counts, corrected by Holm's method
-    seeds: int  # how many
-    left: dict[str, Interval]  # what each control leaves of the effect, and what each negative control shows of it
-    perhaps: tuple[str, ...] = ()  # the explanations of a reproduced claim that the seeds cannot rule out
+    verdict: str  #: one of VERDICTS
+    by: str  #: the control or negative control that explains the effect, or ""
+    effect: Interval  #: the mean over seeds with Student's 95 % interval
+    p: float  #: the one-sided p-value of an effect above the smallest that counts, corrected by Holm's method
+    seeds: int  #: how many
+    left: dict[str, Interval]  #: what each control leaves of the effect, and what each negative control shows of it
+    perhaps: tuple[str, ...] = ()  #: the explanations of a reproduced claim that the seeds cannot rule out
 
     @property
     def text(self) -> str:

@@ -41,7 +41,7 @@ class Look(NamedTuple):
 class ArmFigures:
     """Figures of arms that each have a look of their own."""
 
-    looks: Mapping[str, Look]  # by the arm's name in the column ``arm`` of the tables
+    looks: Mapping[str, Look]  #: by the arm's name in the column ``arm`` of the tables
 
     def look_of(self, arm: str, colours: Mapping[str, str] | None = None) -> Look:
         """Return the look of an arm; here and below ``colours`` replaces the colours of some arms.

@@ -23,9 +23,11 @@ _MLP_PARENTS, _MLP_MODULES = ("mlp", "experts", "feed_forward", "ffn", "denserel
 class Description(NamedTuple):
     """Where a weight sits."""
 
-    layer: int  # -1 outside the layers
-    module: str  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj in the Llama and Qwen families
-    block: str  # attention or mlp for the matrices of a layer; embedding, head, norm, bias, fused or other for the rest
+    layer: int  #: -1 outside the layers
+    module: str  #: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj in the Llama and Qwen families
+    block: (
+        str  #: attention or mlp for the matrices of a layer; embedding, head, norm, bias, fused or other for the rest
+    )
 
 
 def describe(name: str) -> Description:

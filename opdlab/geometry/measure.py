@@ -50,12 +50,12 @@ MATCHED_NORM = 0.002
 class Resolution:
     """How finely a matrix is measured; no number of directions may exceed its smaller side."""
 
-    k: int  # singular vectors in the principal angles, and values in the tail; the paper's 512 is an eighth of 4096
-    sim_ks: tuple[int, ...]  # dimensions of the subspaces in Sim_K; the paper has 16
-    mask_rank: int  # rank of the reconstruction behind the principal mask; 64 in the paper
-    alphas: tuple[float, ...]  # shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5
-    angle_ks: tuple[int, ...] = ()  # further numbers of singular vectors at which the mean angle is reported
-    matched_norm: float = MATCHED_NORM  # relative norm of the norm-matched updates
+    k: int  #: singular vectors in the principal angles, and values in the tail; the paper's 512 is an eighth of 4096
+    sim_ks: tuple[int, ...]  #: dimensions of the subspaces in Sim_K; the paper has 16
+    mask_rank: int  #: rank of the reconstruction behind the principal mask; 64 in the paper
+    alphas: tuple[float, ...]  #: shares of the entries in the masks; the paper's figure has 0.3, its appendix 0.5
+    angle_ks: tuple[int, ...] = ()  #: further numbers of singular vectors at which the mean angle is reported
+    matched_norm: float = MATCHED_NORM  #: relative norm of the norm-matched updates
 
     def __post_init__(self) -> None:
         """Reject values that no matrix could be measured with."""

@@ -19,9 +19,9 @@ from opdlab.geometry._linalg import eigenvalues, gram
 class Svd(NamedTuple):
     """A singular value decomposition, w = u diag(s) vh, in float64: all r = min(m, n) values, the first k vectors."""
 
-    u: Tensor  # (m, k), left singular vectors in columns: the output side of a PyTorch weight
-    s: Tensor  # (r,), descending
-    vh: Tensor  # (k, n), right singular vectors in rows: the input side
+    u: Tensor  #: (m, k), left singular vectors in columns, the output side of a PyTorch weight
+    s: Tensor  #: (r,), descending
+    vh: Tensor  #: (k, n), right singular vectors in rows, the input side
 
     @property
     def rank(self) -> int:

@@ -22,8 +22,8 @@ from opdlab.geometry.spectrum import Svd, svd
 class Rotation(NamedTuple):
     """Principal angles in degrees, ascending, between the leading singular subspaces before and after."""
 
-    left: Tensor  # (k,), the output side
-    right: Tensor  # (k,), the input side
+    left: Tensor  #: (k,), the output side
+    right: Tensor  #: (k,), the input side
 
 
 class Similarity(NamedTuple):
@@ -109,9 +109,9 @@ def rotation(w0: Tensor | Svd, w1: Tensor | Svd, k: int) -> Rotation:
 class Energy(NamedTuple):
     """Shares of an update's energy in the leading singular subspaces of a weight matrix, from 0 to 1."""
 
-    left: float  # ||U^T delta||^2 / ||delta||^2
-    right: float  # ||delta V||^2 / ||delta||^2
-    both: float  # ||U^T delta V||^2 / ||delta||^2
+    left: float  #: ||U^T delta||^2 / ||delta||^2
+    right: float  #: ||delta V||^2 / ||delta||^2
+    both: float  #: ||U^T delta V||^2 / ||delta||^2
 
 
 def subspace_energy(delta: Tensor, w0: Tensor | Svd, k: int) -> Energy:

@@ -30,10 +30,10 @@ class Device(NamedTuple):
     """How fast a device works."""
 
     name: str
-    flops: float  # operations a second that passes over whole batches reach, not the data sheet's
-    bandwidth: float  # bytes a second at which weights are read; one new token for all rows reads them once
-    launch: float  # seconds per layer and new token that Python and the launch of kernels take at least
-    half: bool  # whether it computes in the scale's dtype, or in float32
+    flops: float  #: operations a second that passes over whole batches reach, not the data sheet's
+    bandwidth: float  #: bytes a second at which weights are read; one new token for all rows reads them once
+    launch: float  #: seconds per layer and new token that Python and the launch of kernels take at least
+    half: bool  #: whether it computes in the scale's dtype, or in float32
 
 
 #: An H100 makes 989e12 operations a second in bf16 at best, and as a rule 35 % of them in models of a billion
@@ -72,11 +72,11 @@ class Shape(NamedTuple):
     """The size of a model."""
 
     parameters: int
-    flops: int  # of a forward pass per token: a product and a sum per weight, attention itself left out
+    flops: int  #: of a forward pass per token, a product and a sum per weight, attention itself left out
     layers: int
     width: int
     vocabulary: int
-    cache: int  # numbers that one token adds to the cache of keys and values
+    cache: int  #: numbers that one token adds to the cache of keys and values
 
 
 @cache
@@ -111,13 +111,13 @@ def shape_of(name: str, lab: Laboratory) -> Shape:
 class Plan(NamedTuple):
     """What one run takes."""
 
-    memory: dict[str, float]  # bytes, by what for; "rollouts" are not there together with activations and logits
-    flops: dict[str, float]  # operations of one step, by what for
-    seconds: dict[str, float]  # of one step on the device, by what for
+    memory: dict[str, float]  #: bytes, by what for; "rollouts" are not there together with activations and logits
+    flops: dict[str, float]  #: operations of one step, by what for
+    seconds: dict[str, float]  #: of one step on the device, by what for
     steps: int
-    hours: float  # of the whole run with its evaluations, without the measurement of its geometry
-    disk: float  # bytes that lie there at once: snapshots, a checkpoint, and what projected runs branch off from
-    stays: float  # bytes of these once the run is recorded. All runs from one model share its start.
+    hours: float  #: of the whole run with its evaluations, without the measurement of its geometry
+    disk: float  #: bytes that lie there at once, of snapshots, a checkpoint, and what projected runs branch off from
+    stays: float  #: bytes of these once the run is recorded. All runs from one model share its start.
 
     @property
     def peak(self) -> float:

@@ -18,17 +18,17 @@ from opdlab.training.arms import Arm, Model, Projection, Tokens
 class NamedArm:
     """An arm of the book; its models are named by their folders among a scale's models."""
 
-    name: str  # in commands, records and code
-    label: str  # in figures
+    name: str  #: in commands, records and code
+    label: str  #: in figures
     arm: Arm
-    parent: str = ""  # the arm that it is a variant of
-    recipe: str = ""  # a key of a scale's recipes
-    task: str = ""  # where the prompts come from, if not from the scale's task
-    produces: str = ""  # the model folder that its last weights become with seed 0
-    lr_factor: float = 1.0  # on the recipe's learning rate
-    directions_of: str = ""  # the arm whose update gives the directions of a projection, if not its own
-    other_seed: bool = False  # take the directions from the run of the next seed
-    recorded: bool = True  # whether a record can be kept of it, or it only makes a model
+    parent: str = ""  #: the arm that it is a variant of
+    recipe: str = ""  #: a key of a scale's recipes
+    task: str = ""  #: where the prompts come from, if not from the scale's task
+    produces: str = ""  #: the model folder that its last weights become with seed 0
+    lr_factor: float = 1.0  #: on the recipe's learning rate
+    directions_of: str = ""  #: the arm whose update gives the directions of a projection, if not its own
+    other_seed: bool = False  #: take the directions from the run of the next seed
+    recorded: bool = True  #: whether a record can be kept of it, or it only makes a model
 
     @property
     def start(self) -> str:

@@ -29,7 +29,7 @@ class Laboratory:
     """The experiments of the book at one scale, and where their files lie."""
 
     scale: Scale
-    root: Path  # holds data/models, data/records and runs
+    root: Path  #: holds data/models, data/records and runs
     arms: Mapping[str, NamedArm] = field(default_factory=lambda: dict(ARMS), repr=False)
     tasks: Mapping[str, Task] = field(default_factory=lambda: dict(TASKS), repr=False)
 

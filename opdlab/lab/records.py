@@ -47,11 +47,11 @@ class Records:
     #: One row per training step: loss, accuracy of the rollouts, entropy, norms, tokens, seconds (of the processor, or
     #: on a GPU of the clock).
     history: pd.DataFrame
-    evaluations: pd.DataFrame  # one row per evaluation: greedy and sampled accuracy, entropy, KL to the teacher
-    matrices: pd.DataFrame  # one row per weight matrix, origin against end point (opdlab.geometry.measure_matrix)
-    trajectory: pd.DataFrame  # one row per snapshot and block, attention or MLP, the mean over its matrices
-    runs: pd.DataFrame  # one row per run: key, what decides it, versions, seconds
-    analyses: dict[str, pd.DataFrame] = field(default_factory=dict)  # tables of analyses by name, with a column seed
+    evaluations: pd.DataFrame  #: one row per evaluation, with greedy and sampled accuracy, entropy, KL to the teacher
+    matrices: pd.DataFrame  #: one row per weight matrix, origin against end point (opdlab.geometry.measure_matrix)
+    trajectory: pd.DataFrame  #: one row per snapshot and block, attention or MLP, the mean over its matrices
+    runs: pd.DataFrame  #: one row per run, with key, what decides it, versions, seconds
+    analyses: dict[str, pd.DataFrame] = field(default_factory=dict)  #: tables of analyses by name, with a column seed
 
     def of_seeds(self, seeds: Sequence[int]) -> Records:
         """Return only what is of these seeds."""

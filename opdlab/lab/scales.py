@@ -18,21 +18,21 @@ from opdlab.training.config import Compute, Recipe
 class Models:
     """The models of a scale."""
 
-    folder: str  # under data/models, which holds the base, anchor, teacher and so on
-    makers: tuple[str, ...]  # the arms that make them
-    shapes: dict[str, dict] = field(default_factory=dict)  # of the models that start from random weights
-    pretrained: dict[str, str] = field(default_factory=dict)  # what is fetched instead (opdlab.models.fetch)
+    folder: str  #: under data/models, which holds the base, anchor, teacher and so on
+    makers: tuple[str, ...]  #: the arms that make them
+    shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that start from random weights
+    pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the runs of a scale may take."""
 
-    recipes: dict[str, Recipe]  # by name; an arm has its own or names another
-    max_new_tokens: int = 48  # of a completion
-    typical_tokens: tuple[int, int] = (12, 20)  # of a prompt and of a completion, which plans are computed from
-    temperature: float = 1.0  # of the rollouts
-    evaluation_prompts: int = 1024  # of one evaluation
+    recipes: dict[str, Recipe]  #: by name; an arm has its own or names another
+    max_new_tokens: int = 48  #: of a completion
+    typical_tokens: tuple[int, int] = (12, 20)  #: of a prompt and of a completion, which plans are computed from
+    temperature: float = 1.0  #: of the rollouts
+    evaluation_prompts: int = 1024  #: of one evaluation
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,30 @@ class RecordPolicy:
     analyses: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     variant_seeds: tuple[int, ...] = (0, 1, 2)
-    other_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by arm, where it has other seeds than these
+    other_seeds: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  #: by arm, where it has other seeds than these
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     variant_evaluations: tuple[float, ...] = (0.2, 1.0)
-    trajectory_block: str = ""  # the block that is followed over training, as the paper follows attention; "" for all
-    keep_snapshots: bool = True  # of recorded runs; if not, they keep only what other runs need
+    trajectory_block: str = ""  #: the block that is followed over training, as the paper follows attention; "" for all
+    keep_snapshots: bool = True  #: of recorded runs; if not, they keep only what other runs need
 
 
 @dataclass(frozen=True)
 class Scale:
     """Everything that changes between a smoke test and a real model."""
 
-    name: str  # on the command line and in OPDLAB_SCALE
+    name: str  #: on the command line and in OPDLAB_SCALE
     summary: str
-    task: str  # of the arms that name none
+    task: str  #: of the arms that name none
     models: Models
     budget: Budget
     policy: RecordPolicy
     compute: Compute = field(default_factory=Compute)
     gpu_only: bool = False
-    engine: str = ""  # what trains it, if it is too large for opdlab.training.loop: "trl"
+    engine: str = ""  #: what trains it, if it is too large for opdlab.training.loop; "trl" or nothing
 
     def later_seed(self, seed: int, count: int = 1) -> int:
         """Return the seed that comes ``count`` after ``seed``, beginning again after the last."""

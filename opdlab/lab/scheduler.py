@@ -47,10 +47,10 @@ MACHINE = ("python", "torch", "transformers", "numpy", "device", "processor", "m
 class Job:
     """One run or analysis."""
 
-    what: str  # an arm or an analysis
+    what: str  #: an arm or an analysis
     seed: int
-    needs: tuple[str, ...]  # the model folders and the names of the jobs that it waits for
-    produces: str = ""  # the model folder that it makes
+    needs: tuple[str, ...]  #: the model folders and the names of the jobs that it waits for
+    produces: str = ""  #: the model folder that it makes
 
     @property
     def name(self) -> str:

@@ -26,8 +26,8 @@ from opdlab.training.tasks import Task
 class RightAnswer:
     """The reward of a completion: 1.0 if its final answer is right and 0.0 otherwise; what comes before is not read."""
 
-    answer: Callable[[str, str], str | None]  # the final answer in a completion of a prompt, or None if there is none
-    demonstration: Callable[[str], str]  # writes a correct completion of a prompt
+    answer: Callable[[str, str], str | None]  #: the final answer in a completion of a prompt, or None if there is none
+    demonstration: Callable[[str], str]  #: writes a correct completion of a prompt
 
     def __call__(self, prompt: str, completion: str) -> float:
         """Return the reward.

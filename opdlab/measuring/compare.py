@@ -57,9 +57,9 @@ class Comparison(Shown):
     with K/n.
     """
 
-    models: pd.DataFrame  # the diagnostics, one row each and one column per model (value, and at equal norm)
+    models: pd.DataFrame  #: the diagnostics, one row each and one column per model (value, and at equal norm)
     pairs: pd.DataFrame
-    updates: list[list[str]]  # label, base and tuned checkpoint of each model
+    updates: list[list[str]]  #: label, base and tuned checkpoint of each model
 
     @property
     def means(self) -> pd.DataFrame:

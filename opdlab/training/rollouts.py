@@ -170,14 +170,14 @@ def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
 class MicroBatch:
     """R prompts and their C completions, packed into R rows of length L."""
 
-    ids: Tensor  # (R, L) prompts, each followed by its completions, padded on the right
-    positions: Tensor  # (R, L) of each token within its own prompt and completion
-    visible: Tensor  # (R, 1, L, L) True where the token of the third axis sees that of the fourth
-    row: Tensor  # (C, 1) the packed row of each completion
-    source: Tensor  # (C, T) where in its row the model predicts each token of a completion: at the token before it
-    tokens: Tensor  # (C, T) the completions, padded on the right
-    mask: Tensor  # (C, T) False on the padding of ``tokens``
-    advantages: Tensor | None  # (C,) of RLVR
+    ids: Tensor  #: (R, L) prompts, each followed by its completions, padded on the right
+    positions: Tensor  #: (R, L) of each token within its own prompt and completion
+    visible: Tensor  #: (R, 1, L, L) True where the token of the third axis sees that of the fourth
+    row: Tensor  #: (C, 1) the packed row of each completion
+    source: Tensor  #: (C, T) where in its row the model predicts each token of a completion, at the token before it
+    tokens: Tensor  #: (C, T) the completions, padded on the right
+    mask: Tensor  #: (C, T) False on the padding of ``tokens``
+    advantages: Tensor | None  #: (C,) of RLVR
 
     def logits(self, model: transformers.PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""

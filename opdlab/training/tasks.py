@@ -46,12 +46,12 @@ class Task:
     """A named task, made of functions, or by :meth:`from_dataset`."""
 
     name: str
-    draw: Callable[[np.random.Generator], str] | None  # a prompt; None where the prompts are those of ``data``
-    demonstration: Callable[[str], str]  # a correct completion of a prompt, which SFT imitates
-    score: Callable[[str, str], float]  # the reward of (prompt, completion)
-    data: tuple[str, ...] = ()  # the prompts of a data set, in order
-    chat: bool = False  # write prompts through the chat template of the tokenizer, where it has one
-    content: str = ""  # a digest of a data set and its reward
+    draw: Callable[[np.random.Generator], str] | None  #: a prompt; None where the prompts are those of ``data``
+    demonstration: Callable[[str], str]  #: a correct completion of a prompt, which SFT imitates
+    score: Callable[[str, str], float]  #: the reward of (prompt, completion)
+    data: tuple[str, ...] = ()  #: the prompts of a data set, in order
+    chat: bool = False  #: write prompts through the chat template of the tokenizer, where it has one
+    content: str = ""  #: a digest of a data set and its reward
 
     @classmethod
     def from_dataset(

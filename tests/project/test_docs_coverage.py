@@ -107,13 +107,6 @@ def test_parameters_are_explained_all_or_none_and_all_where_they_are_many():
     assert wrong == []
 
 
-def test_fields_of_dataclasses_are_explained_all_or_none():
-    for name, found, _ in PUBLIC:
-        explained = section(found, "Attributes") if inspect.isclass(found) and is_dataclass(found) else None
-        if explained is not None:
-            assert explained == [field.name for field in fields(found)], name
-
-
 def test_the_errors_that_are_documented_exist():
     for name, found, _ in PUBLIC:
         module = inspect.getmodule(found)
@@ -122,6 +115,6 @@ def test_the_errors_that_are_documented_exist():
             assert inspect.isclass(kind) and issubclass(kind, BaseException), f"{name}: there is no error {error}"
 
 
-@pytest.mark.parametrize("title", ["Args", "Raises", "Attributes"])
+@pytest.mark.parametrize("title", ["Args", "Raises"])
 def test_sections_are_found(title):
     assert sum(section(found, title) is not None for _, found, _ in PUBLIC) > 5

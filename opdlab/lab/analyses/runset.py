@@ -74,8 +74,8 @@ class Part:
     """One part of an analysis, which is recorded by itself."""
 
     analysis: str
-    runs: tuple[tuple[str, int], ...]  # that it reads, as arms and seeds
-    entries: dict[str, object] = field(default_factory=dict)  # what all of its rows have in common, by column
+    runs: tuple[tuple[str, int], ...]  #: that it reads, as arms and seeds
+    entries: dict[str, object] = field(default_factory=dict)  #: what all of its rows have in common, by column
 
     def key(self, lab: Laboratory) -> str:
         """Return the hash of everything that decides its rows."""
@@ -87,18 +87,18 @@ class Part:
 class Analysis:
     """Something that is computed from finished runs, seed by seed, without training any more."""
 
-    name: str  # in records and code
-    what: str  # it finds out
+    name: str  #: in records and code
+    what: str  #: it finds out
     #: Turns runs, and the parts that are wanted, into a table: one row per thing compared (and matrix).
     measure: Callable[[RunSet, Sequence[Part]], pd.DataFrame]
-    arms: tuple[str, ...]  # whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses
-    later: tuple[tuple[str, int], ...] = ()  # arms whose runs of later seeds it reads too, and how many seeds on
-    keys: tuple[str, ...] = ()  # columns that tell apart what is compared by matrix; its record has means by block
-    trained: bool = True  # whether it needs the runs, or only what they start from
+    arms: tuple[str, ...]  #: whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses
+    later: tuple[tuple[str, int], ...] = ()  #: arms whose runs of later seeds it reads too, and how many seeds on
+    keys: tuple[str, ...] = ()  #: columns that tell apart what is compared by matrix; its record has means by block
+    trained: bool = True  #: whether it needs the runs, or only what they start from
     #: Whether it takes "all" seeds, the "few" of variants, because it measures the accuracy of many weights, or "one",
     #: because it is for looking at, not for averages.
     how_many: str = "all"
-    pairs: Callable[[Laboratory, int], list[Part]] | None = None  # its parts; by default the whole is one part
+    pairs: Callable[[Laboratory, int], list[Part]] | None = None  #: its parts; by default the whole is one part
 
     def seeds(self, lab: Laboratory) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
