@@ -189,7 +189,7 @@ _project("opd_short", "opd_random_entries", "a random eighth", space="random ent
 ARMS: Mapping[str, NamedArm] = MappingProxyType(_arms)
 #: The paper's arms and matched SFT.
 PAPER = tuple(arm.name for arm in _PAPER)
-#: The arms that a record can be kept of: all but those that only make models.
+#: The arms that a record can be kept of, which are all but those that only make models.
 #:
 #: :meta hide-value:
 RECORDED = tuple(name for name, arm in ARMS.items() if arm.recorded)

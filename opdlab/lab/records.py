@@ -44,8 +44,8 @@ DIGESTS = ("key", "weights", "student", "teacher", "data", "template", "projecti
 class Records:
     """The tables of several runs, one below the other, each with the columns ``arm``, ``label`` and ``seed``."""
 
-    #: One row per training step: loss, accuracy of the rollouts, entropy, norms, tokens, seconds (of the processor, or
-    #: on a GPU of the clock).
+    #: One row per training step, with loss, accuracy of the rollouts, entropy, norms, tokens and seconds (of the
+    #: processor, or on a GPU of the clock).
     history: pd.DataFrame
     evaluations: pd.DataFrame  #: one row per evaluation, with greedy and sampled accuracy, entropy, KL to the teacher
     matrices: pd.DataFrame  #: one row per weight matrix, origin against end point (opdlab.geometry.measure_matrix)

@@ -24,7 +24,7 @@ from opdlab.processes import provenance
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FOUR_DIGITS = "{:.4g}".format
+_FOUR_DIGITS = "{:.4g}".format
 
 
 def measure(
@@ -119,7 +119,7 @@ class Shown(ABC):
     def __repr__(self) -> str:
         """Return sentences and tables as text."""
         return "\n\n".join(
-            part if isinstance(part, str) else part.to_string(float_format=FOUR_DIGITS, na_rep="")
+            part if isinstance(part, str) else part.to_string(float_format=_FOUR_DIGITS, na_rep="")
             for part in self._parts()
         )
 
@@ -235,7 +235,7 @@ def load_update(summary: Path) -> Update:
 
 def as_html(table: pd.DataFrame) -> str:
     """Return a table as HTML, with four digits."""
-    return table.to_html(float_format=FOUR_DIGITS, na_rep="", border=0)
+    return table.to_html(float_format=_FOUR_DIGITS, na_rep="", border=0)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

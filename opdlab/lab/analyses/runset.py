@@ -89,7 +89,7 @@ class Analysis:
 
     name: str  #: in records and code
     what: str  #: it finds out
-    #: Turns runs, and the parts that are wanted, into a table: one row per thing compared (and matrix).
+    #: Turns runs, and the parts that are wanted, into a table with a row per thing compared (and matrix).
     measure: Callable[[RunSet, Sequence[Part]], pd.DataFrame]
     arms: tuple[str, ...]  #: whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses
     later: tuple[tuple[str, int], ...] = ()  #: arms whose runs of later seeds it reads too, and how many seeds on
