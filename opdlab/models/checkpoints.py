@@ -253,7 +253,9 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
                 dtype = entry.get_dtype()
                 yield name, tuple(entry.get_shape()), _FLOATS.get(dtype, dtype)
     except (SafetensorError, OSError) as problem:
-        raise OpdlabError(f"{file} is damaged or not a safetensors file ({problem}): fetch it again") from problem
+        raise OpdlabError(
+            f"{file} is damaged or not a safetensors file ({problem}): fetch it, or train its run, again"
+        ) from problem
 
 
 def _stored(file: Path | Mapping[str, Tensor], name: str, index: int | None = None) -> Tensor:
