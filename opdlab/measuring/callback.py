@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
-from opdlab.models.checkpoints import plain_name
 from opdlab.models.files import save_tensors
+from opdlab.models.names import plain_name
 
 
 class GeometryCallback(TrainerCallback):

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
-from opdlab.models.checkpoints import weight_files
+from opdlab.models.formats import weight_files
 
 #: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
 EOS = "$"
