@@ -6,7 +6,8 @@ Nothing here knows how the weights were trained. Read in this order, one idea a 
 2. :mod:`~opdlab.geometry.spectrum`: how far, in how many directions, and what became of the singular values.
 3. :mod:`~opdlab.geometry.subspaces`: which directions; how far they turned, how early they are settled.
 4. :mod:`~opdlab.geometry.masks`: which coordinates, in comparison with the principal and the small weights.
-5. :mod:`~opdlab.geometry.nulls`: what each of these shows when there is nothing to see.
+5. :mod:`~opdlab.geometry.nulls` and :mod:`~opdlab.geometry.ruler`: what each of these shows when there is nothing to
+   see, and what the size of an update alone makes of them.
 6. :mod:`~opdlab.geometry.matrices`, :mod:`~opdlab.geometry.measure` and :mod:`~opdlab.geometry.trajectory`: all of
    it, in a table, for the matrices of a model.
 
@@ -31,6 +32,7 @@ from opdlab.geometry.masks import (
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
 from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair, measure_vector, overall_sparsity
 from opdlab.geometry.nulls import noise_mask, norm_matched, permute, permuted_update, random_walk, random_walk_sim
+from opdlab.geometry.ruler import change_probability, noise_norm, noise_overlap, noise_sparsity
 from opdlab.geometry.sparsity import (
     absolute_sparsity,
     bf16_equal,

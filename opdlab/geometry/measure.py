@@ -20,6 +20,7 @@ from opdlab.geometry import _checks
 from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, reconstruct
 from opdlab.geometry.matrices import float64_matrices, identity
 from opdlab.geometry.nulls import noise_mask, permute
+from opdlab.geometry.ruler import change_probability, noise_overlap
 from opdlab.geometry.sparsity import absolute_sparsity, density, relative_sparsity, update_mask
 from opdlab.geometry.spectrum import (
     Svd,
@@ -156,7 +157,7 @@ def measure_matrix(
     Keys:
 
     - k, mask_rank and, with nulls, matched_norm: the parts of the resolution that no column's name tells;
-    - frobenius, relative_norm;
+    - frobenius, relative_norm, and relative_operator_norm, the ratio of the largest singular values of update and w0;
     - stable_rank, effective_rank, effective_rank_squared, top_energy and hill (the last two of k singular values),
       each with _null: of the permuted, unrounded update; and stable_rank_gaussian;
     - energy_left, energy_right, energy_both: of the update in the top-k subspaces of w0, each with _random: k/m, k/n
@@ -168,6 +169,7 @@ def measure_matrix(
       principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the permuted update, rounded to
       bfloat16 anew);
     - principal_overlap_a30_noise, of Gaussian noise at the same density (:func:`~opdlab.geometry.noise_mask`);
+    - sparsity_ruler and principal_overlap_a30_ruler, of noise of the same norm (:mod:`~opdlab.geometry.ruler`);
     - principal_overlap_a30_top, of the tenth of the entries where the unrounded update is largest, and
       principal_share_a30, the share of the entries in the mask, which is its random rate.
 
@@ -198,10 +200,12 @@ def measure_matrix(
     row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
     del w1
     row |= spectrum_stats(delta, at.k)
+    largest = float(svd0.s[0])
+    row["relative_operator_norm"] = row["frobenius"] / row["stable_rank"] ** 0.5 / largest if largest > 0 else nan
     row |= {f"energy_{side}": share for side, share in subspace_energy(delta, svd0, at.k)._asdict().items()}
-    moved, largest = row["frobenius"] > 0, largest_entries(delta, round(LARGEST * delta.numel()))
-    row |= _suffixed(_overlaps(masks, largest if moved else torch.zeros_like(largest)), "_top")
-    for key, value in _overlaps(masks, torch.ones_like(largest)).items():
+    moved, top = row["frobenius"] > 0, largest_entries(delta, round(LARGEST * delta.numel()))
+    row |= _suffixed(_overlaps(masks, top if moved else torch.zeros_like(top)), "_top")
+    for key, value in _overlaps(masks, torch.ones_like(top)).items():
         row[key.replace("overlap", "share")] = value
     if nulls:
         row["matched_norm"] = at.matched_norm
@@ -218,6 +222,10 @@ def measure_matrix(
         del shuffled
         noise = noise_mask(w0, round(of_size["density"] * w0.numel()), random)
         row |= _suffixed(_overlaps(masks, noise), "_noise")
+        del noise
+        chance = change_probability(w0, row["relative_norm"])
+        row |= {"sparsity_ruler": 1 - float(chance.mean())} | _suffixed(_overlaps(masks, chance), "_ruler")
+        del chance
         if scale > 0:
             w1 = torch.add(w0, delta, alpha=scale)
             del delta
@@ -276,11 +284,14 @@ def _masks(w0: Tensor, svd0: Svd, at: Resolution) -> Masks:
 
 
 def _overlaps(masks: Masks, update: Tensor) -> dict[str, float]:
-    """Return the overlaps of an update with the masks, and with the weights that are principal and not small."""
-    row = {}
+    """Return the overlaps of an update with the masks, and with the weights that are principal and not small.
+
+    The update marks what moved, or says how probable it is that each weight moves.
+    """
+    of, row = overlap if update.dtype == torch.bool else noise_overlap, {}
     for percent, (principal, low) in masks.items():
         for star, mask in {"principal": principal, "low": low, "principal_only": principal & ~low}.items():
-            row[f"{star}_overlap_{percent}"] = overlap(mask, update)
+            row[f"{star}_overlap_{percent}"] = of(mask, update)
     return row
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import nan
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
@@ -84,6 +85,11 @@ def measure_matrix_trajectory(
     - sim_right_K16_interval, the similarity of the update in this interval to that in the one before;
     - sim_random_K16, which is K / n, the value of two unrelated subspaces on the right (on the left it is K / m).
 
+    All but the resolution, relative_norm and what is random come twice more. With _bf16 they are between checkpoints
+    that were rounded to bfloat16, which is what the paper saves and measures. With _locked they are of the locked null:
+    the update of the last snapshot, scaled to the norm at each snapshot, added to w0 and rounded. What it shows, size
+    and rounding make of an update whose directions never change.
+
     Args:
         name: of the matrix: it seeds the nulls, and stands in errors.
         w0: (m, n) weights at the origin.
@@ -97,40 +103,66 @@ def measure_matrix_trajectory(
     w0 = _checks.matrix(w0, f"{name} in w0s")
     on = resolution or Resolution.of(tuple(w0.shape))
     on.check_size(name, w0, "k", "sim_ks")
-    generator, vectors, count = generator_of(seed, name), max(on.sim_ks, default=1), len(w_ts)
+    generator, count = generator_of(seed, name), len(w_ts)
 
     def at(t: int) -> Tensor:
         return _checks.matrix(w_ts[t].to(w0.device), f"{name} in the snapshot {t}")
 
-    # Snapshots are read again where they are needed, so that at most two of them are in memory.
+    # Snapshots are read again where they are needed, so that few of them are in memory at once.
     interval_norms = [frobenius(after - before) for before, after in pairwise((w0, *map(at, range(count))))]
-    walk_svds = [svd(delta.to(w0.device), k=vectors) for delta in random_walk(interval_norms, w0.shape, generator)]
-    before, end = w0, at(count - 1)
+    walk_svds = [
+        svd(delta.to(w0.device), k=max(on.sim_ks, default=1))
+        for delta in random_walk(interval_norms, w0.shape, generator)
+    ]
+    columns: dict[str, list[float]] = {"k": [on.k] * count, "mask_rank": [on.mask_rank] * count}
+    columns["relative_norm"] = [relative_norm(w0, at(t)) for t in range(count)]
+    columns |= _view(w0, at, count, on)
+    nulls = [spectrum_stats(permute(at(t) - w0, generator), on.k) for t in range(count)]
+    columns |= {f"{key}_null": [null[key] for null in nulls] for key in nulls[0]}
+    for k in on.sim_ks:
+        walk = similarity_to_end(walk_svds, k)
+        columns |= {f"sim_right_K{k}_null": walk.right, f"sim_left_K{k}_null": walk.left}
+        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * count
+    origin, update = _rounded(w0), at(count - 1) - w0
+    sizes = [norm / columns["frobenius"][-1] if norm else 0.0 for norm in columns["frobenius"]]
+    # Where the files hold bfloat16 numbers, the two views are one.
+    stored = torch.equal(origin, w0) and all(torch.equal(_rounded(at(t)), at(t)) for t in range(count))
+    seen = columns if stored else _view(origin, lambda t: _rounded(at(t)), count, on)
+    locked = _view(origin, lambda t: _rounded(torch.add(w0, update, alpha=sizes[t])), count, on)
+    return columns | {
+        f"{key}_{view}": values[key]
+        for view, values in (("bf16", seen), ("locked", locked))
+        for key in locked
+        if (key, view) != ("sparsity", "bf16")  # which is sparsity itself
+    }
+
+
+def _view(origin: Tensor, at: Callable[[int], Tensor], count: int, on: Resolution) -> dict[str, list[float]]:
+    """Return sizes, ranks and similarities of the updates from ``origin`` to ``at(t)``."""
+    before, end, vectors = origin, at(count - 1), max(on.sim_ks, default=1)
     svds, rests, intervals, rows = [], [], [], []
     for t in range(count):
         w_t = at(t)
         rests.append(svd(end - w_t, k=vectors))
-        delta = w_t - w0
+        delta = w_t - origin
         svds.append(svd(delta, k=vectors))
         # The first interval is the first update, and the last is what the one before had left.
         last = rests[t - 1] if t == count - 1 else None
         intervals.append((last or svd(w_t - before, k=vectors)) if t else svds[0])
+        row = {"frobenius": frobenius(delta), "interval_norm": frobenius(w_t - before)}
+        row |= {"interval_stable_rank": stable_rank(intervals[t]), "sparsity": bf16_sparsity(origin, w_t)}
+        rows.append(row | spectrum_stats(svds[t], on.k))
         before = w_t
-        row: dict[str, float] = {"k": on.k, "mask_rank": on.mask_rank}
-        row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w_t)}
-        row |= {"interval_norm": interval_norms[t], "interval_stable_rank": stable_rank(intervals[t])}
-        row["sparsity"] = bf16_sparsity(w0, w_t)
-        null = spectrum_stats(permute(delta, generator), on.k)
-        for key, value in spectrum_stats(svds[t], on.k).items():
-            row |= {key: value, f"{key}_null": null[key]}
-        rows.append(row)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     for k in on.sim_ks:
-        ours, walk = similarity_to_end(svds, k), similarity_to_end(walk_svds, k)
+        to_end = similarity_to_end(svds, k)
         for side, top in (("right", top_right), ("left", top_left)):
-            columns |= {f"sim_{side}_K{k}": getattr(ours, side), f"sim_{side}_K{k}_null": getattr(walk, side)}
             rest = [sim_k(top(a, k), top(b, k)) for a, b in zip(svds, rests, strict=True)]
             consecutive = [sim_k(top(a, k), top(b, k)) for a, b in pairwise(intervals)]
-            columns |= {f"sim_{side}_K{k}_rest": rest, f"sim_{side}_K{k}_interval": [nan, *consecutive]}
-        columns[f"sim_random_K{k}"] = [k / w0.shape[1]] * count
+            columns |= {f"sim_{side}_K{k}": getattr(to_end, side), f"sim_{side}_K{k}_rest": rest}
+            columns[f"sim_{side}_K{k}_interval"] = [nan, *consecutive]
     return columns
+
+
+def _rounded(weights: Tensor) -> Tensor:
+    return weights.float().to(torch.bfloat16).double()

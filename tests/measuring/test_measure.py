@@ -71,7 +71,7 @@ def test_the_program_gives_the_numbers_of_the_functions(pair):
     pd.testing.assert_frame_equal(table, g.measure_pair(w0s, w1s, seed=4), check_exact=True)
     whole = g.measure_trajectory(w0s, path, seed=4)
     attention = whole[whole["block"] == "attention"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(trajectory, attention, check_exact=True)
+    pd.testing.assert_frame_equal(trajectory, attention, check_exact=True, check_like=True)
     _, alone = measure_update(w0s, [(8, w1s)], blocks=LAYERS, trajectory_blocks=LAYERS)
     assert set(alone["step"]) == {8} and len(alone) == 14
     with pytest.raises(OpdlabError, match=r"path has the steps \[8, 3\]; expected them ascending"):
