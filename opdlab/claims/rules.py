@@ -1,0 +1,314 @@
+"""How a claim is judged, from runs in blocks of seeds: what is tested, with which margin, and the verdict.
+
+A claim says that a number of one arm lies *above* that of another, or *near* it. Both are tested against a margin, the
+smallest difference that counts, and both ways: for the claim and against it. All tests of one finding that could give
+the same verdict are corrected together by Holm's method. The verdicts:
+
+- *reproduced*: the test for the claim is significant, no control explains it, and no rival passes as well;
+- *seen*: the same, but nothing was tried that could explain it;
+- *explained*: the test for the claim is significant, and so is that a control removes more than half of the effect;
+- *uninformative*: the test for the claim is significant, and a rival, of which the claim should not hold, passes too;
+- *not reproduced*: the test against the claim is significant;
+- *inconclusive*: neither test is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from opdlab.claims.judging import holm
+from opdlab.errors import OpdlabError
+from opdlab.lab.records import Records, nearest, per_run
+from opdlab.stats import Estimate, Interval, block_estimate, mean_estimate, ratio_interval
+
+#: What a verdict can be.
+VERDICTS = ("reproduced", "seen", "explained", "uninformative", "not reproduced", "inconclusive")
+#: A trajectory counts from this share of the training on; before, an update is too small to have a shape.
+FROM = 0.05
+#: The level of every test.
+LEVEL = 0.05
+_EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of each run, or one at each snapshot: the mean of a column over matrices.
+
+    The column is one of the records' ``matrices``, or of their ``trajectory`` if ``progress`` is given or ``curve`` is
+    set. The columns "sampled" and "greedy" (mean reward), "entropy" and "kl_teacher" are those of their
+    ``evaluations``, at the end of the training.
+    """
+
+    column: str
+    minus: str = ""  #: a column that is subtracted run by run, such as a null
+    analysis: str = ""  #: the analysis to read instead (opdlab.lab.analyses.ANALYSES)
+    where: tuple[tuple[str, object], ...] = ()  #: what picks the rows of an analysis: (column, entry)
+    progress: float | None = None  #: a share of the training; the nearest snapshot is read
+    since: float | None = None  #: a share of the training from which the change is taken, instead of the number itself
+    curve: bool = False  #: one number at each snapshot from FROM on
+    block: str = ""  #: "attention" leaves the MLP out, as the paper does for trajectories
+    log: bool = False  #: take the natural logarithm, for quantities that are compared by their ratio
+
+    def points(self, records: Records) -> list[Metric]:
+        """Return the metric itself, or of a curve its metrics at the snapshots."""
+        if not self.curve:
+            return [self]
+        shares = sorted(set(records.trajectory["progress"].dropna().round(3)))
+        return [replace(self, curve=False, progress=share) for share in shares if share >= FROM]
+
+    def values(self, records: Records) -> pd.DataFrame:
+        """Return the numbers of all runs that have one, seeds by arms.
+
+        Raises:
+            OpdlabError: if the records lack the analysis or the column.
+        """
+        rows = self._rows(records)
+        if self.column not in rows:
+            raise OpdlabError(f"the records have no column {self.column!r}: record them again")
+        columns = tuple(filter(None, (self.column, self.minus)))
+        runs = per_run(rows, columns) if "block" in rows else rows
+        if self.progress is not None or self.column in _EVALUATED:
+            runs = nearest(runs, 1.0 if self.progress is None else self.progress)
+        table = runs.pivot_table(index="seed", columns="arm", values=list(columns))
+        found = np.log(table[self.column]) if self.log else table[self.column]
+        if self.minus:
+            found = found - (np.log(table[self.minus]) if self.log else table[self.minus])
+        if self.since is not None:
+            found = found - replace(self, progress=self.since, since=None).values(records)
+        return found.dropna(axis="columns", how="all")
+
+    def _rows(self, records: Records) -> pd.DataFrame:
+        table = records.matrices if self.progress is None else records.trajectory
+        if self.column in _EVALUATED:
+            table = records.evaluations
+        if self.analysis:
+            if self.analysis not in records.analyses:
+                raise OpdlabError(f"the records were loaded without the analysis {self.analysis!r}")
+            table = records.analyses[self.analysis]
+        for column, entry in (*self.where, *([("block", self.block)] if self.block else ())):
+            table = table[table[column] == entry]
+        return table
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A metric of one arm minus that of another; or, without another, the metric itself, such as one minus its null."""
+
+    metric: Metric
+    arm: str
+    minus_arm: str = ""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each arm."""
+        return {self.arm: 1.0} | ({self.minus_arm: -1.0} if self.minus_arm else {})
+
+
+class Runs:
+    """The numbers of records, each computed once."""
+
+    def __init__(self, records: Records, pool: Sequence[str] = ()):
+        """Keep the records, and the arms whose noise is pooled."""
+        self.records, self.pool = records, pool
+        self.values = lru_cache(maxsize=None)(lambda metric: metric.values(records))
+        self.estimates = lru_cache(maxsize=None)(self._estimates)
+
+    def by_seed(self, contrast: Contrast) -> pd.Series:
+        """Return a contrast of each seed that has its runs."""
+        values = self.values(contrast.metric)
+        if missing := contrast.weights.keys() - set(values):
+            arms = ", ".join(sorted(missing))
+            raise OpdlabError(f"the records have no {contrast.metric.column!r} of {arms}: record it")
+        parts = [weight * values[arm] for arm, weight in contrast.weights.items()]
+        return pd.Series(sum(parts)).dropna()
+
+    def _estimates(self, contrast: Contrast) -> tuple[Estimate, ...]:
+        """Return the mean of a contrast over seeds, at each snapshot if it is one of curves."""
+        return tuple(self._estimate(replace(contrast, metric=m)) for m in contrast.metric.points(self.records))
+
+    def _estimate(self, contrast: Contrast) -> Estimate:
+        by_seed, values = self.by_seed(contrast), self.values(contrast.metric)
+        pooled = [arm for arm in self.pool if arm in values]
+        if contrast.minus_arm and contrast.weights.keys() <= set(pooled):
+            return block_estimate(values[pooled], contrast.weights)
+        return mean_estimate(by_seed)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a paper, and how it is tested."""
+
+    name: str  #: in code and links
+    finding: str  #: the finding that it belongs to
+    statement: str  #: the claim in one sentence
+    source: str  #: where the paper makes it, in its own words or with the numbers that it prints
+    effect: Contrast  #: what tests it
+    margin: float  #: the smallest difference that counts, in the units of the metric
+    kind: str = "above"  #: "above", or "near" and "apart", where both signs count and a curve at all its snapshots
+    controls: dict[str, Contrast] = field(default_factory=dict)  #: what each simpler explanation leaves of the effect
+    rivals: dict[str, Contrast] = field(default_factory=dict)  #: of which the same should not hold
+    known: str = "words"  #: where the paper's number is from, one of opdlab.claims.judging.KNOWN
+    elsewhere: str = ""  #: what other papers found
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits that change with all that decides the verdict, and not with words."""
+        decides = {"name": self.name, "margin": self.margin, "kind": self.kind, "effect": asdict(self.effect)}
+        decides |= {part: {k: asdict(v) for k, v in getattr(self, part).items()} for part in ("controls", "rivals")}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+    @property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """All that is looked at."""
+        return self.effect, *self.controls.values(), *self.rivals.values()
+
+    def judgeable(self, records: Records) -> bool:
+        """Tell whether the records have the arms and analyses that it needs."""
+        analyses = {contrast.metric.analysis for contrast in self.contrasts} - {""}
+        arms = {arm for contrast in self.contrasts if not contrast.metric.analysis for arm in contrast.weights}
+        return analyses <= set(records.analyses) and arms <= set(records.runs["arm"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the records say about a claim."""
+
+    claim: Claim
+    verdict: str  #: one of VERDICTS
+    by: str  #: the control that explains the effect, or the rival that passes too
+    effect: Interval  #: the mean over seeds with its 95 % interval; of a curve, where it is farthest from zero
+    p: float  #: the corrected p-value of the test for the claim
+    p_against: float  #: the corrected p-value of the test against it
+    seeds: int
+    left: dict[str, Interval]  #: what each control leaves of the effect, and what each rival shows
+    share: dict[str, Interval | None]  #: what each control leaves as a share of the effect; None if not defined
+    at_half: str  #: the verdict at half the margin
+    at_twice: str  #: the verdict at twice the margin
+
+    @property
+    def text(self) -> str:
+        """The verdict in words, with what explains the effect or passes as well."""
+        if self.verdict == "seen":
+            return "seen, nothing tried to explain it"
+        return f"{self.verdict} by {self.by}" if self.verdict == "explained" else self.verdict
+
+
+@dataclass(frozen=True)
+class _Tests:
+    """The p-values of a claim, before and after correction."""
+
+    against: float
+    support: float
+    explained: dict[str, float]
+    rivals: dict[str, float]
+
+
+def judge(claims: Sequence[Claim], records: Records, pool: Sequence[str] = ()) -> list[Verdict]:
+    """Return the verdicts on claims.
+
+    Args:
+        claims: all that are judged together, since the tests of one finding are corrected together.
+        records: with the arms and analyses that the claims need (:meth:`Claim.judgeable`).
+        pool: the arms whose noise is pooled, which start from the anchors of the seeds.
+
+    Raises:
+        OpdlabError: if the records lack an arm, an analysis or a column, which it names.
+    """
+
+    runs = Runs(records, pool)
+    half, once, twice = (_words(claims, runs, factor) for factor in (0.5, 1.0, 2.0))
+    verdicts = []
+    for claim, (word, by, tests), (at_half, *_), (at_twice, *_) in zip(claims, once, half, twice, strict=True):
+        others = claim.controls | claim.rivals
+        left = {name: _farthest(runs.estimates(other)).interval() for name, other in others.items()}
+        farthest = _farthest(runs.estimates(claim.effect))
+        shares = {name: _share(other, claim.effect, runs) for name, other in claim.controls.items()}
+        seeds = len(runs.by_seed(replace(claim.effect, metric=claim.effect.metric.points(records)[0])))
+        verdicts.append(
+            Verdict(
+                claim,
+                word,
+                by,
+                farthest.interval(),
+                tests.support,
+                tests.against,
+                seeds,
+                left,
+                shares,
+                at_half,
+                at_twice,
+            )
+        )
+    return verdicts
+
+
+def _share(left: Contrast, of: Contrast, runs: Runs) -> Interval | None:
+    if left.metric.curve or of.metric.curve:
+        return None
+    both = pd.concat([runs.by_seed(left), runs.by_seed(of)], axis=1).dropna()
+    return ratio_interval(both.iloc[:, 0], both.iloc[:, 1]) if len(both) else None
+
+
+def _farthest(estimates: Sequence[Estimate]) -> Estimate:
+    return max(estimates, key=lambda estimate: abs(estimate.mean))
+
+
+def _tests(claim: Claim, runs: Runs, factor: float) -> _Tests:
+    margin = claim.margin * factor
+    support, against = _both_ways(claim.kind, runs.estimates(claim.effect), margin)
+    explained = {}
+    for name, left in claim.controls.items():
+        gone = (runs.by_seed(claim.effect) / 2 - runs.by_seed(left)).dropna()
+        explained[name] = mean_estimate(gone).above(0.0)
+    rivals = {name: _both_ways(claim.kind, runs.estimates(rival), margin)[0] for name, rival in claim.rivals.items()}
+    return _Tests(against, support, explained, rivals)
+
+
+def _both_ways(kind: str, estimates: Sequence[Estimate], margin: float) -> tuple[float, float]:
+    """Return the p-values of the test for a claim of some kind, and of the test against it."""
+    if kind == "above":
+        return estimates[0].above(margin), estimates[0].below(margin)
+    # Near: within the margin on both sides, at every snapshot (two one-sided tests each).
+    near = max(max(estimate.below(margin), estimate.above(-margin)) for estimate in estimates)
+    # Apart: beyond it on one side, at some snapshot; so many chances are paid for.
+    beyond = min(min(estimate.above(margin), estimate.below(-margin)) for estimate in estimates)
+    apart = min(1.0, 2 * len(estimates) * beyond)
+    return (near, apart) if kind == "near" else (apart, near)
+
+
+def _words(claims: Sequence[Claim], runs: Runs, factor: float) -> list[tuple[str, str, _Tests]]:
+    """Return verdict, reason and corrected tests of each claim, with margins times ``factor``."""
+    found = [_tests(claim, runs, factor) for claim in claims]
+    for finding in {claim.finding for claim in claims}:
+        family = [i for i, claim in enumerate(claims) if claim.finding == finding]
+        for i, tests in zip(family, _corrected([found[i] for i in family]), strict=True):
+            found[i] = tests
+    return [(*_verdict(claim, tests), tests) for claim, tests in zip(claims, found, strict=True)]
+
+
+def _corrected(family: Sequence[_Tests]) -> list[_Tests]:
+    """Correct the tests of a family by Holm's method, those that lead to one verdict together."""
+    support, against = holm([tests.support for tests in family]), holm([tests.against for tests in family])
+    others = []
+    for part in ("explained", "rivals"):
+        raised = iter(holm([p for tests in family for p in getattr(tests, part).values()]))
+        others.append([{name: next(raised) for name in getattr(tests, part)} for tests in family])
+    return [_Tests(*values) for values in zip(against, support, *others, strict=True)]
+
+
+def _verdict(claim: Claim, tests: _Tests) -> tuple[str, str]:
+    if tests.against < LEVEL:
+        return "not reproduced", ""
+    if tests.support >= LEVEL:
+        return "inconclusive", ""
+    for word, reasons in (("explained", tests.explained), ("uninformative", tests.rivals)):
+        if by := next((name for name, p in reasons.items() if p < LEVEL), ""):
+            return word, by
+    return ("reproduced" if claim.controls or claim.rivals else "seen"), ""

@@ -1,0 +1,116 @@
+"""Verdicts follow from runs whose effects are known, and are wrong no more often than they say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from opdlab.claims.rules import Claim, Contrast, Metric, judge
+from opdlab.errors import OpdlabError
+from opdlab.lab.records import Records
+
+PROGRESS = (0.02, 0.1, 0.5, 1.0)
+RANK = Metric("stable_rank", curve=True, block="attention", log=True)
+END = replace(RANK, curve=False, progress=1.0)
+
+
+def made(arms: dict[str, float], seeds: int = 5, noise: float = 0.05, seed: int = 0, **curves) -> Records:
+    """Return records in which the logarithm of each arm's stable rank is known, but for seeds and noise."""
+    random = np.random.default_rng(seed)
+    of_seed = random.normal(size=seeds)
+    lines = [
+        {"arm": arm, "label": arm, "seed": s, "step": round(100 * progress), "progress": progress, "block": block,
+         "matrices": 2, "parameters": 8,
+         "stable_rank": np.exp(3 + level + curves.get(arm, [0] * 4)[i] + of_seed[s] + noise * random.normal())}
+        for arm, level in arms.items() for s in range(seeds)
+        for i, progress in enumerate(PROGRESS) for block in ("attention", "mlp")
+    ]  # fmt: skip
+    trajectory = pd.DataFrame(lines)
+    runs = trajectory[["arm", "label", "seed"]].drop_duplicates()
+    nothing = pd.DataFrame(columns=["arm", "seed"])
+    return Records(nothing, nothing, nothing, trajectory, runs)
+
+
+def claim(kind: str = "above", metric: Metric = END, margin: float = 0.2, arms=("opd", "rlvr"), **others) -> Claim:
+    return Claim("it", "rank", "It is so.", "Figure 0", Contrast(metric, *arms), margin, kind, **others)
+
+
+def verdict(records: Records, *claims: Claim, pool=("opd", "rlvr", "sft_matched")):
+    return judge(claims, records, pool)[0]
+
+
+def test_each_verdict():
+    far, same = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 1.0}), made({"opd": 0.0, "rlvr": 0.0, "sft_matched": 0.9})
+    matched = {"SFT's recipe": Contrast(END, "opd", "sft_matched")}
+    assert verdict(far, claim()).verdict == "seen"
+    assert verdict(far, claim()).text == "seen, nothing tried to explain it"
+    assert verdict(far, claim(controls=matched)).text == "explained by SFT's recipe"
+    assert verdict(far, claim(controls={"nothing": Contrast(END, "sft_matched", "rlvr")})).verdict == "reproduced"
+    assert verdict(far, claim(rivals={"matched SFT": Contrast(END, "sft_matched", "rlvr")})).verdict == "uninformative"
+    assert verdict(same, claim()).verdict == "not reproduced"
+    assert verdict(made({"opd": 0.2, "rlvr": 0.0}, noise=0.2), claim()).verdict == "inconclusive"
+    assert verdict(same, claim("near", RANK)).verdict == "seen"
+    assert verdict(same, claim("near", RANK, rivals={"another": matched["SFT's recipe"]})).verdict == "reproduced"
+    assert verdict(far, claim("near", RANK)).verdict == "not reproduced"
+    assert verdict(far, claim("apart", RANK)).verdict == "seen"
+    assert verdict(same, claim("apart", RANK)).verdict == "not reproduced"
+
+
+def test_a_curve_counts_at_all_its_snapshots_but_the_first():
+    early = made({"opd": 0.0, "rlvr": 0.0}, rlvr=[1.0, 0, 0, 0])
+    middle = made({"opd": 0.0, "rlvr": 0.0}, rlvr=[0, 0, 1.0, 0])
+    assert verdict(early, claim("near", RANK)).verdict == "seen", "at 2 % of the training nothing counts"
+    found = verdict(middle, claim("near", RANK))
+    assert found.verdict == "not reproduced" and found.effect.mean == pytest.approx(-1, abs=0.1)
+    assert verdict(middle, claim("near", END)).verdict == "seen", "at the end they are near"
+
+
+def test_margins_at_half_and_twice():
+    found = verdict(made({"opd": 0.3, "rlvr": 0.0}, noise=0.02), claim())
+    assert (found.at_half, found.verdict, found.at_twice) == ("seen", "seen", "not reproduced")
+
+
+def test_what_a_control_leaves():
+    records = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 0.75}, noise=0.01)
+    found = verdict(records, claim(controls={"recipe": Contrast(END, "opd", "sft_matched")}))
+    assert found.share["recipe"].mean == pytest.approx(0.25, abs=0.05)
+    assert found.left["recipe"].mean == pytest.approx(0.25, abs=0.05)
+    nothing = made({"opd": 0.0, "rlvr": 0.0, "sft_matched": 0.0})
+    assert verdict(nothing, claim(controls={"recipe": Contrast(END, "opd", "sft_matched")})).share["recipe"] is None
+
+
+def test_values_are_the_records():
+    records = made({"opd": 0.0, "rlvr": 0.0})
+    rows = records.trajectory.query("arm == 'opd' and block == 'attention' and progress == 1.0").set_index("seed")
+    assert END.values(records)["opd"].to_dict() == pytest.approx(np.log(rows["stable_rank"]).to_dict())
+    rise = replace(END, since=0.1).values(records)["opd"]
+    before = records.trajectory.query("arm == 'opd' and block == 'attention' and progress == 0.1").set_index("seed")
+    assert rise.to_dict() == pytest.approx(np.log(rows["stable_rank"] / before["stable_rank"]).to_dict())
+    a, b = (END.values(records)[arm] for arm in ("opd", "rlvr"))
+    p = scipy.stats.ttest_rel(a, b, alternative="greater").pvalue
+    assert verdict(records, claim(margin=0.0)).p == pytest.approx(p)
+    with pytest.raises(OpdlabError, match="no column 'nonsense'"):
+        Metric("nonsense", progress=1.0).values(records)
+    with pytest.raises(OpdlabError, match="'stable_rank' of sft: record it"):
+        verdict(records, claim(arms=("opd", "sft")))
+
+
+def test_verdicts_are_wrong_no_more_often_than_they_say():
+    # Eight claims of one finding whose effects lie exactly on the margin: any verdict but "inconclusive" is wrong.
+    wrong = {"above": 0, "near": 0}
+    for trial in range(60):
+        arms = {"opd": 0.2} | {f"arm{i}": 0.0 for i in range(8)}
+        records = made(arms, seeds=4, seed=trial)
+        for kind, metric in (("above", END), ("near", END)):
+            claims = [claim(kind, metric, arms=("opd", arm)) for arm in arms if arm != "opd"]
+            wrong[kind] += any(found.verdict != "inconclusive" for found in judge(claims, records, tuple(arms)))
+    assert wrong["above"] < 60 * 0.2 and wrong["near"] < 60 * 0.2, wrong
+
+
+def test_the_digest_of_a_claim_is_of_what_decides_it():
+    one = claim(controls={"recipe": Contrast(END, "opd", "sft_matched")})
+    assert replace(one, statement="Other words.", source="elsewhere").digest == one.digest
+    others = [replace(one, margin=0.1), replace(one, kind="near"), replace(one, controls={}), claim(metric=RANK)]
+    assert len({other.digest for other in (one, *others)}) == 5
