@@ -42,10 +42,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse a learning rate that no optimizer could use."""
-        if not 0 < self.learning_rate <= LARGEST_RATE:
-            raise OpdlabError(
-                f"learning_rate is {self.learning_rate}: give a number above 0 and up to {LARGEST_RATE:g}"
-            )
+        rate = self.learning_rate
+        if not isinstance(rate, int | float) or not 0 < rate <= LARGEST_RATE:
+            raise OpdlabError(f"learning_rate is {rate!r}: give a number above 0 and up to {LARGEST_RATE:g}")
 
     @property
     def completions(self) -> int:

@@ -288,8 +288,9 @@ def policy_gradient(
 def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
     """Return the sum of ``per_token`` (B, T) over ``mask`` (B, T), divided by ``normalizer``, a scalar.
 
-    What ``mask`` leaves out may be NaN. ``normalizer`` is the number of tokens in the *whole* batch: then the losses and
-    the gradients of its micro-batches add up to those of the batch. By default it is the number of tokens in ``mask``, and never less than 1.
+    What ``mask`` leaves out may be NaN. ``normalizer`` is the number of tokens in the *whole* batch: then the losses
+    and the gradients of its micro-batches add up to those of the batch. By default it is the number of tokens in
+    ``mask``, and never less than 1.
 
     Raises:
         OpdlabError: if the two differ in shape.
@@ -298,9 +299,8 @@ def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | Non
     tensor(3.)
     """
     _check_same_shape(per_token, mask)
-    return per_token.where(mask.bool(), 0.0).sum() / torch.as_tensor(
-        mask.sum() if normalizer is None else normalizer
-    ).clamp(min=1)
+    total = per_token.where(mask.bool(), 0.0).sum()
+    return total / torch.as_tensor(mask.sum() if normalizer is None else normalizer).clamp(min=1)
 
 
 def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:

@@ -173,7 +173,8 @@ def obeys_masks(model: transformers.PreTrainedModel, length: int) -> bool:
 
 def _call(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Any:
     """Let a model read; one that has no positions, but biases of attention instead, makes these of the mask."""
-    if _has_positions(type(model)):
+    kind: Any = type(model)
+    if _has_positions(kind):
         options["position_ids"] = positions
     return model(input_ids=ids, attention_mask=mask, **options)
 

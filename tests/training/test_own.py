@@ -416,7 +416,7 @@ def test_a_model_that_does_not_exist(models, tmp_path):
     [
         ({"steps": 0}, r"^steps is 0: give a whole number above 0$"),
         ({"steps": 2.5}, r"^steps is 2.5: give a whole number above 0$"),
-        ({"learning_rate": float("nan")}, r"^learning_rate is nan: give one above 0 and up to 1e\+30$"),
+        ({"learning_rate": float("nan")}, r"^learning_rate is nan: give a number above 0 and up to 1e\+30$"),
         ({"prompts": 65}, r"^prompts is 65, more than the prompts to train on \(64\): give fewer, or leave it out$"),
         ({"evaluation_prompts": 9}, r"^evaluation_prompts is 9, more than the prompts held out \(8\): give fewer"),
         ({"samples": 1}, r"^samples is 1: give at least 2$"),
