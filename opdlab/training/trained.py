@@ -67,7 +67,7 @@ def make_experiment(
     for what, number, kind in (("steps", steps, "whole number"), ("learning_rate", learning_rate, "number")):
         if not isinstance(number, int if what == "steps" else (int, float)) or not 0 < number < math.inf:
             raise OpdlabError(f"{what} is {number!r}: give a {kind} above 0")
-    arm = replace(arm, student=_fetched(arm.student), teacher=_fetched(arm.teacher))
+    arm = replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher))
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
@@ -88,7 +88,8 @@ def make_experiment(
     return experiment
 
 
-def _fetched(model: Model | None) -> Any:
+def fetched(model: Model | None) -> Any:
+    """Return a model with its folder on this machine, or None; one that is named on the hub is fetched."""
     return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
 
 

@@ -1,4 +1,4 @@
-"""What tests/training/test_engines.py starts in two processes: runs of opdlab.training.trl under FSDP2, without a GPU.
+"""What tests/training/test_engines.py starts in two processes: runs by TRL under FSDP2, without a GPU.
 
 ``accelerate launch ... tests/training/engine_worker.py A/run.pickle B/run.pickle``
 """
@@ -72,9 +72,9 @@ def main(files):
         completions = Path(file).with_name("completions.json")
         if completions.exists():
             transformers.Qwen3ForCausalLM.generate = feed(json.loads(completions.read_text()))
-        sys.argv = ["opdlab.training.trl", file]
+        sys.argv = ["opdlab.training.trl_process", file]
         try:
-            runpy.run_module("opdlab.training.trl", run_name="__main__")
+            runpy.run_module("opdlab.training.trl_process", run_name="__main__")
         except SystemExit as end:
             assert not end.code, f"{file} ended with status {end.code}"
     assert sharded and all(sharded), "weights were not in parts"
