@@ -241,6 +241,8 @@ def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
 def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
     """Measure a finished run and write its tables."""
     experiment, block = run.experiment, lab.scale.policy.trajectory_block
+    lines = {name: pd.DataFrame(run.lines(name)) for name in ("history", "evaluations")}
+    machine = read_json(run.folder / "provenance.json", REMEDY)
     for step in experiment.kept:
         run.snapshot(step)  # Its checksum is looked at.
     with cpu_threads(experiment.compute.threads):
@@ -253,8 +255,7 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
             device=str(find_device(experiment.compute.gpu)),
         )
     tables = {
-        "history": pd.DataFrame(run.lines("history")),
-        "evaluations": pd.DataFrame(run.lines("evaluations")),
+        **lines,
         "matrices": matrices.drop(columns=list(DERIVED)),
         "trajectory": means(trajectory, ["step", "block"]),
     }
@@ -267,7 +268,7 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
         "weights": tensors_digest(run.snapshot_path(run.steps)),
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
         **_flat(run.config),
-        **read_json(run.folder / "provenance.json", REMEDY),
+        **machine,
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.lab.records import find_tables
+from opdlab.lab.records import add_run, find_tables
 from opdlab.models.files import load_tensors, only_process, save_tensors
 from opdlab.training import loop
 
@@ -19,7 +20,7 @@ class Disk:
     """What a disk holds of a folder: bytes since their file's last fsync, and names since that of their folder."""
 
     def __init__(self, folder, monkeypatch):
-        self.folder, self.bytes, self.names, self.calls = folder, {}, {}, 0
+        self.folder, self.bytes, self.names = folder, {}, {}
         really, opened = os.fsync, os.open
 
         def open_(path, *arguments, **options):
@@ -36,7 +37,6 @@ class Disk:
         monkeypatch.setattr(os, "fsync", fsync)
 
     def fsynced(self, path):
-        self.calls += 1
         if path.is_dir():
             self.names[path] = {file.name: file.stat().st_ino for file in path.iterdir() if file.is_file()}
         else:
@@ -80,18 +80,19 @@ def test_a_loss_of_power_costs_no_run(opd, lab, copy_of, tmp_path, monkeypatch):
     """At each fsync that makes a step count, the disk alone is enough to go on, bit for bit."""
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1e9)
     there = copy_of(lab, tmp_path / "there")
-    lost = []
+    lost, moments = [], []
 
     def after(path):
-        if path.name in ("snapshots", there.run("opd").folder.name) and disk.calls % 5 == 0:
-            lost.append(copy_of(lab, tmp_path / str(disk.calls)))
+        moments.append(path.name in ("snapshots", there.run("opd").folder.name))
+        if moments[-1] and sum(moments) % 6 == 5:
+            lost.append(copy_of(lab, tmp_path / str(len(lost))))
             disk.after_power_loss(lost[-1].runs)
 
     with monkeypatch.context() as patch:
         disk = Disk(there.runs, patch)
         disk.after = after
         assert_same(there.train("opd"), opd)
-    assert len(lost) > 3
+    assert len(lost) > 2
     resumed = []
     for other in lost:
         resumed.append(len(other.run("opd")._written("history")))
@@ -133,57 +134,58 @@ def test_what_a_killed_process_half_wrote_goes(lab, copy_of, tmp_path):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_origin_is_written_anew(opd, lab, copy_of, tmp_path):
+@pytest.fixture
+def damaged(opd, lab, copy_of, tmp_path):
+    """A laboratory with that run, whose files a test may damage."""
+    there = copy_of(lab, tmp_path)
+    shutil.copytree(opd.folder, there.run("opd").folder)
+    return there
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:500], lambda data: data[:-9] + b"x" + data[-8:]])
+def test_a_damaged_origin_is_written_anew(damage, opd, lab, copy_of, tmp_path):
     """Runs share it: what one run says about it has to help."""
     there = copy_of(lab, tmp_path)
-    for damage in (lambda data: data[:500], lambda data: data[:-9] + b"x" + data[-8:]):
-        run = there.train("opd")
-        origin, *_ = (there.runs / "origins").glob("*.safetensors")
-        evaluation, *_ = (there.runs / "origins").glob("*.json")
-        for path in (origin, run.snapshot_path(0)):
-            assert path.samefile(origin)
-        origin.write_bytes(damage(origin.read_bytes()))
-        evaluation.write_text("{broken")
-        with pytest.raises(
-            OpdlabError, match=rf"^{run.snapshot_path(0)} is .*: delete its run folder and train again$"
-        ):
-            find_tables("opd", 0, there)
-        shutil.rmtree(run.folder)
-        assert_same(there.train("opd"), opd)
-        assert find_tables("opd", 0, there)
-        shutil.rmtree(run.folder)
+    origins = shutil.copytree(lab.runs / "origins", there.runs / "origins")
+    for path in origins.iterdir():
+        path.write_bytes(damage(path.read_bytes()))
+    assert_same(there.train("opd"), opd)
 
 
-def test_one_byte_of_a_snapshot_is_enough(lab, copy_of, tmp_path):
-    there = copy_of(lab, tmp_path)
-    run = there.train("opd")
-    path = run.snapshot_path(run.steps)
-    data = bytearray(path.read_bytes())
-    data[-1000] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(OpdlabError, match=rf"^{path} is damaged, as its checksum tells: delete its run folder"):
-        find_tables("opd", 0, there)
+@pytest.mark.parametrize("damage", [lambda data: data[:500], lambda data: data[:-9] + b"x" + data[-8:]])
+def test_one_byte_of_a_snapshot_is_enough(damage, damaged):
+    for step in (0, damaged.run("opd").steps):
+        path = damaged.run("opd").snapshot_path(step)
+        before = path.read_bytes()
+        path.write_bytes(damage(before))
+        with pytest.raises(OpdlabError, match=rf"^{path} is .*: delete its run folder and train again$"):
+            find_tables("opd", 0, damaged)
+        path.write_bytes(before)
 
 
-@pytest.mark.parametrize("name", ["history.jsonl", "provenance.json", "tables/record.json"])
+@pytest.mark.parametrize("name", ["history.jsonl", "evaluations.jsonl", "provenance.json", "tables/record.json"])
 @pytest.mark.parametrize("damage", [lambda text: text[:-5], lambda text: "{" + text, lambda text: "\0" * len(text)])
-def test_a_damaged_line_or_file_has_a_sentence(name, damage, lab, copy_of, tmp_path, capsys):
-    there = copy_of(lab, tmp_path)
-    path = there.train("opd").folder / name
-    command = ["record", "--scale", "smoke", "--home", str(tmp_path), "--arm", "opd", "--seed", "0", "--processes", "1"]
-    if name.startswith("tables"):
-        find_tables("opd", 0, there)
-    path.write_text(damage(path.read_text()))
-    from opdlab.lab.records import add_run
+def test_a_damaged_line_or_file_has_a_sentence(name, damage, damaged):
+    path = damaged.run("opd").folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(damage(path.read_text() if path.exists() else '{"arm": "opd", "seed": 0}'))
+    with pytest.raises(OpdlabError, match=rf"{path} is (missing or )?damaged.*: delete ") as problem:
+        add_run(find_tables("opd", 0, damaged), damaged)
+    assert "\n" not in str(problem.value)
 
-    with pytest.raises(OpdlabError) as problem:
-        add_run(find_tables("opd", 0, there), there)
-    assert str(path) in str(problem.value) and "delete" in str(problem.value), command
+
+def test_a_damaged_line_before_the_checkpoint_is_not_passed_over(damaged):
+    run = damaged.run("opd")
+    history = run.folder / "history.jsonl"
+    lines = history.read_text().splitlines(keepends=True)
+    history.write_text("".join([*lines[:3], lines[3][:20], "\n", *lines[4:]]))
+    with pytest.raises(OpdlabError, match=rf"^line 4 of {history} is damaged: delete its run folder and train again$"):
+        run.truncate_after(5)
+    run.truncate_after(3)
+    assert [line["step"] for line in run.lines("history")] == [1, 2, 3]
 
 
 def test_tensors_of_every_kind_have_a_checksum(tmp_path):
-    import torch
-
     tensors = {
         "a": torch.tensor(1.5),
         "b": torch.zeros(0, 3),
