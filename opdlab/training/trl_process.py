@@ -7,12 +7,12 @@ step, so that a stopped run goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from importlib import import_module
 from operator import add
@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from opdlab.errors import OpdlabError, exit_status
-from opdlab.models.files import write_json, write_whole
+from opdlab.models.files import read_json, sync, write_json, write_whole
 from opdlab.models.folders import check_same_vocabulary, load_model
 from opdlab.training.config import Experiment
 from opdlab.training.objectives import grpo_advantages
 from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
+from opdlab.training.store import alone
 from opdlab.training.trainer import load_student, random_numbers, score
 
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -49,18 +50,20 @@ def run(path: Path) -> None:
     """Train what was written into ``path``, or go on from the last checkpoint beside it.
 
     Raises:
-        OpdlabError: if a model cannot be opened, student and teacher have different vocabularies, a reward fails, or
-            weights are no longer finite.
+        OpdlabError: if a model cannot be opened, student and teacher have different vocabularies, a reward fails,
+            weights are no longer finite, or another process trains the run.
     """
     # What launch wrote on this machine a moment ago.
     config, experiment, callback = pickle.loads(path.read_bytes())
     folder, mark = path.parent, path.with_name(CHECKPOINT)
-    done = json.loads(mark.read_text())["step"] if mark.exists() else 0
-    trainer = make_trainer(config, experiment, callback, folder, done)
-    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
-    if trainer.is_world_process_zero():
-        write_whole(folder / FINISHED, lambda temporary: trainer.state.save_to_json(str(temporary)))
-        drop_checkpoints(folder)
+    # Of all processes of a run the first holds the lock.
+    with nullcontext() if os.environ.get("RANK", "0") != "0" else alone(folder):
+        done = read_json(mark, "delete it, and the run begins anew")["step"] if mark.exists() else 0
+        trainer = make_trainer(config, experiment, callback, folder, done)
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
+        if trainer.is_world_process_zero():
+            write_whole(folder / FINISHED, lambda temporary: trainer.state.save_to_json(str(temporary)))
+            drop_checkpoints(folder)
 
 
 def drop_checkpoints(folder: Path, kept: int | None = None) -> None:
@@ -207,7 +210,8 @@ class _Steps(transformers.TrainerCallback):
         """Say that the checkpoint is whole once all processes have written their part, and delete the one before."""
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            os.sync()  # Trainer leaves its files to the system, and the mark must not outlive them.
+            for path in (self.folder / f"checkpoint-{state.global_step}").rglob("*"):
+                sync(path)  # Trainer leaves that to the system, and the mark must not be there before.
             write_json(self.folder / CHECKPOINT, {"step": state.global_step})
             drop_checkpoints(self.folder, kept=state.global_step)
 
