@@ -90,7 +90,7 @@ def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) 
     trainer, arm = trainer_of(experiment), experiment.arm
     return {
         "arm": experiment.title, "seed": experiment.seed, "task": experiment.task.name, "trainer": trainer,
-        "recipe": asdict(experiment.recipe), "snapshots": list(experiment.snapshots), "processes": processes,
+        "recipe": asdict(experiment.recipe), "snapshots": list(experiment.kept[1:]), "processes": processes,
         "start": arm.student.folder, "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
         "arguments": _common(experiment, trainer, processes, gpu) | _special(experiment, trainer, vllm),
     }  # fmt: skip

@@ -110,7 +110,7 @@ def make_trainer(
         options["data_collator"] = partial(_collate, tokenizer, encode)
     trainer = _trainer_class(library, name, experiment, encode)(student, **options)
     trainer.add_callback(_Steps(trainer, experiment, folder))  # before the other, which writes snapshots
-    trainer.add_callback(callback(trainer, folder, experiment.snapshots))
+    trainer.add_callback(callback(trainer, folder, experiment.kept[1:]))
     return trainer
 
 
