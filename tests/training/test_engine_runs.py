@@ -119,10 +119,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(arm, lab, tmp_path):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(lab, tmp_path):
-    experiment, folder = shortened(lab.experiment("rlvr"), steps=8), tmp_path / "killed"
+    experiment, folder = shortened(lab.experiment("rlvr"), steps=5), tmp_path / "killed"
     written(experiment, folder, processes=1)
     program = [sys.executable, "-m", "opdlab.training.trl_process", str(folder / "run.pickle")]
-    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(program, env=os.environ | {"PYTHONPATH": paths}, **quiet) as running:
         while not (folder / process.CHECKPOINT).exists() and running.poll() is None:
             time.sleep(0.01)
         with pytest.raises(OpdlabError, match=f"another process trains in {folder}: wait until it ends, or stop it"):
