@@ -107,13 +107,14 @@ class Experiment:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The steps whose weights are kept, which are 0, those of ``snapshots``, and where a projection begins.
+        """The steps whose weights are kept: 0, those of ``snapshots``, where a projection begins, and the last.
 
         Of a model that starts from random weights only the last.
         """
         if self.arm.student.shape:
             return (self.recipe.steps,)
-        return tuple(sorted({0, self.begin or 0, *self.snapshots}))
+        steps = {0, self.begin or 0, *self.snapshots, self.recipe.steps}
+        return tuple(sorted(step for step in steps if step <= self.recipe.steps))
 
     @cached_property
     def config(self) -> dict:

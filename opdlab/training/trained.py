@@ -65,7 +65,7 @@ def make_experiment(
     """
     if not isinstance(steps, int) or steps < 1:
         raise OpdlabError(f"steps is {steps!r}: give a whole number above 0")
-    arm = replace(arm, student=_fetched(arm.student), teacher=_fetched(arm.teacher))
+    arm = replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher))
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
@@ -86,7 +86,8 @@ def make_experiment(
     return experiment
 
 
-def _fetched(model: Model | None) -> Any:
+def fetched(model: Model | None) -> Any:
+    """Return a model with its folder on this machine, or None; one that is named on the hub is fetched."""
     return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -367,12 +368,17 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
             r"^row 0 of the data set has no demonstration in a column 'cot'",
         ),
         (["abc"], {}, r"^row 0 of the data set is 'abc': give rows as dicts"),
-        (rows()[:2], {"answer": "sorted"}, r"2 different prompts.*: give at least some twenty rows$"),
+        (rows()[:1], {"answer": "sorted"}, r"^the data set has 1 different prompts: give two, as one is held out$"),
+        (
+            [{"word": "a", "sorted": " "}, *rows()],
+            {"answer": "sorted"},
+            r"^the answer to 'a' is ' ': no completion",
+        ),
         ([*rows(), {"word": "aaa", "sorted": "b"}], {"answer": "sorted"}, r"^row 72 asks 'aaa' again with another"),
         ("nowhere.jsonl", {}, r"^the data set nowhere.jsonl cannot be read .*: give one JSON object a line$"),
         (rows(), {"reward": "exact"}, r"^reward is 'exact': give a function of \(prompt, completion, answer\)$"),
     ],
-    ids=["answer", "demonstration", "no dicts", "too few", "two answers", "no file", "no function"],
+    ids=["answer", "demonstration", "no dicts", "too few", "blank", "two answers", "no file", "no function"],
 )
 def test_a_data_set_that_cannot_be_used(data, options, message):
     with pytest.raises(OpdlabError, match=message):
@@ -512,6 +518,24 @@ def test_a_small_data_set_shrinks_the_batch(models):
     assert experiment.evaluation_prompts == few.held_out
     experiment = make_experiment(arm, task_of(), **recipe)
     assert (experiment.recipe.prompts, experiment.recipe.samples) == (32, 4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_tiny_data_set_trains_too(count, models, tmp_path):
+    """Whatever the hash says of its prompts, one at least is held out, and never trained on."""
+    for begin in range(0, 64, 8):
+        task = ol.Task.from_dataset(rows()[begin : begin + count], prompt="word", answer="sorted")
+        training, held_out = task.training_prompts, task.held_out
+        assert training > 0 and held_out > 0 and training + held_out == count
+        drawn = [set(task.prompts(n, np.random.default_rng(0), e)) for n, e in ((training, False), (held_out, True))]
+        assert not drawn[0] & drawn[1] and len(drawn[0] | drawn[1]) == count
+    run = ol.train(ol.sft(models / "student"), task, out=tmp_path / "run", steps=2, learning_rate=1e-3, progress=False)
+    assert run.evaluations["prompts"].unique().tolist() == [held_out]
+
+
+def test_an_answer_of_several_words_can_be_right():
+    task = ol.Task.from_dataset([{"prompt": f"{n}?", "answer": "New York."} for n in range(3)])
+    assert [task.reward("1?", said) for said in ("It is New York.", "New York", "York", "")] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_the_last_step_is_kept_and_evaluated_whatever_is_asked_for(models):
