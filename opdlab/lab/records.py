@@ -15,7 +15,6 @@ Columns that follow from others are not stored: :func:`read_tables` adds them.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,9 +30,9 @@ from opdlab.geometry.summary import means
 from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.update import measure_update
-from opdlab.models.files import tensors_digest, write_json, write_whole
+from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
-from opdlab.training.store import Run
+from opdlab.training.store import REMEDY, Run
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
 # Columns of hexadecimal digits, which may look like numbers.
@@ -228,7 +227,11 @@ def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
 
 
 def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
-    """Return the folder with the tables of a run, which is trained and measured first if it has none yet."""
+    """Return the folder with the tables of a run, which is trained and measured first if it has none yet.
+
+    Raises:
+        OpdlabError: if a file of the run is damaged, and whatever training raises.
+    """
     folder = lab.run(arm, seed).folder / "tables"
     if not (folder / "record.json").exists():
         _measure(lab.train(arm, seed), lab, folder)
@@ -238,6 +241,10 @@ def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
 def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
     """Measure a finished run and write its tables."""
     experiment, block = run.experiment, lab.scale.policy.trajectory_block
+    lines = {name: pd.DataFrame(run.lines(name)) for name in ("history", "evaluations")}
+    machine = read_json(run.folder / "provenance.json", REMEDY)
+    for step in experiment.kept:
+        run.snapshot(step)  # Its checksum is looked at.
     with cpu_threads(experiment.compute.threads):
         matrices, trajectory = measure_update(
             run.snapshot_path(0),
@@ -248,8 +255,7 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
             device=str(find_device(experiment.compute.gpu)),
         )
     tables = {
-        "history": pd.DataFrame(run.lines("history")),
-        "evaluations": pd.DataFrame(run.lines("evaluations")),
+        **lines,
         "matrices": matrices.drop(columns=list(DERIVED)),
         "trajectory": means(trajectory, ["step", "block"]),
     }
@@ -262,7 +268,7 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
         "weights": tensors_digest(run.snapshot_path(run.steps)),
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
         **_flat(run.config),
-        **json.loads((run.folder / "provenance.json").read_text()),
+        **machine,
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)
@@ -288,7 +294,7 @@ def add_run(folder: Path, lab: Laboratory) -> None:
 
     One process at a time may do so: the others only write the tables of their runs.
     """
-    description = json.loads((folder / "record.json").read_text())
+    description = read_json(folder / "record.json", f"delete {folder} and run it again")
     arm, seed = description["arm"], description["seed"]
     for name in TABLES:
         _replace_rows(lab.records / arm / f"{name}.csv", read_table(folder / f"{name}.csv"), seed=seed)
@@ -316,7 +322,7 @@ def analyse(name: str, seed: int, lab: Laboratory) -> Path:
 
 def add_analysis(folder: Path, lab: Laboratory) -> None:
     """Put the table of an analysis into the records, in the place of older rows of the same parts."""
-    description = json.loads((folder / "record.json").read_text())
+    description = read_json(folder / "record.json", f"delete {folder} and run it again")
     name, seed = description["analysis"], description["seed"]
     path = lab.records / "analyses" / f"{name}.csv"
     valid = {part.key(lab) for part in ANALYSES[name].parts(lab, seed)}

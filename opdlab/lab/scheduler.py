@@ -7,7 +7,6 @@ another run, and last the analyses. Each writes the tables of its run; one proce
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -34,7 +33,8 @@ from opdlab.lab.records import (
     read_table,
     read_tables,
 )
-from opdlab.models.files import write_json
+from opdlab.models.files import only_process, read_json, write_json
+from opdlab.models.folders import link_model
 from opdlab.processes import CONTEXT, workers
 from opdlab.stats import prediction_interval
 from opdlab.training.loop import install_model
@@ -145,19 +145,25 @@ def provide_pretrained(lab: Laboratory) -> None:
     """Fetch the pretrained models of a scale, and put links to them among its models."""
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
-    for folder, name in lab.scale.models.pretrained.items():
-        place = lab.models / folder
+    models = lab.scale.models
+    # The one whose tokenizer the others take comes first.
+    for folder in sorted(models.pretrained, key=lambda folder: folder != models.tokenizer):
+        place, name = lab.models / folder, models.pretrained[folder]
         if not place.exists():
             fetch(name, default_folder(name), progress=True)
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(default_folder(name), target_is_directory=True)
+            if models.tokenizer in ("", folder):
+                place.symlink_to(default_folder(name), target_is_directory=True)
+            else:
+                link_model(default_folder(name), lab.models / models.tokenizer, place)
 
 
 def _note_pretrained(lab: Laboratory) -> None:
     """Write beside the records where a scale's pretrained models are from: hub and package differ in their bits."""
     sources = {folder: lab.models / folder / "source.json" for folder in lab.scale.models.pretrained}
-    found = {folder: json.loads(path.read_text()) for folder, path in sources.items() if path.is_file()}
+    remedy = "remove its folder and fetch it again"
+    found = {folder: read_json(path, remedy) for folder, path in sources.items() if path.is_file()}
     if found:
         write_json(lab.records / "pretrained.json", found)
 
@@ -196,8 +202,14 @@ def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: i
     """Run the jobs that :func:`plan` lists, ``processes`` at once, and ``record`` what was trained.
 
     Raises:
-        OpdlabError: if a job fails; the others' results stay, and the same call goes on from there.
+        OpdlabError: if a job fails, where the others' results stay and the same call goes on from there; or if another
+            process makes records or models of the same scale.
     """
+    with only_process(lab.runs, "makes records or models"):
+        _build(jobs, lab, record, processes)
+
+
+def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> None:
     check_device(lab)
     provide_pretrained(lab)
     if record:

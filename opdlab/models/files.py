@@ -1,4 +1,7 @@
-"""Write files whole: under a temporary name first, then moved into place, so a killed program leaves none half done."""
+"""Write files whole: under a temporary name first, then moved into place, so a killed program leaves none half done.
+
+They are on the disk before they get their name, so that a loss of power leaves the old file or the new one.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,13 +69,66 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as problem:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem):
             raise OpdlabError(f"the disk is full: {path} was not written; make room and run it again") from problem
         raise OpdlabError(f"{path} cannot be written ({problem}); choose a folder that can be") from problem
+
+
+def sync(path: Path) -> None:
+    """Wait until what a file holds, or which names a folder has, is on the disk, where it outlives a loss of power."""
+    folder = path.is_dir()
+    try:
+        opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError:
+        if not folder:  # Not all systems open folders.
+            raise
+
+
+@contextmanager
+def only_process(folder: Path, does: str) -> Iterator[None]:
+    """Let one process at a time into the ``with`` block on a folder; when it ends, even by a kill, another may.
+
+    The system holds the lock, on the file "lock" in the folder, and lets it go with the process.
+
+    Raises:
+        OpdlabError: if another process is there, called what it ``does``, or the folder is not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as problem:
+        raise OpdlabError(f"{folder / 'lock'} cannot be written ({problem}); choose a folder that can be") from problem
+    try:
+        try:
+            _lock(lock)
+        except (BlockingIOError, PermissionError) as problem:
+            raise OpdlabError(f"another process {does} in {folder}: wait until it ends, or stop it") from problem
+        except OSError:
+            pass  # This file system has no locks.
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(opened: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(opened, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def link_or_copy(path: Path, source: Path) -> None:
@@ -85,6 +145,14 @@ def link_or_copy(path: Path, source: Path) -> None:
 
     if not (path.exists() and path.samefile(source)):  # Moving one name of a file onto another name of it does nothing.
         write_whole(path, link)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file, or raise an OpdlabError with a ``remedy`` if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as problem:
+        raise OpdlabError(f"{path} is missing or damaged ({problem}): {remedy}") from problem
 
 
 def write_json(path: Path, value: object) -> None:
@@ -106,23 +174,37 @@ def _defined(value: object) -> object:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write tensors, and text as metadata, to a safetensors file; raises as :func:`write_whole` does."""
+    """Write tensors, and text as metadata, to a safetensors file; raises as :func:`write_whole` does.
+
+    Their checksum is written too, by which :func:`load_tensors` finds a file whose bytes have changed.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata["crc32"] = _checksum(tensors)
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    found = 0
+    for _, tensor in sorted(tensors.items()):
+        found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file.
 
     Raises:
-        OpdlabError: if the file is missing, truncated or not a safetensors file.
+        OpdlabError: if the file is missing, truncated, changed or not a safetensors file.
     """
+    remedy = "delete its run folder and train again"
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as problem:
-        what = f"{path} is missing, truncated or not a safetensors file"
-        raise OpdlabError(f"{what}: delete its run folder and train again") from problem
+        raise OpdlabError(f"{path} is missing, truncated or not a safetensors file: {remedy}") from problem
+    if metadata.get("crc32") not in (None, _checksum(tensors)):
+        raise OpdlabError(f"{path} is damaged, as its checksum tells: {remedy}")
+    return tensors, metadata
 
 
 def tensors_digest(path: Path) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from opdlab.models.files import load_tensors, save_tensors, write_json
+from opdlab.errors import OpdlabError
+from opdlab.models.files import load_tensors, read_json, write_json
 from opdlab.models.folders import save_model
 from opdlab.processes import cpu_threads
 from opdlab.training.config import Experiment
+from opdlab.training.opening import load_student
 from opdlab.training.store import Run
-from opdlab.training.trainer import Trainer, load_student
+from opdlab.training.trainer import Trainer
 
 # Seconds between two checkpoints: what a kill can cost. But saving takes a twentieth of the time at most.
 CHECKPOINT_SECONDS = 20.0
@@ -44,26 +46,28 @@ def train(
         on_steps: called with the number of steps done since the call before; first with those of an earlier call.
 
     Raises:
-        OpdlabError: on bad input or a loss that is not finite; what was computed is kept.
+        OpdlabError: on bad input, a loss that is not finite, or if another process trains the run; what was computed
+            is kept.
         KeyboardInterrupt: on Ctrl-C; the run goes on from its last checkpoint when it is asked for again.
     """
     run = Run(experiment, root, folder)
-    if run.finished:
-        run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
-        on_steps(run.steps)
-        return run
-    with cpu_threads(experiment.compute.threads):
-        trainer = Trainer(experiment)
-        if not run.checkpoint.exists():
-            run.begin(trainer.device)
-            if branch_from and experiment.begin:
-                run.branch_from(Run(branch_from, root), experiment.begin, trainer.device)
-        done = _resume(run, trainer)
-        on_steps(done)
-        title = f"{experiment.title} seed {experiment.seed}"
-        with tqdm(total=run.steps, initial=done, desc=title, unit="step", disable=not progress) as bar:
-            _go_on(run, trainer, done, set(branch_steps), bar, on_steps)
-        run.checkpoint.unlink(missing_ok=True)
+    with nullcontext() if run.finished else run.alone():
+        if run.finished:  # perhaps by a process that has just ended
+            run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
+            on_steps(run.steps)
+            return run
+        with cpu_threads(experiment.compute.threads):
+            trainer = Trainer(experiment)
+            if not run.checkpoint.exists():
+                run.begin(trainer.device)
+                if branch_from and experiment.begin:
+                    run.branch_from(Run(branch_from, root), experiment.begin, trainer.device)
+            done = _resume(run, trainer)
+            on_steps(done)
+            title = f"{experiment.title} seed {experiment.seed}"
+            with tqdm(total=run.steps, initial=done, desc=title, unit="step", disable=not progress) as bar:
+                _go_on(run, trainer, done, set(branch_steps), bar, on_steps)
+            run.checkpoint.unlink(missing_ok=True)
     return run
 
 
@@ -107,12 +111,12 @@ def _go_on(
         if done in evaluations:
             evaluate(done)
         if done in experiment.kept:
-            save_tensors(run.snapshot_path(done), dict(trainer.student.named_parameters()))
+            run.save(run.snapshot_path(done), dict(trainer.student.named_parameters()))
         if done in branch_steps:
-            save_tensors(run.state_path(done), trainer.state(), step=str(done))
+            run.save(run.state_path(done), trainer.state(), step=str(done))
         if done < run.steps and time.monotonic() - saved > max(CHECKPOINT_SECONDS, 20 * took):
             began = time.monotonic()
-            save_tensors(run.checkpoint, trainer.state(), step=str(done))
+            run.save(run.checkpoint, trainer.state(), step=str(done))
             saved = time.monotonic()
             took = saved - began
         if line["accuracy"] is not None:
@@ -125,9 +129,12 @@ def _go_on(
 def _at_origin(run: Run, trainer: Trainer) -> dict:
     """Evaluate a run before its first step, or read what was found for another that starts from the same."""
     path = run.origin_evaluation(trainer.device, trainer.dtype)
-    if not path.exists():
+    remedy = "delete it and run it again"
+    try:
+        return read_json(path, remedy)
+    except OpdlabError:  # It is missing, or damaged.
         write_json(path, trainer.evaluate(0))
-    return json.loads(path.read_text())
+    return read_json(path, remedy)
 
 
 def _source_weights(run: Run) -> dict[str, Tensor]:

@@ -18,15 +18,41 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import link_or_copy, load_tensors, save_tensors, write_json, write_text
+from opdlab.models.files import (
+    link_or_copy,
+    load_tensors,
+    only_process,
+    read_json,
+    save_tensors,
+    sync,
+    write_json,
+    write_text,
+)
 from opdlab.processes import provenance
 from opdlab.training.config import Experiment, config_key
+
+REMEDY = "delete its run folder and train again"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Train in the ``with`` block on a run's folder, where another process is refused.
+
+    Raises:
+        OpdlabError: as :func:`opdlab.models.files.only_process` does.
+    """
+    with only_process(folder, "trains"):
+        for left in folder.rglob("*.part"):  # half written by a process that was killed
+            left.unlink()
+        yield
 
 
 class Run:
@@ -44,10 +70,10 @@ class Run:
         self.folder = folder or root / experiment.folder
         # A run that failed before its first step holds nothing yet, so another reward may follow.
         if folder and (folder / "config.json").is_file():
-            there = json.loads((folder / "config.json").read_text())
+            there = read_json(folder / "config.json", REMEDY)
             if "recipe" not in there:
                 raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
-            if there != self.config and self.lines("history"):
+            if there != self.config and self._written("history"):
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
                 raise OpdlabError(
                     f"out is {folder}, which holds another experiment ({', '.join(differ)} differ): choose another"
@@ -85,6 +111,10 @@ class Run:
         """Return the file with the whole state of training after ``step`` updates, kept where other runs branch off."""
         return self.folder / "states" / f"step-{step:06d}.safetensors"
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Return the context to train in (:func:`alone`)."""
+        return alone(self.folder)
+
     def begin(self, device: torch.device) -> None:
         """Write what the run is; of one that was killed before its first checkpoint nothing counts, not even step 0."""
         write_json(self.folder / "config.json", self.config)
@@ -101,19 +131,25 @@ class Run:
         copies.append((other.state_path(step), self.checkpoint))
         if not all(source.exists() for source, _ in copies):
             return
-        if json.loads((other.folder / "provenance.json").read_text()) != provenance(device):
+        if read_json(other.folder / "provenance.json", REMEDY) != provenance(device):
             return
         for name in ("history", "evaluations"):
             for line in other.lines(name):
                 if line["step"] <= step and (name == "history" or line["step"] in self.config["evaluations"]):
                     self.append(name, line)
+        self._sync_lines()
         for source, target in copies:
             link_or_copy(target, source)
 
     def save_origin(self, weights: dict[str, Tensor]) -> None:
-        """Save the weights before the first step, on the disk once for all runs that start from the same."""
+        """Save the weights before the first step, on the disk once for all runs that start from the same.
+
+        What is there is read first: a damaged file is written anew.
+        """
         path = self.root / "origins" / f"{self.config['student']}-{self.experiment.arm.weight_dtype}.safetensors"
-        if not path.exists():
+        try:
+            load_tensors(path)
+        except OpdlabError:
             save_tensors(path, weights)
         link_or_copy(self.snapshot_path(0), path)
 
@@ -135,6 +171,17 @@ class Run:
         """Delete what other runs could have branched off from."""
         shutil.rmtree(self.folder / "states", ignore_errors=True)
 
+    def save(self, path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+        """Save weights or a state, by which steps count as done: so the lines about them are on the disk before."""
+        self._sync_lines()
+        save_tensors(path, tensors, **metadata)
+
+    def _sync_lines(self) -> None:
+        for name in ("history", "evaluations"):
+            if (self.folder / f"{name}.jsonl").exists():
+                sync(self.folder / f"{name}.jsonl")
+        sync(self.folder)
+
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""
         try:
@@ -146,17 +193,41 @@ class Run:
             ) from problem
 
     def lines(self, name: str) -> list[dict]:
-        """Return the lines of ``history`` or ``evaluations``."""
-        return [json.loads(line) for line in self._written(name)]
+        """Return the lines of ``history`` or ``evaluations``, or raise an OpdlabError if one is damaged."""
+        written = self._written(name)
+        whole = _whole(written)
+        if len(whole) < len(written):
+            raise OpdlabError(f"line {len(whole) + 1} of {self.folder / name}.jsonl is damaged: {REMEDY}")
+        return whole
 
     def _written(self, name: str) -> list[str]:
         path = self.folder / f"{name}.jsonl"
-        return path.read_text().splitlines(keepends=True) if path.exists() else []
+        return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines that were written after the checkpoint of ``step``, which a resumed run writes again."""
+        """Drop the lines that were written after the checkpoint of ``step``, which a resumed run writes again.
+
+        Raises:
+            OpdlabError: if a line about an earlier step is damaged.
+        """
         for name in ("history", "evaluations"):
-            if written := self._written(name):
-                # A kill may have cut the last line, so keep whole lines only.
-                kept = (line for line in written if line.endswith("\n") and json.loads(line)["step"] <= step)
-                write_text(self.folder / f"{name}.jsonl", "".join(kept))
+            # A kill may have cut the last line, and a loss of power all that came after the checkpoint.
+            kept = [line for line in _whole(self._written(name)) if line["step"] <= step]
+            if name == "history" and len(kept) < step:
+                raise OpdlabError(f"line {len(kept) + 1} of {self.folder / name}.jsonl is damaged: {REMEDY}")
+            if (self.folder / f"{name}.jsonl").exists():
+                write_text(self.folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _whole(written: list[str]) -> list[dict]:
+    """Return the lines before the first that is cut or damaged."""
+    whole: list[dict] = []
+    for line in written:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            break
+        if not (line.endswith("\n") and isinstance(found, dict)):
+            break
+        whole.append(found)
+    return whole

@@ -38,7 +38,11 @@ def is_evaluation(prompt: str) -> bool:
     >>> [is_evaluation(f"Q1+{n}=?A:") for n in (1, 2, 3)]
     [False, False, False]
     """
-    return hashlib.blake2b(prompt.encode(), digest_size=8).digest()[0] % EVALUATION_SHARE == 0
+    return _hashed(prompt)[0] % EVALUATION_SHARE == 0
+
+
+def _hashed(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode(), digest_size=8).digest()
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,6 +71,8 @@ class Task:
     ) -> Task:
         """Make a task of a data set, with one prompt in eight held out for evaluation, chosen by a hash of its text.
 
+        Of a set so small that the hash holds out none, or all, it is the one prompt with the smallest hash.
+
         The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
         task is another, and a run on the old one does not go on. What functions of other modules do is not looked at.
 
@@ -74,15 +80,15 @@ class Task:
             rows: dicts, a JSONL file, a ``datasets.Dataset``, or the name of one on the hub (its split "train").
             prompt: the column with the question.
             answer: the column with the right answer, which only the reward and SFT see.
-            reward: (prompt, completion, answer) -> any number; by default 1.0 where the last word of the completion is
-                the answer, and 0.0 elsewhere. A completion that is cut before its end earns 0.0.
+            reward: (prompt, completion, answer) -> any number; by default 1.0 where the completion ends with the words
+                of the answer, and 0.0 elsewhere (:func:`last_word`). A completion that is cut before its end earns 0.0.
             demonstration: the column that SFT imitates; by default ``answer``.
             name: of the task; by default that of the file or data set.
             chat: write prompts through the tokenizer's chat template, where it has one.
 
         Raises:
-            OpdlabError: if the rows cannot be read or are too few, a column is missing, a prompt has two answers, or
-                the reward is no function.
+            OpdlabError: if the rows cannot be read, are of fewer than two prompts, lack a column, or have two answers
+                to a prompt; or if the reward is no function, or by default could never find an answer.
 
         >>> rows = [{"question": f"{a} + {b} = ?", "answer": a + b} for a in range(10) for b in range(10)]
         >>> task = Task.from_dataset(rows, prompt="question", reward=lambda prompt, said, answer: float(said == answer))
@@ -93,7 +99,11 @@ class Task:
             raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
         records, found_name = _read_rows(rows)
         columns = {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer}
-        data = _Rows(_table(records, columns), reward or last_word)
+        table = _table(records, columns)
+        for asked, (right, _) in table.items() if reward is None else ():
+            if not last_word(asked, right, right):
+                raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
+        data = _Rows(table, reward or last_word)
         return cls(name or found_name, None, data.demonstration, data.score, tuple(data.table), chat, data.digest)
 
     def __repr__(self) -> str:
@@ -105,12 +115,17 @@ class Task:
     @property
     def training_prompts(self) -> int | None:
         """The number of different prompts to train on, or None where they are drawn without end."""
-        return sum(not is_evaluation(prompt) for prompt in self.data) if self.data else None
+        return len(self.data) - len(self._evaluation) if self.data else None
 
     @property
     def held_out(self) -> int | None:
         """The number of prompts held out for evaluation, or None where they are drawn without end."""
-        return sum(map(is_evaluation, self.data)) if self.data else None
+        return len(self._evaluation) if self.data else None
+
+    @cached_property
+    def _evaluation(self) -> set[str]:
+        chosen = set(filter(is_evaluation, self.data))
+        return chosen if 0 < len(chosen) < len(self.data) else {min(self.data, key=_hashed)}
 
     def reward(self, prompt: str, completion: str) -> float:
         """Return the reward of a completion.
@@ -140,7 +155,7 @@ class Task:
             OpdlabError: if there are not so many.
         """
         if self.data:
-            chosen = [prompt for prompt in self.data if is_evaluation(prompt) == evaluation]
+            chosen = [prompt for prompt in self.data if (prompt in self._evaluation) == evaluation]
             if count > len(chosen):
                 kind = "evaluation" if evaluation else "training"
                 raise OpdlabError(f"task {self.name!r} has {len(chosen)} {kind} prompts, not {count}; ask for fewer")
@@ -195,12 +210,8 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
             raise OpdlabError(
                 f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
             )
-    held_out = sum(map(is_evaluation, table))
-    if not 0 < held_out < len(table):
-        raise OpdlabError(
-            f"the data set has {len(table)} different prompts, of which {held_out} would be held out for "
-            "evaluation: give at least some twenty rows"
-        )
+    if len(table) < 2:
+        raise OpdlabError(f"the data set has {len(table)} different prompts: give two, as one is held out")
     return table
 
 
@@ -220,13 +231,15 @@ class _Rows:
 
 
 def last_word(prompt: str, completion: str, answer: str) -> float:
-    """Return 1.0 if the last word of a completion, without a full stop, is the answer.
+    """Return 1.0 if a completion, without a full stop, ends with the answer, word for word, and 0.0 otherwise.
 
-    >>> last_word("2 + 2?", "It is 4.", "4"), last_word("2 + 2?", "4 or 5", "4")
-    (1.0, 0.0)
+    It is strict: ``**4**``, ``$4$``, ``4.0`` and ``4 apples`` are not the answer ``4``.
+
+    >>> last_word("2 + 2?", "It is 4.", "4"), last_word("2 + 2?", "4 or 5", "4"), last_word("Capital?", "", "")
+    (1.0, 0.0, 0.0)
     """
-    words = completion.strip().rstrip(".").split()
-    return float(bool(words) and words[-1] == answer.strip())
+    words, right = completion.strip().rstrip(".").split(), answer.strip().rstrip(".").split()
+    return float(bool(right) and words[-len(right) :] == right)
 
 
 class _Identity:

