@@ -102,7 +102,7 @@ def shape_of(name: str, lab: Laboratory) -> Shape:
     if name in models.shapes:
         return _measured(new_model(models.shapes[name], 0).config.to_json_string())
     if name not in models.pretrained:
-        return shape_of(lab.maker_of(name).start, lab)
+        return shape_of(lab.maker_of(name)[0].start, lab)
     known = SHAPES.get(models.pretrained[name].removesuffix("-Base"))
     if known is None:
         raise OpdlabError(f"the shape of {models.pretrained[name]!r} is not known: put its folder into {lab.models}")

@@ -27,6 +27,7 @@ class NamedArm:
     produces: str = ""  #: the model folder that its last weights become with seed 0
     lr_factor: float = 1.0  #: on the recipe's learning rate
     directions_of: str = ""  #: the arm whose update gives the directions of a projection, if not its own
+    seed_shift: int = 0  #: added to the seed, for a run that must never be another's with fewer steps
     other_seed: bool = False  #: take the directions from the run of the next seed
     recorded: bool = True  #: whether a record can be kept of it, or it only makes a model
 

@@ -65,11 +65,12 @@ class Laboratory:
             arm=self._with_models(named, seed),
             task=self.tasks[named.task or self.scale.task],
             recipe=recipe,
-            seed=seed,
+            seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
             temperature=budget.temperature,
             evaluations=recipe.steps_at(evaluations),
             evaluation_prompts=budget.evaluation_prompts,
+            evaluation_samples=budget.evaluation_samples,
             snapshots=recipe.steps_at(snapshots),
             compute=self.scale.compute,
             name=name,
@@ -77,10 +78,11 @@ class Laboratory:
 
     def _with_models(self, named: NamedArm, seed: int) -> Arm:
         """Return the arm with its models' folders at this scale, and with the experiment that its directions are of."""
-        student = self.model(named.start)
+        student = self.model(self.place(named.start, seed))
         if not named.start:
             student = Model(shape=tuple(self.scale.models.shapes[named.name].items()))
-        arm = replace(named.arm, student=student, teacher=self.model(named.teacher) if named.teacher else None)
+        teacher = self.model(self.place(named.teacher, seed)) if named.teacher else None
+        arm = replace(named.arm, student=student, teacher=teacher)
         source = named.directions(seed, self.scale.later_seed(seed))
         if arm.projection and source:
             arm = replace(arm, projection=replace(arm.projection, source=self.experiment(*source)))
@@ -107,6 +109,18 @@ class Laboratory:
 
     # --- models -------------------------------------------------------------------------------------------------------
 
+    def place(self, name: str, seed: int) -> str:
+        """Return the folder of a model for a seed: a name, with a number where each seed has its own.
+
+        >>> Laboratory.at("tiny").place("anchor", 3)
+        'anchor'
+        """
+        return f"{name}-{seed}" if seed and name in self.scale.models.per_seed else name
+
+    def models_of(self, name: str, seed: int) -> tuple[str, ...]:
+        """Return the folders of the models that an arm needs for a seed."""
+        return tuple(self.place(model, seed) for model in self.arm(name).models)
+
     def model(self, name: str) -> Model:
         """Return a model by the name of its folder. Where that is missing, its digest is taken from the records.
 
@@ -121,9 +135,9 @@ class Laboratory:
     def _recorded_digest(self, name: str) -> str:
         path = self.records / "runs.csv"
         for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
-            named = self.arms.get(row["arm"])
-            if named and name in named.models:
-                return row["student" if name == named.start else "teacher"]
+            if row["arm"] in self.arms and name in self.models_of(row["arm"], int(row["seed"])):
+                start = self.place(self.arms[row["arm"]].start, int(row["seed"]))
+                return row["student" if name == start else "teacher"]
         return ""
 
     def model_folder(self, name: str) -> Path:
@@ -134,11 +148,13 @@ class Laboratory:
             )
         return self.models / name
 
-    def maker_of(self, folder: str) -> NamedArm:
-        """Return the arm that makes the model folder called ``folder``, or raise an OpdlabError if none does."""
-        for name in self.scale.models.makers:
-            if self.arms[name].produces == folder:
-                return self.arms[name]
+    def maker_of(self, folder: str) -> tuple[NamedArm, int]:
+        """Return arm and seed that make the model folder called ``folder``, or raise an OpdlabError if none does."""
+        name, _, number = folder.rpartition("-")
+        seed = int(number) if name in self.scale.models.per_seed and number.isdigit() else 0
+        for maker in map(self.arm, self.scale.models.makers):
+            if self.place(maker.produces, seed) == folder:
+                return maker, seed
         raise OpdlabError(f"at {self.scale.name} no arm makes the model {folder!r}: put its folder among the models")
 
     # --- runs ---------------------------------------------------------------------------------------------------------
@@ -169,12 +185,13 @@ class Laboratory:
             OpdlabError: if a model is missing, and whatever the loop raises.
         """
         named = self.arm(name)
-        for folder in named.models:
+        folders = self.models_of(name, seed)
+        for folder in folders:
             if not self.model(folder).known:  # Without a digest the run has no key: say what is missing.
                 self.model_folder(folder)
         experiment = change(self.experiment(name, seed))
         if not Run(experiment, self.runs).finished:
-            for folder in named.models:
+            for folder in folders:
                 self.model_folder(folder)
         return train(
             experiment,

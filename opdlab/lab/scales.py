@@ -22,6 +22,8 @@ class Models:
     makers: tuple[str, ...]  #: the arms that make them
     shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that start from random weights
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
+    per_seed: tuple[str, ...] = ()  #: of which each seed makes its own; that of seed 0 has no number in its name
+    dtype: str = "float32"  #: that the made models are stored in
     tokenizer: str = ""  #: the pretrained model whose tokenizer, chat template and ends all take; "" for each its own
 
 
@@ -34,6 +36,7 @@ class Budget:
     typical_tokens: tuple[int, int] = (12, 20)  #: of a prompt and of a completion, which plans are computed from
     temperature: float = 1.0  #: of both models in training
     evaluation_prompts: int = 1024  #: of one evaluation
+    evaluation_samples: int = 1  #: of each of these prompts
 
 
 @dataclass(frozen=True)

@@ -72,27 +72,29 @@ class _Plan:
         if (self.lab.models / folder).is_dir():
             return []
         if folder not in self.lab.scale.models.pretrained:  # which build fetches
-            self.need_run(self.lab.maker_of(folder).name, 0)
+            maker, seed = self.lab.maker_of(folder)
+            self.need_run(maker.name, seed)
         return [folder]
 
-    def need_models(self, arm: str) -> list[str]:
-        return [model for folder in self.lab.arm(arm).models for model in self.need_model(folder)]
+    def need_models(self, arm: str, seed: int) -> list[str]:
+        return [model for folder in self.lab.models_of(arm, seed) for model in self.need_model(folder)]
 
     def need_run(self, arm: str, seed: int) -> str:
         name, named = f"{arm}-seed{seed}", self.lab.arm(arm)
         if name not in self.jobs:
-            needs = self.need_models(arm)
+            needs = self.need_models(arm, seed)
             source = named.directions(seed, self.lab.scale.later_seed(seed))
             if source:
                 needs.append(self.need_run(*source))
-            missing = named.produces and seed == 0 and not (self.lab.models / named.produces).is_dir()
-            self.jobs[name] = Job(arm, seed, tuple(needs), named.produces if missing else "")
+            made = named.produces if seed == 0 or named.produces in self.lab.scale.models.per_seed else ""
+            made = self.lab.place(made, seed)
+            self.jobs[name] = Job(arm, seed, tuple(needs), "" if (self.lab.models / made).is_dir() else made)
         return name
 
     def need_analysis(self, name: str, seed: int) -> None:
         parts = missing_parts(ANALYSES[name], seed, self.lab)
         reads = dict.fromkeys(run for part in parts for run in part.runs)
-        needs = [model for arm, _ in reads for model in self.need_models(arm)]
+        needs = [model for run in reads for model in self.need_models(*run)]
         if ANALYSES[name].trained:
             needs += [self.need_run(*run) for run in reads]
         if parts:
@@ -190,7 +192,7 @@ def _work(job: Job, lab: Laboratory, record: bool) -> Path | None:
     check_room(lab, job.what)
     run = lab.train(job.what, job.seed, on_steps=_count)
     if job.produces:
-        install_model(run, lab.models / job.produces)
+        install_model(run, lab.models / job.produces, lab.scale.models.dtype)
     if not record or not lab.arm(job.what).recorded:
         return None
     folder = find_tables(job.what, job.seed, lab)

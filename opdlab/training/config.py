@@ -91,6 +91,7 @@ class Experiment:
     temperature: float = 1.0  #: of both models in training, in rollouts and losses; evaluations sample at 1
     evaluations: tuple[int, ...] = ()  #: steps after which accuracy is measured, beside step 0
     evaluation_prompts: int = 256
+    evaluation_samples: int = 1  #: of each prompt, beside the greedy completion
     snapshots: tuple[int, ...] = ()  #: steps after which the weights are kept, beside step 0
     compute: Compute = Compute()
     name: str = ""  #: of the run in folders and messages; it decides nothing
@@ -136,6 +137,8 @@ class Experiment:
         # Named only where it is not as usual, so that a new kind of entry leaves older records valid.
         if self.task.chat and arm.student.folder:
             config["template"] = hashlib.sha256(chat_template(arm.student.folder).encode()).hexdigest()[:8]
+        if self.evaluation_samples != 1:
+            config["evaluation_samples"] = self.evaluation_samples
         if self.compute.dtype != "float32":
             config["compute"] = self.compute.dtype
         if arm.projection:

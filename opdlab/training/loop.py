@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -145,9 +146,9 @@ def _source_weights(run: Run) -> dict[str, Tensor]:
     return (train(source, run.root) if source else run).snapshot(run.config["projection"]["step"])
 
 
-def install_model(run: Run, folder: Path) -> Path:
+def install_model(run: Run, folder: Path, dtype: str = "float32") -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
     tokenizer, model = load_student(run.experiment)
     model.load_state_dict(run.snapshot(run.steps), strict=False)
-    save_model(model, tokenizer, folder)
+    save_model(model.to(getattr(torch, dtype)), tokenizer, folder)  # type: ignore[arg-type]
     return folder

@@ -55,6 +55,11 @@ def _grpo(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: 
     return policy_gradient(logps, advantages[:, None].expand_as(logps))
 
 
+def _random_signs(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
+    """The null of training noise: credits without any meaning, as large for each token as any other."""
+    return policy_gradient(token_logps(student, tokens), advantages)
+
+
 LOSSES: dict[str, Loss] = {
     "cross_entropy": _cross_entropy,
     "opd_sampled": _opd_sampled,
@@ -63,6 +68,7 @@ LOSSES: dict[str, Loss] = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
     "grpo": _grpo,
+    "random_signs": _random_signs,
 }
 #: Losses that read the teacher's logits, and those that read rewards.
 READ_TEACHER = {"opd_sampled", "opd_sequence_mean", "opd_sign", "reverse_kl", "forward_kl"}
@@ -71,8 +77,8 @@ READ_REWARDS = {"grpo"}
 
 # --- which tokens count ---------------------------------------------------------------------------------------------
 
-#: What can rank tokens, largest first; the signed log-ratio is the paper's.
-RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random")
+#: What can rank tokens, largest first; the signed log-ratio is the paper's, and first and last are places.
+RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random", "first", "last")
 
 
 def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Any = None, noise: Any = None) -> Tensor:
@@ -92,6 +98,9 @@ def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Any = 
         return objectives.entropy(student)
     if ranking == "random":
         return noise
+    if ranking in ("first", "last"):
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).double()
+        return places if ranking == "last" else -places
     if ranking not in RANKINGS:
         raise OpdlabError(f"there is no ranking {ranking!r} of tokens; choose one of {', '.join(RANKINGS)}")
     ratio = token_logps(student, tokens) - token_logps(teacher, tokens)

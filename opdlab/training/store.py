@@ -157,6 +157,7 @@ class Run:
         """Return the file for the evaluation before the first step, the same for all runs that start from the same."""
         names = ("student", "teacher", "task", "data", "evaluation_prompts", "max_new_tokens", "micro_batch", "threads")
         decisive = {name: self.config[name] for name in names} | provenance(device)
+        decisive["evaluation_samples"] = self.experiment.evaluation_samples
         decisive |= {"weight_dtype": self.experiment.arm.weight_dtype, "compute": str(dtype)}
         if self.experiment.arm.student.shape:
             decisive["seed"] = self.experiment.seed

@@ -56,6 +56,8 @@ class Task:
     data: tuple[str, ...] = ()  #: the prompts of a data set, in order
     chat: bool = False  #: write prompts through the chat template of the tokenizer, where it has one
     content: str = ""  #: a digest of a data set and its reward
+    #: Writes a completion of a prompt by chance, for SFT on authors who do not always write the same.
+    author: Callable[[str, np.random.Generator], str] | None = None
 
     @classmethod
     def from_dataset(
@@ -170,6 +172,10 @@ class Task:
                 return drawn
         raise OpdlabError(f"task {self.name!r} has fewer than {count} evaluation prompts; ask for fewer")
 
+    def demonstrations(self, prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """Return a completion of each prompt for SFT to imitate, by the author where the task has one."""
+        return [self.author(prompt, rng) if self.author else self.demonstration(prompt) for prompt in prompts]
+
     def texts(self, tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
         """Return prompts as a model reads them: through its chat template, if the task wants it and there is one."""
         if not (self.chat and tokenizer.chat_template):
@@ -187,7 +193,7 @@ class Task:
         prompts, random = list(self.data[:DIGESTED]), np.random.default_rng(0)
         if self.draw:
             prompts = [self.draw(random) for _ in range(DIGESTED)]
-        texts = [self.demonstration(prompt) for prompt in prompts]
+        texts = self.demonstrations(prompts, random)
         scrambled = texts[1:] + texts[:1]
         rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in (texts, scrambled)]
         told = json.dumps([self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat])

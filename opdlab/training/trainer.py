@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opdlab.errors import OpdlabError
+from opdlab.geometry import update_mask
 from opdlab.models.folders import context_length
 from opdlab.processes import find_device
 from opdlab.training import objectives
@@ -38,7 +40,7 @@ from opdlab.training.rollouts import (
 )
 from opdlab.training.tasks import Task
 
-_PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4}
+_PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4, "authors": 5}
 
 #: What is added up over a batch, and what messages call it.
 _SUMS = {"entropy": "entropy of the student's logits", "kl": "divergence from the teacher's logits", "loss": "loss"}
@@ -148,7 +150,8 @@ class Trainer:
         texts = self.texts(prompts)
         if self.writer is None:
             room = context_length(self.student.config) - self.experiment.max_new_tokens
-            solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
+            authors = random_numbers(seed, "authors", step)
+            solutions = encode_completions(self.tokenizer, self.task.demonstrations(prompts, authors))
             return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
         how: Any = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": self.experiment.temperature}
         how |= {"samples": recipe.samples, "generator": torch_generator(random_numbers(seed, "rollouts", step))}
@@ -185,8 +188,11 @@ class Trainer:
     def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
         """Let the models read a micro-batch of a batch with so many ``tokens``, and return what :meth:`losses` does."""
         reads_teacher, at_once = self.arm.reads_teacher, self.experiment.compute.tokens_at_once
-        chance = self.arm.tokens and self.arm.tokens.ranking == "random"
+        signs = self.arm.loss == "random_signs"
+        chance = signs or (self.arm.tokens and self.arm.tokens.ranking == "random")
         noise = torch.rand(part.tokens.shape, generator=random).to(self.device) if chance else None
+        if signs:
+            part = replace(part, advantages=(noise < 0.5) * 2.0 - 1.0)
         if not at_once:
             with self.precision():
                 logits = part.logits(self.student)
@@ -325,19 +331,37 @@ class Trainer:
         prompts = self.held_out(self.experiment.evaluation_prompts)
         result: dict[str, float] = {"step": step, "prompts": len(prompts)}
         student = self.in_dtype(self.student)
-        for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            rollouts = self.answer(student, prompts, temperature)
+        for mode, temperature, samples in (("greedy", 0.0, 1), ("sampled", 1.0, self.experiment.evaluation_samples)):
+            rollouts = self.answer(student, prompts, temperature, samples)
             result[mode] = float(score(self.tokenizer, self.task, prompts, rollouts).mean())
+        if step == self.recipe.steps:
+            result["memory_change"] = self.memory_change()
         return result | self.distance_to_teacher(rollouts)
+
+    def memory_change(self) -> float:
+        """Return the share of the weights that one more step would change in bfloat16 if its gradient were zero.
+
+        It is a null for sparsity: what the optimizer's memory of earlier gradients moves by itself.
+        """
+        student, optimizers = copy.deepcopy((self.student, self.optimizers))
+        for weight in student.parameters():
+            weight.grad = torch.zeros_like(weight)
+        for optimizer in optimizers:
+            optimizer.step()
+        pairs = zip(student.parameters(), self.student.parameters(), strict=True)
+        changed = [int(update_mask(before.detach(), after.detach()).count_nonzero()) for after, before in pairs]
+        return sum(changed) / sum(weight.numel() for weight in student.parameters())
 
     def held_out(self, count: int) -> list[str]:
         """Return the first ``count`` prompts of an evaluation."""
         return self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
 
-    def answer(self, student: transformers.PreTrainedModel, prompts: list[str], temperature: float = 1.0) -> Rollouts:
-        """Sample a completion for each prompt of an evaluation."""
+    def answer(
+        self, student: transformers.PreTrainedModel, prompts: list[str], temperature: float = 1.0, samples: int = 1
+    ) -> Rollouts:
+        """Sample completions for each prompt of an evaluation."""
         how: dict[str, Any] = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": temperature}
-        how |= {"generator": torch_generator(random_numbers(0, "evaluation rollouts", 0))}
+        how |= {"samples": samples} | {"generator": torch_generator(random_numbers(0, "evaluation rollouts", 0))}
         return sample(student, self.tokenizer, self.texts(prompts), **how)
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class RunSet:
 
     def model(self, folder: str) -> Weights:
         """Return all weights of a model folder, in float64."""
-        model = load_model(self.lab.models / folder)
+        model = load_model(self.lab.models / self.lab.place(folder, self.seed))
         return {name: weight.detach().double() for name, weight in model.named_parameters()}
 
     @cached_property
