@@ -79,8 +79,7 @@ _arms = {
 
 def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
     own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
-    if "teacher" in differences:
-        differences["teacher"] = Model(differences["teacher"])
+    differences |= {key: Model(differences[key]) for key in ("teacher",) if key in differences}
     arm = replace(_arms[parent].arm, **differences)
     _arms[name] = replace(_arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
 
@@ -89,6 +88,10 @@ def _project(parent: str, name: str, label: str, directions_of: str = "", other_
     _vary(parent, name, label, projection=Projection(**how), directions_of=directions_of, other_seed=other_seed)
 
 
+# The same arms from an anchor that has half learned the skill: there the skill is learned, here it is elicited.
+for _name in ("opd", "opd_full", "rlvr", "sft_matched", "random_signs"):
+    _vary(_name, f"young_{_name}", _arms[_name].label, student=Model("young"))
+    _arms[f"young_{_name}"] = replace(_arms[f"young_{_name}"], parent="")
 # Which tokens count.
 _vary("opd", "opd_top25", "top 25 %", tokens=Tokens("log-ratio", 0.25))
 _vary("opd", "opd_random25", "random 25 %", tokens=Tokens("random", 0.25))

@@ -150,5 +150,5 @@ def install_model(run: Run, folder: Path, dtype: str = "float32") -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
     tokenizer, model = load_student(run.experiment)
     model.load_state_dict(run.snapshot(run.steps), strict=False)
-    save_model(model.to(getattr(torch, dtype)), tokenizer, folder)  # type: ignore[arg-type]
+    save_model(model.to(getattr(torch, dtype)), tokenizer, folder)
     return folder
