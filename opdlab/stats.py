@@ -81,7 +81,7 @@ class Estimate(NamedTuple):
         >>> round(Estimate(2.0, 1.0, 10).above(0.0), 4)
         0.0367
         """
-        if self.freedom < 1:
+        if self.freedom < 1 or isnan(self.error):
             return 1.0
         if self.error == 0:
             return float(self.mean <= bound)
@@ -96,6 +96,8 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     """Return the mean of a few values, one per seed, as an :class:`Estimate`."""
     sample = np.asarray(values, dtype=float)
     count = len(sample)
+    if not count:
+        return Estimate(nan, nan, 0)
     return Estimate(float(sample.mean()), float(sample.std(ddof=1) / count**0.5) if count > 1 else nan, count - 1)
 
 

@@ -77,9 +77,9 @@ class Metric:
         if self.progress is not None or self.column in _EVALUATED:
             runs = nearest(runs, 1.0 if self.progress is None else self.progress)
         table = runs.pivot_table(index="seed", columns="arm", values=list(columns))
-        found = np.log(table[self.column]) if self.log else table[self.column]
-        if self.minus:
-            found = found - (np.log(table[self.minus]) if self.log else table[self.minus])
+        if self.log:
+            table = np.log(table.where(table > 0))  # a ratio to nothing is not defined
+        found = table[self.column] - (table[self.minus] if self.minus else 0.0)
         if self.since is not None:
             found = found - replace(self, progress=self.since, since=None).values(records)
         return found.dropna(axis="columns", how="all")
@@ -124,8 +124,10 @@ class Runs:
         """Return a contrast of each seed that has its runs."""
         values = self.values(contrast.metric)
         if missing := contrast.weights.keys() - set(values):
-            arms = ", ".join(sorted(missing))
-            raise OpdlabError(f"the records have no {contrast.metric.column!r} of {arms}: record it")
+            if unknown := missing - {*self.records.runs["arm"], *values}:
+                arms = ", ".join(sorted(unknown))
+                raise OpdlabError(f"the records have no {contrast.metric.column!r} of {arms}: record it")
+            return pd.Series(dtype=float)  # such as the directions of an update that is nothing
         parts = [weight * values[arm] for arm, weight in contrast.weights.items()]
         return pd.Series(sum(parts)).dropna()
 
@@ -136,6 +138,8 @@ class Runs:
     def _estimate(self, contrast: Contrast) -> Estimate:
         by_seed, values = self.by_seed(contrast), self.values(contrast.metric)
         pooled = [arm for arm in self.pool if arm in values]
+        if len(by_seed) < 2:  # One seed decides nothing, however little others scatter.
+            return mean_estimate(by_seed)
         if contrast.minus_arm and contrast.weights.keys() <= set(pooled):
             return block_estimate(values[pooled], contrast.weights)
         return mean_estimate(by_seed)
@@ -257,7 +261,7 @@ def _share(left: Contrast, of: Contrast, runs: Runs) -> Interval | None:
 
 
 def _farthest(estimates: Sequence[Estimate]) -> Estimate:
-    return max(estimates, key=lambda estimate: abs(estimate.mean))
+    return max(estimates, key=lambda estimate: abs(np.nan_to_num(estimate.mean)))
 
 
 def _tests(claim: Claim, runs: Runs, factor: float) -> _Tests:

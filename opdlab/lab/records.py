@@ -114,7 +114,7 @@ def load(
     for arm in arms:
         kept = [seed for name, seed in wanted if name == arm]
         for name, table in read_tables(lab.records / arm).items():
-            rows = table[table["seed"].isin(kept)].assign(label=lab.arm(arm).label)
+            rows = table[table["seed"].isin(kept)].copy().assign(label=lab.arm(arm).label)
             if "step" in rows:
                 rows["progress"] = rows["step"] / lab.recipe(arm).steps
             tables[name].append(rows)

@@ -97,6 +97,18 @@ def test_values_are_the_records():
         verdict(records, claim(arms=("opd", "sft")))
 
 
+def test_what_is_missing_decides_nothing():
+    one = made({"opd": 5.0, "rlvr": 0.0, "sft_matched": 0.0}, seeds=4)
+    one.trajectory.drop(one.trajectory.query("arm == 'opd' and seed > 0").index, inplace=True)
+    found = verdict(one, claim())
+    assert (found.verdict, found.seeds, found.effect.mean > 4) == ("inconclusive", 1, True)
+    nothing = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 0.0})
+    nothing.trajectory.loc[nothing.trajectory["arm"] == "rlvr", "stable_rank"] = float("nan")
+    assert verdict(nothing, claim()).verdict == "inconclusive"
+    nothing.trajectory.loc[nothing.trajectory["arm"] == "rlvr", "stable_rank"] = 0.0  # whose logarithm is not finite
+    assert verdict(nothing, claim("near", RANK)).verdict == "inconclusive"
+
+
 def test_verdicts_are_wrong_no_more_often_than_they_say():
     # Eight claims of one finding whose effects lie exactly on the margin: any verdict but "inconclusive" is wrong.
     wrong = {"above": 0, "near": 0}
