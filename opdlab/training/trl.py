@@ -50,7 +50,6 @@ from opdlab.training.config import Experiment
 from opdlab.training.loop import install_model
 from opdlab.training.objectives import CLIP
 from opdlab.training.store import Run
-from opdlab.training.trained import fetched
 from opdlab.training.trl_process import CHECKPOINT, FINISHED, Callback, drop_checkpoints
 
 #: The first word of TRL's trainer and its configuration, by who writes the completions and the loss.
@@ -202,8 +201,7 @@ def launch(
     config = configure(experiment, processes, gpu=gpu, vllm=vllm)
     if not dry_run:
         check_ready(config)
-        arm = experiment.arm
-        experiment = replace(experiment, arm=replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher)))
+        experiment = replace(experiment, arm=experiment.arm.fetched())
     run = Run(experiment, root, root / f"{_name(experiment, dry_run)}-trl{processes}")
     print(f"run folder: {run.folder}")
     if (run.folder / FINISHED).exists():
