@@ -50,7 +50,7 @@ from opdlab.training.config import Experiment
 from opdlab.training.loop import install_model
 from opdlab.training.objectives import CLIP
 from opdlab.training.store import Run
-from opdlab.training.trl_process import CHECKPOINT, FINISHED, Callback, drop_checkpoints
+from opdlab.training.trl_process import FINISHED, Callback, drop_checkpoints, last_checkpoint
 
 #: The first word of TRL's trainer and its configuration, by who writes the completions and the loss.
 TRAINERS = {
@@ -211,7 +211,7 @@ def launch(
         print(shlex.join(command), flush=True)
         if dry_run:
             return
-        if not (run.folder / CHECKPOINT).exists():
+        if not last_checkpoint(run.folder):
             run.begin(find_device(gpu))
         if status := subprocess.run(command).returncode:
             raise OpdlabError(f"training ended with status {status}; what went wrong is said above")

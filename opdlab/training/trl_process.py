@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from opdlab.errors import OpdlabError, exit_status
-from opdlab.models.files import read_json, sync, write_json, write_whole
+from opdlab.models.files import sync, write_text, write_whole
 from opdlab.models.folders import common_tokens, context_length, load_model
 from opdlab.training.config import Experiment
 from opdlab.training.objectives import grpo_advantages
@@ -42,8 +42,8 @@ Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.
 #: Turns prompts into token ids.
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
-#: In a run's folder: the log of a finished run, which is written last, and the step of the checkpoint that is whole.
-FINISHED, CHECKPOINT = "trainer_state.json", "checkpoint.json"
+#: The log of a finished run, which is written last; and what is written last into a checkpoint.
+FINISHED, WHOLE = "trainer_state.json", "whole"
 #: How many checkpoints a run writes in all. One is kept, and what a stop costs is at most such a part of the run.
 CHECKPOINTS = 50
 
@@ -57,10 +57,10 @@ def run(path: Path) -> None:
     """
     # What launch wrote on this machine a moment ago.
     config, experiment, callback = pickle.loads(path.read_bytes())
-    folder, mark = path.parent, path.with_name(CHECKPOINT)
+    folder = path.parent
     # Of all processes of a run the first holds the lock.
     with nullcontext() if os.environ.get("RANK", "0") != "0" else alone(folder):
-        done = read_json(mark, "delete it, and the run begins anew")["step"] if mark.exists() else 0
+        done = last_checkpoint(folder)
         trainer = _make_trainer(config, experiment, callback, folder, done)
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
         if trainer.is_world_process_zero():
@@ -68,10 +68,13 @@ def run(path: Path) -> None:
             drop_checkpoints(folder)
 
 
-def drop_checkpoints(folder: Path, kept: int | None = None) -> None:
+def last_checkpoint(folder: Path) -> int:
+    """Return the step of the last checkpoint in a run's folder that is whole, or 0."""
+    return max((int(mark.parent.name.partition("-")[2]) for mark in folder.glob(f"checkpoint-*/{WHOLE}")), default=0)
+
+
+def drop_checkpoints(folder: Path, kept: int = 0) -> None:
     """Delete the checkpoints in a run's folder, but for the one after the step ``kept``."""
-    if kept is None:
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # first, as it names one of them
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint.name != f"checkpoint-{kept}":
             shutil.rmtree(checkpoint)
@@ -239,9 +242,10 @@ class _Steps(transformers.TrainerCallback):
         """Say that the checkpoint is whole once all processes have written their part, and delete the one before."""
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            for path in (self.folder / f"checkpoint-{state.global_step}").rglob("*"):
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            for path in checkpoint.rglob("*"):
                 sync(path)  # Trainer leaves that to the system, and the mark must not be there before.
-            write_json(self.folder / CHECKPOINT, {"step": state.global_step})
+            write_text(checkpoint / WHOLE, "")
             drop_checkpoints(self.folder, kept=state.global_step)
 
 
