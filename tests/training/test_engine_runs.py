@@ -1,12 +1,12 @@
-"""Runs by TRL on the disk: their folders and keys, and how they are stopped, go on, and are refused."""
+"""Runs by TRL on the disk: their folders and keys, and how they are stopped, go on, and are refused.
+
+They are killed in ``tests/project/test_kill.py``.
+"""
 
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,23 +116,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(arm, lab, tmp_path):
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("stopped", "through")]
     losses = [[line["loss"] for line in log["log_history"] if "loss" in line] for log in logs]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
-
-
-def test_a_killed_run_goes_on_bit_for_bit(lab, tmp_path):
-    experiment, folder = shortened(lab.experiment("rlvr"), steps=5), tmp_path / "killed"
-    written(experiment, folder, processes=1)
-    program = [sys.executable, "-m", "opdlab.training.trl_process", str(folder / "run.pickle")]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(program, env=os.environ | {"PYTHONPATH": paths}, **quiet) as running:
-        while not process.last_checkpoint(folder) and running.poll() is None:
-            time.sleep(0.01)
-        with pytest.raises(OpdlabError, match=f"another process trains in {folder}: wait until it ends, or stop it"):
-            process.run(folder / "run.pickle")
-        running.send_signal(signal.SIGKILL)
-    assert not (folder / process.FINISHED).exists(), "it ended before it was killed"
-    process.run(folder / "run.pickle")
-    assert same(folder, through(experiment, tmp_path / "through"))
 
 
 def test_a_checkpoint_counts_once_it_is_whole(lab, tmp_path):
