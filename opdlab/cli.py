@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", help="the scale (default: OPDLAB_SCALE, or tiny)")
-    parser.add_argument("--home", type=Path, help="folder of models, records and runs (default: the repository)")
+    what = "folder of models, records and runs (default: OPDLAB_HOME, or the repository, or opdlab's cache)"
+    parser.add_argument("--home", type=Path, help=what)
 
 
 def _laboratory(options: argparse.Namespace) -> Laboratory:
@@ -62,6 +63,15 @@ def _for_own_loop(lab: Laboratory) -> Laboratory:
             "there are GPUs for it, or choose another scale"
         )
     return lab
+
+
+def _at_home(value: Any) -> Any:
+    """Return an argument with ``~`` written out, which a shell leaves as it is in ``--out=~/results``."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, str | Path) and str(value).startswith("~"):
+        return type(value)(os.path.expanduser(value))
+    return value
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
@@ -357,7 +367,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     missing = missing_records((*arms, *analyses), seeds, lab)
     if missing:
         listed = ", ".join(map(str, seeds))
-        raise OpdlabError(f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}")
+        what = f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}"
+        raise OpdlabError(f"{what}: record them first{lab.elsewhere}")
     repeated = Laboratory(lab.scale, lab.runs.parent / "reproduce")
     print(f"retraining in {repeated.root}")
     if options.keep_models:
@@ -376,10 +387,16 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status (:func:`opdlab.errors.exit_status`)."""
+    return exit_status("opdlab", lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
     options = _parser().parse_args(arguments)
+    for name, value in vars(options).items():
+        setattr(options, name, _at_home(value))
     if options.command != "fetch":  # the one command that downloads: its bars are worth seeing
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return exit_status("opdlab", lambda: globals()[f"_{options.command}"](options))
+    globals()[f"_{options.command}"](options)
 
 
 if __name__ == "__main__":

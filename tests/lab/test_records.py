@@ -380,7 +380,7 @@ def test_records_of_small_are_of_what_the_scale_says_now():
 
 
 def test_a_repetition_may_keep_the_models(kept, tmp_path, monkeypatch):
-    shutil.copytree(kept.models, tmp_path / "data" / "models" / "tiny")
+    shutil.copytree(kept.models, tmp_path / "data" / "models" / "smoke")
     shutil.copytree(kept.records, tmp_path / "data" / "records" / "smoke")
     planned = []
     monkeypatch.setattr(scheduler, "build", lambda jobs, *rest, **options: planned.extend(jobs))
