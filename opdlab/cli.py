@@ -238,15 +238,17 @@ def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
     import torch
 
     from opdlab.measuring.callback import callback_for
+    from opdlab.training.config import with_fields
     from opdlab.training.trl import launch
 
-    engine, folder = bool(lab.scale.engine), lab.runs / f"{options.arm}-seed{options.seed}-trl"
+    engine = bool(lab.scale.engine)
     gpu = engine or (lab.scale.compute.gpu and torch.cuda.is_available())
     # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
     model = lab.arm(options.arm).produces if options.seed == 0 else ""
     how = {"processes": options.processes, "dry_run": options.dry_run, "gpu": gpu, "vllm": engine}
     produces = lab.models / model if model else None
-    launch(lab.experiment(options.arm, options.seed), folder, callback_for, produces=produces, **how)
+    experiment = with_fields(lab.experiment(options.arm, options.seed), _settings(options.set))
+    launch(experiment, lab.runs, callback_for, produces=produces, **how)
 
 
 # --- the book ---------------------------------------------------------------------------------------------------------

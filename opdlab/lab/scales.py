@@ -32,7 +32,7 @@ class Budget:
     recipes: dict[str, Recipe]  #: by name; an arm has its own or names another
     max_new_tokens: int = 48  #: of a completion
     typical_tokens: tuple[int, int] = (12, 20)  #: of a prompt and of a completion, which plans are computed from
-    temperature: float = 1.0  #: of the rollouts
+    temperature: float = 1.0  #: of both models in training
     evaluation_prompts: int = 1024  #: of one evaluation
 
 

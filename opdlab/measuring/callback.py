@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
-from opdlab.models.checkpoints import plain_name
 from opdlab.models.files import save_tensors
+from opdlab.models.names import plain_name
 
 
 class GeometryCallback(TrainerCallback):
@@ -143,13 +143,24 @@ class GeometryCallback(TrainerCallback):
         return row
 
 
+class _FromStart(GeometryCallback):
+    """Of a run that may go on from a checkpoint: it counts from the weights that its trainer is made with."""
+
+    def __init__(self, trainer: Trainer, every: int, **options: Any):
+        super().__init__(trainer, every, **options)
+        super().on_train_begin(trainer.args, TrainerState(), TrainerControl(), model=trainer.model)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep what there is: the weights are those of a checkpoint by now."""
+
+
 def callback_for(trainer: Trainer, folder: Path, steps: tuple[int, ...]) -> GeometryCallback:
     """Return a callback that writes snapshots at ``steps``, the last of which ends the run, into the run's ``folder``.
 
     It logs ten times in a run, because at 8 billion weights a measurement takes minutes.
     """
     every = max(1, max(steps) // 10)
-    return GeometryCallback(trainer, every, snapshots=folder / "snapshots", snapshot_steps=steps)
+    return _FromStart(trainer, every, snapshots=folder / "snapshots", snapshot_steps=steps)
 
 
 def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:

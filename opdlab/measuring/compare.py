@@ -39,8 +39,8 @@ from opdlab.geometry.summary import largest_k, of_layers
 from opdlab.measuring.parallel import resumable_map
 from opdlab.measuring.sources import name_of, place_of
 from opdlab.measuring.update import Shown, Update, load_update, write_table
-from opdlab.models.checkpoints import Checkpoint
 from opdlab.models.files import write_json
+from opdlab.models.pieces import Checkpoint
 
 # The means of an update that stand beside those of others.
 _KINDS = ["value", "null", "noise", "at equal norm", "null at equal norm"]

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.models.checkpoints import HEAD, Checkpoint, Source, embedding_of, open_checkpoint
+from opdlab.models.checkpoints import Source, open_checkpoint
 from opdlab.models.files import local_folder
+from opdlab.models.names import HEAD, embedding_of
+from opdlab.models.pieces import Checkpoint
 
 
 def open_all(base: Source, path: Source | Sequence[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:

@@ -23,8 +23,8 @@ from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_traj
 from opdlab.geometry.matrices import identity
 from opdlab.measuring.parallel import resumable_map
 from opdlab.measuring.sources import check_comparable, open_all
-from opdlab.models.checkpoints import Checkpoint
 from opdlab.models.files import load_tensors, save_tensors
+from opdlab.models.pieces import Checkpoint
 from opdlab.processes import cpu_threads
 
 # Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.

@@ -17,8 +17,9 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means, summarise, trajectory_means
 from opdlab.measuring.sources import check_apart, name_of, open_all, place_of, steps_of
 from opdlab.measuring.tensors import Job, measured
-from opdlab.models.checkpoints import Checkpoint, Source
+from opdlab.models.checkpoints import Source
 from opdlab.models.files import write_json, write_whole
+from opdlab.models.pieces import Checkpoint
 from opdlab.processes import provenance
 
 if TYPE_CHECKING:

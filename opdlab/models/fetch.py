@@ -25,8 +25,8 @@ from huggingface_hub import HfApi, snapshot_download
 from tokenizers import pre_tokenizers
 
 from opdlab.errors import OpdlabError
-from opdlab.models.checkpoints import weights_digest
 from opdlab.models.files import MODEL_FILES, cache_folder, only_process, read_json, write_json
+from opdlab.models.formats import weights_digest
 
 
 @dataclass(frozen=True)

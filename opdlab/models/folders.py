@@ -7,6 +7,9 @@ spelt out because transformers imports such a name when it is first used, which 
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
-from opdlab.models.checkpoints import weight_files
+from opdlab.models.formats import weight_files
 
 #: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
 EOS = "$"
@@ -75,6 +78,11 @@ def load_model(
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
+def context_length(config: transformers.PreTrainedConfig) -> int:
+    """Return how many tokens a model reads at most; one that only biases attention by distance has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer in ``folder``, set to pad on the left; without a padding token, it pads with end-of-sequence.
 
@@ -111,8 +119,8 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
     """Check that student and teacher share one vocabulary and one end of sequence, as every distillation loss assumes.
 
     Raises:
-        OpdlabError: if the vocabularies, the end-of-sequence tokens or the numbers of logits differ, naming the folders
-            and the difference.
+        OpdlabError: if the vocabularies or the end-of-sequence tokens differ, naming the folders and the difference, or
+            if a tokenizer ends a sequence with another token than its model.
     """
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
     mine, other = ours.get_vocab(), theirs.get_vocab()
@@ -127,11 +135,25 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
             f"{teacher} with {theirs.eos_token!r} (token {theirs.eos_token_id}): set the same eos_token in both "
             "tokenizer_config.json files"
         )
-    sizes = [
-        transformers.AutoConfig.from_pretrained(folder).get_text_config().vocab_size for folder in (student, teacher)
-    ]
-    if len(set(sizes)) > 1:  # as in Qwen2.5, whose larger models have padded more
-        raise OpdlabError(
-            f"student {student} has {sizes[0]} logits and teacher {teacher} has {sizes[1]}, though their tokenizers "
-            "agree: choose a teacher with as many, or resize the embeddings of one"
-        )
+    for folder in (student, teacher):
+        file = folder / "generation_config.json"
+        ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        if ends is not None and ours.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+            raise OpdlabError(
+                f"the model in {folder} ends a sequence with token {ends} (generation_config.json) and its tokenizer "
+                f"with {ours.eos_token!r} (token {ours.eos_token_id}): make the two agree"
+            )
+
+
+def cut_vocabulary(
+    models: Sequence[transformers.PreTrainedModel], tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    """Leave the logits of models without those that are no token of all, in place.
+
+    Families such as Qwen2.5 pad their vocabularies, larger models further. The weights stay as they are.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in models]
+    count = min(max(tokenizer.get_vocab().values()) + 1, *sizes)
+    for model, size in zip(models, sizes, strict=True):
+        if size > count:
+            model.get_output_embeddings().register_forward_hook(lambda layer, given, logits: logits[..., :count])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdlab.errors import OpdlabError
-from opdlab.models.checkpoints import weights_digest
+from opdlab.models.formats import weights_digest
 from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from math import cos, pi
+from math import cos, inf, pi
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,9 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import chat_template
 from opdlab.training.arms import Arm, Projection, changed_fields
 from opdlab.training.tasks import Task
+
+#: The largest learning rate that leaves AdamW within float32.
+LARGEST_RATE = 1e30
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Recipe:
     #: The paper's 0.1 shrinks weights by 1e-7 a step at its learning rate; at the book's it would rival the update.
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a learning rate that no optimizer could use."""
+        rate = self.learning_rate
+        if not isinstance(rate, int | float) or not 0 < rate <= LARGEST_RATE:
+            raise OpdlabError(f"learning_rate is {rate!r}: give a number above 0 and up to {LARGEST_RATE:g}")
 
     @property
     def completions(self) -> int:
@@ -79,12 +88,17 @@ class Experiment:
     recipe: Recipe
     seed: int = 0  #: of prompts and rollouts, and of the weights where they start at random
     max_new_tokens: int = 64  #: where a completion is cut
-    temperature: float = 1.0  #: of the rollouts in training; evaluations sample at 1
+    temperature: float = 1.0  #: of both models in training, in rollouts and losses; evaluations sample at 1
     evaluations: tuple[int, ...] = ()  #: steps after which accuracy is measured, beside step 0
     evaluation_prompts: int = 256
     snapshots: tuple[int, ...] = ()  #: steps after which the weights are kept, beside step 0
     compute: Compute = Compute()
     name: str = ""  #: of the run in folders and messages; it decides nothing
+
+    def __post_init__(self) -> None:
+        """Refuse a temperature that no loss could be taken at."""
+        if not 0 < self.temperature < inf:
+            raise OpdlabError(f"temperature is {self.temperature}: give a number above 0")
 
     @property
     def begin(self) -> int | None:
@@ -93,13 +107,14 @@ class Experiment:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The steps whose weights are kept, which are 0, those of ``snapshots``, and where a projection begins.
+        """The steps whose weights are kept: 0, those of ``snapshots``, where a projection begins, and the last.
 
         Of a model that starts from random weights only the last.
         """
         if self.arm.student.shape:
             return (self.recipe.steps,)
-        return tuple(sorted({0, self.begin or 0, *self.snapshots}))
+        steps = {0, self.begin or 0, *self.snapshots, self.recipe.steps}
+        return tuple(sorted(step for step in steps if step <= self.recipe.steps))
 
     @cached_property
     def config(self) -> dict:

@@ -15,8 +15,9 @@ from opdlab.models.files import load_tensors, read_json, write_json
 from opdlab.models.folders import save_model
 from opdlab.processes import cpu_threads
 from opdlab.training.config import Experiment
+from opdlab.training.opening import load_student
 from opdlab.training.store import Run
-from opdlab.training.trainer import Trainer, load_student
+from opdlab.training.trainer import Trainer
 
 # Seconds between two checkpoints: what a kill can cost. But saving takes a twentieth of the time at most.
 CHECKPOINT_SECONDS = 20.0

@@ -153,17 +153,22 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> T
     return _kl(coarsen(student), coarsen(teacher))
 
 
+# What a log-ratio counts as at most where it is an exponent, as in verl, slime and prime-rl.
+LARGEST = 20.0
+
+
 def kl_estimators(logratio: Tensor) -> dict[str, Tensor]:
     """Return the estimators k1 = r, k2 = r²/2 and k3 = exp(-r) - 1 + r of KL(S || T), each of ``logratio``'s shape.
 
     r = log p_S(a) - log p_T(a) for a drawn from S (J. Schulman, "Approximating KL divergence", 2020). As *values*, k1
     and k3 are unbiased and k3 is never negative. As *losses*, in expectation over a, k1 gives the gradient 0, k2 that
-    of KL(S || T) and k3 that of KL(T || S); k1 held fixed gives that of KL(S || T), see :func:`opd_advantages`.
+    of KL(S || T) and k3 that of KL(T || S); k1 held fixed gives that of KL(S || T), see :func:`opd_advantages`. In the
+    exponent, -r ends at 20, as in other libraries: no float overflows.
 
     >>> kl_estimators(torch.tensor(0.5).log())  # log 1/2, (log 2)² / 2, and 2 - 1 - log 2
     {'k1': tensor(-0.6931), 'k2': tensor(0.2402), 'k3': tensor(0.3069)}
     """
-    return {"k1": logratio, "k2": logratio.square() / 2, "k3": torch.expm1(-logratio) + logratio}
+    return {"k1": logratio, "k2": logratio.square() / 2, "k3": torch.expm1(-logratio.clamp(min=-LARGEST)) + logratio}
 
 
 # --- advantages: OPD, RLVR and mixtures -------------------------------------------------------------------------------
@@ -195,7 +200,8 @@ def grpo_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: f
     mean of each group is 0; a group without variance gets exactly 0.
 
     Raises:
-        OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, or ``scale`` is neither of the two.
+        OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, one is not finite, or ``scale`` is
+            neither of the two.
 
     >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2, scale="none")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -250,7 +256,8 @@ def policy_gradient(
 
     PPO (1707.06347, Eq. 7) with the two bounds of DAPO (2503.14476); without ``clip`` it is -ρ A. ``logps`` (B, T) are
     the student's of the sampled tokens, ``advantages`` are (B, T), or (B,) for one in each row, and ``old_logps``
-    (B, T) are of the student that sampled, by default the same one. The gradient is -ρ A ∇ log p_S, and zero for a
+    (B, T) are of the student that sampled, by default the same one, without a gradient. ρ is taken with a log-ratio of
+    at most 20 either way, so that none overflows. The gradient is -ρ A ∇ log p_S, and zero for a
     token whose ρ has left the interval in the direction that A pushes. One update per rollout has ρ = 1: the plain
     policy gradient, for which clipping is idle. The *value* is then -A, so after averaging zero for GRPO, whatever the
     gradient: do not plot this loss.
@@ -264,9 +271,9 @@ def policy_gradient(
     tensor([[-1.,  1.]])
     """
     advantages = _per_token(advantages, logps)
-    old_logps = logps.detach() if old_logps is None else old_logps
+    old_logps = (logps if old_logps is None else old_logps).detach()
     _check_same_shape(logps, old_logps)
-    ratio = (logps - old_logps).exp()
+    ratio = (logps - old_logps).clamp(-LARGEST, LARGEST).exp()
     if clip is None:
         return -ratio * advantages
     low, high = clip
@@ -281,8 +288,9 @@ def policy_gradient(
 def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
     """Return the sum of ``per_token`` (B, T) over ``mask`` (B, T), divided by ``normalizer``, a scalar.
 
-    ``normalizer`` is the number of tokens in the *whole* batch: then the losses and the gradients of its micro-batches
-    add up to those of the batch. By default it is the number of tokens in ``mask``, and never less than 1.
+    What ``mask`` leaves out may be NaN. ``normalizer`` is the number of tokens in the *whole* batch: then the losses
+    and the gradients of its micro-batches add up to those of the batch. By default it is the number of tokens in
+    ``mask``, and never less than 1.
 
     Raises:
         OpdlabError: if the two differ in shape.
@@ -291,7 +299,8 @@ def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | Non
     tensor(3.)
     """
     _check_same_shape(per_token, mask)
-    return (per_token * mask).sum() / torch.as_tensor(mask.sum() if normalizer is None else normalizer).clamp(min=1)
+    total = per_token.where(mask.bool(), 0.0).sum()
+    return total / torch.as_tensor(mask.sum() if normalizer is None else normalizer).clamp(min=1)
 
 
 def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
@@ -304,7 +313,7 @@ def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | 
     tensor(3.7500)
     """
     _check_same_shape(per_token, mask)
-    means = (per_token * mask).sum(1) / mask.sum(1).clamp(min=1)
+    means = per_token.where(mask.bool(), 0.0).sum(1) / mask.sum(1).clamp(min=1)
     return means.sum() / torch.as_tensor(mask.shape[0] if normalizer is None else normalizer).clamp(min=1)
 
 
@@ -344,6 +353,8 @@ def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    if not rewards.isfinite().all():
+        raise OpdlabError(f"rewards {_shape(rewards)} hold NaN or infinity: give finite numbers")
     if group_size < 2 or rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
         raise OpdlabError(f"rewards {_shape(rewards)} are not made of groups of {group_size}, with at least 2 in each")
     return rewards.reshape(-1, group_size).to(torch.promote_types(rewards.dtype, torch.float32))

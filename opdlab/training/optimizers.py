@@ -22,18 +22,25 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
     """Return the optimizers that share out a model's weights. The learning rate is set at each step.
 
     They are "adamw"; "sgd", without momentum; or "muon", which makes the update of each matrix nearly orthogonal
-    (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix.
+    (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix. Norms and
+    biases are spared from weight decay, by the rule of transformers' Trainer.
 
     Raises:
         OpdlabError: if there is no such optimizer.
     """
-    if name == "sgd":
-        return [SGD(model.parameters(), lr=0.0, weight_decay=recipe.weight_decay)]
-    if name not in ("adamw", "muon"):
+    if name not in ("adamw", "sgd", "muon"):
         raise OpdlabError(f"there is no optimizer {name!r}; choose adamw, sgd or muon")
-    matrices = weight_matrices(dict(model.named_parameters())) if name == "muon" else {}
-    others = [weight for key, weight in model.named_parameters() if key not in matrices]
-    optimizers: list[Optimizer] = [AdamW(others, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay)]
+    weights = dict(model.named_parameters())
+    matrices = weight_matrices(weights) if name == "muon" else {}
+    others = weights.keys() - matrices.keys()
+    decayed = {*transformers.Trainer.get_decay_parameter_names(None, model)}  # type: ignore[arg-type]  # needs no self
+    groups = [
+        {"params": [weight for key, weight in weights.items() if key in names], "weight_decay": decay}
+        for names, decay in ((others & decayed, recipe.weight_decay), (others - decayed, 0.0))
+    ]
+    if name == "sgd":
+        return [SGD(groups, lr=0.0)]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=0.0, betas=recipe.betas)]
     if matrices:
         optimizers.append(
             Muon(matrices.values(), lr=0.0, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")

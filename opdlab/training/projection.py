@@ -39,7 +39,7 @@ class Projector:
                     raise OpdlabError(
                         f"k is {projection.k}; expected {min(matrix.shape)} at most, as {name} is smaller"
                     )
-                w0, w1 = (tensor.detach().double().cpu() for tensor in (matrix, weights[name]))
+                w0, w1 = (tensor.detach().cpu().double() for tensor in (matrix, weights[name]))
                 found = self._find(projection, w0, w1 - w0)
                 self.of[name] = found.to(matrix.device if found.dtype == torch.bool else matrix)
 

@@ -7,8 +7,11 @@ its neighbours nor on when they finish.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
+from opdlab.models.folders import context_length
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,23 @@ class Rollouts:
 def encode_prompts(
     tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str], room: int
 ) -> list[list[int]]:
-    """Turn prompts into token ids, leaving ``room`` tokens free after the prompt.
+    """Turn prompts into token ids of at most ``room`` tokens.
+
+    They begin with the beginning of the sequence where the tokenizer writes it by itself, once, though a chat template
+    may have written it too.
 
     Raises:
-        OpdlabError: if a prompt has more than ``room`` tokens, quoting it.
+        OpdlabError: if there is no prompt, one has no token, or one has more than ``room``, quoting it.
     """
+    if not prompts:
+        raise OpdlabError("there are no prompts to start from: give at least one")
     encoded = tokenizer(list(prompts), add_special_tokens=False).input_ids
+    begin = [tokenizer.bos_token_id]
+    if tokenizer("").input_ids[:1] == begin:
+        encoded = [ids if ids[:1] == begin else begin + ids for ids in encoded]
     for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise OpdlabError(f"the prompt {prompt!r} has no token to start from: leave it out, or write something")
         if len(ids) > room:
             raise OpdlabError(
                 f"the prompt {prompt[:40]!r} has {len(ids)} tokens, but only {room} fit the context beside the "
@@ -87,12 +101,15 @@ def sample(
         generator: the source of randomness (on the CPU), needed unless greedy.
 
     Raises:
-        OpdlabError: if a prompt does not fit the model's context.
+        OpdlabError: if there is no prompt, one is empty or does not fit the model's context, or the temperature is
+            negative or not finite.
     """
-    encoded = encode_prompts(tokenizer, prompts, model.config.max_position_embeddings - max_new_tokens)
-    batch = _Sampling(model, tokenizer, encoded, samples, max_new_tokens)
+    if not 0 <= temperature < math.inf:
+        raise OpdlabError(f"the temperature is {temperature}: give 0, which is greedy, or a number above")
+    encoded = encode_prompts(tokenizer, prompts, context_length(model.config) - max_new_tokens)
+    batch = Sampling(model, encoded, samples, max_new_tokens)
     # Inverse-transform sampling: one uniform number per row and position, drawn in advance.
-    uniforms = torch.rand(batch.rows, max_new_tokens, generator=generator, dtype=torch.float64).to(model.device)
+    uniforms = _float64(torch.rand(batch.rows, max_new_tokens, generator=generator, dtype=torch.float64), model.device)
     out = torch.full((batch.rows, max_new_tokens), tokenizer.eos_token_id, device=model.device)
     length = torch.full((batch.rows,), max_new_tokens, device=model.device)
     for t in range(max_new_tokens):
@@ -107,30 +124,24 @@ def sample(
     return Rollouts(encoded, completions)
 
 
-class _Sampling:
+class Sampling:
     """The rows of a batch that are still being written: their cache, and the logits of their next token."""
 
-    def __init__(
-        self,
-        model: transformers.PreTrainedModel,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        prompts: list[list[int]],
-        samples: int,
-        room: int,
-    ):
-        """Read the prompts, each once, however many samples are drawn from it."""
+    def __init__(self, model: transformers.PreTrainedModel, prompts: list[list[int]], samples: int, room: int):
+        """Read the prompts, each once, however many samples of at most ``room`` tokens are drawn from it."""
         self.model, self.rows, self.width = model, len(prompts) * samples, max(map(len, prompts))
         blanks = [self.width - len(ids) for ids in prompts]
         mask = torch.tensor([[0] * n + [1] * (self.width - n) for n in blanks]).to(model.device)
-        ids = torch.tensor([[tokenizer.pad_token_id] * n + ids for n, ids in zip(blanks, prompts, strict=True)])
+        ids = torch.tensor([[0] * n + ids for n, ids in zip(blanks, prompts, strict=True)])  # 0: any token, for masked
         self.cache = transformers.DynamicCache(config=model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self._read(ids.to(model.device), mask, positions, logits_to_keep=1)  # (B, V)
         self.cache.batch_repeat_interleave(samples)
         self.logits = logits.repeat_interleave(samples, 0)
-        # The mask of all steps to come, in the shape that attention wants (rows, 1, 1, width + room).
-        mask = torch.cat([mask.bool(), mask.new_ones(len(mask), room).bool()], 1)
-        self.mask = mask.repeat_interleave(samples, 0)[:, None, None]
+        # The mask of all steps to come.
+        mask = torch.cat([mask, mask.new_ones(len(mask), room)], 1).repeat_interleave(samples, 0)
+        # In the shape that attention wants, which spares making it at every step.
+        self.mask = mask.bool()[:, None, None] if obeys_masks(model, self.width + room) else mask
         self.position = positions[:, -1:].repeat_interleave(samples, 0)
         self.alive = torch.arange(self.rows, device=model.device)
 
@@ -145,25 +156,55 @@ class _Sampling:
 
     def _read(self, ids: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Tensor:
         """Return the logits (rows, V) after the last token."""
-        options |= {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return self.model(past_key_values=self.cache, **options).logits[:, -1]
+        return _call(self.model, ids, mask, positions, past_key_values=self.cache, **options).logits[:, -1]
+
+
+def obeys_masks(model: transformers.PreTrainedModel, length: int) -> bool:
+    """Tell whether attention takes a mask of which token sees which as it is, in rows of ``length`` tokens.
+
+    PyTorch's own kernel does, where no layer's window is shorter. Elsewhere transformers makes the mask: eager
+    attention would add this one to the scores, others have no place for one, and a window would be lost.
+    """
+    config = model.config.get_text_config()
+    cache: Any = transformers.DynamicCache(config=config)
+    windows = [layer.sliding_window for layer, slides in zip(cache.layers, cache.is_sliding, strict=True) if slides]
+    return config._attn_implementation == "sdpa" and min(windows, default=length) >= length
+
+
+def _call(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, **options: Any) -> Any:
+    """Let a model read; one that has no positions, but biases of attention instead, makes these of the mask."""
+    kind: Any = type(model)
+    if _has_positions(kind):
+        options["position_ids"] = positions
+    return model(input_ids=ids, attention_mask=mask, **options)
+
+
+@cache
+def _has_positions(kind: Any) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """Return one token for each row of ``logits`` (B, V), given uniform numbers (B,) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    cumulative = torch.softmax(_float64(logits, logits.device) / temperature, -1).cumsum(-1)
     # Scaled by the last entry, which rounding may leave a hair under 1.
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens.clamp(max=logits.shape[-1] - 1).to(logits.device)
+
+
+def _float64(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor in float64, on a device if that has such numbers, and on the CPU if it is Apple's."""
+    return tensor.to("cpu" if device.type == "mps" else device).double()
 
 
 # --- micro-batches: completions packed for one forward pass, each prompt read once for all of its completions ---------
 #
 # A row of the packed batch is a prompt and, side by side behind it, all its completions. Each completion sees the
 # prompt and itself, and counts its positions from the prompt's end: what the model says of it is what it would say of
-# prompt and completion alone, at a fraction of the tokens. No cache is involved, so gradients flow as usual.
+# prompt and completion alone, at a fraction of the tokens. No cache is involved, so gradients flow as usual. A model
+# that does not obey such a mask reads each completion in a row of its own.
 
 
 @dataclass(frozen=True)
@@ -181,17 +222,32 @@ class MicroBatch:
 
     def logits(self, model: transformers.PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""
-        return self._packed(model).logits[self.row, self.source]
+        return self._read(model, model, "logits")
 
     def hidden(self, model: transformers.PreTrainedModel) -> Tensor:
-        """Return what ``model`` makes logits of (C, T, H): its output layer is left out, since V is much larger than H.
+        """Return what ``model`` makes logits of (C, T, H) by :func:`logits_of`, since V is much larger than H.
 
         The two agree but for rounding, and :meth:`logits` also reads the output of the prompts' tokens.
         """
-        return self._packed(model.base_model).last_hidden_state[self.row, self.source]
+        return self._read(model, model.get_decoder(), "last_hidden_state")
 
-    def _packed(self, model: nn.Module) -> Any:
-        return model(input_ids=self.ids, attention_mask=self.visible, position_ids=self.positions, use_cache=False)
+    def _read(self, model: transformers.PreTrainedModel, part: nn.Module, output: str) -> Tensor:
+        """Return an output of a part of the model (C, T, ...) at the places that predict the tokens."""
+        longest = int(self.positions.max()) + 1
+        if obeys_masks(model, longest):
+            read = _call(part, self.ids, self.visible, self.positions, use_cache=False)
+            return read[output][self.row, self.source]
+        # Each completion in a row of its own, behind its prompt.
+        (completions, longest_completion), at = self.tokens.shape, torch.arange(longest, device=self.ids.device)
+        prompt = self.source[:, :1] + 1
+        place = at - prompt  # (C, L) of each token in its completion, below 0 in the prompt
+        ids = torch.where(
+            place < 0, self.ids[self.row, at], self.tokens.gather(1, place.clamp(0, longest_completion - 1))
+        )
+        seen = (place < self.mask.sum(1, keepdim=True)).long()
+        read = _call(part, ids, seen, at.expand(completions, -1), use_cache=False)
+        source = (prompt - 1 + torch.arange(longest_completion, device=at.device)).clamp(max=longest - 1)
+        return read[output][torch.arange(completions, device=at.device)[:, None], source]
 
     def pieces(self, tokens: int) -> Iterator[tuple[slice, MicroBatch]]:
         """Split the completions, not their packed rows: a piece has about ``tokens`` tokens, padding counted."""
@@ -204,6 +260,27 @@ class MicroBatch:
             yield part, replace(self, **changes)
 
 
+def logits_of(model: transformers.PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the logits (C, T, V) that a model makes of hidden states (C, T, H), with all that it does to them."""
+    states = _States([hidden])
+    states.last_hidden_state = hidden
+    # The model's own code runs around a body that has these states already: some scale or cap what the layer gives.
+    model.get_decoder().forward = lambda *_, **__: states
+    try:
+        return model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)).logits
+    finally:
+        del model.get_decoder().forward
+
+
+class _States(list):
+    """The output of a model's body, which besides hidden states has nothing."""
+
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def micro_batches(
     rollouts: Rollouts, sequences: int, device: torch.device, advantages: Tensor | None = None
 ) -> Iterator[MicroBatch]:
@@ -211,7 +288,12 @@ def micro_batches(
 
     The completions of one prompt stay together, and prompts come by falling length, within a micro-batch too.
     ``advantages`` (B,) are of all completions, if the arm listens to rewards.
+
+    Raises:
+        OpdlabError: if there is no prompt, or a prompt or a completion is empty.
     """
+    if not (rollouts.prompts and all(rollouts.prompts) and all(rollouts.completions)):
+        raise OpdlabError("there is no prompt, or a prompt or a completion without a token: give each at least one")
     samples = rollouts.samples
     groups = [rollouts.completions[i : i + samples] for i in range(0, len(rollouts.completions), samples)]
     lengths = torch.tensor([len(p) + sum(map(len, group)) for p, group in zip(rollouts.prompts, groups, strict=True)])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +40,19 @@ from opdlab.processes import provenance
 from opdlab.training.config import Experiment, config_key
 
 REMEDY = "delete its run folder and train again"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Train in the ``with`` block on a run's folder, where another process is refused.
+
+    Raises:
+        OpdlabError: as :func:`opdlab.models.files.only_process` does.
+    """
+    with only_process(folder, "trains"):
+        for left in folder.rglob("*.part"):  # half written by a process that was killed
+            left.unlink()
+        yield
 
 
 class Run:
@@ -98,13 +111,9 @@ class Run:
         """Return the file with the whole state of training after ``step`` updates, kept where other runs branch off."""
         return self.folder / "states" / f"step-{step:06d}.safetensors"
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Train in the ``with`` block: another process is refused there (:func:`opdlab.models.files.only_process`)."""
-        with only_process(self.folder, "trains"):
-            for left in self.folder.rglob("*.part"):  # half written by a process that was killed
-                left.unlink()
-            yield
+    def alone(self) -> AbstractContextManager[None]:
+        """Return the context to train in (:func:`alone`)."""
+        return alone(self.folder)
 
     def begin(self, device: torch.device) -> None:
         """Write what the run is; of one that was killed before its first checkpoint nothing counts, not even step 0."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -11,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
-from opdlab.models.folders import ALPHABET, load_tokenizer
+from opdlab.models.folders import ALPHABET, context_length, load_tokenizer
 from opdlab.training.arms import Arm, Model
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
@@ -64,10 +63,9 @@ def make_experiment(
     Raises:
         OpdlabError: if a field is unknown, or a model or a number cannot be used.
     """
-    for what, number, kind in (("steps", steps, "whole number"), ("learning_rate", learning_rate, "number")):
-        if not isinstance(number, int if what == "steps" else (int, float)) or not 0 < number < math.inf:
-            raise OpdlabError(f"{what} is {number!r}: give a {kind} above 0")
-    arm = replace(arm, student=_fetched(arm.student), teacher=_fetched(arm.teacher))
+    if not isinstance(steps, int) or steps < 1:
+        raise OpdlabError(f"steps is {steps!r}: give a whole number above 0")
+    arm = replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher))
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
@@ -88,7 +86,8 @@ def make_experiment(
     return experiment
 
 
-def _fetched(model: Model | None) -> Any:
+def fetched(model: Model | None) -> Any:
+    """Return a model with its folder on this machine, or None; one that is named on the hub is fetched."""
     return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
 
 
@@ -98,15 +97,13 @@ def _sizes(arm: Arm) -> tuple[int, int]:
         return dict(arm.student.shape).get("max_position_embeddings", 1024), len(ALPHABET)
     configs = []
     for role, model in {"student": arm.student, "teacher": arm.teacher or arm.student}.items():
-        file = Path(model.folder) / "config.json"
-        if not file.is_file():
+        if not (Path(model.folder) / "config.json").is_file():
             raise OpdlabError(
                 f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
                 "and tokenizer, or OWNER/NAME on the hub"
             )
-        config = json.loads(file.read_text())
-        configs.append(config | config.get("text_config", {}))
-    return min(config.get("max_position_embeddings", 1024) for config in configs), configs[0].get("vocab_size", 1)
+        configs.append(transformers.AutoConfig.from_pretrained(model.folder).get_text_config())
+    return min(map(context_length, configs)), configs[0].vocab_size
 
 
 def _check_numbers(experiment: Experiment, context: int) -> None:

@@ -7,9 +7,9 @@ run that was killed goes on bit for bit as if nothing had happened.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,29 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import character_tokenizer, check_same_vocabulary, load_model, load_tokenizer, new_model
+from opdlab.models.folders import context_length
 from opdlab.processes import find_device
 from opdlab.training import objectives
 from opdlab.training.config import Experiment
 from opdlab.training.losses import LOSSES, token_ranking, token_weights
+from opdlab.training.opening import open_models
 from opdlab.training.optimizers import load_moments, make_optimizers, moments
 from opdlab.training.projection import Projector
-from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, encode_prompts, micro_batches, sample
+from opdlab.training.rollouts import (
+    MicroBatch,
+    Rollouts,
+    encode_completions,
+    encode_prompts,
+    logits_of,
+    micro_batches,
+    sample,
+)
 from opdlab.training.tasks import Task
 
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4}
+
+#: What is added up over a batch, and what messages call it.
+_SUMS = {"entropy": "entropy of the student's logits", "kl": "divergence from the teacher's logits", "loss": "loss"}
 
 Gradients = dict[str, Sequence[Tensor]]
 
@@ -57,40 +69,23 @@ def score(
     return torch.tensor([reward if whole else 0.0 for reward, whole in zip(rewards, ended, strict=True)])
 
 
-def load_student(
-    experiment: Experiment, device: torch.device | str = "cpu"
-) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
-    """Return the tokenizer and the model that a run starts from."""
-    source = experiment.arm.student
-    if source.shape:
-        # transformers wraps the method "to", and its type with it.
-        model = new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
-        return character_tokenizer(), model
-    return load_tokenizer(source.folder), load_model(source.folder, device)
-
-
 class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
     def __init__(self, experiment: Experiment):
-        """Load the models of an experiment.
+        """Load the models of an experiment, and check that they can be trained on its task.
 
         Raises:
-            OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
+            OpdlabError: if a model cannot be opened, student and teacher differ in vocabulary, ends or the tokens of a
+                prompt, or a model's passes are not those of each sequence alone.
         """
         self.experiment = experiment
         self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
         self.device = find_device(experiment.compute.gpu)
         # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
         self.dtype = getattr(torch, experiment.compute.dtype) if self.device.type == "cuda" else torch.float32
-        self.tokenizer, self.student = load_student(experiment, self.device)
-        if experiment.compute.recompute:
-            self.student.activation_checkpointing_enable()
-        self.teacher: Any = None
-        if self.arm.teacher:
-            check_same_vocabulary(Path(self.arm.student.folder), Path(self.arm.teacher.folder))
-            # Nothing is learned here, so nothing is lost by keeping it in what the passes compute in.
-            self.teacher = load_model(self.arm.teacher.folder, self.device, self.dtype)
+        prompts = self.task.prompts(min(2, self.recipe.prompts), random_numbers(experiment.seed, "prompts", 0))
+        self.tokenizer, self.student, self.teacher = open_models(experiment, prompts, self.device, self.dtype)
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}
@@ -105,7 +100,7 @@ class Trainer:
         """Make update number ``step`` (counted from 0) and return what the history keeps of it.
 
         Raises:
-            OpdlabError: if the loss is not finite; the weights are then as before the step.
+            OpdlabError: if the loss is not finite (the weights are then as before the step), or what comes of it.
         """
         # On a CPU what the step itself took, whatever else runs there; while a GPU works, the processor only waits.
         clock = time.process_time if self.device.type == "cpu" else time.perf_counter
@@ -113,11 +108,8 @@ class Trainer:
         rollouts, rewards = self.batch(step)
         advantages = objectives.grpo_advantages(rewards, rollouts.samples) if self.arm.reads_rewards else None
         sums, gradients = self._gradients(step, rollouts, advantages)
-        if not np.isfinite(sums["loss"]):
-            raise OpdlabError(
-                f"the loss of {self.experiment.title!r} is {sums['loss']} at step {step + 1}: lower its learning rate "
-                f"({self.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
-            )
+        # What is not finite first says why: entropy is of the student's logits alone, the divergence of both models'.
+        self._check_finite({f"the {what}": sums[name] for name, what in _SUMS.items()}, step)
         mixed = self._mix(gradients)
         if self.projector and self.projector.acts_on == "gradient":
             self.projector.project_gradients(dict(self.student.named_parameters()))
@@ -126,6 +118,8 @@ class Trainer:
         skipped = self.arm.loss == "grpo" and not bool(advantages.any())
         if not skipped:
             self._update(step)
+        update_norm = self.update_norm()
+        self._check_finite({"the norm of the update": update_norm}, step)
         return {
             "step": step + 1,
             "loss": sums["loss"],
@@ -133,11 +127,19 @@ class Trainer:
             "entropy": sums["entropy"],
             "kl_teacher": sums["kl"] if self.arm.reads_teacher else None,
             "grad_norm": float(norm),
-            "update_norm": self.update_norm(),
+            "update_norm": update_norm,
             "skipped": skipped,
             "tokens": rollouts.tokens,
             "seconds": round(clock() - began, 4),
         } | mixed
+
+    def _check_finite(self, numbers: dict[str, float], step: int) -> None:
+        for what, number in numbers.items():
+            if not math.isfinite(number):
+                raise OpdlabError(
+                    f"{what} of {self.experiment.title!r} is {number} at step {step + 1}: lower its learning rate "
+                    f"({self.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
+                )
 
     def batch(self, step: int) -> tuple[Rollouts, Tensor | None]:
         """Return the completions of a step, and their rewards (B,) if a student wrote them."""
@@ -145,7 +147,7 @@ class Trainer:
         prompts = self.task.prompts(recipe.prompts, random_numbers(seed, "prompts", step))
         texts = self.texts(prompts)
         if self.writer is None:
-            room = self.student.config.max_position_embeddings - self.experiment.max_new_tokens
+            room = context_length(self.student.config) - self.experiment.max_new_tokens
             solutions = encode_completions(self.tokenizer, [self.task.demonstration(prompt) for prompt in prompts])
             return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
         how: Any = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": self.experiment.temperature}
@@ -168,7 +170,7 @@ class Trainer:
     ) -> tuple[dict[str, float], Gradients]:
         """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients by loss."""
         random = torch_generator(random_numbers(self.experiment.seed, "tokens", step))
-        sums, gradients = {"loss": 0.0, "entropy": 0.0, "kl": 0.0}, Gradients()
+        sums, gradients = dict.fromkeys(_SUMS, 0.0), Gradients()
         self.student.zero_grad()
         self.student.train(self.experiment.compute.recompute)  # Only then does transformers recompute.
         for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device, advantages):
@@ -198,9 +200,9 @@ class Trainer:
 
         def look(piece: MicroBatch, rows: slice, ours: Tensor) -> tuple[dict, dict]:
             with self.precision():
-                logits = self.student.get_output_embeddings()(ours)
+                logits = logits_of(self.student, ours)
             with torch.no_grad():
-                teacher = self.teacher.get_output_embeddings()(theirs[rows]) if reads_teacher else None
+                teacher = logits_of(self.teacher, theirs[rows]) if reads_teacher else None
             return self.losses(piece, logits, teacher, tokens, None if noise is None else noise[rows])
 
         totals: tuple[dict, dict] = {}, {}
@@ -216,7 +218,8 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return each of the arm's losses, as its share of that of a batch, and sums over the tokens.
 
-        The losses are by name, and the sums are "entropy" and "kl" (to the teacher), all scalars.
+        The losses are by name, and the sums are "entropy" and "kl" (to the teacher), all scalars. Of rollouts, student
+        and teacher are both at the temperature that they were sampled at.
 
         Args:
             part: a micro-batch of C completions, or some of them.
@@ -225,6 +228,9 @@ class Trainer:
             tokens: in the whole batch.
             noise: (C, T) what ranks the tokens if chance does.
         """
+        if self.writer is not None and self.experiment.temperature != 1:
+            logits = logits / self.experiment.temperature
+            teacher = None if teacher is None else teacher / self.experiment.temperature
         weights: Tensor | float = 1.0
         with torch.no_grad():
             if chosen := self.arm.tokens:

@@ -1,7 +1,7 @@
 """Training on many GPUs: an experiment run by TRL's trainers, under ``accelerate launch`` (FSDP2).
 
 ``opdlab train --engine trl`` writes what they are told into the run's folder, prints the command and runs it: each
-process is then this module. The snapshots are put together from all GPUs.
+process is then :mod:`opdlab.training.trl_process`. The snapshots are put together from all GPUs.
 
 ============  ==============================================  =======================================================
 arm           trainer                                         loss
@@ -18,56 +18,46 @@ rounds the weights. From the same completions comes the same update as in opdlab
 prompts in the same order (``tests/training/test_engines.py``). But TRL
 
 - samples from random streams of its own, so the completions are others;
-- spares norms from weight decay;
 - has the paper's epsilon of Adam for RLVR, 1e-15, where opdlab's loop has 1e-8: some per cent of a first step;
-- makes an update from momentum where all rewards of a batch are alike, which opdlab's loop skips;
 - in bf16 under FSDP2 adds up the gradients of different GPUs in bf16, and only those of micro-batches in float32;
 - keeps the whole teacher on each GPU: 64 GB for 32 billion weights in bf16;
-- starts anew when it was stopped, and measures no accuracy.
+- measures no accuracy.
 
-The tests run on CPUs in float32. On GPUs, in bf16 and with vLLM this has not been run yet.
+A run's folder has the key of its experiment and the number of processes in its name. A stopped run goes on from its
+last checkpoint, of which it writes fifty in all and keeps one; as in opdlab's loop, bit for bit, but for what vLLM
+samples. The tests run on CPUs in float32. On GPUs, in bf16 and with vLLM this has not been run yet.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import lru_cache, partial
-from importlib import import_module
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
-from opdlab.errors import OpdlabError, exit_status
-from opdlab.models.files import load_tensors, local_folder, write_json, write_whole
-from opdlab.models.folders import check_same_vocabulary, load_model, load_tokenizer, save_model
+from opdlab.errors import OpdlabError
+from opdlab.models.files import write_json, write_whole
+from opdlab.processes import find_device
 from opdlab.training.arms import changed_fields
-from opdlab.training.config import Experiment, Recipe
+from opdlab.training.config import Experiment
+from opdlab.training.loop import install_model
 from opdlab.training.objectives import CLIP
-from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
-from opdlab.training.trainer import random_numbers, score
+from opdlab.training.store import Run
+from opdlab.training.trained import fetched
+from opdlab.training.trl_process import CHECKPOINT, FINISHED, Callback, drop_checkpoints
 
 #: The first word of TRL's trainer and its configuration, by who writes the completions and the loss.
 TRAINERS = {
     ("task", "cross_entropy"): "SFT", ("student", "opd_sampled"): "IWOPD", ("student", "grpo"): "GRPO",
     ("student", "reverse_kl"): "Distillation", ("student", "forward_kl"): "Distillation",
 }  # fmt: skip
-
-Tokenizer = transformers.PreTrainedTokenizerBase
-#: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
-Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.TrainerCallback]
 
 
 # --- what TRL and accelerate are told ---------------------------------------------------------------------------------
@@ -88,8 +78,6 @@ def trainer_of(experiment: Experiment) -> str:
             f"TRL has no trainer for {experiment.title!r} ({why or 'it starts from random weights'}): choose sft, opd, "
             "opd_full or rlvr, or a scale that opdlab's own loop trains"
         )
-    if experiment.task.chat:
-        raise OpdlabError(f"TRL is given prompts as they are: make task {experiment.task.name!r} with chat=False")
     return trainer
 
 
@@ -102,7 +90,7 @@ def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) 
     trainer, arm = trainer_of(experiment), experiment.arm
     return {
         "arm": experiment.title, "seed": experiment.seed, "task": experiment.task.name, "trainer": trainer,
-        "recipe": asdict(experiment.recipe), "snapshots": list(experiment.snapshots), "processes": processes,
+        "recipe": asdict(experiment.recipe), "snapshots": list(experiment.kept[1:]), "processes": processes,
         "start": arm.student.folder, "teacher": arm.teacher.folder if arm.teacher and arm.reads_teacher else None,
         "arguments": _common(experiment, trainer, processes, gpu) | _special(experiment, trainer, vllm),
     }  # fmt: skip
@@ -135,8 +123,8 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool) -> 
         "seed": experiment.seed, "use_cpu": not gpu, "gradient_checkpointing": compute.recompute,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
         "bf16": gpu and compute.dtype == "bfloat16",
-        # The weights are among the snapshots; in a run that goes on from a checkpoint of TRL, the origin would be lost.
-        "save_strategy": "no", "logging_steps": 1, "report_to": "none",
+        # Checkpoints are written when trl_process says so, and the data of a run that goes on begin where it stopped.
+        "save_strategy": "no", "ignore_data_skip": True, "logging_steps": 1, "report_to": "none",
     }  # fmt: skip
 
 
@@ -185,7 +173,7 @@ def accelerate_arguments(config: dict) -> dict:
 
 def launch(
     experiment: Experiment,
-    folder: Path,
+    root: Path,
     callback: Callback,
     *,
     processes: int | None = None,
@@ -194,11 +182,11 @@ def launch(
     produces: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Train an experiment with TRL, and say where its files are.
+    """Train an experiment with TRL, or go on where an earlier call was stopped, and say where its files are.
 
     Args:
-        experiment: with models in folders, or named on the Hugging Face hub.
-        folder: of the run.
+        experiment: with models in folders, or named on the Hugging Face hub, from which they are then fetched.
+        root: the folder of all runs.
         callback: makes what measures the run on its way and writes its snapshots.
         processes: how many take part; by default one for each GPU here.
         gpu: whether it needs GPUs.
@@ -211,24 +199,39 @@ def launch(
     """
     # On a machine without GPUs the configuration is for eight.
     processes = processes or torch.cuda.device_count() or (8 if gpu else 1)
-    config = configure(experiment, processes, gpu=gpu, vllm=vllm) | {"produces": produces and str(produces)}
-    print(f"run folder: {folder}")
-    if (folder / "trainer_state.json").exists():
-        print("finished before; delete the folder to train it again")
-        return
+    config = configure(experiment, processes, gpu=gpu, vllm=vllm)
     if not dry_run:
         check_ready(config)
-    command = write(config, experiment, callback, folder)
-    print(shlex.join(command), flush=True)
-    if dry_run:
-        return
+        arm = experiment.arm
+        experiment = replace(experiment, arm=replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher)))
+    run = Run(experiment, root, root / f"{_name(experiment, dry_run)}-trl{processes}")
+    print(f"run folder: {run.folder}")
+    if (run.folder / FINISHED).exists():
+        print("finished before; delete the folder to train it again")
+    else:
+        command = write(config, experiment, callback, run.folder)
+        print(shlex.join(command), flush=True)
+        if dry_run:
+            return
+        if not (run.folder / CHECKPOINT).exists():
+            run.begin(find_device(gpu))
+        if status := subprocess.run(command).returncode:
+            raise OpdlabError(f"training ended with status {status}; what went wrong is said above")
+    drop_checkpoints(run.folder)  # left by a call that was stopped right after the last step
+    if produces and not produces.exists():
+        # Whole or not at all, should it be stopped here.
+        install_model(run, produces.with_name(f"{produces.name}.part")).replace(produces)
+    print(f"to measure it: opdlab measure {config['start']} --trajectory {run.folder / 'snapshots'}")
+
+
+def _name(experiment: Experiment, dry_run: bool) -> str:
+    """Return the name of an experiment's folder, without the key if its models need not be here and are not."""
     try:
-        status = subprocess.run(command).returncode
-    except KeyboardInterrupt:
-        raise OpdlabError("stopped; the same command trains from the start again") from None
-    if status:
-        raise OpdlabError(f"training ended with status {status}; what went wrong is said above")
-    print(f"to measure it: opdlab measure {config['start']} --trajectory {folder / 'snapshots'}")
+        return experiment.folder
+    except OpdlabError:
+        if not dry_run:
+            raise
+        return f"{experiment.title}-seed{experiment.seed}"
 
 
 def write(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> list[str]:
@@ -237,7 +240,7 @@ def write(config: dict, experiment: Experiment, callback: Callback, folder: Path
     Raises:
         OpdlabError: if the task cannot be handed to other processes.
     """
-    write_json(folder / "config.json", config)
+    write_json(folder / "trl.json", config)
     write_json(folder / "accelerate.json", accelerate_arguments(config))
     try:
         packed = pickle.dumps((config, experiment, callback))
@@ -246,7 +249,7 @@ def write(config: dict, experiment: Experiment, callback: Callback, folder: Path
         raise OpdlabError(f"{what}: put its reward in a module") from problem
     write_whole(folder / "run.pickle", lambda temporary: temporary.write_bytes(packed))
     program = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
-    options = ["--config_file", f"{folder / 'accelerate.json'}", "-m", "opdlab.training.trl"]
+    options = ["--config_file", f"{folder / 'accelerate.json'}", "-m", "opdlab.training.trl_process"]
     return [program, "launch", *options, f"{folder / 'run.pickle'}"]
 
 
@@ -269,132 +272,3 @@ def check_ready(config: dict) -> None:
     for source in filter(None, (config["start"], config["teacher"])):
         if Path(source).is_absolute() and not Path(source).is_dir():
             raise OpdlabError(f"there is no model in {source}: make it first, or give the folder of another")
-
-
-# --- one process of the run -------------------------------------------------------------------------------------------
-
-
-def run(path: Path) -> None:
-    """Train what was written into ``path``, and write the model that the run makes, if it makes one.
-
-    Raises:
-        OpdlabError: if a model cannot be opened, or student and teacher have different vocabularies.
-    """
-    # What launch wrote on this machine a moment ago.
-    config, experiment, callback = pickle.loads(path.read_bytes())
-    trainer = make_trainer(config, experiment, callback, path.parent)
-    trainer.train()
-    trainer.save_state()
-    produces = config.get("produces")
-    if produces and not Path(produces).exists() and trainer.is_world_process_zero():
-        # From the last snapshot, which is whole: of the model at hand each process has a part.
-        snapshot = path.parent / "snapshots" / f"step-{max(config['snapshots']):06d}.safetensors"
-        start = local_folder(config["start"])
-        model = load_model(start)
-        model.load_state_dict(load_tensors(snapshot)[0], strict=False)
-        save_model(model, load_tokenizer(start), Path(produces))
-
-
-def make_trainer(config: dict, experiment: Experiment, callback: Callback, folder: Path) -> transformers.Trainer:
-    """Return the trainer of a configuration, with data, models and callback, which writes into ``folder``."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    name = config["trainer"]
-    kind, configuration = _classes(name, experiment.recipe)
-    # First of all, as it joins the processes and says which device is whose.
-    settings = configuration(output_dir=str(folder), **config["arguments"])
-    start = local_folder(config["start"])
-    tokenizer, student = load_tokenizer(start), load_model(start)
-    data = rows(experiment, name, tokenizer, student.config.max_position_embeddings)
-    options = {"args": settings, "processing_class": tokenizer, "train_dataset": data}
-    if config["teacher"]:
-        teacher = local_folder(config["teacher"])
-        check_same_vocabulary(start, teacher)
-        options["teacher_model"] = load_model(teacher, dtype=torch.bfloat16 if settings.bf16 else torch.float32)
-    if name == "GRPO":
-        options["reward_funcs"] = reward(experiment, tokenizer)
-    elif name == "IWOPD":
-        options["data_collator"] = partial(_collate, tokenizer)
-    trainer = kind(student, **options)
-    trainer.add_callback(callback(trainer, folder, experiment.snapshots))
-    return trainer
-
-
-def _classes(name: str, recipe: Recipe) -> tuple[type, type]:
-    """Return TRL's trainer, with what opdlab must have otherwise, and its configuration."""
-    library = import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
-    trainer: Any = getattr(library, f"{name}Trainer")
-
-    class Scheduled(trainer):
-        """With the learning rates of opdlab's loop, of which TRL's schedules are some steps off."""
-
-        def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-            at = optimizer or self.optimizer
-            self.lr_scheduler = LambdaLR(at, lambda step: recipe.learning_rate_at(step) / recipe.learning_rate)
-            return self.lr_scheduler
-
-    class InOrder(Scheduled):
-        """With prompts in order, and a loss averaged over the tokens of the batch, as ``IWOPDTrainer`` has neither."""
-
-        loss_is_scaled_for_ga = True
-
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            sampler = super()._get_train_sampler(dataset)
-            sampler.shuffle = False
-            return sampler
-
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            # The number of tokens that comes in is of the data set, where there are no completions yet.
-            tokens = sum((part["labels"] != -100).sum() for part in self._buffered_inputs)
-            # A share of all: the gradients of the processes are averaged.
-            tokens = self.accelerator.gather(tokens).sum() / self.accelerator.num_processes
-            return super().compute_loss(model, inputs, return_outputs, tokens)
-
-    return InOrder if name == "IWOPD" else Scheduled, getattr(library, f"{name}Config")
-
-
-def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, context: int) -> Any:
-    """Return the ``datasets.Dataset``: the prompts of step 0 as opdlab's loop sees them, those of step 1, and so on.
-
-    A row is drawn when it is asked for: a prompt, repeated for all trainers but GRPO as often as it is sampled; or for
-    SFT the tokens of prompt and solution, with labels on the solution only.
-    """
-    import datasets
-
-    task, recipe = experiment.task, experiment.recipe
-    repeats = 1 if trainer == "GRPO" else recipe.samples
-    a_step = recipe.prompts * repeats
-
-    @lru_cache(maxsize=2)
-    def prompts_of(step: int) -> list[str]:
-        return task.prompts(recipe.prompts, random_numbers(experiment.seed, "prompts", step))
-
-    def draw(batch: dict[str, list[int]]) -> dict[str, list]:
-        prompts = [prompts_of(number // a_step)[number % a_step // repeats] for number in batch["number"]]
-        if trainer != "SFT":
-            return {"prompt": prompts}
-        before = encode_prompts(tokenizer, prompts, context - experiment.max_new_tokens)
-        after = encode_completions(tokenizer, [task.demonstration(prompt) for prompt in prompts])
-        labels = [[-100] * len(prompt) + solution for prompt, solution in zip(before, after, strict=True)]
-        return {"input_ids": list(map(add, before, after)), "labels": labels}
-
-    return datasets.Dataset.from_dict({"number": range(recipe.steps * a_step)}).with_transform(draw)
-
-
-def reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[float]]:
-    """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
-
-    def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return score(tokenizer, experiment.task, prompts, Rollouts([[]] * len(prompts), completion_ids)).tolist()
-
-    return accuracy
-
-
-def _collate(tokenizer: Tokenizer, examples: list[dict[str, str]]) -> dict[str, Tensor]:
-    """Make a batch of rows for ``IWOPDTrainer``, which by itself would write prompts by a chat template."""
-    prompts = [example["prompt"] for example in examples]
-    encoded = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-    return {"prompts": encoded.input_ids, "prompt_attention_mask": encoded.attention_mask} | dict(encoded)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_status("opdlab.training.trl", lambda: run(Path(sys.argv[1]))))

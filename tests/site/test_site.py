@@ -80,7 +80,10 @@ UNREACHABLE = """() => [...document.querySelectorAll('main *')]
     .filter(box => box.scrollWidth > box.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(box).overflowX))
     .filter(box => box.tabIndex < 0 && ![...box.querySelectorAll('*')].some(inner => inner.tabIndex >= 0))
     .map(box => box.outerHTML.slice(0, 150))"""
-PAINTED = "() => performance.getEntriesByName('first-contentful-paint')[0]?.startTime / 1000"
+# On a busy machine a page can have loaded before the browser says when it showed something first: wait for that.
+PAINTED = """() => new Promise(resolve => new PerformanceObserver(list => {
+    for (const entry of list.getEntriesByName('first-contentful-paint')) resolve(entry.startTime / 1000);
+}).observe({ type: 'paint', buffered: true }) || setTimeout(() => resolve(Infinity), 10000))"""
 
 
 @dataclass
