@@ -145,15 +145,22 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
             )
 
 
+def common_tokens(
+    models: Sequence[transformers.PreTrainedModel], tokenizer: transformers.PreTrainedTokenizerBase
+) -> int:
+    """Return how many logits are of tokens: families such as Qwen2.5 pad their vocabularies, larger models further."""
+    return min(max(tokenizer.get_vocab().values()) + 1, *(_logits(model) for model in models))
+
+
 def cut_vocabulary(
     models: Sequence[transformers.PreTrainedModel], tokenizer: transformers.PreTrainedTokenizerBase
 ) -> None:
-    """Leave the logits of models without those that are no token of all, in place.
-
-    Families such as Qwen2.5 pad their vocabularies, larger models further. The weights stay as they are.
-    """
-    sizes = [model.config.get_text_config().vocab_size for model in models]
-    count = min(max(tokenizer.get_vocab().values()) + 1, *sizes)
-    for model, size in zip(models, sizes, strict=True):
-        if size > count:
+    """Leave the logits of models without those that are no token of all, in place. The weights stay as they are."""
+    count = common_tokens(models, tokenizer)
+    for model in models:
+        if _logits(model) > count:
             model.get_output_embeddings().register_forward_hook(lambda layer, given, logits: logits[..., :count])
+
+
+def _logits(model: transformers.PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size

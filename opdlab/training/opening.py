@@ -55,34 +55,45 @@ def open_models(
         OpdlabError: if a model cannot be opened or its passes are wrong (:func:`check_passes`), or the two differ in
             vocabulary, in ends, or in the tokens that they read a prompt as.
     """
-    arm, compute = experiment.arm, experiment.compute
+    arm = experiment.arm
     tokenizer, student = load_student(experiment, device)
-    room = context_length(student.config) - experiment.max_new_tokens
-    ours = encode_prompts(tokenizer, experiment.task.texts(tokenizer, prompts), room)
-    if compute.recompute:
+    encoded = encode_alike(experiment, tokenizer, prompts, context_length(student.config) - experiment.max_new_tokens)
+    if experiment.compute.recompute:
         student.activation_checkpointing_enable()
-        _drop_nothing(student)
-    check_passes(student, f"the student {arm.student.folder or 'with random weights'}", ours)
+        drop_nothing(student)
+    check_passes(student, f"the student {arm.student.folder or 'with random weights'}", encoded)
     if not arm.teacher:
         cut_vocabulary([student], tokenizer)
         return tokenizer, student, None
-    check_same_vocabulary(Path(arm.student.folder), Path(arm.teacher.folder))
-    other = load_tokenizer(arm.teacher.folder)
-    theirs = encode_prompts(other, experiment.task.texts(other, prompts), room)
-    if ours != theirs:
-        raise OpdlabError(
-            f"student {arm.student.folder} reads a prompt as {tokenizer.decode(ours[0])!r} and teacher "
-            f"{arm.teacher.folder} as {other.decode(theirs[0])!r}: give both one chat template and one beginning of "
-            "the sequence, or make the task with chat=False"
-        )
     teacher = load_model(arm.teacher.folder, device, dtype)
-    check_passes(teacher, f"the teacher {arm.teacher.folder}", theirs)
+    check_passes(teacher, f"the teacher {arm.teacher.folder}", encoded)
     cut_vocabulary([student, teacher], tokenizer)
     return tokenizer, student, teacher
 
 
-def _drop_nothing(model: Model) -> None:
-    """Set every share of dropout to 0: a model recomputes in training mode only, and no pass is to differ by that."""
+def encode_alike(experiment: Experiment, tokenizer: Tokenizer, prompts: list[str], room: int) -> list[list[int]]:
+    """Return prompts as the student's token ids (:func:`encode_prompts`), once they are known to be the teacher's too.
+
+    Raises:
+        OpdlabError: if the two differ in vocabulary, in ends, or in the tokens that they read a prompt as.
+    """
+    task, student, teacher = experiment.task, experiment.arm.student, experiment.arm.teacher
+    ours = encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+    if teacher:
+        check_same_vocabulary(Path(student.folder), Path(teacher.folder))
+        other = load_tokenizer(teacher.folder)
+        theirs = encode_prompts(other, task.texts(other, prompts), room)
+        if ours != theirs:
+            raise OpdlabError(
+                f"student {student.folder} reads a prompt as {tokenizer.decode(ours[0])!r} and teacher "
+                f"{teacher.folder} as {other.decode(theirs[0])!r}: give both one chat template and one beginning of "
+                "the sequence, or make the task with chat=False"
+            )
+    return ours
+
+
+def drop_nothing(model: Model) -> None:
+    """Set every share of dropout to 0: training mode, in which alone a model recomputes, is not to change a pass."""
     for module in model.modules():
         shares = {name for name, value in vars(module).items() if isinstance(value, float) and "drop" in name}
         for name in shares | ({"p"} if isinstance(module, torch.nn.Dropout) else set()):

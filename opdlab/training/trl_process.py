@@ -27,13 +27,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from opdlab.errors import OpdlabError, exit_status
 from opdlab.models.files import read_json, sync, write_json, write_whole
-from opdlab.models.folders import check_same_vocabulary, load_model
+from opdlab.models.folders import common_tokens, context_length, load_model
 from opdlab.training.config import Experiment
 from opdlab.training.objectives import grpo_advantages
+from opdlab.training.opening import drop_nothing, encode_alike, load_student
 from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
 from opdlab.training.store import alone
-from opdlab.training.trainer import load_student, random_numbers, score
+from opdlab.training.trainer import random_numbers, score
 
+Model = transformers.PreTrainedModel
 Tokenizer = transformers.PreTrainedTokenizerBase
 #: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
 Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.TrainerCallback]
@@ -79,31 +81,19 @@ def make_trainer(
     config: dict, experiment: Experiment, callback: Callback, folder: Path, done: int = 0
 ) -> transformers.Trainer:
     """Return the trainer of a configuration, with data, models and callbacks, for the steps after ``done``."""
-    name, arm = config["trainer"], experiment.arm
+    name = config["trainer"]
     library = library_of(name)
     # First of all, as it joins the processes and says which device is whose.
     settings = getattr(library, f"{name}Config")(output_dir=str(folder), **config["arguments"])
-    tokenizer, student = load_student(experiment)
-    # Where the two differ, IWOPD takes a sampled padding token at the end of a completion for padding.
-    tokenizer.pad_token = tokenizer.eos_token
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    # Nothing else of the folder's own, such as a penalty for repetition, may change what is sampled.
-    student.generation_config = transformers.GenerationConfig(**ends)
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    tokenizer, student, teacher, encode = _open(experiment, bool(config["teacher"]), dtype)
     if config["arguments"].get("use_vllm"):
         with settings.main_process_first():
             student.name_or_path = str(_for_vllm(student, folder / "start"))
-    room = student.config.max_position_embeddings - experiment.max_new_tokens
-
-    def encode(prompts: Sequence[str]) -> list[list[int]]:
-        return encode_prompts(tokenizer, experiment.task.texts(tokenizer, prompts), room)
-
     options: dict[str, Any] = {"args": settings, "processing_class": tokenizer}
     options["train_dataset"] = rows(experiment, name, tokenizer, encode, done)
-    if arm.teacher and config["teacher"]:
-        check_same_vocabulary(Path(arm.student.folder), Path(arm.teacher.folder))
-        options["teacher_model"] = load_model(
-            arm.teacher.folder, dtype=torch.bfloat16 if settings.bf16 else torch.float32
-        )
+    if teacher:
+        options["teacher_model"] = teacher
     if name == "GRPO":
         options["reward_funcs"] = reward(experiment, tokenizer)
     elif name == "IWOPD":
@@ -114,13 +104,50 @@ def make_trainer(
     return trainer
 
 
+def _open(experiment: Experiment, taught: bool, dtype: torch.dtype) -> tuple[Tokenizer, Model, Any, Encode]:
+    """Return tokenizer, student and teacher (or None), made ready for TRL, and what turns prompts into token ids."""
+    arm, task = experiment.arm, experiment.task
+    tokenizer, student = load_student(experiment)
+    room = context_length(student.config) - experiment.max_new_tokens
+    first = task.prompts(min(2, experiment.recipe.prompts), random_numbers(experiment.seed, "prompts", 0))
+    encode_alike(experiment, tokenizer, first, room)
+    teacher = load_model(arm.teacher.folder, dtype=dtype) if arm.teacher and taught else None
+    drop_nothing(student)
+    # Where the two differ, IWOPD takes a sampled padding token at the end of a completion for padding.
+    tokenizer.pad_token = tokenizer.eos_token
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    # Nothing else of the folder's own, such as a penalty for repetition, may change what is sampled.
+    student.generation_config = transformers.GenerationConfig(**ends)
+    models = [student, teacher] if teacher else [student]
+    count, size = common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
+    if teacher and teacher.config.get_text_config().vocab_size != size:
+        teacher.resize_token_embeddings(size, mean_resizing=False)
+    for model in models if count < size else ():
+        _hide_padding(model, count, dtype)
+    return tokenizer, student, teacher, lambda prompts: encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+
+
+def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
+    """Leave what is no token without probability, by a bias: TRL reads weights and bias of the output layer itself."""
+    layer = model.get_output_embeddings()
+    if layer.bias is not None:
+        raise OpdlabError(
+            f"{model.name_or_path} has {len(layer.weight)} logits for {count} tokens and a bias on them, which TRL "
+            "cannot be told to leave out: train it with opdlab's own loop"
+        )
+    bias = torch.zeros(len(layer.weight), dtype=dtype)
+    bias[count:] = -1e4
+    del layer.bias  # to be no weight, but a buffer that is not saved
+    layer.register_buffer("bias", bias, persistent=False)
+
+
 def library_of(name: str) -> ModuleType:
     """Return the part of TRL with the trainer called ``name``, a value of :data:`opdlab.training.trl.TRAINERS`."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
 
 
-def _for_vllm(student: transformers.PreTrainedModel, folder: Path) -> Path:
+def _for_vllm(student: Model, folder: Path) -> Path:
     """Return a folder of links to the student's files, but for its generation config, which vLLM reads by itself."""
     student.generation_config.save_pretrained(folder)
     for file in Path(student.name_or_path).iterdir():

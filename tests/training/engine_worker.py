@@ -1,4 +1,4 @@
-"""What tests/training/test_engines.py starts in two processes: runs by TRL under FSDP2, without a GPU.
+"""What the tests of TRL's engine share, and what they start in two processes: runs under FSDP2, without a GPU.
 
 ``accelerate launch ... tests/training/engine_worker.py A/run.pickle B/run.pickle``
 """
@@ -17,6 +17,10 @@ import transformers
 
 from opdlab.lab.tasks import RUNNING_SUM
 from opdlab.measuring.callback import callback_for
+from opdlab.measuring.sources import find_trajectory
+from opdlab.models.files import load_tensors
+from opdlab.training import trl as engine
+from opdlab.training.config import Compute
 
 
 def any_text(prompt, completion):
@@ -49,6 +53,29 @@ def stopping_once(trainer, folder, steps):
 
     callback.on_step_begin = begin
     return callback
+
+
+def shortened(experiment, task=ANY_END, steps=2, **recipe):
+    """Some steps of an experiment, in micro-batches of four completions."""
+    return replace(
+        experiment,
+        task=task,
+        recipe=replace(experiment.recipe, steps=steps, **recipe),
+        snapshots=tuple(range(1, steps + 1)),
+        compute=Compute(micro_batch=4),
+    )
+
+
+def written(experiment, folder, processes, callback=callback_for):
+    """Write the files of a run and return its command."""
+    config = engine.configure(experiment, processes, gpu=False, vllm=False)
+    # opdlab's loop has this one for RLVR too.
+    config["arguments"] |= {"adam_epsilon": 1e-8, "disable_tqdm": True}
+    return engine.write(config, experiment, callback, folder)
+
+
+def snapshots_of(folder):
+    return [load_tensors(path)[0] for path in find_trajectory(folder / "snapshots")]
 
 
 def feed(steps):

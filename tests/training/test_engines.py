@@ -20,7 +20,7 @@ pytest.importorskip("trl")
 
 import engine_worker
 import transformers
-from engine_worker import ANY_END, stopping_once, valued
+from engine_worker import ANY_END, shortened, snapshots_of, stopping_once, valued, written
 from torch import Tensor
 
 from opdlab.cli import main
@@ -29,12 +29,11 @@ from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.callback import callback_for
 from opdlab.measuring.sources import find_trajectory
 from opdlab.measuring.update import measure
-from opdlab.models.files import load_tensors
 from opdlab.models.folders import load_model, load_tokenizer
 from opdlab.training import trl as engine
 from opdlab.training import trl_process as process
 from opdlab.training.arms import Model
-from opdlab.training.config import Compute, Experiment
+from opdlab.training.config import Experiment
 from opdlab.training.tasks import Task
 from opdlab.training.trainer import Trainer, random_numbers
 from opdlab.training.trl import accelerate_arguments, configure, trainer_of
@@ -147,31 +146,13 @@ def test_the_paper_needs_the_engine_and_gpus(tmp_path, capsys):
     assert "needs 64 CUDA GPUs, and this machine has" in said(*opd, "--processes", "64")
     assert "TRL has no trainer for 'sft_matched'" in said("train", "--arm", "sft_matched", "--engine", "trl")
     assert main([*opd, "--scale", "paper", "--home", str(tmp_path), "--processes", "4", "--dry-run"]) == 0
-    folder = tmp_path / "runs" / "paper" / "opd-seed0-trl"
+    folder = tmp_path / "runs" / "paper" / "opd-seed0-trl4"  # without the key that its models would give it
     command = capsys.readouterr().out.splitlines()[-1]
     assert (
-        f"accelerate launch --config_file {folder}/accelerate.json -m opdlab.training.trl {folder}/run.pickle"
+        f"accelerate launch --config_file {folder}/accelerate.json -m opdlab.training.trl_process {folder}/run.pickle"
         in command
     )
-    assert json.loads((folder / "config.json").read_text())["processes"] == 4
-
-
-def test_the_command_line_runs_what_it_prints(lab, tmp_path, copy_of, capsys, monkeypatch):
-    commands, own = [], copy_of(lab, tmp_path / "own")
-    monkeypatch.setattr(
-        subprocess, "run", lambda words: commands.append(words) or subprocess.CompletedProcess(words, len(commands) - 1)
-    )
-    words = ["train", "--arm", "opd_full", "--engine", "trl", "--scale", "smoke", "--home", str(own.root)]
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert " ".join(commands[0]) in out and f"opdlab measure {own.models}/anchor --trajectory" in out
-    assert main(words) == 2
-    assert "training ended with status 1" in capsys.readouterr().err
-    (own.runs / "opd_full-seed0-trl" / "trainer_state.json").write_text("{}")
-    assert main(words) == 0 and len(commands) == 2
-    assert "finished before; delete the folder to train it again" in capsys.readouterr().out
-    assert main(["train", "--arm", "opd", "--scale", "smoke", "--dry-run"]) == 2
-    assert "are of an engine: add --engine trl" in capsys.readouterr().err
+    assert json.loads((folder / "trl.json").read_text())["processes"] == 4
 
 
 # --- the updates ------------------------------------------------------------------------------------------------------
@@ -192,17 +173,6 @@ class Steps:
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return float(sum((one[name] - weight).double().square().sum() for name, weight in other.items())) ** 0.5
-
-
-def shortened(experiment: Experiment, task: Task = ANY_END, steps: int = 2, **recipe: float) -> Experiment:
-    """Some steps of an experiment, in micro-batches of four completions."""
-    return replace(
-        experiment,
-        task=task,
-        recipe=replace(experiment.recipe, steps=steps, **recipe),
-        snapshots=tuple(range(1, steps + 1)),
-        compute=Compute(micro_batch=4),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -228,18 +198,6 @@ def own_steps(trainer: Trainer) -> Steps:
         prompts = [prompt for prompt in rollouts.prompts for _ in range(rollouts.samples)]
         done.completions.append(list(zip(prompts, rollouts.completions, strict=True)))
     return done
-
-
-def written(experiment: Experiment, folder: Path, processes: int, callback=callback_for) -> list[str]:
-    """Write the files of a run and return its command."""
-    config = configure(experiment, processes, gpu=False, vllm=False)
-    # opdlab's loop has this one for RLVR too.
-    config["arguments"] |= {"adam_epsilon": 1e-8, "disable_tqdm": True}
-    return engine.write(config, experiment, callback, folder)
-
-
-def snapshots_of(folder: Path) -> list[dict[str, Tensor]]:
-    return [load_tensors(path)[0] for path in find_trajectory(folder / "snapshots")]
 
 
 def assert_same_updates(arm: str, ours: Steps, folder: Path) -> None:
@@ -352,7 +310,7 @@ def test_vllm_is_given_a_folder_that_says_nothing_of_sampling(lab, awkward, tmp_
 @pytest.fixture(scope="module")
 def silent(lab) -> Experiment:
     """RLVR with values as rewards and weight decay; no sample of the second step's prompts earns more than another."""
-    rlvr = shortened(lab.experiment("rlvr"), valued(), steps=3, warmup=0)
+    rlvr = shortened(lab.experiment("rlvr"), valued(), steps=3, warmup=0, weight_decay=0.1)
     prompts = rlvr.task.prompts(rlvr.recipe.prompts, random_numbers(rlvr.seed, "prompts", 1))
     return replace(rlvr, task=valued(prompts))
 
