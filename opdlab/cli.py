@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -63,15 +64,6 @@ def _for_own_loop(lab: Laboratory) -> Laboratory:
             "there are GPUs for it, or choose another scale"
         )
     return lab
-
-
-def _at_home(value: Any) -> Any:
-    """Return an argument with ``~`` written out, which a shell leaves as it is in ``--out=~/results``."""
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    if isinstance(value, str | Path) and str(value).startswith("~"):
-        return type(value)(os.path.expanduser(value))
-    return value
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
@@ -393,9 +385,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> None:
-    options = _parser().parse_args(arguments)
-    for name, value in vars(options).items():
-        setattr(options, name, _at_home(value))
+    # A shell leaves ~ as it is in --out=~/results.
+    tilde, home = re.compile(r"^(--[\w-]+=)?(~[^/]*)"), lambda found: (found[1] or "") + os.path.expanduser(found[2])
+    told = [tilde.sub(home, word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    options = _parser().parse_args(told)
     if options.command != "fetch":  # the one command that downloads: its bars are worth seeing
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     globals()[f"_{options.command}"](options)
