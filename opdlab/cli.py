@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", help="the scale (default: OPDLAB_SCALE, or tiny)")
-    parser.add_argument("--home", type=Path, help="folder of models, records and runs (default: the repository)")
+    what = "folder of models, records and runs (default: OPDLAB_HOME, or the repository, or opdlab's cache)"
+    parser.add_argument("--home", type=Path, help=what)
 
 
 def _laboratory(options: argparse.Namespace) -> Laboratory:
@@ -359,7 +361,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     missing = missing_records((*arms, *analyses), seeds, lab)
     if missing:
         listed = ", ".join(map(str, seeds))
-        raise OpdlabError(f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}")
+        what = f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}"
+        raise OpdlabError(f"{what}: record them first{lab.elsewhere}")
     repeated = Laboratory(lab.scale, lab.runs.parent / "reproduce")
     print(f"retraining in {repeated.root}")
     if options.keep_models:
@@ -378,10 +381,17 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status (:func:`opdlab.errors.exit_status`)."""
-    options = _parser().parse_args(arguments)
+    return exit_status("opdlab", lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
+    # A shell leaves ~ as it is in --out=~/results.
+    tilde, home = re.compile(r"^(--[\w-]+=)?(~[^/]*)"), lambda found: (found[1] or "") + os.path.expanduser(found[2])
+    told = [tilde.sub(home, word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    options = _parser().parse_args(told)
     if options.command != "fetch":  # the one command that downloads: its bars are worth seeing
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return exit_status("opdlab", lambda: globals()[f"_{options.command}"](options))
+    globals()[f"_{options.command}"](options)
 
 
 if __name__ == "__main__":
