@@ -20,6 +20,8 @@ from engine_worker import ANY_END, shortened, snapshots_of, stopping_once, writt
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.scales import SCALES, SMOKE
+from opdlab.models import fetch
 from opdlab.models.files import only_process
 from opdlab.models.folders import load_model
 from opdlab.training import trl_process as process
@@ -86,6 +88,21 @@ def test_it_makes_the_model_that_other_arms_start_from(here):
     made = load_model(home.models / "anchor")
     assert all(made.get_parameter(name).equal(weight) for name, weight in last.items())
     assert [path.name for path in sorted(home.models.iterdir())] == ["anchor", "base"]
+
+
+def test_pretrained_models_are_fetched_first(here, monkeypatch, capsys):
+    """But not on a machine that could not train them, and not for a dry run."""
+    home, commands = here
+    models, asked = home.models.resolve(), []
+    home.models.parent.unlink()
+    shutil.copytree(models / "anchor", home.models / "anchor")
+    monkeypatch.setitem(SCALES, "smoke", replace(SMOKE, models=replace(SMOKE.models, pretrained={"teacher": "it"})))
+    monkeypatch.setattr(fetch, "default_folder", lambda name: models / "teacher")
+    monkeypatch.setattr(fetch, "fetch", lambda name, *_, **__: asked.append(name))
+    assert engine(home, "opd", "--processes", "3") == 2 and engine(home, "opd", "--dry-run") == 0
+    assert "3 processes cannot share" in capsys.readouterr().err and not asked and not commands
+    assert engine(home, "opd", "--set", "steps=1") == 0
+    assert asked == ["it"] and (home.models / "teacher").resolve() == models / "teacher"
 
 
 # --- stopping and going on --------------------------------------------------------------------------------------------
