@@ -242,8 +242,7 @@ def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
         provide_pretrained(lab)
     # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
     produces = lab.models / named.produces if named.produces and options.seed == 0 else None
-    experiment = change(lab.experiment(*asked))  # with what was fetched
-    launch(experiment, config, lab.runs, callback_for, produces=produces, dry_run=options.dry_run)
+    launch(change(lab.experiment(*asked)), config, lab.runs, callback_for, produces=produces, dry_run=options.dry_run)
 
 
 # --- the book ---------------------------------------------------------------------------------------------------------
