@@ -127,25 +127,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(arm, lab, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         process.run(folder / "run.pickle")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    # What a kill leaves of the next one is neither read nor kept.
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
     process.run(folder / "run.pickle")
     assert not list(folder.glob("checkpoint*"))
     assert same(folder, through(experiment, tmp_path / "through"))
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("stopped", "through")]
     losses = [[line["loss"] for line in log["log_history"] if "loss" in line] for log in logs]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
-
-
-def test_a_checkpoint_counts_once_it_is_whole(lab, tmp_path):
-    """What a kill leaves of the next one is neither read nor kept."""
-    experiment, folder = shortened(lab.experiment("sft"), steps=4), tmp_path / "stopped"
-    written(experiment, folder, processes=1, callback=stopping_once)
-    with pytest.raises(KeyboardInterrupt):
-        process.run(folder / "run.pickle")
-    (folder / "checkpoint-3").mkdir()
-    (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
-    process.run(folder / "run.pickle")
-    assert not list(folder.glob("checkpoint*"))
-    assert same(folder, through(experiment, tmp_path / "through"))
 
 
 def test_only_one_process_trains_a_run(lab, tmp_path):

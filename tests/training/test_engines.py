@@ -371,7 +371,7 @@ def test_in_two_processes_under_fsdp2(ours, short, silent, lab, tmp_path):
         command = written(short.get(arm, silent), folder, processes=2)
         if arm != "sft":
             (folder / "completions.json").write_text(json.dumps(ours[arm].completions))
-    longer = shortened(short["opd"], steps=4)
+    longer = shortened(short["opd"], steps=3)
     written(longer, tmp_path / "through", processes=2)
     written(longer, tmp_path / "stopped", processes=2, callback=stopping_once)
     begun = command[: command.index("-m")]
