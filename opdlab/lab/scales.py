@@ -22,6 +22,7 @@ class Models:
     makers: tuple[str, ...]  #: the arms that make them
     shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that start from random weights
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
+    instead: str = ""  #: the folder of another scale that is taken where all of its models are there
     tokenizer: str = ""  #: the pretrained model whose tokenizer, chat template and ends all take; "" for each its own
 
 
@@ -137,6 +138,7 @@ SMOKE = replace(
     TINY,
     name="smoke",
     summary="the models of tiny, six steps per run; seconds, to see that everything works",
+    models=replace(TINY.models, folder="smoke", instead="tiny"),
     budget=replace(
         TINY.budget,
         recipes={

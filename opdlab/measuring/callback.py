@@ -55,7 +55,7 @@ class GeometryCallback(TrainerCallback):
         every: int = 50,
         matrices: str = "attn|attention",
         k: int = 16,
-        snapshots: Path | None = None,
+        snapshots: Path | str | None = None,
         snapshot_steps: Collection[int] = (),
     ):
         """Prepare to measure; nothing is kept before training begins."""
@@ -66,7 +66,8 @@ class GeometryCallback(TrainerCallback):
         except re.error as problem:
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         self.trainer, self.every, self.k = trainer, every, k
-        self.snapshots, self.snapshot_steps = snapshots, frozenset(snapshot_steps if snapshots else ())
+        self.snapshots = Path(snapshots).expanduser() if snapshots else None
+        self.snapshot_steps = frozenset(snapshot_steps if snapshots else ())
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights that training starts from."""

@@ -74,7 +74,7 @@ class Comparison(Shown):
         """
         from opdlab.measuring.report import write_comparison
 
-        folder, means = Path(folder), self.means
+        folder, means = Path(folder).expanduser(), self.means
         write_table(folder / "pairs.csv", self.pairs)
         flat = self.models.set_axis([f"{label}, {kind}" for label, kind in self.models.columns], axis="columns")
         write_table(folder / "models.csv", flat.rename_axis("diagnostic").reset_index())
@@ -107,7 +107,7 @@ def compare(
     Raises:
         OpdlabError: on bad input, naming the file.
     """
-    asked = [one if isinstance(one, Update) else _summary_file(Path(one)) for one in updates]
+    asked = [one if isinstance(one, Update) else _summary_file(Path(one).expanduser()) for one in updates]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
     measured = _labelled(asked)
@@ -118,7 +118,7 @@ def compare(
     work = partial(_compare_matrix, updates=list(zip(measured, ends, norms, strict=True)), seed=seed)
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
-    folder = Path(out) if out else None
+    folder = Path(out).expanduser() if out else None
     # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
     on_disk = all(isinstance(end.path, Path) for pair in ends for end in pair)
     log, processes = (folder, processes) if on_disk else (None, 1)

@@ -65,8 +65,9 @@ def measure(
     0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
     origin, path = open_all(base, tuned)
-    steps, out = steps_of([end.path for end in path]), Path(out) if out else None
+    steps, out = steps_of([end.path for end in path]), Path(out).expanduser() if out else None
     check_apart(out, (origin, *path))
+    cache = Path(cache).expanduser() if cache else None
     job = Job(origin, path, steps, seed, nulls, cache=cache, device=device)
     with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
         update = Update(origin, path, table, trajectory, seed, device)
@@ -191,7 +192,7 @@ class Update(Shown):
         """
         from opdlab.measuring.report import write_report
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         check_apart(folder, (self.base, *self.path))
         write_table(folder / "matrices.csv", self.table)
         summary: dict[str, Any] = {

@@ -150,7 +150,7 @@ def link_or_copy(path: Path, source: Path) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """Read a JSON file, or raise an OpdlabError with a ``remedy`` if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as problem:
         raise OpdlabError(f"{path} is missing or damaged ({problem}): {remedy}") from problem
 
@@ -162,7 +162,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; raises as :func:`write_whole` does."""
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def _defined(value: object) -> object:
