@@ -227,20 +227,22 @@ def _imported(place: str) -> Callable[[str, str, str], float]:
 
 
 def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
-    import torch
-
+    from opdlab.lab.scheduler import provide_pretrained
     from opdlab.measuring.callback import callback_for
+    from opdlab.processes import find_device
     from opdlab.training.config import with_fields
-    from opdlab.training.trl import launch
+    from opdlab.training.trl import check_ready, configure, launch
 
-    engine = bool(lab.scale.engine)
-    gpu = engine or (lab.scale.compute.gpu and torch.cuda.is_available())
+    change = partial(with_fields, settings=_settings(options.set))
+    named, engine, asked = lab.arm(options.arm), bool(lab.scale.engine), (options.arm, options.seed)
+    gpu = engine or find_device(lab.scale.compute.gpu).type == "cuda"
+    config = configure(change(lab.experiment(*asked)), options.processes, gpu=gpu, vllm=engine)
+    if not options.dry_run:
+        check_ready(config)
+        provide_pretrained(lab)
     # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
-    model = lab.arm(options.arm).produces if options.seed == 0 else ""
-    how = {"processes": options.processes, "dry_run": options.dry_run, "gpu": gpu, "vllm": engine}
-    produces = lab.models / model if model else None
-    experiment = with_fields(lab.experiment(options.arm, options.seed), _settings(options.set))
-    launch(experiment, lab.runs, callback_for, produces=produces, **how)
+    produces = lab.models / named.produces if named.produces and options.seed == 0 else None
+    launch(change(lab.experiment(*asked)), config, lab.runs, callback_for, produces=produces, dry_run=options.dry_run)
 
 
 # --- the book ---------------------------------------------------------------------------------------------------------

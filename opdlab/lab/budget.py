@@ -81,15 +81,16 @@ class Shape(NamedTuple):
 
 @cache
 def _measured(config_text: str) -> Shape:
-    config = new_config(json.loads(config_text))
+    config = new_config(json.loads(config_text)).get_text_config()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     parameters = sum(weight.numel() for weight in model.parameters())
     # The token embedding is looked up and not multiplied, unless it is the output layer too.
     looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    cached = 2 * layers * config.num_key_value_heads * head
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    # Where heads do not share keys and values, or choose their width, the configuration has no word for it.
+    head, cached_heads = (getattr(config, name, None) for name in ("head_dim", "num_key_value_heads"))
+    cached = 2 * layers * (cached_heads or heads) * (head or width // heads)
     return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
 
 
@@ -179,6 +180,7 @@ def _memory(
     in_batch = rows * (prompt + recipe.samples * new)
     completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
     at_once = min(compute.tokens_at_once, completions * (prompt + new)) if compute.tokens_at_once else in_batch
+    read = teacher.vocabulary if teacher and arm.reads_teacher else 0
     # A layer keeps about 34 numbers per token and unit of width (2205.05198, Eq. 2, without dropout).
     kept = (student.layers + 34 if compute.recompute else 34 * student.layers) * student.width
     memory = {
@@ -187,7 +189,7 @@ def _memory(
         "origin": 4.0 * student.parameters,
         "activations": float(size * kept * in_batch),
         # Logits, their softmax, and the gradients of both; the teacher's beside them.
-        "logits": 4.0 * student.vocabulary * at_once * (4 + 2 * arm.reads_teacher),
+        "logits": 4.0 * at_once * (4 * student.vocabulary + 2 * read),
     }
     if teacher:
         memory["teacher"] = float(size * teacher.parameters)

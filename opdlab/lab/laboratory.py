@@ -137,9 +137,10 @@ class Laboratory:
     def model(self, name: str) -> Model:
         """Return a model by the name of its folder. Where that is missing, its digest is taken from the records.
 
-        A model that the scale takes from the Hugging Face hub is then named as it is there.
+        A model that the scale takes from the Hugging Face hub, tokenizer and all, is then named as it is there.
         """
-        folder, published = self.models / name, self.scale.models.pretrained.get(name, "")
+        folder, models = self.models / name, self.scale.models
+        published = models.pretrained.get(name, "") if models.tokenizer in ("", name) else ""
         if folder.is_dir():
             return Model(str(folder))
         return Model(published if "/" in published else str(folder), known=self._recorded_digest(name))

@@ -23,6 +23,7 @@ class Models:
     shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that start from random weights
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
     instead: str = ""  #: the folder of another scale that is taken where all of its models are there
+    tokenizer: str = ""  #: the pretrained model whose tokenizer, chat template and ends all take; "" for each its own
 
 
 @dataclass(frozen=True)
@@ -198,12 +199,20 @@ SMALL = Scale(
     compute=Compute(dtype="bfloat16", gpu=True),
 )
 
-# One GPU of 80 GB. The recipes have the paper's rates, with fewer and shorter rollouts.
+# One GPU of 80 GB. The recipes have the paper's rates, with fewer and shorter rollouts. As in the paper, the student
+# starts from a base model and the teacher is one that was trained for chats, which ends with another token. So the
+# student takes the teacher's tokenizer, SFT teaches it the chat template and that end, and all prompts are written by
+# this template: OPD compares the two on sequences that both know.
 FULL = Scale(
     name="full",
     summary="Qwen3-1.7B taught by Qwen3-8B, competition mathematics; an hour or less per run on one GPU of 80 GB",
     task="math",
-    models=Models("full", ("sft",), pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"}),
+    models=Models(
+        "full",
+        ("sft",),
+        pretrained={"base": "Qwen/Qwen3-1.7B-Base", "teacher": "Qwen/Qwen3-8B"},
+        tokenizer="teacher",
+    ),
     budget=Budget(
         _recipes(
             Recipe(steps=200, prompts=16, samples=4, learning_rate=1e-6, weight_decay=0.1),

@@ -34,6 +34,7 @@ from opdlab.lab.records import (
     read_tables,
 )
 from opdlab.models.files import only_process, read_json, write_json
+from opdlab.models.folders import link_model
 from opdlab.processes import CONTEXT, workers
 from opdlab.stats import prediction_interval
 from opdlab.training.loop import install_model
@@ -144,13 +145,18 @@ def provide_pretrained(lab: Laboratory) -> None:
     """Fetch the pretrained models of a scale, and put links to them among its models."""
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
-    for folder, name in lab.scale.models.pretrained.items():
-        place = lab.models / folder
+    models = lab.scale.models
+    # The one whose tokenizer the others take comes first.
+    for folder in sorted(models.pretrained, key=lambda folder: folder != models.tokenizer):
+        place, name = lab.models / folder, models.pretrained[folder]
         if not place.exists():
             fetch(name, default_folder(name), progress=True)
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(default_folder(name), target_is_directory=True)
+            if models.tokenizer in ("", folder):
+                place.symlink_to(default_folder(name), target_is_directory=True)
+            else:
+                link_model(default_folder(name), lab.models / models.tokenizer, place)
 
 
 def _note_pretrained(lab: Laboratory) -> None:

@@ -11,7 +11,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate, chain
 from threading import current_thread, main_thread
@@ -288,7 +288,8 @@ def _last_box(text: str) -> str | None:
     return None
 
 
-MATH = _task("math", _math_prompt, _math_demonstration, _boxed)
+# Chat models read it through their chat template.
+MATH = replace(_task("math", _math_prompt, _math_demonstration, _boxed), chat=True)
 
 _TOY = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
 #: The book's tasks, by name.

@@ -8,6 +8,7 @@ spelt out because transformers imports such a name when it is first used, which 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +114,18 @@ def save_model(
     """Save a model and its tokenizer as an ordinary Hugging Face folder: config, safetensors and tokenizer files."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def link_model(weights: Path, tokenizer: Path, folder: Path) -> None:
+    """Make ``folder`` a model of links: the weights of one, and tokenizer, chat template and ends of another."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for source, whose in ((weights, True), (tokenizer, False)):
+        for file in source.iterdir():
+            if file.name.startswith(("model", "config.json", "source.json")) == whose:
+                (part / file.name).symlink_to(file.resolve())
+    part.rename(folder)
 
 
 def check_same_vocabulary(student: Path, teacher: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,8 +24,10 @@ from opdlab.models.folders import (
     load_tokenizer,
     new_model,
 )
-from opdlab.training.config import Experiment
 from opdlab.training.rollouts import Rollouts, Sampling, encode_prompts, logits_of, micro_batches
+
+if TYPE_CHECKING:
+    from opdlab.training.config import Experiment
 
 Model = transformers.PreTrainedModel
 Tokenizer = transformers.PreTrainedTokenizerBase

@@ -113,7 +113,8 @@ def sample(
     out = torch.full((batch.rows, max_new_tokens), tokenizer.eos_token_id, device=model.device)
     length = torch.full((batch.rows,), max_new_tokens, device=model.device)
     for t in range(max_new_tokens):
-        tokens = _choose(batch.logits, temperature, uniforms[batch.alive, t])
+        drawn = uniforms[batch.alive.to(uniforms.device), t]
+        tokens = _choose(batch.logits, temperature, drawn).to(model.device)
         out[batch.alive, t] = tokens
         going = tokens != tokenizer.eos_token_id
         length[batch.alive[~going]] = t + 1
@@ -191,7 +192,7 @@ def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     cumulative = torch.softmax(_float64(logits, logits.device) / temperature, -1).cumsum(-1)
     # Scaled by the last entry, which rounding may leave a hair under 1.
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    return tokens.clamp(max=logits.shape[-1] - 1).to(logits.device)
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 def _float64(tensor: Tensor, device: torch.device) -> Tensor:

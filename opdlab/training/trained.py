@@ -12,9 +12,8 @@ import torch
 import transformers
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import local_folder
 from opdlab.models.folders import ALPHABET, context_length, load_tokenizer
-from opdlab.training.arms import Arm, Model
+from opdlab.training.arms import Arm
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
 from opdlab.training.rollouts import encode_completions, encode_prompts
@@ -65,7 +64,7 @@ def make_experiment(
     """
     if not isinstance(steps, int) or steps < 1:
         raise OpdlabError(f"steps is {steps!r}: give a whole number above 0")
-    arm = replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher))
+    arm = arm.fetched()
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
@@ -84,11 +83,6 @@ def make_experiment(
     _check_numbers(experiment, context)
     _check_lengths(experiment, context)
     return experiment
-
-
-def fetched(model: Model | None) -> Any:
-    """Return a model with its folder on this machine, or None; one that is named on the hub is fetched."""
-    return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
 
 
 def _sizes(arm: Arm) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from opdlab.cli import main
@@ -33,6 +34,29 @@ def test_published_models_have_their_published_sizes(tmp_path):
         "Qwen/Qwen3-32B": 32_762_123_264,
         "smollm2": 134_515_008,
     }
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "cache"),
+    [
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, 2 * 2 * 32),
+        ("GPTNeoX", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, 2 * 2 * 32),
+        ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, 2 * 2 * 32),
+        (
+            "Mistral",
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+            64,
+        ),
+    ],
+)
+def test_any_configuration_has_a_plan(kind, options, cache, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(vocab_size=48, **options)
+    own = Laboratory.at("tiny", tmp_path)
+    config.save_pretrained(own.models / "base")
+    shape = shape_of("base", own)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shape.parameters == sum(weight.numel() for weight in model.parameters())
+    assert (shape.layers, shape.width, shape.vocabulary, shape.cache) == (2, 32, 48, cache)
 
 
 @pytest.fixture

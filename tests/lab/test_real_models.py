@@ -1,5 +1,6 @@
 """The path of pretrained models, on one of their kind that is as small as it can be."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from opdlab.lab.scales import SMALL
 from opdlab.lab.scheduler import build, plan, provide_pretrained
 from opdlab.models import fetch as fetching
 from opdlab.models.fetch import fetch
-from opdlab.models.folders import load_model
+from opdlab.models.folders import chat_template, check_same_vocabulary, load_model, load_tokenizer
 from opdlab.processes import find_device
 from opdlab.training.config import Recipe
 from opdlab.training.loop import install_model
@@ -169,6 +170,37 @@ def test_the_disk_holds_what_is_planned_and_then_what_others_need(real, copy_of,
     # Only where other runs begin, or find their directions, is more left than the start and the end.
     left = {arm: [step for step in range(5) if run.snapshot_path(step).exists()] for arm, run in runs.items()}
     assert left == {"opd_short": [0, 1, 4], "rlvr_short": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
+
+
+def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(tmp_path, monkeypatch):
+    """A base model ends a sequence with another token than one that was trained for chats, and knows no template."""
+    monkeypatch.setenv("OPDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetching, "HfApi", lambda: type("Api", (), {"model_info": lambda *a, **k: Revision})())
+
+    def download(repository, revision, local_dir, allow_patterns):
+        pretrained(local_dir)
+        tokenizer = load_tokenizer(local_dir)
+        if repository == "someone/chats":
+            tokenizer.eos_token, tokenizer.chat_template = "#", "<{{ messages[0]['content'] }}>"
+        tokenizer.save_pretrained(local_dir)
+        ends = {"eos_token_id": [tokenizer.eos_token_id]}
+        (local_dir / "generation_config.json").write_text(json.dumps(ends))
+
+    monkeypatch.setattr(fetching, "snapshot_download", download)
+    models = replace(SCALE.models, pretrained={"base": "someone/base", "teacher": "someone/chats"}, tokenizer="teacher")
+    own = Laboratory(replace(SCALE, models=models), tmp_path / "own")
+    assert own.model("base").folder == str(own.models / "base"), "the hub's own would end with another token"
+    assert own.model("teacher").folder == "someone/chats"
+    provide_pretrained(own)
+    base, teacher = own.models / "base", own.models / "teacher"
+    check_same_vocabulary(base, teacher)
+    assert load_tokenizer(base).eos_token == "#" and chat_template(base) == chat_template(teacher) != ""
+    assert (base / "model.safetensors").samefile(
+        tmp_path / "cache" / "models" / "someone" / "base" / "model.safetensors"
+    )
+    # What SFT makes of it ends so too.
+    install_model(own.train("sft"), own.models / "anchor")
+    check_same_vocabulary(own.models / "anchor", teacher)
 
 
 def test_a_pretrained_model_is_fetched_once_and_linked(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ pytest.importorskip("trl")
 import engine_worker
 import transformers
 from engine_worker import ANY_END, shortened, snapshots_of, stopping_once, valued, written
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from opdlab.cli import main
@@ -29,7 +30,7 @@ from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.callback import callback_for
 from opdlab.measuring.sources import find_trajectory
 from opdlab.measuring.update import measure
-from opdlab.models.folders import load_model, load_tokenizer
+from opdlab.models.folders import load_model, load_tokenizer, save_model
 from opdlab.training import trl as engine
 from opdlab.training import trl_process as process
 from opdlab.training.arms import Model
@@ -77,7 +78,7 @@ def test_the_configurations_are_those_of_the_papers_tables():
         assert 8 * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] == batch
     models = [(config["start"].rsplit("/", 2)[-2:], config["teacher"]) for config in map(of_paper, tables)]
     anchor, teacher = ["paper", "anchor"], "Qwen/Qwen3-32B"
-    assert models == [(["Qwen", "Qwen3-8B-Base"], None), (anchor, teacher), (anchor, teacher), (anchor, None)]
+    assert models == [(["paper", "base"], None), (anchor, teacher), (anchor, teacher), (anchor, None)]
 
 
 @pytest.mark.parametrize("arm", TRAINERS)
@@ -119,8 +120,8 @@ def test_what_it_refuses(lab):
         with pytest.raises(OpdlabError, match=f"^{processes} processes cannot share a batch of 16 completions"):
             configure(opd, processes, gpu=False, vllm=False)
     empty = replace(lab, root=lab.root / "empty").experiment("opd")
-    with pytest.raises(OpdlabError, match=r"there is no model in .*empty/data/models/tiny/anchor: make it first"):
-        engine.check_ready(configure(empty, 1, gpu=False, vllm=False))
+    with pytest.raises(OpdlabError, match=r"there is no model in .*empty/data/models/smoke/anchor: make it first"):
+        engine.launch(empty, configure(empty, 1, gpu=False, vllm=False), lab.root / "empty", callback_for)
 
 
 def test_a_reward_that_no_other_process_can_have_is_refused(lab, tmp_path):
@@ -259,19 +260,58 @@ def lab_end(lab) -> int:
     return load_tokenizer(lab.models / "anchor").eos_token_id
 
 
-def in_chat(experiment: Experiment, root: Path) -> Experiment:
-    arm = replace(experiment.arm, student=Model(str(root / "anchor")))
+def of_folder(experiment: Experiment, root: Path) -> Experiment:
+    """The experiment with models from another folder; for SFT too, the student is the anchor."""
     teacher = experiment.arm.teacher and Model(str(root / "teacher"))
-    return replace(experiment, arm=replace(arm, teacher=teacher), task=replace(ANY_END, chat=True))
+    return replace(experiment, arm=replace(experiment.arm, student=Model(str(root / "anchor")), teacher=teacher))
 
 
 @pytest.mark.parametrize("arm", TRAINERS)
 def test_a_chat_template_and_no_padding_token(arm, lab, awkward, tmp_path, monkeypatch):
-    # For SFT the student is what the lab calls the base.
-    ours = compare(shortened(in_chat(lab.experiment(arm), awkward), replace(ANY_END, chat=True)), tmp_path, monkeypatch)
+    chat = replace(ANY_END, chat=True)
+    ours = compare(shortened(of_folder(lab.experiment(arm), awkward), chat), tmp_path, monkeypatch)
     tokenizer = load_tokenizer(awkward / "anchor")
     prompts = [tokenizer.decode(prompt) for prompt, _ in ours.completions[0]]
     assert all(prompt.startswith("SQ") and prompt.endswith(":TO") for prompt in prompts)
+
+
+@pytest.fixture(scope="module")
+def padded(lab, tmp_path_factory) -> Path:
+    """Models with logits that are no token, the teacher with more; their tokenizer writes a beginning by itself."""
+    root = tmp_path_factory.mktemp("padded")
+    for name, rows in (("anchor", 32), ("teacher", 40)):
+        model, tokenizer = load_model(lab.models / name), load_tokenizer(lab.models / name)
+        model.resize_token_embeddings(rows)  # as likely as the mean of the tokens
+        begin = ("S", tokenizer.convert_tokens_to_ids("S"))
+        tokenizer.bos_token = "S"
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="S $A", special_tokens=[begin])
+        save_model(model, tokenizer, root / name)
+    return root
+
+
+@pytest.mark.parametrize("arm", TRAINERS)
+def test_padded_vocabularies_and_a_beginning(arm, lab, padded, tmp_path, monkeypatch):
+    ours = compare(shortened(of_folder(lab.experiment(arm), padded), valued()), tmp_path, monkeypatch)
+    tokenizer = load_tokenizer(padded / "anchor")
+    assert all(tokenizer.decode(prompt).startswith("SQ") for prompt, _ in ours.completions[0])
+    snapshot = snapshots_of(tmp_path)[-1]
+    assert snapshot.keys() == dict(load_model(padded / "anchor").named_parameters()).keys()
+    assert len(snapshot["model.embed_tokens.weight"]) == 32
+
+
+def test_what_is_no_token_is_never_sampled(lab, padded, tmp_path, monkeypatch):
+    written_ids, generate = [], transformers.Qwen3ForCausalLM.generate
+
+    def spy(self, *arguments, **options):
+        found = generate(self, *arguments, **options)
+        written_ids.append(getattr(found, "sequences", found))
+        return found
+
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "generate", spy)
+    written(replace(shortened(of_folder(lab.experiment("opd"), padded), steps=1), temperature=9.0), tmp_path, 1)
+    process.run(tmp_path / "run.pickle")
+    tokens = len(load_tokenizer(padded / "anchor"))
+    assert written_ids and max(int(ids.max()) for ids in written_ids) == tokens - 1
 
 
 @pytest.mark.parametrize("arm", [arm for arm in TRAINERS if arm != "sft"])
@@ -286,7 +326,7 @@ def test_no_model_folder_has_a_say_in_sampling(arm, lab, awkward, tmp_path, monk
 
     monkeypatch.setattr(transformers.GenerationMixin, "_prepare_generation_config", spy)
     for folder in (awkward, lab.models):
-        written(shortened(in_chat(lab.experiment(arm), folder), steps=1), tmp_path / folder.name, processes=1)
+        written(shortened(of_folder(lab.experiment(arm), folder), steps=1), tmp_path / folder.name, processes=1)
         process.run(tmp_path / folder.name / "run.pickle")
     half = len(asked) // 2
     assert half and asked[:half] == asked[half:]
@@ -331,7 +371,7 @@ def test_in_two_processes_under_fsdp2(ours, short, silent, lab, tmp_path):
         command = written(short.get(arm, silent), folder, processes=2)
         if arm != "sft":
             (folder / "completions.json").write_text(json.dumps(ours[arm].completions))
-    longer = shortened(short["opd"], steps=4)
+    longer = shortened(short["opd"], steps=3)
     written(longer, tmp_path / "through", processes=2)
     written(longer, tmp_path / "stopped", processes=2, callback=stopping_once)
     begun = command[: command.index("-m")]

@@ -477,3 +477,47 @@ A, B = torch.zeros(2, 3, V), torch.zeros(2, 3)
 def test_bad_input_is_named(call, sentence):
     with pytest.raises(OpdlabError, match=sentence):
         call()
+
+
+# --- numbers at the end of what floats hold ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("clip", [obj.CLIP, None])
+@pytest.mark.parametrize("apart", [-2000.0, 89.0, 2000.0])
+def test_a_policy_gradient_of_far_log_ratios_is_finite(apart, clip, advantage):
+    logps = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old = torch.tensor([[-1.0 - apart, -1.0]])
+    loss = obj.policy_gradient(logps, torch.full((1, 2), advantage), old, clip)
+    (gradient,) = torch.autograd.grad(loss.sum(), logps)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    # The other token is as if it were alone.
+    assert loss[0, 1] == -advantage and gradient[0, 1] == -advantage
+
+
+def test_what_is_masked_may_be_anything():
+    mask = torch.tensor([[True, False]])
+    for wrong in (torch.nan, torch.inf):
+        per_token = torch.tensor([[2.0, wrong]], requires_grad=True)
+        for reduction in obj.REDUCTIONS.values():
+            loss = reduction(per_token, mask, 1, 1, 1)
+            (gradient,) = torch.autograd.grad(loss, per_token)
+            assert loss == 2 and gradient.tolist() == [[1.0, 0.0]]
+
+
+def test_estimators_of_far_log_ratios_are_finite():
+    found = obj.kl_estimators(torch.tensor([-2000.0, -100.0, 0.0, 2000.0]))
+    assert all(values.isfinite().all() for values in found.values())
+    assert found["k1"].tolist() == [-2000.0, -100.0, 0.0, 2000.0]
+
+
+def test_the_old_log_probabilities_have_no_gradient():
+    logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(obj.policy_gradient(logps, torch.ones(1, 2), logps * 1.0).sum(), logps)
+    assert gradient.tolist() == [[-1.0, -1.0]]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_rewards_that_are_not_finite(wrong):
+    with pytest.raises(OpdlabError, match=r"^rewards \(4\) hold NaN or infinity"):
+        obj.grpo_advantages(torch.tensor([1.0, 0.0, wrong, 1.0]), 2)

@@ -11,15 +11,17 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
 import opdlab as ol
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
+from opdlab.models.folders import check_same_vocabulary, load_tokenizer
 from opdlab.training import loop
 from opdlab.training.arms import Model
 from opdlab.training.config import with_fields
+from opdlab.training.rollouts import encode_completions, encode_prompts
 from opdlab.training.trained import make_experiment
 from opdlab.training.trainer import Trainer
 
@@ -32,14 +34,20 @@ TEMPLATE = (
 QUICK = {"steps": 4, "learning_rate": 1e-3, "progress": False, "prompts": 4, "samples": 2, "evaluation_prompts": 4}
 
 
-def own_model(folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, pad="<|pad|>", eos="<|end|>", **config):
-    """Write a Qwen3 model with random weights, and a tokenizer with a chat template."""
+def own_model(
+    folder, *, width=16, seed=0, letters="abcdef", template=TEMPLATE, pad="<|pad|>", eos="<|end|>", bos=None, **config
+):
+    """Write a Qwen3 model with random weights, and a tokenizer with a chat template, which may begin by itself."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<|pad|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    if bos:
+        begin = [(bos, vocabulary[bos])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=begin)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        bos_token=bos,
         eos_token=eos,
         pad_token=pad,
         additional_special_tokens=SPECIAL[1:],
@@ -407,6 +415,68 @@ def test_a_teacher_of_another_family(other, message, models, tmp_path):
     with pytest.raises(OpdlabError, match=message):
         ol.train(ol.opd(models / "student", tmp_path / "teacher"), task_of(), out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [{"student": 16}, {"teacher": 16}, {"student": 16, "teacher": 24}])
+def test_padding_of_a_vocabulary_is_cut(size, models, tmp_path):
+    """Logits of no token have no part in losses and rollouts, wherever they are, and make no difference to training."""
+    for role in ("student", "teacher"):
+        shutil.copytree(models / role, tmp_path / role)
+        model = transformers.AutoModelForCausalLM.from_pretrained(models / role)
+        model.resize_token_embeddings(size.get(role, 10), mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[10:] = model.get_input_embeddings().weight[:1] * 5  # likely ones
+        model.save_pretrained(tmp_path / role)
+    for estimator, at_once in (("full", 0), ("sampled", 5)):
+        runs = [
+            ol.train(
+                ol.opd(folder / "student", folder / "teacher", estimator=estimator, optimizer="sgd"),
+                task_of(),
+                out=tmp_path / f"{estimator}-{name}",
+                **QUICK | {"tokens_at_once": at_once},
+            )
+            for name, folder in (("as-it-was", models), ("padded", tmp_path))
+        ]
+        plain, padded = (run.history[["loss", "entropy", "kl_teacher", "tokens"]] for run in runs)
+        pd.testing.assert_frame_equal(plain, padded, rtol=1e-4)
+        weights = [run.run.snapshot(4)["model.embed_tokens.weight"] for run in runs]
+        assert weights[1].shape[0] == size.get("student", 10)
+        torch.testing.assert_close(weights[1][:10], weights[0], rtol=0, atol=1e-6)
+
+
+def test_the_beginning_of_a_sequence_comes_once(models, tmp_path):
+    begins = own_model(tmp_path / "begins", bos="<|user|>", template=None)
+    tokenizer = load_tokenizer(begins)
+    encoded = encode_prompts(tokenizer, ["cab", "a"], 8)
+    assert encoded == [tokenizer("cab").input_ids, tokenizer("a").input_ids] == [[2, 6, 4, 5], [2, 4]]
+    # A template may write it too, and a completion never begins a sequence.
+    assert encode_prompts(tokenizer, ["<|user|>cab"], 8) == [[2, 6, 4, 5]]
+    assert encode_completions(tokenizer, ["cab"]) == [[6, 4, 5, 1]]
+    assert encode_prompts(load_tokenizer(models / "student"), ["cab"], 8) == [[6, 4, 5]]
+    with pytest.raises(
+        OpdlabError, match=r"^student .*begins reads a prompt as '<\|user\|>.*' and teacher .* as '[a-f]"
+    ):
+        ol.train(ol.opd(begins, models / "teacher"), task_of(chat=False), out=tmp_path / "run", **QUICK)
+
+
+def test_both_read_prompts_by_one_chat_template(models, tmp_path):
+    for name, template in {"other": TEMPLATE.replace("<|model|>", "<|model|>a"), "none": None}.items():
+        arm = ol.opd(models / "student", own_model(tmp_path / name, template=template))
+        with pytest.raises(OpdlabError, match=r"^student .* reads a prompt as '.*' and teacher .*: give both one chat"):
+            ol.train(arm, task_of(), out=tmp_path / "run", **QUICK)
+        # Without templates the two read the same.
+        assert ol.train(arm, task_of(chat=False), out=tmp_path / f"plain-{name}", **QUICK).run.finished
+
+
+def test_a_model_ends_as_its_tokenizer_does(models, tmp_path):
+    teacher = shutil.copytree(models / "teacher", tmp_path / "teacher")
+    for ends, fine in ((1, True), ([3, 1], True), (3, False), ([2, 3], False)):
+        (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        if fine:
+            check_same_vocabulary(models / "student", teacher)
+        else:
+            with pytest.raises(OpdlabError, match=r"^the model in .*teacher ends a sequence with token .*<\|end\|>"):
+                check_same_vocabulary(models / "student", teacher)
 
 
 def test_a_model_that_does_not_exist(models, tmp_path):

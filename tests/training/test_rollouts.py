@@ -5,6 +5,7 @@ import torch
 from opdlab.errors import OpdlabError
 from opdlab.lab.tasks import RUNNING_SUM
 from opdlab.models.folders import load_model, load_tokenizer
+from opdlab.training import rollouts
 from opdlab.training.rollouts import micro_batches, sample
 
 
@@ -106,3 +107,22 @@ def test_padding_has_no_gradient(writer):
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     model.zero_grad()
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+class Apple(torch.Tensor):
+    """A tensor on Apple's GPU as far as sampling sees it: it is nowhere in float64."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def to(self, where, *dtype):
+        plain = self.as_subclass(torch.Tensor)
+        return plain if where == "cpu" else plain.as_subclass(Apple)
+
+
+def test_on_apples_gpu_float64_is_on_the_processor():
+    logits, uniform = torch.randn(5, 7, generator=generator()), torch.rand(5, generator=generator()).double()
+    on_apple = rollouts._choose(logits.as_subclass(Apple), 1.0, rollouts._float64(uniform, torch.device("mps")))
+    assert on_apple.tolist() == rollouts._choose(logits, 1.0, uniform).tolist()

@@ -1,5 +1,7 @@
+import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,14 +10,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS, PAPER
 from opdlab.lab.scales import SMOKE
 from opdlab.models.files import tensors_digest, write_json
 from opdlab.training import loop
-from opdlab.training.config import Compute
+from opdlab.training.config import Compute, Recipe
 from opdlab.training.losses import LOSSES
+from opdlab.training.optimizers import make_optimizers
+from opdlab.training.store import Run
 from opdlab.training.trainer import Trainer
 
 STEPS = SMOKE.budget.recipes["opd"].steps
@@ -165,6 +170,90 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(lab, copy_of, tmp_
     run = killed.run("opd_full")
     assert len(run.lines("history")) == 3
     assert run.checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("student", "entropy of the student's logits"), ("teacher", "divergence from the teacher's logits")],
+)
+def test_logits_that_are_not_finite_are_named(part, said, lab):
+    subject = trainer(lab, "opd")
+    batch = subject.batch(0)
+    subject.batch = lambda step: batch
+    getattr(subject, part).get_output_embeddings().register_forward_hook(lambda layer, given, out: out - torch.inf)
+    with pytest.raises(OpdlabError, match=f"^the {said} of 'opd' is nan at step 1"):
+        subject.step(0)
+
+
+def test_a_run_whose_last_weights_are_not_finite_is_not_finished(lab, copy_of, tmp_path, monkeypatch):
+    own = copy_of(lab, tmp_path / "own")
+    monkeypatch.setattr(Trainer, "_update", lambda self, step: next(self.student.parameters()).data.fill_(torch.nan))
+    once = lambda experiment: replace(experiment, recipe=replace(experiment.recipe, steps=1), snapshots=(1,))  # noqa: E731
+    with pytest.raises(
+        OpdlabError, match=r"^the norm of the update of 'opd' is nan at step 1: lower its learning rate"
+    ):
+        own.train("opd", change=once)
+    run = Run(once(own.experiment("opd")), own.runs)
+    assert not run.finished and not run.snapshot_path(1).exists() and not run.lines("history")
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-3, float("nan"), float("inf"), 1e38, "fast"])
+def test_a_learning_rate_that_is_none(rate):
+    with pytest.raises(OpdlabError, match=r"^learning_rate is .*: give a number above 0 and up to 1e\+30$"):
+        Recipe(10, learning_rate=rate)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_is_none(temperature, lab):
+    with pytest.raises(OpdlabError, match=r"^temperature is .*: give a number above 0$"):
+        replace(lab.experiment("opd"), temperature=temperature)
+
+
+@pytest.mark.parametrize("arm", ["opd", "opd_full", "rlvr", "sft_matched", "sft"])
+def test_losses_are_at_the_temperature_of_the_rollouts(arm, lab):
+    """As if the logits of both had been scaled; demonstrations were sampled at none."""
+    gradients = []
+    for temperature, scale in ((0.7, 1.0), (1.0, 1 / 0.7)):
+        experiment = lab.experiment(arm)
+        subject = Trainer(replace(experiment, temperature=temperature, recipe=replace(experiment.recipe, clip=1e9)))
+        for model in (subject.student, subject.teacher):
+            if model is not None and (subject.writer is not None or temperature == 1):
+                factor = scale if subject.writer is not None else 1.0
+                model.get_output_embeddings().register_forward_hook(lambda layer, given, out, by=factor: out * by)
+        rollouts, rewards = subject.batch(0)
+        rewards = None if rewards is None else torch.arange(float(len(rewards))) % 3
+        subject.batch = lambda step, batch=(rollouts, rewards): batch
+        subject.step(0)
+        gradients.append((rollouts, gradient(subject)))
+    assert gradients[0][0] == gradients[1][0], "the same rollouts"
+    torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_has_no_part_in_any_pass(lab, tmp_path):
+    """A model recomputes in training mode only, where its configuration may ask for dropout."""
+    gradients = []
+    for name, share, recompute in (("none", 0.0, False), ("off", 0.5, False), ("recomputed", 0.5, True)):
+        shutil.copytree(lab.models / "anchor", tmp_path / name)
+        file = tmp_path / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_dropout": share}))
+        experiment = lab.experiment("opd_full")
+        arm = replace(experiment.arm, student=replace(experiment.arm.student, folder=str(tmp_path / name)))
+        subject = Trainer(replace(experiment, arm=arm, compute=replace(experiment.compute, recompute=recompute)))
+        subject.step(0)
+        gradients.append(gradient(subject))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+def test_what_decays_is_what_transformers_decays(optimizer, lab):
+    subject = trainer(lab, "opd", weight_decay=0.1)
+    made = make_optimizers(subject.student, subject.recipe, optimizer)
+    decays = {w: group["weight_decay"] for one in made for group in one.param_groups for w in group["params"]}
+    args = transformers.TrainingArguments(report_to=[], use_cpu=True, weight_decay=0.1)
+    theirs = transformers.Trainer(subject.student, args=args).create_optimizer()
+    expected = {w: group["weight_decay"] for group in theirs.param_groups for w in group["params"]}
+    assert decays == expected and {0.0, 0.1} == set(decays.values())
 
 
 def gradient(subject):
