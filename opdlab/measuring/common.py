@@ -79,9 +79,7 @@ def _difference(name: str, shapes: list[tuple[int, ...] | None], ends: list[Chec
 
 
 def _shapes_differ(name: str, base: Checkpoint, tuned: Checkpoint) -> str:
-    return (
-        f"{name} is {base.pieces[name].shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: {_GIVE}"
-    )
+    return f"{name} is {base.pieces[name].shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: {_GIVE}"
 
 
 def _check_layers(base: Checkpoint, tuned: Checkpoint) -> None:
