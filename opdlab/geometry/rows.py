@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod, sqrt
 
 import numpy as np
@@ -19,13 +20,18 @@ _BLOCK = 2**19
 # Sizes are told apart by so many of their bits at a time.
 _BITS = 16
 
-#: Returns the rows from one number to another, of the weights before and after.
-Read = Callable[[int, int], tuple[Tensor, Tensor]]
-_Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+#: Returns the rows of a weight from one number to another.
+Read = Callable[[int, int], Tensor]
 
 
 def measure_rows(
-    name: str, shape: tuple[int, ...], read: Read, alphas: tuple[float, ...] = (), seed: int = 0, nulls: bool = True
+    name: str,
+    shape: tuple[int, ...],
+    before: Read,
+    after: Read,
+    alphas: tuple[float, ...] = (),
+    seed: int = 0,
+    nulls: bool = True,
 ) -> dict[str, float]:
     """Measure the update of a weight of any shape without any directions, and without holding all of it in memory.
 
@@ -34,7 +40,8 @@ def measure_rows(
     low_overlap_a30_null, where the update was permuted within blocks of rows.
 
     >>> w0, w1 = torch.tensor([[0.1, 2.0], [3.0, 4.0]]), torch.tensor([[0.2, 2.0], [3.0, 5.0]])
-    >>> found = measure_rows("wte.weight", (2, 2), lambda start, stop: (w0[start:stop], w1[start:stop]), (0.25,))
+    >>> before, after = (lambda start, stop, w=w: w[start:stop] for w in (w0, w1))
+    >>> found = measure_rows("wte.weight", (2, 2), before, after, (0.25,))
     >>> found["sparsity"], found["low_overlap_a25"]
     (0.5, 0.5)
     """
@@ -42,13 +49,13 @@ def measure_rows(
     step = max(1, _BLOCK // max(1, prod(shape[1:])))
     counts = {f"a{100 * alpha:g}": round(alpha * entries) for alpha in alphas}
 
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(read: Read) -> Iterator[Tensor]:
         return (read(start, min(start + step, rows)) for start in range(0, max(1, rows), step))
 
-    limits = {percent: _Limit(blocks, count) for percent, count in counts.items()}
+    limits = {percent: _Limit(partial(blocks, before), count) for percent, count in counts.items()}
     random = generator_of(seed, name)
     squares, totals = np.zeros(2), dict[str, int]()
-    for w0, w1 in blocks():
+    for w0, w1 in zip(blocks(before), blocks(after), strict=True):
         origin, moved = w0.double(), update_mask(w0, w1)
         delta = w1.double() - origin
         squares += [float(delta.square().sum()), float(origin.square().sum())]
@@ -75,12 +82,12 @@ def measure_rows(
 class _Limit:
     """The size up to which a count of weights is small; of those that are as large, the first are counted."""
 
-    def __init__(self, blocks: _Blocks, count: int):
+    def __init__(self, blocks: Callable[[], Iterator[Tensor]], count: int):
         """Find the size of that rank, 16 of its bits at a time."""
         self.bits, self.ties, shift = 0, count, None
         while shift != 0:
             tally = np.zeros(2**_BITS, dtype=np.int64)
-            for w0, _ in blocks():
+            for w0 in blocks():
                 sizes = _size_bits(w0).flatten()
                 left = 8 * sizes.element_size() if shift is None else shift
                 inside = sizes if shift is None else sizes[(sizes >> left) == self.bits]

@@ -86,7 +86,7 @@ def apart(table: pd.DataFrame) -> pd.DataFrame:
     rest = rest[(rest["layer"] >= 0) & (rest[["rows", "cols"]].min(axis="columns") > 1)]
     columns = ["sparsity", "relative_norm", "stable_rank"]
     rest = rest.reindex(columns=[*rest, *(name for name in columns if name not in rest)])
-    return means(rest, ["block"], columns).set_index("block") if len(rest) else rest
+    return means(rest, ["block"], columns).set_index("block").rename_axis("apart from the means") if len(rest) else rest
 
 
 def summarise(table: pd.DataFrame) -> dict[str, dict]:

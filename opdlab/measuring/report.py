@@ -161,7 +161,7 @@ def _by_layer(rows: pd.DataFrame, caption: str) -> dict[str, Any]:
         axis.set_axis_off()
         for module, colour in modules.items():
             axis.plot([], [], "o-", color=colour, ms=3, label=module)
-        axis.legend(loc="center left", ncols=1 + (len(modules) > 12))
+        axis.legend(loc="upper left", ncols=1 + (len(modules) > 12))
 
     views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
     drawn = [partial(draw, column=column, title=title) for column, title in views.items()]
@@ -214,9 +214,8 @@ def _trajectory(trajectory: pd.DataFrame) -> list[_Panel]:
     views |= {f"sim_right_K{k}": f"similarity to the end, K = {k}"} if k else {}
 
     def draw(axis: Axes, column: str) -> None:
-        _follow(axis, trajectory, column)
-        axis.set(title=views[column], xlabel="step", yscale="log" if column == "stable_rank" else "linear")
-        axis.legend()
+        _column(axis, trajectory, column, over_steps=True)
+        axis.set_title(views[column])
 
     return [partial(draw, column=column) for column in views]
 

@@ -70,7 +70,8 @@ class Job:
         who, at = identity(name, shape), Resolution.of(shape if len(shape) == 2 else (1, 1))
         if not self.decomposes(name):
             alphas = at.alphas if who["cols"] > 1 else ()
-            row = measure_rows(name, shape, self._rows(name), alphas, self.seed, self.nulls)
+            rows = (self._rows(end, name) for end in (self.base, self.path[-1]))
+            row = measure_rows(name, shape, *rows, alphas, self.seed, self.nulls)
             return {"row": who | row, "trajectory": []}
         origin, snapshots = (_Way(checkpoints, name, self.device) for checkpoints in ((self.base,), self.path))
         svd0 = base_svd(origin[0], at.vectors, self.cache)
@@ -87,17 +88,15 @@ class Job:
         who = identity(name, self.base.pieces[name].shape)
         return min(who["rows"], who["cols"]) > 1 and (self.embeddings or who["block"] not in ("embedding", "head"))
 
-    def _rows(self, name: str) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-        """Return what reads rows of a tensor before and after; what is computed of it is computed once."""
-        ends = (self.base, self.path[-1])
-        whole = [end.read(name) if end.pieces[name].takes or not end.pieces[name].shape else None for end in ends]
+    def _rows(self, end: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
+        """Return what reads rows of a tensor; what has to be computed is computed once."""
+        piece = end.pieces[name]
+        whole = end.read(name).to(self.device) if piece.takes or not piece.shape else None
 
-        def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            w0, w1 = (
-                (end.read(name, (start, stop)) if tensor is None else tensor[start:stop] if tensor.ndim else tensor)
-                for end, tensor in zip(ends, whole, strict=True)
-            )
-            return w0.to(self.device), w1.to(self.device)
+        def read(start: int, stop: int) -> Tensor:
+            if whole is None:
+                return end.read(name, (start, stop)).to(self.device)
+            return whole[start:stop] if piece.shape else whole
 
         return read
 

@@ -65,6 +65,7 @@ class Checkpoint:
         tensor = read_stored(piece.file, piece.stored, piece.index)
         for take in piece.takes:
             tensor = take(tensor)
+        tensor = tensor.contiguous()  # the order of sums, and so the last digit, must not tell how it was stored
         # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
