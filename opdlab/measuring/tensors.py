@@ -70,8 +70,8 @@ class Job:
         who, at = identity(name, shape), Resolution.of(shape if len(shape) == 2 else (1, 1))
         if not self.decomposes(name):
             alphas = at.alphas if who["cols"] > 1 else ()
-            rows = (self._rows(end, name) for end in (self.base, self.path[-1]))
-            row = measure_rows(name, shape, *rows, alphas, self.seed, self.nulls)
+            before, after = self._rows(self.base, name), self._rows(self.path[-1], name)
+            row = measure_rows(name, shape, before, after, alphas, self.seed, self.nulls)
             return {"row": who | row, "trajectory": []}
         origin, snapshots = (_Way(checkpoints, name, self.device) for checkpoints in ((self.base,), self.path))
         svd0 = base_svd(origin[0], at.vectors, self.cache)
