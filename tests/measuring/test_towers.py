@@ -48,7 +48,7 @@ def test_a_frozen_tower_is_not_in_the_means(tmp_path, monkeypatch, capsys):
     model = tf.Gemma3ForConditionalGeneration(config)
     pair = save_pair(model, tmp_path, lambda name: "language_model" in name)
     monkeypatch.chdir(tmp_path)
-    assert main(["measure", *map(str, pair), "--out", "out", "--processes", "1", "--no-cache"]) == 0
+    assert main(["measure", *map(str, pair), "--out", "out", "--processes", "1", "--no-cache", "--no-nulls"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     stored = load_file(pair[0] / "model.safetensors")
@@ -69,7 +69,7 @@ def test_a_tower_that_moved_is_drawn_apart(tmp_path):
     config = tf.LlavaConfig(text_config=tf.LlamaConfig(**TEXT), vision_config=tf.CLIPVisionConfig(**VISION))
     torch.manual_seed(0)
     pair = save_pair(tf.LlavaForConditionalGeneration(config), tmp_path)
-    update = measure(*pair, out=tmp_path / "out")
+    update = measure(*pair, out=tmp_path / "out", nulls=False)
     assert apart(update.table).loc["vision", "matrices"] == 3 * 6
     assert "Apart from the means, vision" in (tmp_path / "out" / "report.html").read_text()
     assert set(update.table.query("block == 'vision'")["layer"]) == {0, 1, 2}
@@ -109,7 +109,7 @@ def test_a_model_without_attention_has_the_means_of_what_there_is(tmp_path, monk
     config = tf.MambaConfig(vocab_size=24, hidden_size=16, num_hidden_layers=2, state_size=4)
     pair = save_pair(tf.MambaForCausalLM(config), tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["measure", *map(str, pair), "--out", "out", "--processes", "1", "--no-cache"]) == 0
+    assert main(["measure", *map(str, pair), "--out", "out", "--processes", "1", "--no-cache", "--no-nulls"]) == 0
     printed, report = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     said = "the 8 matrices of the layers, as this model has no attention and no MLP"
