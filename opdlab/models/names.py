@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -14,18 +15,32 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import describe
 from opdlab.models.pieces import Piece
 
-# Prefixes and infixes that trainers add to the names of weights when they wrap a model.
-_WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+# What torch, accelerate, Lightning, PEFT and TRL put into the names of weights, anywhere or in front, when they wrap a
+# model. A second "model." in front is the attribute in which a module of one's own holds the model.
+_INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_IN_FRONT = re.compile(r"(?:(?:module|base_model\.model|policy|pretrained_model|model(?=\.(?:model|lm_head)\.))\.)+")
 HEAD = "lm_head.weight"
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a weight without the parts that trainers add when they wrap a model.
+    """Return the name of a weight without the parts that trainers add when they wrap a model, in whatever order.
 
-    >>> plain_name("module._orig_mod.model.norm.weight")
-    'model.norm.weight'
+    >>> plain_name("module._orig_mod.model.norm.weight"), plain_name("model.model.norm.weight")
+    ('model.norm.weight', 'model.norm.weight')
     """
-    return _WRAPPERS.sub("", _WRAPPERS.sub("", name))
+    name = _INSIDE.sub("", name)
+    return name[found.end() :] if (found := _IN_FRONT.match(name)) else name
+
+
+def plain_names(names: Collection[str]) -> dict[str, str]:
+    """Return the :func:`plain_name` of each of a model's weights; where two would be the same, both stay as they are.
+
+    >>> plain_names(["policy.norm.weight", "module.norm.weight", "policy.bias"])
+    {'policy.norm.weight': 'policy.norm.weight', 'module.norm.weight': 'module.norm.weight', 'policy.bias': 'bias'}
+    """
+    plain = {name: plain_name(name) for name in names}
+    count = Counter(plain.values())
+    return {name: short if count[short] == 1 else name for name, short in plain.items()}
 
 
 def embedding_of(names: Iterable[str]) -> str | None:
@@ -44,8 +59,7 @@ def split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
         return
     parts = {name: piece}
     if len(piece.shape) == 2 and name.endswith(".weight"):
-        if config.get("model_type") == "gpt2" and module in ("c_fc", "c_proj", "c_attn"):
-            # GPT-2 stores these as (input, output).
+        if is_turned(name, config):
             parts[name] = piece = piece.part(piece.shape[::-1], torch.t)
         if module == "gate_up_proj":
             half = _divide(name, piece.shape[0], 2)
@@ -55,6 +69,11 @@ def split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
             names = [f"{parent}.{part}_proj.weight" for part in "qkv"]
             parts = dict(zip(names, _of_attention(name, piece, config), strict=True))
     yield from parts.items()
+
+
+def is_turned(name: str, config: dict) -> bool:
+    """Return whether a model stores a matrix as (input, output), as GPT-2 does."""
+    return config.get("model_type") == "gpt2" and name.split(".")[-2] in ("c_fc", "c_proj", "c_attn")
 
 
 def _of_attention(name: str, piece: Piece, config: dict) -> list[Piece]:

@@ -40,16 +40,16 @@ class Checkpoint:
     #: The tensors as stored, with fused projections whole; an adapter is added to these.
     whole: dict[str, Piece] = field(repr=False)
     config: dict = field(repr=False)
+    #: What reading left out, and why: tensors that are no weights, and copies.
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor in the dtype in which it is stored; a weight merged with an adapter is float64.
 
         Raises:
-            OpdlabError: if the file is damaged, the weight is quantised or an entry is not finite, naming the tensor.
+            OpdlabError: if the file is damaged or an entry is not finite, naming the tensor.
         """
         piece = self.pieces[name]
-        if piece.dtype not in FLOATS.values():
-            raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
         tensor = read_stored(piece.file, piece.stored, piece.index)
         for take in piece.takes:
             tensor = take(tensor)
