@@ -57,15 +57,14 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
     for key, name in plain_names(stored).items():
+        whole = name.replace(".base_layer.", ".")
         if found := _LORA.fullmatch(name):
             updates.setdefault(found["module"], {})[found["part"]] = stored[key]
-        elif (name := name.replace(".base_layer.", ".")) in pieces or _among(
-            config.get("modules_to_save", ()) or (), name.rpartition(".")[0]
-        ):
-            if name == embedding_of(pieces) and HEAD not in pieces:
+        elif whole in pieces or _among(config.get("modules_to_save") or [], whole.rpartition(".")[0]):
+            if whole == name == embedding_of(pieces) and HEAD not in pieces:
                 pieces[HEAD] = pieces[name]  # PEFT leaves a head that was tied to the embedding as it was.
-            pieces[name] = stored[key]
-        else:
+            pieces[whole] = stored[key]
+        elif whole != HEAD:  # of a tied head, whose update is refused below
             raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: {_MERGE.format(folder)}")
     for module, parts in updates.items():
         pieces[f"{module}.weight"] = _updated(module, parts, pieces, base, config, file)
@@ -100,7 +99,7 @@ def _updated(
         lacks = f"{kind}{'B' if min(parts).endswith('A') else 'A'}"
         raise OpdlabError(f"{file} has {module}.{min(parts)} without its {lacks}: fetch the adapter again")
     if name not in pieces:
-        tied = ", whose head is its embedding" if name == HEAD and embedding_of(pieces) else ""
+        tied = ", whose head is its embedding," if name == HEAD and embedding_of(pieces) else ""
         raise OpdlabError(
             f"{file.parent} changes {name}, which {base.path}{tied} does not have as one matrix: give its own base, or "
             f"{_MERGE.format(file.parent)}"
@@ -136,7 +135,7 @@ def _scaling(config: dict, file: Path, module: str, rank: int) -> float:
 def _is_targeted(config: dict, module: str) -> bool:
     """Return whether PEFT would load the update of a module; it leaves out what the config does not ask for."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if _among(config.get("exclude_modules") or (), module):
+    if _among(config.get("exclude_modules") or [], module):
         return False
     if targets is None or targets == "all-linear":
         return True
