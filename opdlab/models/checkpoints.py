@@ -19,7 +19,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.foreign import refuse_quantised, refuse_tensors
 from opdlab.models.formats import read_json, stored_pieces
 from opdlab.models.lora import with_adapter
-from opdlab.models.names import HEAD, embedding_of, plain_names, split
+from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_names, split_all
 from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_stored
 
 # Constants that older models store alongside their weights.
@@ -86,10 +86,10 @@ def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Che
             left_out[plain] = f"a buffer of {piece.dtype}, not a weight"
     if not pieces:
         raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
-    embedding = pieces.get(embedding_of(pieces) or "")
-    if HEAD in pieces and embedding and _same(pieces[HEAD], embedding):
-        del pieces[HEAD]
-        left_out[HEAD] = "a copy of the embedding"
+    head, embedding = next((name for name in pieces if canonical_name(name) == HEAD), None), embedding_of(pieces)
+    if head and embedding and _same(pieces[head], pieces[embedding]):
+        del pieces[head]
+        left_out[head] = "a copy of the embedding"
     return _checkpoint(path, pieces, config, left_out)
 
 
@@ -101,8 +101,7 @@ def _same(one: Piece, other: Piece) -> bool:
 
 
 def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict, left_out: dict[str, str]) -> Checkpoint:
-    parts = {part: piece for name, piece in whole.items() for part, piece in split(name, piece, config)}
-    pieces = dict(sorted(parts.items(), key=lambda item: _natural(item[0])))
+    pieces = dict(sorted(split_all(whole, config).items(), key=lambda item: _natural(item[0])))
     return Checkpoint(path, pieces, whole, config, left_out)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.models.formats import header, read_json
-from opdlab.models.names import HEAD, embedding_of, is_turned, plain_names
+from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
 from opdlab.models.pieces import Checkpoint, Piece, read_stored
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
@@ -56,18 +56,21 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
     if not stored:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
+    called = {canonical_name(name): name for name in pieces}  # one version of transformers may have saved each
     for key, name in plain_names(stored).items():
         whole = name.replace(".base_layer.", ".")
+        whole = called.get(canonical_name(whole), whole)
         if found := _LORA.fullmatch(name):
             updates.setdefault(found["module"], {})[found["part"]] = stored[key]
         elif whole in pieces or _among(config.get("modules_to_save") or [], whole.rpartition(".")[0]):
-            if whole == name == embedding_of(pieces) and HEAD not in pieces:
-                pieces[HEAD] = pieces[name]  # PEFT leaves a head that was tied to the embedding as it was.
+            if whole == embedding_of(pieces) and ".base_layer." not in name and HEAD not in called:
+                pieces[HEAD] = pieces[whole]  # PEFT leaves a head that was tied to the embedding as it was.
             pieces[whole] = stored[key]
         elif whole != HEAD:  # of a tied head, whose update is refused below
             raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: {_MERGE.format(folder)}")
     for module, parts in updates.items():
-        pieces[f"{module}.weight"] = _updated(module, parts, pieces, base, config, file)
+        name = called.get(canonical_name(f"{module}.weight"), f"{module}.weight")
+        pieces[name] = _updated(module, name, parts, pieces.get(name), base, config)
     return pieces
 
 
@@ -91,21 +94,22 @@ def _check_plain(folder: Path, config: dict) -> None:
 
 
 def _updated(
-    module: str, parts: dict[str, Piece], pieces: dict[str, Piece], base: Checkpoint, config: dict, file: Path
+    module: str, name: str, parts: dict[str, Piece], origin: Piece | None, base: Checkpoint, config: dict
 ) -> Piece:
     """Return the weight of a module with its update added."""
-    kind, name = min(parts)[:-1], f"{module}.weight"
+    first = min(parts)
+    kind, file = first[:-1], parts[first].file
+    assert isinstance(file, Path)
     if len(parts) != 2:
-        lacks = f"{kind}{'B' if min(parts).endswith('A') else 'A'}"
-        raise OpdlabError(f"{file} has {module}.{min(parts)} without its {lacks}: fetch the adapter again")
-    if name not in pieces:
-        tied = ", whose head is its embedding," if name == HEAD and embedding_of(pieces) else ""
+        lacks = f"{kind}{'B' if first.endswith('A') else 'A'}"
+        raise OpdlabError(f"{file} has {module}.{first} without its {lacks}: fetch the adapter again")
+    if origin is None:
+        tied = ", whose head is its embedding," if name == HEAD and embedding_of(base.whole) else ""
         raise OpdlabError(
             f"{file.parent} changes {name}, which {base.path}{tied} does not have as one matrix: give its own base, or "
             f"{_MERGE.format(file.parent)}"
         )
-    a, b, origin = parts[f"{kind}A"], parts[f"{kind}B"], pieces[name]
-    turned = "embedding" in kind or is_turned(name, base.config)
+    a, b, turned = parts[f"{kind}A"], parts[f"{kind}B"], "embedding" in kind or is_turned(name, base.config)
     fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
     if not fits or (b.shape[0], a.shape[1]) != (origin.shape[::-1] if turned else origin.shape):
         raise OpdlabError(f"{a.stored} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
