@@ -86,7 +86,7 @@ KINDS = (
         r".*\.(?:zip|tar|gz|tgz|zst|7z|nemo)", (b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"), "an archive",
         "unpack it, and give the folder of the model",
     ),
-    Kind(r"pytorch_model.*\.bin", (), _PICKLE, _MODEL),
+    Kind(r"pytorch_model(?:-\d+-of-\d+)?\.bin", (), _PICKLE, _MODEL),
     Kind(r"adapter_model\.bin", (), _PICKLE, _TORCH + "{folder}"),
     Kind(
         r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)", (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
