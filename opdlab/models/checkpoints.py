@@ -45,7 +45,9 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
         return _in_memory(source, base)
     path = Path(source)
     if not path.exists():
-        raise OpdlabError(f"there is no checkpoint {path}: give a model folder or a .safetensors file")
+        raise OpdlabError(
+            f"there is no checkpoint {path}: give a model folder, a .safetensors file or OWNER/NAME on the hub"
+        )
     if (path / "adapter_config.json").is_file():
         whole = with_adapter(path, base)
         return _checkpoint(path, whole, base.config, base.left_out) if base else _checkpoint(path, whole, {}, {})

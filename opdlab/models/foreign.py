@@ -39,65 +39,65 @@ _SAFETENSORS = re.compile(rb".{4}\x00{4}{", re.DOTALL)  # the length of its head
 _STATE = "it holds no weights: give the folder that the model itself was saved in"
 
 
-class Kind(NamedTuple):
+class _Kind(NamedTuple):
     """A kind of file."""
 
-    names: str  #: a pattern of its name, or of the end of its path
+    names: str  #: a pattern of its name, or of its folder's and its own
     starts: tuple[bytes, ...]  #: what it begins with, whatever its name
     what: str
     remedy: str
 
 
-#: Of the kinds of which there are files, the first one says most.
-KINDS = (
-    Kind(
+# Of the kinds of which there are files, the first one says most.
+_KINDS = (
+    _Kind(
         "", (b"version https://git-lfs",), "a pointer of Git LFS in the place of a file",
         "fetch the file with 'git lfs pull' in {folder}",
     ),
-    Kind("", (b"<!DOCTYPE", b"<!doctype", b"<html"), "a web page, not the file that was asked for", "fetch it again"),
-    Kind(
+    _Kind("", (b"<!DOCTYPE", b"<!doctype", b"<html"), "a web page, not the file that was asked for", "fetch it again"),
+    _Kind(
         r"model_world_size_\d+_rank_\d+\.pt", (), "a part of a model that verl saved with FSDP",
         "merge the parts with 'python -m verl.model_merger merge --backend fsdp --local_dir {folder} "
         "--target_dir {folder}/merged' and measure {folder}/merged",
     ),
-    Kind(
-        r"zero_to_fp32\.py|.*(?:zero_pp|mp)_rank_.*_states\.pt", (), "a part of what DeepSpeed's ZeRO saved", _ZERO,
+    _Kind(
+        r"zero_to_fp32\.py|[^/]*(?:zero_pp|mp)_rank_.*_states\.pt", (), "a part of what DeepSpeed's ZeRO saved", _ZERO,
     ),
-    Kind(
+    _Kind(
         r"common\.pt|model_optim_rng\.pt", (), "a part of a Megatron checkpoint",
         "convert it with the tool of what trained it, such as slime's 'python tools/convert_torch_dist_to_hf.py "
         "--input-dir {folder} --output-dir merged --origin-hf-dir BASE', and measure merged",
     ),
-    Kind(
-        r".*\.distcp", (), "a part of a checkpoint of torch.distributed (DCP), as FSDP saves them",
+    _Kind(
+        r"(?!optim)[^/]*/[^/]*\.distcp", (), "a part of a checkpoint of torch.distributed (DCP), as FSDP saves them",
         "merge the parts with 'accelerate merge-weights {folder} {folder}/merged' and measure {folder}/merged",
     ),
-    Kind(
-        r"(?:optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|extra_state.*|optim_world.*)\.(?:pt|pth|bin|json)",
-        (), "of the state of a trainer", _STATE,
+    _Kind(
+        r"(?:optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|extra_state.*|optim_world.*)"
+        r"\.(?:pt|pth|bin|json)|optim[^/]*/[^/]*\.distcp", (), "of the state of a trainer", _STATE,
     ),
-    Kind(r".*\.gguf", (b"GGUF",), "a GGUF file, made for llama.cpp", _GGUF),
-    Kind(r".*\.npz", (b"\x93NUMPY",), "a file of numpy", _NUMPY),
-    Kind(
-        r".*\.(?:h5|hdf5|keras|msgpack|onnx|tflite|pb)", (b"\x89HDF",), "a model of another framework than PyTorch",
+    _Kind(r"[^/]*\.gguf", (b"GGUF",), "a GGUF file, made for llama.cpp", _GGUF),
+    _Kind(r"[^/]*\.npz", (b"\x93NUMPY",), "a file of numpy", _NUMPY),
+    _Kind(
+        r"[^/]*\.(?:h5|hdf5|keras|msgpack|onnx|tflite|pb)", (b"\x89HDF",), "a model of another framework than PyTorch",
         "load it where it was trained, and save its weights with safetensors.numpy.save_file",
     ),
-    Kind(
-        r".*\.(?:zip|tar|gz|tgz|zst|7z|nemo)", (b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"), "an archive",
+    _Kind(
+        r"[^/]*\.(?:zip|tar|gz|tgz|zst|7z|nemo)", (b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"), "an archive",
         "unpack it, and give the folder of the model",
     ),
-    Kind(r"pytorch_model(?:-\d+-of-\d+)?\.bin", (), _PICKLE, _MODEL),
-    Kind(r"adapter_model\.bin", (), _PICKLE, _TORCH + "{folder}"),
-    Kind(
-        r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)", (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+    _Kind(r"pytorch_model(?:-\d+-of-\d+)?\.bin", (), _PICKLE, _MODEL),
+    _Kind(r"adapter_model\.bin", (), _PICKLE, _TORCH + "{folder}"),
+    _Kind(
+        r"[^/]*\.(?:bin|pt|pth|ckpt|pkl|pickle)", (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
         _PICKLE, _TORCH + "{stem}.safetensors",
     ),
-    Kind(r".*index\.json", (), "the list of a model's shards", "give its folder, {folder}"),
-    Kind(r".*\.json", (), "no weights, but what describes them", "give the folder of a model's weights"),
+    _Kind(r"[^/]*index\.json", (), "the list of a model's shards", "give its folder, {folder}"),
+    _Kind(r"[^/]*\.json", (), "no weights, but what describes them", "give the folder of a model's weights"),
 )  # fmt: skip
 
-#: Tensors that no model has, by their names, and what holds them.
-TENSORS = (
+# Tensors that no model has, by their names, and what holds them.
+_TENSORS = (
     (
         r"\.base_layer\.", "a model whose adapter was not merged",
         "load it with PEFT, call merge_and_unload(), and then save_pretrained()",
@@ -120,9 +120,9 @@ _DEQUANTISE = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 def refuse_foreign(files: Iterable[Path]) -> None:
     """Raise, saying what they are, if one of the files is of a kind that is known and cannot be measured."""
     starts = {file: start for file in files if file.is_file() and not _SAFETENSORS.match(start := _start(file))}
-    for kind in KINDS:
+    for kind in _KINDS:
         for file, start in starts.items():
-            if re.fullmatch(kind.names, file.name) or start.startswith(kind.starts):
+            if re.search(rf"/(?:{kind.names})$", file.absolute().as_posix()) or start.startswith(kind.starts):
                 where = {"path": file, "folder": file.parent, "name": file.name, "stem": file.with_suffix("")}
                 raise OpdlabError(f"{file} is {kind.what}: {kind.remedy.format(**where)}")
 
@@ -140,7 +140,7 @@ def refuse_tensors(path: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> N
     for name, shape in shapes.items():
         if name.endswith(".weight") and shape == (0,):
             raise OpdlabError(f"{path} is what DeepSpeed's ZeRO left of a model (its {name} is empty): {_ZERO}")
-    for pattern, what, remedy in TENSORS:
+    for pattern, what, remedy in _TENSORS:
         for name in shapes:
             if re.search(pattern, name):
                 raise OpdlabError(f"{path} is {what} (it has {name}): {remedy}")

@@ -29,9 +29,9 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 # Adapters that never change the weights of a model.
 _WEIGHTLESS = ("PROMPT", "PREFIX", "P_TUNING", "CPT", "CARTRIDGE")
 _MERGE = (
-    'merge it with python -c "from peft import AutoPeftModelForCausalLM as M; '
-    "M.from_pretrained('{0}', dtype='float32').merge_and_unload().save_pretrained('{0}-merged')\" "
-    "and measure {0}-merged"
+    'merge it with python -c "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; '
+    "P.from_pretrained(M.from_pretrained('{base}', dtype='float32'), '{0}').merge_and_unload()"
+    ".save_pretrained('{0}-merged')\" and measure {0}-merged"
 )
 
 
@@ -53,7 +53,7 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
     if not file.is_file():
         refuse_foreign(sorted(folder.glob("*.bin")))
         raise OpdlabError(f"{folder} has no adapter_model.safetensors: fetch or save the adapter again")
-    _check_plain(folder, config)
+    _check_plain(folder, base.path, config)
     stored = {name: Piece(file, name, shape, dtype) for name, shape, dtype in header(file)}
     if not stored:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
@@ -69,14 +69,15 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
                 pieces[HEAD] = pieces[whole]  # PEFT leaves a head that was tied to the embedding as it was.
             pieces[whole] = stored[key]
         elif whole != HEAD:  # of a tied head, whose update is refused below
-            raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: {_MERGE.format(folder)}")
+            how = _MERGE.format(folder, base=base.path)
+            raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: {how}")
     for module, parts in updates.items():
         name = called.get(canonical_name(f"{module}.weight"), f"{module}.weight")
         pieces[name] = _updated(module, name, parts, pieces.get(name), base, config)
     return pieces
 
 
-def _check_plain(folder: Path, config: dict) -> None:
+def _check_plain(folder: Path, base: Path | str, config: dict) -> None:
     kind = str(config.get("peft_type", "LORA"))
     if any(word in kind for word in _WEIGHTLESS):
         raise OpdlabError(
@@ -92,7 +93,9 @@ def _check_plain(folder: Path, config: dict) -> None:
     odd += [f"init_lora_weights {start}"] if start not in _PLAIN_STARTS else []
     odd += sorted(option for option, value in config.items() if value and not _PLAIN.fullmatch(option))
     if odd:
-        raise OpdlabError(f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): {_MERGE.format(folder)}")
+        raise OpdlabError(
+            f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): {_MERGE.format(folder, base=base)}"
+        )
 
 
 def _updated(
@@ -109,7 +112,7 @@ def _updated(
         tied = ", whose head is its embedding," if name == HEAD and embedding_of(base.whole) else ""
         raise OpdlabError(
             f"{file.parent} changes {name}, which {base.path}{tied} does not have as one matrix: give its own base, or "
-            f"{_MERGE.format(file.parent)}"
+            f"{_MERGE.format(file.parent, base=base.path)}"
         )
     a, b, turned = parts[f"{kind}A"], parts[f"{kind}B"], "embedding" in kind or is_turned(name, base.config)
     fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]

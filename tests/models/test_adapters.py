@@ -5,7 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    Phi3Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    T5Config,
+)
 
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import open_checkpoint
@@ -21,14 +33,24 @@ EXPERTS = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
 }
+VISION = CLIPVisionConfig(
+    hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+)
 MODELS = {
     "qwen3": Qwen3Config(**SMALL, **HEADS, tie_word_embeddings=False),
     "tied": Qwen3Config(**SMALL, **HEADS, tie_word_embeddings=True),
     "llama": LlamaConfig(**SMALL | {"num_hidden_layers": 12}, **HEADS, attention_bias=True),
     "gpt2": GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=16),
     "phi3": Phi3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+    "llava": LlavaConfig(vision_config=VISION, text_config=LlamaConfig(**SMALL, **HEADS), image_token_index=47),
+    "t5": T5Config(vocab_size=48, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4),
     "moe": Qwen3MoeConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, **EXPERTS),
 }
+KINDS = {"llava": AutoModelForImageTextToText, "t5": AutoModelForSeq2SeqLM}
+
+
+def load(base, **options):
+    return KINDS.get(base.name, AutoModelForCausalLM).from_pretrained(base, **options)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +58,7 @@ def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
     for name, config in MODELS.items():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        KINDS.get(name, AutoModelForCausalLM).from_config(config).save_pretrained(folder / name)
     return folder
 
 
@@ -45,7 +67,7 @@ def make_adapter(base, folder, kind=peft.LoraConfig, **config):
     torch.manual_seed(1)
     default = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
     default |= {"lora_alpha": 8, "init_lora_weights": False} if kind is peft.LoraConfig else {}
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), kind(**default | config))
+    model = peft.get_peft_model(load(base), kind(**default | config))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad or "lora_" in name:
@@ -65,8 +87,7 @@ def rename(folder, change):
 
 
 def assert_as_peft_merges(base, adapter, tmp_path, moved=1):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged = peft.PeftModel.from_pretrained(load(base, dtype=torch.float64), adapter).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     origin, expected = open_checkpoint(base), open_checkpoint(tmp_path / "merged")
     found = open_checkpoint(adapter, origin)
@@ -117,6 +138,8 @@ EQUAL = {
     "embeddings of a tied model": {"base": "tied", "target_modules": ["embed_tokens", "q_proj"]},
     "a head of a tied model saved whole": {"base": "tied", "modules_to_save": ["lm_head"]},
     "embeddings of a tied model saved whole": {"base": "tied", "modules_to_save": ["embed_tokens"]},
+    "several towers": {"base": "llava", "alpha_pattern": {r".*language_model\.layers\.1.*": 3}},
+    "encoder and decoder": {"base": "t5", "target_modules": ["q", "v", "wi"]},
     "attention of a mixture of experts": {"base": "moe", "target_modules": ["q_proj", "o_proj"]},
 }  # fmt: skip
 
@@ -219,7 +242,6 @@ def test_what_the_config_does_not_ask_for_is_not_added(bases, tmp_path):
 
 def test_the_command_that_merges(bases, tmp_path):
     adapter = make_adapter(bases / "qwen3", tmp_path / "adapter", use_dora=True)
-    edit_config(adapter, base_model_name_or_path=str(bases / "qwen3"), task_type="CAUSAL_LM")
     base = open_checkpoint(bases / "qwen3")
     with pytest.raises(OpdlabError) as refused:
         open_checkpoint(adapter, base)

@@ -11,7 +11,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
-from opdlab.geometry import describe
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.folders import new_model
 

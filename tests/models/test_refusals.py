@@ -132,9 +132,10 @@ REFUSED = {
     "ZeRO-2": (folder_of("mp_rank_00_model_states.pt", "latest"), "zero_to_fp32"),
     "ZeRO-2 inside": (folder_of("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"), "DeepSpeed's ZeRO"),
     "FSDP": (
-        folder_of("pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata", "optimizer.pt"),
+        folder_of("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp", "scheduler.pt"),
         "accelerate merge-weights .*pytorch_model_fsdp_0 .*pytorch_model_fsdp_0/merged",
     ),
+    "FSDP's optimizer": (folder_of("optimizer_0/__0_0.distcp"), STATE),
     "DCP": (folder_of("__0_0.distcp", ".metadata"), r"torch.distributed \(DCP\).*accelerate merge-weights"),
     "Megatron": (folder_of("common.pt", "__0_0.distcp", "metadata.json"), "Megatron.*convert_torch_dist_to_hf.py"),
     "Megatron, one file for each rank": (folder_of("mp_rank_00/model_optim_rng.pt"), "part of a Megatron checkpoint"),
