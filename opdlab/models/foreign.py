@@ -152,7 +152,7 @@ def refuse_quantised(path: Path | str, name: str, dtype: str, config: dict) -> N
     floats = dtype.lower().startswith("f")
     if not _CODES.fullmatch(dtype) or not (said or floats or _CODED.search(name)):
         return
-    method = str((said or {}).get("quant_method", ""))
+    method = str(said.get("quant_method", "")) if isinstance(said, dict) else ""
     remedy = "give the model from before it was quantised"
     if method in _DEQUANTISE:
         remedy += (

@@ -59,12 +59,14 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
     called = {canonical_name(name): name for name in pieces}  # one version of transformers may have saved each
+    saved = config.get("modules_to_save") or []
+    saved = saved if isinstance(saved, list) else [saved]
     for key, name in plain_names(stored).items():
         whole = name.replace(".base_layer.", ".")
         whole = called.get(canonical_name(whole), whole)
         if found := _LORA.fullmatch(name):
             updates.setdefault(found["module"], {})[found["part"]] = stored[key]
-        elif whole in pieces or _among(config.get("modules_to_save") or [], whole.rpartition(".")[0]):
+        elif whole in pieces or _among(saved, whole.rpartition(".")[0]):
             if whole == embedding_of(pieces) and ".base_layer." not in name and HEAD not in called:
                 pieces[HEAD] = pieces[whole]  # PEFT leaves a head that was tied to the embedding as it was.
             pieces[whole] = stored[key]

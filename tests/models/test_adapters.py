@@ -240,15 +240,25 @@ def test_what_the_config_does_not_ask_for_is_not_added(bases, tmp_path):
         edit_config(adapter, **saved | {"a_new_kind_of_adapter": None})
 
 
-def test_the_command_that_merges(bases, tmp_path):
-    adapter = make_adapter(bases / "qwen3", tmp_path / "adapter", use_dora=True)
-    base = open_checkpoint(bases / "qwen3")
+@pytest.mark.parametrize(
+    ("config", "moved"),
+    [
+        ({"use_dora": True}, 2 * 3),
+        ({"init_lora_weights": "pissa"}, 2 * 3),
+        ({"kind": peft.LoHaConfig}, 2 * 3),
+        ({"base": "moe", "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}, 2 + 2 * 4),
+    ],
+)
+def test_the_command_that_merges(config, moved, bases, tmp_path):
+    base = bases / config.get("base", "qwen3")
+    adapter = make_adapter(base, tmp_path / "adapter", **{key: config[key] for key in config.keys() - {"base"}})
+    origin = open_checkpoint(base)
     with pytest.raises(OpdlabError) as refused:
-        open_checkpoint(adapter, base)
+        open_checkpoint(adapter, origin)
     exec(str(refused.value).split('python -c "')[1].split('"')[0])
     merged = open_checkpoint(f"{adapter}-merged")
-    moved = [name for name in base.pieces if not torch.equal(base.read(name), merged.read(name))]
-    assert len(moved) == 6 and merged.dtypes == "float32"
+    assert sum(not torch.equal(origin.read(name), merged.read(name)) for name in origin.pieces) == moved
+    assert merged.dtypes == "float32"
 
 
 def test_the_base_comes_first_and_is_named(bases, tmp_path):
