@@ -60,7 +60,7 @@ class Description(NamedTuple):
 def describe(name: str) -> Description:
     """Read layer, module and block from the name of a weight.
 
-    A router is no matrix of the MLP: the paper's means are over the standard weight matrices (2606.07082, Appendix C.3).
+    A router is no matrix of the MLP: the paper means "standard weight matrices" (2606.07082, Appendix C.3).
 
     >>> describe("model.layers.2.self_attn.q_proj.weight")
     Description(layer=2, module='q_proj', block='attention')
@@ -111,7 +111,7 @@ def identity(name: str, shape: tuple[int, ...]) -> dict:
     """
     layer, module, block = describe(name)
     if block not in OUTSIDE and len(shape) > 2:
-        block = "stacked"  # several matrices in one tensor, and how is not known
+        block = "stacked"  # a convolution, or matrices of which no rule says how they are stacked
     elif block not in OUTSIDE and len(shape) < 2:
         block = "other"  # those are for matrices
     rows, cols = shape if len(shape) == 2 and block not in ("bias", "norm") else (prod(shape), 1)

@@ -1,4 +1,4 @@
-"""Weights that are not decomposed, some rows at a time: norms, biases, and embeddings, the largest matrices of a model."""
+"""What is not decomposed, some rows at a time: norms, biases, and embeddings, the largest matrices of a model."""
 
 from __future__ import annotations
 

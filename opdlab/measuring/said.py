@@ -12,7 +12,7 @@ from opdlab.measuring.common import LeftOut
 
 _WHOLE = {
     "fused": "it holds several matrices side by side, and how is not known",
-    "stacked": "it holds several matrices in one tensor, and how is not known",
+    "stacked": "it has more than two dimensions, as a stack of matrices or a convolution has",
 }
 
 

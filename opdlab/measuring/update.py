@@ -141,7 +141,8 @@ class Update(Shown):
     """An update that was measured; shown by itself, it is the means over its matrices, each beside its null.
 
     Its table has the columns of :func:`opdlab.geometry.measure_matrix`, where norms, biases and embeddings have those
-    of :func:`opdlab.geometry.measure_rows` only, and its trajectory those of :func:`opdlab.geometry.measure_matrix_trajectory`.
+    of :func:`opdlab.geometry.measure_rows` only, and its trajectory those of
+    :func:`opdlab.geometry.measure_matrix_trajectory`.
     """
 
     base: Checkpoint  #: the checkpoint before

@@ -143,7 +143,7 @@ def is_turned(name: str, config: dict) -> bool:
 def _mtp(name: str, config: dict) -> str:
     """Name the layers that DeepSeek and others append to predict several tokens ahead, which transformers drops."""
     depth, found = config.get("num_hidden_layers"), re.match(r"model\.layers\.(\d+)\.", name)
-    if found and config.get("num_nextn_predict_layers") and int(found[1]) >= depth:
+    if found and depth and config.get("num_nextn_predict_layers") and int(found[1]) >= depth:
         return f"mtp.layers.{int(found[1]) - depth}.{name[found.end() :]}"
     return name
 
