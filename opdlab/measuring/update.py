@@ -15,7 +15,7 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means, summarise, trajectory_means
-from opdlab.measuring.sources import check_apart, name_of, open_all, place_of, steps_of
+from opdlab.measuring.sources import check_apart, in_order, name_of, open_all, place_of
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
 from opdlab.models.files import write_json, write_whole
@@ -64,12 +64,12 @@ def measure(
                             matrix  k  sparsity  nss  stable_rank
     0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    origin, path = open_all(base, tuned)
-    steps, out = steps_of([end.path for end in path]), Path(out) if out else None
+    way, out = in_order(tuned), Path(out) if out else None
+    origin, path = open_all(base, way)
     check_apart(out, (origin, *path))
-    job = Job(origin, path, steps, seed, nulls, cache=cache, device=device)
+    job = Job(origin, path, way.steps, seed, nulls, cache=cache, device=device)
     with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
-        update = Update(origin, path, table, trajectory, seed, device)
+        update = Update(origin, path, table, trajectory, seed, device, way.said)
         if (table["frobenius"] != 0).any():
             if out:
                 update.save(out)
@@ -142,6 +142,7 @@ class Update(Shown):
     trajectory: pd.DataFrame  #: one row per step and matrix; empty if there is one checkpoint only
     seed: int  #: of the nulls
     device: str  #: where it was measured
+    said: tuple[str, ...] = ()  #: of how the checkpoints were chosen and ordered
 
     @property
     def means(self) -> pd.DataFrame:
@@ -160,10 +161,11 @@ class Update(Shown):
         # An adapter is added in float64.
         adapter = (Path(tuned.path) / "adapter_config.json").is_file()
         if adapter or not {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")):
-            return []
+            return list(self.said)
         return [
+            *self.said,
             f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update. It adds "
-            "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise."
+            "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise.",
         ]
 
     def plot(self, column: str) -> Figure:
