@@ -87,7 +87,7 @@ def _measure(options: argparse.Namespace) -> None:
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
     path = in_order(options.tuned) if options.tuned else find_trajectory(options.trajectory)
-    out = options.out or default_out(options.trajectory or path[-1])
+    out = options.out or default_out(options.trajectory or str(path[-1]))
     how = {name: getattr(options, name) for name in ("seed", "processes", "device")}
     how |= {"nulls": not options.no_nulls, "cache": None if options.no_cache else cache_folder()}
     print(measure(options.base, path, out=out, progress=True, **how))

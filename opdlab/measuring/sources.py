@@ -105,13 +105,13 @@ def step_of(path: Path | str) -> int | None:
     """
     name = _of_step(Path(path)).name.removesuffix(".safetensors")
     found = _number_after_a_word(name) or re.findall(r"\d+", name)[-1:]
-    return int(found[0]) if found else None
+    return int(float(found[0])) if found else None
 
 
 def _number_after_a_word(name: str) -> list[str]:
     """Return the number that a word calls a step, as a list of one; "globalstep" is a step, "timestep" is none."""
     words = (r"(?:global[\W_]*)?steps?", "checkpoint|ckpt", "iter(?:ation)?", "epoch")
-    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*(\d+)", name, re.IGNORECASE) for word in words)
+    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*(\d+(?:e\d+)?)", name, re.IGNORECASE) for word in words)
     return next(([match[1]] for match in found if match), [])
 
 

@@ -30,6 +30,13 @@ class Piece:
         """Return a piece of the given shape that applies ``take`` to what this one yields."""
         return replace(self, shape=shape, takes=(*self.takes, take))
 
+    def read(self) -> Tensor:
+        """Return the tensor as it is, without looking at what it holds."""
+        tensor = read_stored(self.file, self.stored, self.index)
+        for take in self.takes:
+            tensor = take(tensor)
+        return tensor
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -50,9 +57,7 @@ class Checkpoint:
         piece = self.pieces[name]
         if piece.dtype not in FLOATS.values():
             raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
-        tensor = read_stored(piece.file, piece.stored, piece.index)
-        for take in piece.takes:
-            tensor = take(tensor)
+        tensor = piece.read()
         # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
