@@ -86,7 +86,7 @@ class GeometryCallback(TrainerCallback):
         except re.error as problem:
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         steps: list = list(snapshot_steps) if isinstance(snapshot_steps, Collection) else [None]
-        if not all(isinstance(step, Integral) and step >= 1 for step in steps):
+        if not all(isinstance(step, Integral) and int(step) >= 1 for step in steps):
             raise OpdlabError(f"snapshot_steps is {snapshot_steps!r}; expected a list of steps, whole numbers from 1")
         if bool(snapshots) != bool(steps):
             raise OpdlabError(
