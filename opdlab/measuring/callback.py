@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
-from opdlab.geometry.matrices import identity
+from opdlab.geometry.matrices import LAYERS, identity
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.files import save_tensors, write_text
 from opdlab.models.names import plain_name
@@ -140,7 +140,7 @@ class GeometryCallback(TrainerCallback):
                 f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
                 "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
             )
-        for name in [name for name in found if block[name] in ("attention", "mlp")] or found:
+        for name in [name for name in found if block[name] in LAYERS] or found:
             if min(found[name].shape) < self.k:
                 raise OpdlabError(
                     f"k is {self.k}, more than a side of {name} {found[name].shape}: choose a smaller one"

@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import Source, open_checkpoint
 from opdlab.models.files import local_folder
-from opdlab.models.names import HEAD, embedding_of
 from opdlab.models.pieces import Checkpoint
 
 # Where trainers put the model of a step, below the folder that bears the step: verl's actor, merged or as an adapter.
@@ -57,35 +53,6 @@ def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint]) -> None:
     """Raise if results would be written into one of the checkpoints."""
     if out and str(out.resolve()) in map(place_of, checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
-
-
-def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
-    """Return the names that both checkpoints have, largest tensor first.
-
-    An output head that only one of them stores is left out if it is a copy of the embedding.
-
-    Raises:
-        OpdlabError: if they are one folder, or differ in names or shapes, naming the first tensors that do.
-    """
-    if base is tuned or (isinstance(base.path, Path) and place_of(base) == place_of(tuned)):
-        raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
-    alone = sorted(base.pieces.keys() ^ tuned.pieces.keys())
-    holder = base if alone and alone[0] in base.pieces else tuned
-    embedding = embedding_of(holder.pieces) if alone == [HEAD] else None
-    if alone and not (embedding and torch.equal(holder.read(embedding), holder.read(HEAD))):
-        why = " (one has a head of its own, and the other's is its embedding)" if alone == [HEAD] else ""
-        raise OpdlabError(
-            f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
-            f"such as {alone[0]} in {holder.path}{why}"
-        )
-    shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
-    for name, shape in shapes.items():
-        if shape != tuned.pieces[name].shape:
-            raise OpdlabError(
-                f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: give a model and "
-                "what was tuned from it"
-            )
-    return sorted(shapes, key=lambda name: -prod(shapes[name]))
 
 
 class Trajectory(list[Source]):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opdlab.errors import OpdlabError
 from opdlab.models.formats import header, read_json, refuse_pickles, shards
 from opdlab.models.lora import with_adapter
-from opdlab.models.names import HEAD, embedding_of, plain_name, split
+from opdlab.models.names import HEAD, embedding_of, plain_name, split_all
 from opdlab.models.pieces import Checkpoint, Piece
 
 # Constants that older models store alongside their weights.
@@ -89,7 +89,7 @@ def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None
 
 
 def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict) -> Checkpoint:
-    parts = {part: piece for name, piece in whole.items() for part, piece in split(name, piece, config)}
+    parts = split_all(whole, config)
     return Checkpoint(path, dict(sorted(parts.items(), key=lambda item: _natural(item[0]))), whole, config)
 
 
