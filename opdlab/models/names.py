@@ -6,7 +6,8 @@ One table serves all naming schemes of transformers 4 and 5, so both sides of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -17,8 +18,10 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import describe, tower_of
 from opdlab.models.pieces import Piece
 
-# Prefixes and infixes that trainers add to the names of weights when they wrap a model.
-_WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+# What torch, accelerate, Lightning, PEFT and TRL put into the names of weights, anywhere or in front, when they wrap a
+# model. A second "model." in front is the attribute in which a module of one's own holds the model.
+_INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_IN_FRONT = re.compile(r"(?:(?:module|base_model\.model|policy|pretrained_model|model(?=\.(?:model|lm_head)\.))\.)+")
 HEAD = "lm_head.weight"
 
 # What holds the language model, and how the names of its parts begin where nothing does.
@@ -54,12 +57,24 @@ _QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a weight without the parts that trainers add when they wrap a model.
+    """Return the name of a weight without the parts that trainers add when they wrap a model, in whatever order.
 
-    >>> plain_name("module._orig_mod.model.norm.weight")
-    'model.norm.weight'
+    >>> plain_name("module._orig_mod.model.norm.weight"), plain_name("model.model.norm.weight")
+    ('model.norm.weight', 'model.norm.weight')
     """
-    return _WRAPPERS.sub("", _WRAPPERS.sub("", name))
+    name = _INSIDE.sub("", name)
+    return name[found.end() :] if (found := _IN_FRONT.match(name)) else name
+
+
+def plain_names(names: Collection[str]) -> dict[str, str]:
+    """Return the :func:`plain_name` of each of a model's weights; where two would be the same, both stay as they are.
+
+    >>> plain_names(["policy.norm.weight", "module.norm.weight", "policy.bias"])
+    {'policy.norm.weight': 'policy.norm.weight', 'module.norm.weight': 'module.norm.weight', 'policy.bias': 'bias'}
+    """
+    plain = {name: plain_name(name) for name in names}
+    count = Counter(plain.values())
+    return {name: short if count[short] == 1 else name for name, short in plain.items()}
 
 
 def canonical_name(name: str) -> str:
@@ -114,9 +129,14 @@ def split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
     if len(piece.shape) == 3 and parent.endswith("experts"):
         yield from _of_experts(name, parent, module, piece, config)
         return
-    if len(piece.shape) == 2 and config.get("model_type") in _TRANSPOSED and module in ("c_fc", "c_proj", "c_attn"):
+    if len(piece.shape) == 2 and is_turned(name, config):
         piece = piece.part(piece.shape[::-1], torch.t)
     yield from _parts(name, parent, module, piece, config) if len(piece.shape) == 2 else [(name, piece)]
+
+
+def is_turned(name: str, config: dict) -> bool:
+    """Return whether a model stores a weight as (input, output)."""
+    return config.get("model_type") in _TRANSPOSED and name.split(".")[-2:-1] in (["c_fc"], ["c_proj"], ["c_attn"])
 
 
 def _mtp(name: str, config: dict) -> str:

@@ -57,18 +57,16 @@ class Checkpoint:
     #: The tensors as stored, with fused projections whole; an adapter is added to these.
     whole: dict[str, Piece] = field(repr=False)
     config: dict = field(repr=False)
-    #: What was not read, by name: why.
+    #: What reading left out, by name: why.
     left_out: dict[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Return one tensor, or some of its rows, in the dtype in which it is stored; with an adapter it is float64.
 
         Raises:
-            OpdlabError: if the file is damaged, the weight is quantised or an entry is not finite, naming the tensor.
+            OpdlabError: if the file is damaged or an entry is not finite, naming the tensor.
         """
         piece = self.pieces[name].rows(*rows) if rows else self.pieces[name]
-        if piece.dtype not in FLOATS.values():
-            raise OpdlabError(f"{name} in {self.path} is {piece.dtype}: quantised weights cannot be measured")
         tensor = piece.read()
         # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():

@@ -260,15 +260,10 @@ def test_broken_checkpoints(kind, message, tmp_path):
         open_checkpoint(broken(tmp_path, kind))
 
 
-def test_entries_that_are_not_weights(tmp_path):
-    save_file(
-        {"a": torch.tensor([1.0, float("nan")]), "b": torch.zeros(2, dtype=torch.int8)}, tmp_path / "x.safetensors"
-    )
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+def test_entries_that_are_not_finite(tmp_path):
+    save_file({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "x.safetensors")
     with pytest.raises(OpdlabError, match=r"a in .*x.safetensors has entries that are not finite"):
-        checkpoint.read("a")
-    with pytest.raises(OpdlabError, match=r"b in .* is I8: quantised"):
-        checkpoint.read("b")
+        open_checkpoint(tmp_path / "x.safetensors").read("a")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +273,7 @@ def test_entries_that_are_not_weights(tmp_path):
         ({"init_lora_weights": "pissa"}, lora(), "not a plain LoRA adapter"),
         ({}, lora("self_attn.z_proj"), "z_proj.weight, which .*base does not have as one matrix"),
         ({}, lora(cols=99), r"does not fit model.layers.0.self_attn.q_proj.weight \(16, 16\)"),
-        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "lora_B.weight without its lora_A"),
+        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "x.lora_B without its lora_A"),
         ({}, {}, "changes no weight"),
         ({"r": 64}, lora(), "has rank 2, and adapter_config.json says 64"),
         ({"lora_alpha": "four"}, lora(), "adapter_config.json beside .* cannot be understood"),
