@@ -6,21 +6,34 @@ Nothing here is opened beyond its first bytes: pickles can run code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from opdlab.errors import OpdlabError
 
-_LOAD = 'python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
-_SAVE = ").save_pretrained('{folder}/safetensors')\" and measure {folder}/safetensors"
+_PICKLE = "a pickle, which can run code"
+_MODEL = (
+    'where you trust it, convert it with python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{folder}').save_pretrained('{folder}/safetensors')\" and measure {folder}/safetensors"
+)
 _TORCH = (
     "where you trust it, convert it with python -c \"import torch, safetensors.torch as s; w = torch.load('{path}', "
     "'cpu', weights_only=True); s.save_file({{k: v.clone() for k, v in w.get('state_dict', w).items()}}, "
-    "'{stem}.safetensors')\" and measure {stem}.safetensors"
+    "'{stem}.safetensors')\" and measure "
+)
+_GGUF = (
+    'give the model that it was made from, or convert it with python -c "from transformers import '
+    "AutoModelForCausalLM as M; m = M.from_pretrained('{folder}', gguf_file='{name}'); m.hf_quantizer = None; "
+    "m.config.quantization_config = None; m.save_pretrained('{stem}')\" and measure {stem}"
 )
 _NUMPY = (
-    "python -c \"import numpy, safetensors.numpy as s; s.save_file(dict(numpy.load('{path}')), '{stem}.safetensors')\""
+    'if its arrays are weights, convert it with python -c "import numpy, safetensors.numpy as s; '
+    "s.save_file(dict(numpy.load('{path}')), '{stem}.safetensors')\" and measure {stem}.safetensors"
+)
+_ZERO = (
+    "merge them with 'python zero_to_fp32.py . merged --safe_serialization', in the folder that has zero_to_fp32.py, "
+    "and measure merged"
 )
 _SAFETENSORS = re.compile(rb".{4}\x00{4}{", re.DOTALL)  # the length of its header, and the header
 _STATE = "it holds no weights: give the folder that the model itself was saved in"
@@ -48,9 +61,7 @@ KINDS = (
         "--target_dir {folder}/merged' and measure {folder}/merged",
     ),
     Kind(
-        r"zero_to_fp32\.py|(?:zero_pp_rank|mp_rank)_.*_states\.pt", (), "a part of what DeepSpeed's ZeRO saved",
-        "merge them with 'python zero_to_fp32.py . merged --safe_serialization', in the folder that has "
-        "zero_to_fp32.py, and measure merged",
+        r"zero_to_fp32\.py|.*(?:zero_pp|mp)_rank_.*_states\.pt", (), "a part of what DeepSpeed's ZeRO saved", _ZERO,
     ),
     Kind(
         r"common\.pt|model_optim_rng\.pt", (), "a part of a Megatron checkpoint",
@@ -65,11 +76,8 @@ KINDS = (
         r"(?:optimizer|scheduler|scaler|rng_state.*|training_args|trainer_state|extra_state.*|optim_world.*)\.(?:pt|pth|bin|json)",
         (), "of the state of a trainer", _STATE,
     ),
-    Kind(
-        r".*\.gguf", (b"GGUF",), "a GGUF file, made for llama.cpp",
-        f"give the model that it was made from, or convert it with {_LOAD}'{{folder}}', gguf_file='{{name}}'{_SAVE}",
-    ),
-    Kind(r".*\.npz", (b"\x93NUMPY",), "a file of numpy", f"if its arrays are weights, convert it with {_NUMPY}"),
+    Kind(r".*\.gguf", (b"GGUF",), "a GGUF file, made for llama.cpp", _GGUF),
+    Kind(r".*\.npz", (b"\x93NUMPY",), "a file of numpy", _NUMPY),
     Kind(
         r".*\.(?:h5|hdf5|keras|msgpack|onnx|tflite|pb)", (b"\x89HDF",), "a model of another framework than PyTorch",
         "load it where it was trained, and save its weights with safetensors.numpy.save_file",
@@ -78,13 +86,11 @@ KINDS = (
         r".*\.(?:zip|tar|gz|tgz|zst|7z|nemo)", (b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"), "an archive",
         "unpack it, and give the folder of the model",
     ),
-    Kind(
-        r"pytorch_model.*\.bin", (), "a pickle, which can run code",
-        f"where you trust it, convert it with {_LOAD}'{{folder}}'{_SAVE}",
-    ),
+    Kind(r"pytorch_model.*\.bin", (), _PICKLE, _MODEL),
+    Kind(r"adapter_model\.bin", (), _PICKLE, _TORCH + "{folder}"),
     Kind(
         r".*\.(?:bin|pt|pth|ckpt|pkl|pickle)", (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
-        "a pickle, which can run code", _TORCH,
+        _PICKLE, _TORCH + "{stem}.safetensors",
     ),
     Kind(r".*index\.json", (), "the list of a model's shards", "give its folder, {folder}"),
     Kind(r".*\.json", (), "no weights, but what describes them", "give the folder of a model's weights"),
@@ -129,11 +135,13 @@ def _start(file: Path) -> bytes:
         return b""
 
 
-def refuse_tensors(path: Path | str, names: Iterable[str]) -> None:
+def refuse_tensors(path: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise, saying what it is, if a checkpoint has tensors that are not the weights of a model."""
-    names = list(names)
+    for name, shape in shapes.items():
+        if name.endswith(".weight") and shape == (0,):
+            raise OpdlabError(f"{path} is what DeepSpeed's ZeRO left of a model (its {name} is empty): {_ZERO}")
     for pattern, what, remedy in TENSORS:
-        for name in names:
+        for name in shapes:
             if re.search(pattern, name):
                 raise OpdlabError(f"{path} is {what} (it has {name}): {remedy}")
 

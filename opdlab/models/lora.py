@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
+from opdlab.models.foreign import refuse_foreign
 from opdlab.models.formats import header, read_json
 from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
 from opdlab.models.pieces import Checkpoint, Piece, read_stored
@@ -50,7 +51,8 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
             f"'opdlab measure BASE {folder}' with the base {origin}"
         )
     if not file.is_file():
-        raise OpdlabError(f"{folder} has no adapter_model.safetensors (pickled adapters are refused)")
+        refuse_foreign(sorted(folder.glob("*.bin")))
+        raise OpdlabError(f"{folder} has no adapter_model.safetensors: fetch or save the adapter again")
     _check_plain(folder, config)
     stored = {name: Piece(file, name, shape, dtype) for name, shape, dtype in header(file)}
     if not stored:
