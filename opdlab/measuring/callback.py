@@ -50,9 +50,9 @@ class GeometryCallback(TrainerCallback):
     Args:
         trainer: the trainer that it is added to, which logs the results.
         every: optimizer steps between measurements; the last step is always measured.
-        matrices: regular expression for the names of the matrices; by default attention's, which the paper follows.
-            Of those that match, it takes the trained matrices of attention and MLP, or if there are none, all that are
-            trained.
+        matrices: regular expression for the names of the matrices, in upper or lower case; by default attention's,
+            which the paper follows. Of those that match, it takes the trained matrices of attention and MLP, or if
+            there are none, all that are trained.
         k: dimension of the subspaces; the paper's 16.
         snapshots: folder for the model's weights, one file a step under the names that ``save_pretrained`` gives them,
             with config.json, for ``opdlab measure BASE --trajectory SNAPSHOTS``.
@@ -82,7 +82,7 @@ class GeometryCallback(TrainerCallback):
         if not all(isinstance(number, int) and number >= 1 for number in (every, k)):
             raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
         try:
-            self.matrices = re.compile(matrices)
+            self.matrices = re.compile(matrices, re.IGNORECASE)  # T5 writes SelfAttention
         except re.error as problem:
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
         steps: list = list(snapshot_steps) if isinstance(snapshot_steps, Collection) else [None]
