@@ -26,7 +26,15 @@ HEADS, EXPERTS = {"head_dim": 8}, {"num_experts_per_tok": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"image_size": 16, "patch_size": 8, "projection_dim": 16, "model_type": "clip_vision_model"}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 LLAVA = {"vision_config": VISION, "text_config": SHAPE | {"model_type": "llama"}, "image_token_index": 63}
 #: The configuration of each, and for some of the matrices that ``opdlab measure`` names where a file has them.
 LAYER, STORED = "model.layers.1.", "model.layers.1."
