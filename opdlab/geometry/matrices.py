@@ -42,6 +42,8 @@ _MIXER = re.compile(r"mixer|mamba|ssm|conv|temporal_block")
 
 #: The blocks of which the paper's means are, and those of tensors that are no matrices of a layer.
 LAYERS, OUTSIDE = ("attention", "mlp"), ("embedding", "head", "norm", "bias")
+#: The blocks of what stands beside the language model.
+TOWERS = tuple(_TOWERS)
 
 
 class Description(NamedTuple):

@@ -19,9 +19,10 @@ from opdlab.geometry.matrices import describe, tower_of
 from opdlab.models.pieces import Piece
 
 # What torch, accelerate, Lightning, PEFT and TRL put into the names of weights, anywhere or in front, when they wrap a
-# model. A second "model." in front is the attribute in which a module of one's own holds the model.
+# model. One "model." too many in front is the attribute in which a module of one's own holds the model.
 _INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-_IN_FRONT = re.compile(r"(?:(?:module|base_model\.model|policy|pretrained_model|model(?=\.(?:model|lm_head)\.))\.)+")
+_WRAPPERS = r"module|base_model\.model|policy|pretrained_model"
+_IN_FRONT = re.compile(rf"(?:(?:{_WRAPPERS}|model(?=\.(?:model|lm_head|{_WRAPPERS})\.))\.)+")
 HEAD = "lm_head.weight"
 
 # What holds the language model, and how the names of its parts begin where nothing does.
