@@ -81,14 +81,14 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from opdlab.measuring.sources import default_out, find_trajectory
+    from opdlab.measuring.sources import default_out, find_trajectory, in_order
     from opdlab.measuring.update import measure
     from opdlab.models.files import cache_folder
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
-    path = options.tuned or find_trajectory(options.trajectory)
-    out = options.out or default_out(Path(options.trajectory or path[-1]))
+    path = in_order(options.tuned) if options.tuned else find_trajectory(options.trajectory)
+    out = options.out or default_out(options.trajectory or str(path[-1]))
     how = {name: getattr(options, name) for name in ("seed", "processes", "device", "embeddings")}
     how |= {"nulls": not options.no_nulls, "cache": None if options.no_cache else cache_folder()}
     print(measure(options.base, path, out=out, progress=True, **how))

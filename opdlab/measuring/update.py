@@ -17,7 +17,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import apart, overall_means, summarise, trajectory_means
 from opdlab.measuring.common import LeftOut
 from opdlab.measuring.said import left_out_of_means, notes
-from opdlab.measuring.sources import check_apart, name_of, open_all, place_of, steps_of
+from opdlab.measuring.sources import check_apart, in_order, name_of, open_all, place_of
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
 from opdlab.models.files import write_json, write_whole
@@ -71,13 +71,13 @@ def measure(
                                   matrix  k  sparsity  nss  stable_rank
     0  model.layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    origin, path = open_all(base, tuned)
-    steps, out = steps_of([end.path for end in path]), Path(out) if out else None
+    way, out = in_order(tuned), Path(out) if out else None
+    origin, path = open_all(base, way)
     check_apart(out, (origin, *path))
-    job = Job(origin, path, steps, seed, nulls, cache=cache, device=device, embeddings=embeddings)
+    job = Job(origin, path, way.steps, seed, nulls, cache=cache, device=device, embeddings=embeddings)
     with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
         left_out = (*job.left_out, *left_out_of_means(table))
-        update = Update(job.base, job.path, table, trajectory, seed, device, left_out)
+        update = Update(job.base, job.path, table, trajectory, seed, device, left_out, way.said)
         if (table["frobenius"] != 0).any():
             if out:
                 update.save(out)
@@ -152,6 +152,7 @@ class Update(Shown):
     seed: int  #: of the nulls
     device: str  #: where it was measured
     left_out: tuple[LeftOut, ...] = ()  #: the tensors that were not measured, or that are in no mean: name, why, share
+    said: tuple[str, ...] = ()  #: of how the checkpoints were chosen and ordered
 
     @property
     def means(self) -> pd.DataFrame:
@@ -166,7 +167,7 @@ class Update(Shown):
     @property
     def notes(self) -> list[str]:
         """What was measured, what was left out and why, and what to keep in mind when reading the results."""
-        tuned, said = self.path[-1], notes(self.table, self.left_out)
+        tuned, said = self.path[-1], [*self.said, *notes(self.table, self.left_out)]
         # An adapter is added in float64.
         adapter = (Path(tuned.path) / "adapter_config.json").is_file()
         if {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")) and not adapter:

@@ -32,6 +32,13 @@ class Piece:
         """Return a piece of the given shape that applies ``take`` to what this one yields."""
         return replace(self, shape=shape, takes=(*self.takes, take))
 
+    def read(self) -> Tensor:
+        """Return the tensor as it is, without looking at what it holds."""
+        tensor = read_stored(self.file, self.stored, self.index)
+        for take in self.takes:
+            tensor = take(tensor)
+        return tensor.contiguous()  # the order of sums, and so a last digit, must not tell how a matrix is stored
+
     def rows(self, start: int, stop: int) -> Piece:
         """Return the piece of some rows, which are read alone if nothing is done to the stored tensor first."""
         shape = (stop - start, *self.shape[1:])
@@ -60,10 +67,7 @@ class Checkpoint:
             OpdlabError: if the file is damaged or an entry is not finite, naming the tensor.
         """
         piece = self.pieces[name].rows(*rows) if rows else self.pieces[name]
-        tensor = read_stored(piece.file, piece.stored, piece.index)
-        for take in piece.takes:
-            tensor = take(tensor)
-        tensor = tensor.contiguous()  # the order of sums, and so the last digit, must not tell how it was stored
+        tensor = piece.read()
         # If an entry is not finite, neither is the sum, which is faster to check; but a sum may also overflow.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise OpdlabError(f"{name} in {self.path} has entries that are not finite: this checkpoint is broken")
