@@ -138,15 +138,22 @@ def find_trajectory(folder: Path) -> Trajectory:
         OpdlabError: if there is none, or two are of one step.
     """
     inside = sorted(place for place in folder.iterdir() if place.name[0] != ".") if folder.is_dir() else []
-    found: dict[Path, Path] = {}
+    found: list[Path] = []
     left: dict[str, list[str]] = {}
     # Links come last, so that they give way to what they link to.
     for place in sorted(inside, key=Path.is_symlink):
-        why = _why_not(place) or (f"a link to {found[place.resolve()].name}" if place.resolve() in found else "")
+        same = [other.name for other in found if other.resolve() == place.resolve()]
+        why = _why_not(place) or (f"a link to {same[0]}" if same else "")
         if not why:
-            found[place.resolve()] = place
+            found.append(place)
         elif why != _NO_CHECKPOINT or (place.is_dir() and step_of(place)):
             left.setdefault(why, []).append(place.name)
+    for place in list(found):
+        # Some trainers write the parts that training goes on from beside the model of the same step.
+        whole = [other.name for other in found if _order(other) == _order(place) and _has_weights(other)]
+        if whole and not _has_weights(place):
+            found.remove(place)
+            left.setdefault(f"without safetensors, unlike {whole[0]}", []).append(place.name)
     below = [folder / name for name in _ABOVE if (folder / name).is_dir()]
     if not found and below:
         return find_trajectory(below[0])
@@ -156,8 +163,13 @@ def find_trajectory(folder: Path) -> Trajectory:
             f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
             "of safetensors, or step-<step>.safetensors files"
         )
-    reasons = "; ".join(f"{', '.join(names)} ({why})" for why, names in left.items())
-    return _by_step(found.values(), [f"Left out of the trajectory in {folder}: {reasons}."] if reasons else [])
+    more = {why: f" and {len(names) - 4} more" if len(names) > 4 else "" for why, names in left.items()}
+    reasons = "; ".join(f"{', '.join(names[:4])}{more[why]} ({why})" for why, names in left.items())
+    return _by_step(found, [f"Left out of the trajectory in {folder}: {reasons}."] if reasons else [])
+
+
+def _has_weights(place: Path) -> bool:
+    return place.is_file() or any(weights_folder(place).glob("*.safetensors"))
 
 
 def _why_not(place: Path) -> str:
@@ -189,7 +201,7 @@ def weights_folder(place: Path) -> Path:
         for inside in (place, *(place / name for name in _INSIDE)):
             if any(any(inside.glob(kind)) for kind in kinds):
                 return inside
-    return place
+    return place if (step := _of_step(place)) == place else weights_folder(step)
 
 
 def default_out(measured: Path | str) -> Path:

@@ -81,6 +81,12 @@ def test_the_step_is_the_number_that_a_word_calls_so(name, step):
         ),
         (["checkpoint-5", "model-00001-of-00001.safetensors"], ["checkpoint-5"], (5,), "(a shard of one model)"),
         (
+            ["checkpoint-5", *(f"model-0000{i}-of-00009.safetensors" for i in range(1, 10))],
+            ["checkpoint-5"],
+            (5,),
+            "model-00004-of-00009.safetensors and 5 more (a shard of one model)",
+        ),
+        (
             ["stage2-step10-tokens3B", "stage1-step90-tokens294B"],
             ["stage1-step90-tokens294B", "stage2-step10-tokens3B"],
             (1, 2),
@@ -90,6 +96,12 @@ def test_the_step_is_the_number_that_a_word_calls_so(name, step):
         (["global_step_9/actor/model_world_size_2_rank_0.pt", "latest.json"], ["global_step_9"], (9,), ""),
         (["20/actor/huggingface", "3/actor/huggingface"], ["3", "20"], (3, 20), ""),
         (["_actor/global_step20_hf", "_actor/global_step5_hf"], ["global_step5_hf", "global_step20_hf"], (5, 20), ""),
+        (
+            ["_actor/global_step20/mp_rank_00_model_states.pt", "_actor/global_step20_hf"],
+            ["global_step20_hf"],
+            (20,),
+            "global_step20 (without safetensors, unlike global_step20_hf)",
+        ),
         (["weights/step_10", "weights/step_2", "checkpoints/step_10/trainer.pt"], ["step_2", "step_10"], (2, 10), ""),
         (["iter_0000063/release.pt", "iter_0000127/.metadata/x.pt"], ["iter_0000063", "iter_0000127"], (63, 127), ""),
     ],
@@ -176,6 +188,17 @@ def test_a_run_of_verl_is_measured_and_what_was_left_out_is_said(run, pair, tmp_
         update = measure(pair[0], run / "global_step_100" / below, nulls=False)
         pd.testing.assert_frame_equal(update.table, expected)
         assert "global_step_100" in update.title
+
+
+def test_a_folder_without_weights_is_looked_for_in_its_step(run, pair):
+    """As verl's huggingface, which has no more than a configuration before the parts beside it are merged."""
+    empty = run / "global_step_100" / "actor" / "huggingface"
+    empty.unlink()
+    empty.mkdir()
+    place(empty, "config.json")
+    place(empty.parent, "model_world_size_2_rank_0.pt")
+    with pytest.raises(OpdlabError, match=r"model_world_size_2_rank_0.pt is .*verl.model_merger"):
+        measure(pair[0], empty)
 
 
 def test_checkpoints_that_were_sorted_are_measured_to_the_last(run, pair, tmp_path, capsys, monkeypatch):
