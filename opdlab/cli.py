@@ -77,20 +77,21 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     parser.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
+    parser.add_argument("--embeddings", action="store_true", help="decompose embeddings and heads, which takes longest")
     parser.add_argument("--processes", type=int, help="at once (default: one for each processor; 1 for a small model)")
     parser.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from opdlab.measuring.sources import default_out, find_trajectory
+    from opdlab.measuring.sources import default_out, find_trajectory, in_order
     from opdlab.measuring.update import measure
     from opdlab.models.files import cache_folder
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
-    path = options.tuned or find_trajectory(options.trajectory)
-    out = options.out or default_out(Path(options.trajectory or path[-1]))
-    how = {name: getattr(options, name) for name in ("seed", "processes", "device")}
+    path = in_order(options.tuned) if options.tuned else find_trajectory(options.trajectory)
+    out = options.out or default_out(options.trajectory or str(path[-1]))
+    how = {name: getattr(options, name) for name in ("seed", "processes", "device", "embeddings")}
     how |= {"nulls": not options.no_nulls, "cache": None if options.no_cache else cache_folder()}
     print(measure(options.base, path, out=out, progress=True, **how))
     print(f"\nwith figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
