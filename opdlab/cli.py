@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", help="the scale (default: OPDLAB_SCALE, or tiny)")
-    parser.add_argument("--home", type=Path, help="folder of models, records and runs (default: the repository)")
+    what = "folder of models, records and runs (default: OPDLAB_HOME, or the repository, or opdlab's cache)"
+    parser.add_argument("--home", type=Path, help=what)
 
 
 def _laboratory(options: argparse.Namespace) -> Laboratory:
@@ -75,20 +77,21 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the permuted nulls (default: 0)")
     parser.add_argument("--no-nulls", action="store_true", help="leave out nulls and the comparison at equal norm")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep decompositions of the base")
+    parser.add_argument("--embeddings", action="store_true", help="decompose embeddings and heads, which takes longest")
     parser.add_argument("--processes", type=int, help="at once (default: one for each processor; 1 for a small model)")
     parser.add_argument("--device", default="cpu", help="cuda computes on the GPU, in one process (default: cpu)")
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from opdlab.measuring.sources import default_out, find_trajectory
+    from opdlab.measuring.sources import default_out, find_trajectory, in_order
     from opdlab.measuring.update import measure
     from opdlab.models.files import cache_folder
 
     if bool(options.tuned) == bool(options.trajectory):
         raise OpdlabError("give what to measure against the base: either checkpoints, or --trajectory DIR")
-    path = options.tuned or find_trajectory(options.trajectory)
-    out = options.out or default_out(Path(options.trajectory or path[-1]))
-    how = {name: getattr(options, name) for name in ("seed", "processes", "device")}
+    path = in_order(options.tuned) if options.tuned else find_trajectory(options.trajectory)
+    out = options.out or default_out(options.trajectory or str(path[-1]))
+    how = {name: getattr(options, name) for name in ("seed", "processes", "device", "embeddings")}
     how |= {"nulls": not options.no_nulls, "cache": None if options.no_cache else cache_folder()}
     print(measure(options.base, path, out=out, progress=True, **how))
     print(f"\nwith figures: {out / 'report.html'}; every tensor: {out / 'matrices.csv'}; means: {out / 'summary.json'}")
@@ -225,20 +228,22 @@ def _imported(place: str) -> Callable[[str, str, str], float]:
 
 
 def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
-    import torch
-
+    from opdlab.lab.scheduler import provide_pretrained
     from opdlab.measuring.callback import callback_for
+    from opdlab.processes import find_device
     from opdlab.training.config import with_fields
-    from opdlab.training.trl import launch
+    from opdlab.training.trl import check_ready, configure, launch
 
-    engine = bool(lab.scale.engine)
-    gpu = engine or (lab.scale.compute.gpu and torch.cuda.is_available())
+    change = partial(with_fields, settings=_settings(options.set))
+    named, engine, asked = lab.arm(options.arm), bool(lab.scale.engine), (options.arm, options.seed)
+    gpu = engine or find_device(lab.scale.compute.gpu).type == "cuda"
+    config = configure(change(lab.experiment(*asked)), options.processes, gpu=gpu, vllm=engine)
+    if not options.dry_run:
+        check_ready(config)
+        provide_pretrained(lab)
     # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
-    model = lab.arm(options.arm).produces if options.seed == 0 else ""
-    how = {"processes": options.processes, "dry_run": options.dry_run, "gpu": gpu, "vllm": engine}
-    produces = lab.models / model if model else None
-    experiment = with_fields(lab.experiment(options.arm, options.seed), _settings(options.set))
-    launch(experiment, lab.runs, callback_for, produces=produces, **how)
+    produces = lab.models / named.produces if named.produces and options.seed == 0 else None
+    launch(change(lab.experiment(*asked)), config, lab.runs, callback_for, produces=produces, dry_run=options.dry_run)
 
 
 # --- the book ---------------------------------------------------------------------------------------------------------
@@ -359,7 +364,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     missing = missing_records((*arms, *analyses), seeds, lab)
     if missing:
         listed = ", ".join(map(str, seeds))
-        raise OpdlabError(f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}")
+        what = f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}"
+        raise OpdlabError(f"{what}: record them first{lab.elsewhere}")
     repeated = Laboratory(lab.scale, lab.runs.parent / "reproduce")
     print(f"retraining in {repeated.root}")
     if options.keep_models:
@@ -378,10 +384,17 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status (:func:`opdlab.errors.exit_status`)."""
-    options = _parser().parse_args(arguments)
+    return exit_status("opdlab", lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
+    # A shell leaves ~ as it is in --out=~/results.
+    tilde, home = re.compile(r"^(--[\w-]+=)?(~[^/]*)"), lambda found: (found[1] or "") + os.path.expanduser(found[2])
+    told = [tilde.sub(home, word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    options = _parser().parse_args(told)
     if options.command != "fetch":  # the one command that downloads: its bars are worth seeing
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return exit_status("opdlab", lambda: globals()[f"_{options.command}"](options))
+    globals()[f"_{options.command}"](options)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 
 class OpdlabError(Exception):
@@ -19,11 +20,15 @@ def exit_status(program: str, work: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: its own or 0, 2 on bad input, 130 if interrupted.
 
     If the reader of its output has closed the pipe, as in ``opdlab plan | head``, the status is 141 and nothing is
-    printed. An error message begins with the name of the program.
+    printed. An error message begins with the name of the program. What the output's encoding lacks, such as α in many
+    of Windows, is written as ``\\u03b1``.
 
     >>> exit_status("opdlab", lambda: None)
     0
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = work() or 0
         sys.stdout.flush()

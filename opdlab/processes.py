@@ -12,10 +12,12 @@ import platform
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from threading import RLock, Thread
+from typing import Any
 
 import numpy
 import torch
@@ -28,7 +30,8 @@ from opdlab.errors import OpdlabError
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-def _start(prepare: Callable | None, arguments: tuple) -> None:
+def _start(started: Any, prepare: Callable | None, arguments: tuple) -> None:
+    started.value = True
     # Ctrl-C reaches the workers too. They may stop at once, because interrupted work is simply done again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # tqdm's default lock spans processes, and would be reported as leaked when a worker is killed.
@@ -64,6 +67,9 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
     """Start ``count`` single-threaded worker processes, and end them at once on any exception, Ctrl-C included.
 
     Each process first calls ``prepare(*arguments)``.
+
+    Raises:
+        OpdlabError: if none could start, as in a script without ``if __name__ == "__main__":``, which each runs again.
     """
     # glibc reads these when a worker starts. Without them it returns the memory of large tensors to the system and gets
     # it back page by page, which takes a tenth of a training step and a quarter of a measurement. Above 32 MB it still
@@ -72,13 +78,19 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**29))
     # SciPy's BLAS does not follow PyTorch's number of threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(count, CONTEXT, _start, (prepare, arguments)) as pool:
+    started = CONTEXT.RawValue("b", False)
+    with ProcessPoolExecutor(count, CONTEXT, _start, (started, prepare, arguments)) as pool:
         try:
             yield pool
-        except BaseException:
+        except BaseException as problem:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
+            if isinstance(problem.__cause__ or problem, BrokenProcessPool) and not started.value:
+                raise OpdlabError(
+                    "no worker process could start: a script needs 'if __name__ == \"__main__\":' before what it does, "
+                    "or processes=1"
+                ) from problem
             raise
 
 

@@ -8,8 +8,8 @@ Nothing here knows how the weights were trained. Read in this order, one idea a 
 4. :mod:`~opdlab.geometry.masks`: which coordinates, in comparison with the principal and the small weights.
 5. :mod:`~opdlab.geometry.nulls` and :mod:`~opdlab.geometry.ruler`: what each of these shows when there is nothing to
    see, and what the size of an update alone makes of them.
-6. :mod:`~opdlab.geometry.matrices`, :mod:`~opdlab.geometry.measure` and :mod:`~opdlab.geometry.trajectory`: all of
-   it, in a table, for the matrices of a model.
+6. :mod:`~opdlab.geometry.matrices`, :mod:`~opdlab.geometry.measure`, :mod:`~opdlab.geometry.rows` and
+   :mod:`~opdlab.geometry.trajectory`: all of it, in a table, for the matrices of a model.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
 left is the output side and right the input side. Arithmetic is in float64, on the device of the tensor. What is
@@ -30,8 +30,9 @@ from opdlab.geometry.masks import (
     smallest_entries,
 )
 from opdlab.geometry.matrices import Description, decompose, describe, weight_matrices
-from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair, measure_vector, overall_sparsity
+from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair, overall_sparsity
 from opdlab.geometry.nulls import noise_mask, norm_matched, permute, permuted_update, random_walk, random_walk_sim
+from opdlab.geometry.rows import measure_rows
 from opdlab.geometry.ruler import change_probability, noise_norm, noise_overlap, noise_sparsity
 from opdlab.geometry.sparsity import (
     absolute_sparsity,

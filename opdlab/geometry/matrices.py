@@ -13,11 +13,37 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.spectrum import Svd, svd
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
-# Blocks outside attention and MLP, by what a name contains.
-_OTHERS = {"embed": "embedding", "wte": "embedding", "wpe": "embedding", "norm": "norm", "ln_": "norm", "head": "head"}
-# What models call their MLPs, and the matrices of those that have no name for it.
-_MLP_PARENTS, _MLP_MODULES = ("mlp", "experts", "feed_forward", "ffn", "densereludense"), ("fc1", "fc2")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
+# Parts of a model beside its language model, by what a name has before its layer.
+_TOWERS = {
+    "vision": re.compile(r"vis(?:ion|ual)|image|video"),
+    "audio": re.compile(r"audio|speech|sound|talker|token2wav"),
+    "projector": re.compile(r"projector|connector"),
+    "mtp": re.compile(r"(?:^|\.)mtp\b"),  # which predicts several tokens ahead
+}
+# Blocks outside attention and MLP, by what a module is called; the first counts.
+_OTHERS = {
+    "bias": re.compile(r"bias"),
+    "head": re.compile(r"head|^score$|^classifier$"),
+    "embedding": re.compile(r"embed|^w[tp]e$|^shared$"),
+    "norm": re.compile(r"norm|^ln_"),
+}
+# Several matrices side by side, or one above the other, of which no rule says how to split them.
+_FUSED = re.compile(r"qkv|gate_up|query_key_value|c_attn|w_pack|in_proj_(?:ba|weight)")
+_STACKED = re.compile(r"(?:^|\.)experts\.(?!\d)")
+# The matrices of a layer: by what a name has after its layer, or by what its module is called.
+_ATTENTION, _ATTENTION_MODULES = re.compile(r"attn|attention"), ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP, _MLP_MODULES = (
+    re.compile(r"mlp|experts|feed_forward|ffn|densereludense"),
+    ("fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
+)
+_ROUTER = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate)(?:\.|$)")
+_MIXER = re.compile(r"mixer|mamba|ssm|conv|temporal_block")
+
+#: The blocks of which the paper's means are, and those of tensors that are no matrices of a layer.
+LAYERS, OUTSIDE = ("attention", "mlp"), ("embedding", "head", "norm", "bias")
+#: The blocks of what stands beside the language model.
+TOWERS = tuple(_TOWERS)
 
 
 class Description(NamedTuple):
@@ -25,33 +51,56 @@ class Description(NamedTuple):
 
     layer: int  #: -1 outside the layers
     module: str  #: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj in the Llama and Qwen families
-    block: (
-        str  #: attention or mlp for the matrices of a layer; embedding, head, norm, bias, fused or other for the rest
-    )
+    #: attention or mlp for the matrices of a layer of the language model; mixer for what mixes tokens in another way;
+    #: vision, audio, projector or mtp (for predicting several tokens ahead) beside the language model; router for what
+    #: chooses experts; embedding, head, norm, bias, fused or other for the rest
+    block: str
 
 
 def describe(name: str) -> Description:
     """Read layer, module and block from the name of a weight.
 
+    A router is no matrix of the MLP: the paper means "standard weight matrices" (2606.07082, Appendix C.3).
+
     >>> describe("model.layers.2.self_attn.q_proj.weight")
     Description(layer=2, module='q_proj', block='attention')
-    >>> describe("model.embed_tokens.weight")
-    Description(layer=-1, module='embed_tokens', block='embedding')
+    >>> describe("visual.blocks.2.attn.q_proj.weight").block, describe("model.embed_tokens.weight").block
+    ('vision', 'embedding')
     """
     found = _LAYER.search(name)
-    *parents, module = name.removesuffix(".weight").removesuffix(".bias").split(".")
-    inside = " ".join(parents).lower()
-    block = next((block for part, block in _OTHERS.items() if part in module.lower()), "other")
+    plain = name.removesuffix(".weight").removesuffix(".bias")
+    before, after = (name[: found.start()], plain[found.end() :]) if found else (name, plain)
+    module = after.rpartition(".")[2]
     if name.endswith(".bias"):
         block = "bias"
-    elif "qkv" in module or "gate_up" in module:
-        block = "fused"
-    elif found and block == "other":
-        if "attn" in inside or "attention" in inside:
-            block = "attention"
-        elif module in _MLP_MODULES or any(part in inside for part in _MLP_PARENTS):
-            block = "mlp"
+    else:
+        block = next((block for block, called in _OTHERS.items() if called.search(module.lower())), "")
+    block = block or _several(after.lower()) or tower_of(before)
+    if not block:
+        block = _of_layer(after.lower(), module, name) if found else "head" if "head" in plain else "other"
     return Description(int(found[1]) if found else -1, module, block)
+
+
+def tower_of(name: str) -> str:
+    """Return the part of a model beside its language model that a name begins with, or "" in the language model."""
+    before = _LAYER.split(name, maxsplit=1)[0]
+    return next((tower for tower, called in _TOWERS.items() if called.search(before)), "")
+
+
+def _several(after: str) -> str:
+    return "fused" if _FUSED.search(after) else "stacked" if _STACKED.search(after) else ""
+
+
+def _of_layer(after: str, module: str, name: str) -> str:
+    """Return the block of a matrix of a layer, from its name after the layer."""
+    if _ATTENTION.search(after) or module in _ATTENTION_MODULES:
+        return "attention"
+    if _ROUTER.search(after):
+        return "router"
+    if _MLP.search(after) or module in _MLP_MODULES:
+        return "mlp"
+    # Mamba stores a table beside its matrices, A_log.
+    return "mixer" if _MIXER.search(after) and name.endswith(".weight") else "other"
 
 
 def identity(name: str, shape: tuple[int, ...]) -> dict:
@@ -61,11 +110,11 @@ def identity(name: str, shape: tuple[int, ...]) -> dict:
     {'matrix': 'norm.weight', 'layer': -1, 'module': 'norm', 'block': 'norm', 'rows': 4, 'cols': 1, 'parameters': 4}
     """
     layer, module, block = describe(name)
-    if len(shape) > 2:
-        block = "stacked"  # several matrices in one tensor, and how is not known
-    elif len(shape) < 2 and block in ("attention", "mlp"):
-        block = "other"  # those two are for matrices
-    rows, cols = shape if len(shape) == 2 else (prod(shape), 1)
+    if block not in OUTSIDE and len(shape) > 2:
+        block = "stacked"  # a convolution, or matrices of which no rule says how they are stacked
+    elif block not in OUTSIDE and len(shape) < 2:
+        block = "other"  # those are for matrices
+    rows, cols = shape if len(shape) == 2 and block not in ("bias", "norm") else (prod(shape), 1)
     where = {"layer": layer, "module": module, "block": block}
     return {"matrix": name} | where | {"rows": rows, "cols": cols, "parameters": rows * cols}
 
@@ -86,9 +135,12 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> list(weight_matrices({name: torch.zeros(2, 2) for name in names}))
     ['model.layers.0.mlp.up_proj.weight']
     """
-    matrices = {name: w for name, w in state_dict.items() if w.ndim == 2 and _LAYER.search(name)}
+    described = {name: describe(name) for name, w in state_dict.items() if w.ndim == 2}
+    matrices = {
+        name: state_dict[name] for name, (layer, _, block) in described.items() if layer >= 0 and block not in OUTSIDE
+    }
     for name in matrices:
-        if describe(name).block == "fused":
+        if described[name].block in ("fused", "stacked"):
             raise OpdlabError(f"the weight {name!r} holds several matrices side by side; split it before measuring")
     if not matrices:
         raise OpdlabError(f"state_dict has no matrix named ...layers.<i>... among its {len(state_dict)} weights")

@@ -250,19 +250,7 @@ def overall_sparsity(table: DataFrame) -> float:
     return float((table["sparsity"] * table["parameters"]).sum() / table["parameters"].sum())
 
 
-def measure_vector(w0: Tensor, w1: Tensor) -> dict[str, float]:
-    """Measure the update of a weight that is not a matrix, such as a norm's, without any directions.
-
-    Keys: frobenius, relative_norm, sparsity, sparsity_absolute, sparsity_relative, density, as :func:`measure_matrix`.
-
-    >>> measure_vector(torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 3.0]))["sparsity"]
-    0.75
-    """
-    size = {"frobenius": frobenius(w1.double() - w0.double()), "relative_norm": relative_norm(w0, w1)}
-    return size | _visible(w0, w1, update_mask(w0, w1))
-
-
-def _visible(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
+def visible_shares(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
     """Return how much of an update is visible, by the three rules."""
     return {
         "sparsity": density(~visible),
@@ -312,7 +300,7 @@ def spectrum_stats(delta: Tensor | Svd, k: int) -> dict[str, float]:
 def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, at: Resolution) -> dict[str, float]:
     """Return the diagnostics that depend on the size of the update."""
     svd1, visible = svd(w1, k=max((at.k, *at.angle_ks))), update_mask(w0, w1)
-    row = _visible(w0, w1, visible) | {"nss": spectral_drift(svd0, svd1)}
+    row = visible_shares(w0, w1, visible) | {"nss": spectral_drift(svd0, svd1)}
     for side, angles in rotation(svd0, svd1, at.k)._asdict().items():
         row[f"angle_{side}_mean"] = float(angles.mean())
         row[f"angle_{side}_median"] = float(angles.quantile(0.5))

@@ -12,6 +12,7 @@ from math import inf, nan
 import pandas as pd
 
 from opdlab.geometry import enrichment, feasible_range
+from opdlab.geometry.matrices import LAYERS, TOWERS
 
 _RANKS = ("stable_rank", "effective_rank", "effective_rank_squared", "top_energy", "hill")
 _MASKS = [f"{star}_overlap_a{alpha}" for alpha in (30, 50) for star in ("principal", "low", "principal_only")]
@@ -58,8 +59,34 @@ def means(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ())
 
 
 def of_layers(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of attention and MLP, the matrices that the paper is about."""
-    return table[table["block"].isin(["attention", "mlp"])]
+    """Return the rows of attention and MLP of the language model, the matrices that the paper is about.
+
+    A model without attention and MLP has those of its mixers instead, or else all matrices of its layers.
+    """
+    for blocks in (LAYERS, ("mixer",)):
+        if (chosen := table["block"].isin(blocks)).any():
+            return table[chosen]
+    return table[(table["layer"] >= 0) & (table[["rows", "cols"]].min(axis="columns") > 1)] if len(table) else table
+
+
+def means_over(table: pd.DataFrame) -> str:
+    """Return what the means of a table of measurements are over, in words."""
+    layers = of_layers(table)
+    if set(layers["block"]) <= set(LAYERS) and len(layers):
+        of = " of the language model" if table["block"].isin(TOWERS).any() else ""
+        return f"the {layers['matrix'].nunique()} matrices of attention and MLP{of}"
+    if layers.empty:
+        return "nothing, as no matrix is in a layer"
+    return f"the {layers['matrix'].nunique()} matrices of the layers, as this model has no attention and no MLP"
+
+
+def apart(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the means of the matrices of the layers that are apart, one row a block: towers, mixers, routers ..."""
+    rest = table.drop(of_layers(table).index)
+    rest = rest[(rest["layer"] >= 0) & (rest[["rows", "cols"]].min(axis="columns") > 1)]
+    columns = ["sparsity", "relative_norm", "stable_rank"]
+    rest = rest.reindex(columns=[*rest, *(name for name in columns if name not in rest)])
+    return means(rest, ["block"], columns).set_index("block").rename_axis("apart from the means") if len(rest) else rest
 
 
 def summarise(table: pd.DataFrame) -> dict[str, dict]:
@@ -67,8 +94,8 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
 
     Each entry has its value, the null, their ratio, the z-score of their difference over the matrices of this one
     model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; an overlap also has
-    that of noise at its density, its enrichment, and what counting allows (feasible). *Overall* is attention and MLP,
-    as in the paper; everything else stands apart.
+    that of noise at its density, its enrichment, and what counting allows (feasible). *Overall* is attention and MLP
+    of the language model, as in the paper (:func:`of_layers`); everything else stands apart.
     """
     layers = of_layers(table)
     groups = {"overall": layers}
@@ -78,7 +105,7 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
 
 
 def overall_means(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per diagnostic of the matrices of attention and MLP, with the entries of :func:`summarise`."""
+    """Return one row per diagnostic of the matrices in :func:`of_layers`, with the entries of :func:`summarise`."""
     rows = {name: entry for name, entry in _summary(of_layers(table)).items() if isinstance(entry, dict)}
     for entry in rows.values():
         if "feasible" in entry:
@@ -89,7 +116,7 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def trajectory_means(trajectory: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per step: the means of a trajectory over the matrices of attention and MLP, with their nulls.
+    """Return one row per step: the means of a trajectory over the matrices in :func:`of_layers`, with their nulls.
 
     The similarities are on the right side at the largest K: to the end, that of a random walk, to the rest of the
     update, between consecutive intervals, and at random.

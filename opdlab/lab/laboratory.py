@@ -12,6 +12,7 @@ from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import Scale, get_scale
 from opdlab.lab.tasks import TASKS
+from opdlab.models.files import cache_folder
 from opdlab.training.arms import Arm, Model
 from opdlab.training.config import Experiment, Recipe
 from opdlab.training.loop import train
@@ -20,8 +21,15 @@ from opdlab.training.tasks import Task
 
 
 def default_root() -> Path:
-    """Return the folder in ``OPDLAB_HOME``, or the repository that this package was installed from."""
-    return Path(os.environ.get("OPDLAB_HOME") or Path(__file__).resolve().parents[2])
+    """Return the folder in ``OPDLAB_HOME``, the repository that this package lies in, or if it lies in none a cache."""
+    if home := os.environ.get("OPDLAB_HOME"):
+        return Path(home).expanduser()
+    around = Path(__file__).resolve().parents[2]
+    return around if _is_repository(around) else cache_folder() / "home"
+
+
+def _is_repository(folder: Path) -> bool:
+    return (folder / "pyproject.toml").is_file()
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,17 @@ class Laboratory:
     @classmethod
     def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
         """Return the laboratory of a scale (:func:`opdlab.lab.scales.get_scale`) in ``root`` or the repository."""
-        return cls(get_scale(scale), root or default_root())
+        return cls(get_scale(scale), root.expanduser() if root else default_root())
 
     @property
     def models(self) -> Path:
         """The folder with the base, anchor, teacher and so on."""
-        return self.root / "data" / "models" / self.scale.models.folder
+        models, folders = self.scale.models, self.root / "data" / "models"
+        # Those that six steps made are not those of the other scale.
+        whole = models.instead and all(
+            (folders / models.instead / self.arms[arm].produces).is_dir() for arm in models.makers
+        )
+        return folders / (models.instead if whole else models.folder)
 
     @property
     def records(self) -> Path:
@@ -53,6 +66,14 @@ class Laboratory:
         """The folder with the runs, which is not part of the repository."""
         return self.root / "runs" / self.scale.name
 
+    @property
+    def elsewhere(self) -> str:
+        """What a message about a missing model or record ends with, where ``root`` is not the book's repository."""
+        repository = "https://github.com/opdlab/opdlab"
+        return (
+            "" if _is_repository(self.root) else f" (the book's own: git clone {repository}, and set OPDLAB_HOME to it)"
+        )
+
     # --- experiments --------------------------------------------------------------------------------------------------
 
     def experiment(self, name: str, seed: int = 0) -> Experiment:
@@ -63,7 +84,7 @@ class Laboratory:
             evaluations, snapshots = policy.variant_evaluations, policy.variant_snapshots
         return Experiment(
             arm=self._with_models(named, seed),
-            task=self.tasks[named.task or self.scale.task],
+            task=self.task(named.task or self.scale.task),
             recipe=recipe,
             seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
@@ -93,6 +114,12 @@ class Laboratory:
         if name not in self.arms:
             raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
         return self.arms[name]
+
+    def task(self, name: str) -> Task:
+        """Return the task called ``name``, or raise an OpdlabError if there is none."""
+        if name not in self.tasks:
+            raise OpdlabError(f"there is no task {name!r}; choose one of {', '.join(self.tasks)}")
+        return self.tasks[name]
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""
@@ -145,6 +172,7 @@ class Laboratory:
         if not (self.models / name).is_dir():
             raise OpdlabError(
                 f"there is no model in {self.models / name}: run 'opdlab models --scale {self.scale.name}' first"
+                f"{self.elsewhere}"
             )
         return self.models / name
 

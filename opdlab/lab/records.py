@@ -108,7 +108,7 @@ def load(
         named = " ".join(f"--arm {arm}" for arm in dict.fromkeys(missing))
         raise OpdlabError(
             f"{lab.records} has no record of {', '.join(dict.fromkeys(missing)) or 'any arm'} as it would be made now: "
-            f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'"
+            f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'{lab.elsewhere}"
         )
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for arm in arms:
@@ -130,7 +130,7 @@ def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None) -> pd.Dat
     if any(_is_due(analysis, seed, lab) for seed in wanted):
         raise OpdlabError(
             f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
-            f"'opdlab record --scale {lab.scale.name} --analysis {name}'"
+            f"'opdlab record --scale {lab.scale.name} --analysis {name}'{lab.elsewhere}"
         )
     table = read_table(lab.records / "analyses" / f"{name}.csv")
     valid = {part.key(lab) for seed in wanted for part in analysis.parts(lab, seed)}

@@ -24,6 +24,7 @@ class Models:
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
     per_seed: tuple[str, ...] = ()  #: of which each seed makes its own; that of seed 0 has no number in its name
     dtype: str = "float32"  #: that the made models are stored in
+    instead: str = ""  #: the folder of another scale that is taken where all of its models are there
     tokenizer: str = ""  #: the pretrained model whose tokenizer, chat template and ends all take; "" for each its own
 
 
@@ -140,6 +141,7 @@ SMOKE = replace(
     TINY,
     name="smoke",
     summary="the models of tiny, six steps per run; seconds, to see that everything works",
+    models=replace(TINY.models, folder="smoke", instead="tiny"),
     budget=replace(
         TINY.budget,
         recipes={

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.core_model_loading import revert_weight_conversion
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
-from opdlab.models.files import save_tensors
+from opdlab.geometry.matrices import LAYERS, identity
+from opdlab.models.checkpoints import open_checkpoint
+from opdlab.models.files import save_tensors, write_text
 from opdlab.models.names import plain_name
+from opdlab.models.pieces import Checkpoint, Piece
+
+_LATER = "measure the checkpoints that the trainer saves with 'opdlab measure BASE --trajectory DIR'"
+# How trainers leave parts of weights to each process, by what its parameters then have; and what to do instead.
+_SHARDED = (
+    ("ds_shape", "", "ZeRO-3 of DeepSpeed", "train with ZeRO-2 or FSDP2"),
+    ("", "_fsdp_wrapped_module.|_flat_param", "FSDP1", "set fsdp_version to 2 for accelerate"),
+)
 
 
 class GeometryCallback(TrainerCallback):
@@ -29,19 +43,25 @@ class GeometryCallback(TrainerCallback):
     of the chosen matrices.
 
     It works with transformers' Trainer and trainers derived from it, as all of TRL's are, and gathers sharded weights
-    (DTensor). A LoRA adapter's weights are no update by themselves: save it, and measure it with ``opdlab measure``.
+    (DTensor). Fused projections and stacked experts are followed one matrix at a time, as ``opdlab measure`` takes
+    them. A LoRA adapter's weights are no update by themselves: save it, and measure it with ``opdlab measure``. In a
+    run that is resumed, the first weights are gone: it warns, logs nothing, and still writes its snapshots.
 
     Args:
         trainer: the trainer that it is added to, which logs the results.
         every: optimizer steps between measurements; the last step is always measured.
-        matrices: regular expression for the names of the matrices; by default attention's, which the paper follows.
+        matrices: regular expression for the names of the matrices, in upper or lower case; by default attention's,
+            which the paper follows. Of those that match, it takes the trained matrices of attention and MLP, or if
+            there are none, all that are trained.
         k: dimension of the subspaces; the paper's 16.
-        snapshots: folder for the model's weights, one file a step, for ``opdlab measure BASE --trajectory SNAPSHOTS``.
+        snapshots: folder for the model's weights, one file a step under the names that ``save_pretrained`` gives them,
+            with config.json, for ``opdlab measure BASE --trajectory SNAPSHOTS``.
         snapshot_steps: the steps at which they are written.
 
     Raises:
-        OpdlabError: when training begins, if no trained matrix is chosen, k exceeds a side of one, or training is
-            resumed, since the update would be counted from there. Later, if a snapshot cannot be written.
+        OpdlabError: at once if an argument makes no sense. When training begins, if no trained matrix is chosen, k
+            exceeds a side of one, or processes have parts of weights (ZeRO-3, FSDP1). Later, if a snapshot cannot be
+            written.
 
     Example::
 
@@ -55,42 +75,42 @@ class GeometryCallback(TrainerCallback):
         every: int = 50,
         matrices: str = "attn|attention",
         k: int = 16,
-        snapshots: Path | None = None,
+        snapshots: Path | str | None = None,
         snapshot_steps: Collection[int] = (),
     ):
         """Prepare to measure; nothing is kept before training begins."""
         if not all(isinstance(number, int) and number >= 1 for number in (every, k)):
             raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
         try:
-            self.matrices = re.compile(matrices)
+            self.matrices = re.compile(matrices, re.IGNORECASE)  # T5 writes SelfAttention
         except re.error as problem:
             raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
+        steps: list = list(snapshot_steps) if isinstance(snapshot_steps, Collection) else [None]
+        if not all(isinstance(step, Integral) and int(step) >= 1 for step in steps):
+            raise OpdlabError(f"snapshot_steps is {snapshot_steps!r}; expected a list of steps, whole numbers from 1")
+        if bool(snapshots) != bool(steps):
+            raise OpdlabError(
+                f"snapshots is {snapshots} and snapshot_steps {steps}: give a folder and steps, or neither"
+            )
         self.trainer, self.every, self.k = trainer, every, k
-        self.snapshots, self.snapshot_steps = snapshots, frozenset(snapshot_steps if snapshots else ())
+        self.snapshots, self.snapshot_steps = Path(snapshots or "").expanduser(), frozenset(steps)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights that training starts from."""
-        if state.global_step > 0:
-            raise OpdlabError(
-                f"training resumes at step {state.global_step}, so its first weights are not here: leave out "
-                "GeometryCallback, and measure the checkpoints with 'opdlab measure BASE --trajectory DIR'"
-            )
         self._last: dict[str, Svd] = {}
         self._measured = 0
-        # On the CPU, which has more room than a device.
-        self._origin = {
-            name: _whole(weight).to("cpu", copy=True)
-            for name, weight in _matrices(kwargs["model"])
-            if weight.requires_grad and self.matrices.search(name) and ".lora_" not in name
-        }
-        if not self._origin:
-            raise OpdlabError(
-                f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
-                "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
+        self._followed: dict[str, dict[str, Piece]] = {}
+        _check_whole(kwargs["model"])
+        if state.global_step > 0:
+            warnings.warn(
+                f"training resumes at step {state.global_step}, so its first weights are not here and GeometryCallback "
+                f"logs nothing: {_LATER}",
+                stacklevel=2,
             )
-        for name, w0 in self._origin.items():
-            if min(w0.shape) < self.k:
-                raise OpdlabError(f"k is {self.k}, more than a side of {name} {tuple(w0.shape)}: choose a smaller one")
+            return
+        self._follow(kwargs["model"])
+        # On the CPU, which has more room than a device.
+        self._origin = {name: weight.to("cpu", copy=True) for name, weight in self._weights(kwargs["model"])}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure and log, and write a snapshot, if it is time."""
@@ -104,18 +124,59 @@ class GeometryCallback(TrainerCallback):
         if state.global_step > self._measured:
             self._log(state, control, kwargs["model"])
 
+    def _follow(self, model: nn.Module) -> None:
+        """Choose the matrices, by the parameter that holds each."""
+        trained = {name: w for name, w in model.named_parameters() if w.requires_grad and ".lora_" not in name}
+        config: dict = getattr(getattr(model, "config", None), "to_dict", dict)()
+        pieces = open_checkpoint(trained, Checkpoint("the model", {}, {}, config)).pieces if trained else {}
+        found = {
+            name: piece
+            for name, piece in pieces.items()
+            if len(piece.shape) == 2 and any(map(self.matrices.search, (name, plain_name(piece.stored))))
+        }
+        block = {name: identity(name, piece.shape)["block"] for name, piece in found.items()}
+        if not found:
+            raise OpdlabError(
+                f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
+                "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
+            )
+        for name in [name for name in found if block[name] in LAYERS] or found:
+            if min(found[name].shape) < self.k:
+                raise OpdlabError(
+                    f"k is {self.k}, more than a side of {name} {found[name].shape}: choose a smaller one"
+                )
+            self._followed.setdefault(found[name].stored, {})[name] = found[name]
+
+    def _weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield the matrices that are followed; every process must ask for all of them."""
+        parameters = dict(model.named_parameters())
+        for stored, pieces in self._followed.items():
+            whole = {stored: _whole(parameters[stored])}
+            for name, piece in pieces.items():
+                yield name, replace(piece, file=whole).read()
+
     def _snapshot(self, state: TrainerState, model: nn.Module) -> None:
-        weights = {}
-        for name, weight in model.named_parameters():
+        model = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        weights, seen = {}, set()
+        for name, weight in model.state_dict(keep_vars=True).items():
+            if not isinstance(weight, Tensor) or id(weight) in seen:  # a second name of one weight
+                continue
+            seen.add(id(weight))
             whole = _whole(weight)  # in every process, or those that ask would wait for the others
             if state.is_world_process_zero:
                 weights[plain_name(name)] = whole.cpu()
-        if state.is_world_process_zero and self.snapshots:
-            save_tensors(self.snapshots / f"step-{state.global_step:06d}.safetensors", weights)
+        if not state.is_world_process_zero:
+            return
+        if isinstance(model, PreTrainedModel):
+            weights = revert_weight_conversion(model, weights)
+            write_text(self.snapshots / "config.json", model.config.to_json_string())
+        save_tensors(self.snapshots / f"step-{state.global_step:06d}.safetensors", weights)
 
     def _log(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
+        if not self._followed:
+            return
         self._measured, start = state.global_step, time.perf_counter()
-        rows = [self._measure(name, _whole(weight)) for name, weight in _matrices(model) if name in self._origin]
+        rows = [self._measure(name, weight) for name, weight in self._weights(model)]
         logs = {}
         for key in rows[0]:
             values = torch.tensor([row[key] for row in rows])
@@ -130,6 +191,7 @@ class GeometryCallback(TrainerCallback):
         control.should_log = should_log
 
     def _measure(self, name: str, weight: Tensor) -> dict[str, float]:
+        weight = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
         w0 = self._origin[name].to(weight.device)
         delta = svd(weight.double() - w0.double(), f"the update of {name}", k=self.k)
         last, self._last[name] = self._last.get(name), delta
@@ -162,8 +224,15 @@ def callback_for(trainer: Trainer, folder: Path, steps: tuple[int, ...]) -> Geom
     return _FromStart(trainer, every, snapshots=folder / "snapshots", snapshot_steps=steps)
 
 
-def _matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(plain_name(name), weight) for name, weight in model.named_parameters() if weight.ndim == 2]
+def _check_whole(model: nn.Module) -> None:
+    """Raise if the processes of a training have parts of its weights that cannot be put together here."""
+    for name, weight in model.named_parameters():
+        for attribute, infix, kind, instead in _SHARDED:
+            if hasattr(weight, attribute) if attribute else re.search(infix, name):
+                raise OpdlabError(
+                    f"{kind} leaves each process a part of {plain_name(name)}, which GeometryCallback cannot gather: "
+                    f"{instead}, or leave it out, and {_LATER}"
+                )
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from opdlab.geometry import (
     update_mask,
 )
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
-from opdlab.geometry.summary import largest_k, of_layers
+from opdlab.geometry.summary import largest_k, means_over, of_layers
 from opdlab.measuring.parallel import resumable_map
 from opdlab.measuring.sources import name_of, place_of
 from opdlab.measuring.update import Shown, Update, load_update, write_table
@@ -60,6 +60,7 @@ class Comparison(Shown):
     models: pd.DataFrame  #: the diagnostics, one row each and one column per model (value, and at equal norm)
     pairs: pd.DataFrame
     updates: list[list[str]]  #: label, base and tuned checkpoint of each model
+    notes: list[str]  #: what is compared, and what to keep in mind
 
     @property
     def means(self) -> pd.DataFrame:
@@ -74,16 +75,21 @@ class Comparison(Shown):
         """
         from opdlab.measuring.report import write_comparison
 
-        folder, means = Path(folder), self.means
+        folder, means = Path(folder).expanduser(), self.means
         write_table(folder / "pairs.csv", self.pairs)
         flat = self.models.set_axis([f"{label}, {kind}" for label, kind in self.models.columns], axis="columns")
         write_table(folder / "models.csv", flat.rename_axis("diagnostic").reset_index())
-        what = {"updates": self.updates, "weighting": "per matrix", "pairs": means.to_dict("records")}
+        what = {
+            "updates": self.updates,
+            "notes": self.notes,
+            "weighting": "per matrix",
+            "pairs": means.to_dict("records"),
+        }
         write_json(folder / "compare.json", what)
-        write_comparison(folder / "compare.html", self.models, self.pairs, means)
+        write_comparison(folder / "compare.html", self)
 
     def _parts(self) -> list[str | pd.DataFrame]:
-        return [self.models, self.means.set_index(["a", "b"]).T]
+        return [self.models, self.means.set_index(["a", "b"]).T, *self.notes]
 
 
 def compare(
@@ -107,7 +113,7 @@ def compare(
     Raises:
         OpdlabError: on bad input, naming the file.
     """
-    asked = [one if isinstance(one, Update) else _summary_file(Path(one)) for one in updates]
+    asked = [one if isinstance(one, Update) else _summary_file(Path(one).expanduser()) for one in updates]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
     measured = _labelled(asked)
@@ -118,7 +124,7 @@ def compare(
     work = partial(_compare_matrix, updates=list(zip(measured, ends, norms, strict=True)), seed=seed)
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
-    folder = Path(out) if out else None
+    folder = Path(out).expanduser() if out else None
     # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
     on_disk = all(isinstance(end.path, Path) for pair in ends for end in pair)
     log, processes = (folder, processes) if on_disk else (None, 1)
@@ -126,10 +132,21 @@ def compare(
         by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
         pairs = pd.DataFrame(list(chain.from_iterable(by_pair)))
         models = {label: update.means.filter(_KINDS) for label, update in measured.items()}
-        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named)
+        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named, _notes(measured))
         if folder:
             comparison.save(folder)
     return comparison
+
+
+def _notes(measured: Mapping[str, Update]) -> list[str]:
+    """Return what is compared, whether from one base, and what each update has that is not compared."""
+    said = [f"Compared are {means_over(next(iter(measured.values())).table)}; what else was measured is not."]
+    bases = {label: place_of(update.base) for label, update in measured.items()}
+    if len(set(bases.values())) > 1:
+        said.append(
+            f"They start from different bases: {'; '.join(f'{label} from {base}' for label, base in bases.items())}."
+        )
+    return said
 
 
 def _summary_file(path: Path) -> Path:
@@ -154,7 +171,9 @@ def _comparable(asked: Sequence[Update | Path], updates: Iterable[Update]) -> li
     for one, found in zip(asked, shapes, strict=True):
         if found.empty or not found.equals(shapes[0]):
             what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
-            raise OpdlabError(f"{what} is about other matrices than {than}: compare models of one architecture")
+            other = sorted(set(found.itertuples()) ^ set(shapes[0].itertuples()))
+            which = f", such as {other[0][0]}, which is {other[0][1:]} in one of them" if other else ""
+            raise OpdlabError(f"{what} is about other matrices than {than}{which}: compare models of one architecture")
     return tables
 
 
@@ -209,15 +228,13 @@ def _row(name: str, a: _Seen, b: _Seen) -> dict[str, Any]:
 
 
 def pair_means(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per pair of models: the means over matrices, each alike, at the largest K."""
-    k = largest_k(pairs)
-    groups = [["cosine", "cosine_random"]]
-    groups += [[f"jaccard{kind}{size}" for kind in ("", "_independent", "_permuted")] for size in ("", "_matched")]
-    groups += [[f"sim_{side}_K{k}", f"sim_{side}_random_K{k}"] for side in ("right", "left")]
+    """Return one row per pair of models: the means over matrices, each alike, at the largest K that the pair has."""
+    always = [["cosine", "cosine_random"]]
+    always += [[f"jaccard{kind}{size}" for kind in ("", "_independent", "_permuted")] for size in ("", "_matched")]
     rows = []
     for (a, b), of_pair in pairs.groupby(["a", "b"], sort=False):
-        row = {"a": a, "b": b}
-        for columns in groups:
+        row, k = {"a": a, "b": b}, largest_k(of_pair)
+        for columns in always + [[f"sim_{side}_K{k}", f"sim_{side}_random_K{k}"] for side in ("right", "left")]:
             # A value and its baselines are of the same matrices: those where all are defined.
             known = of_pair.reindex(columns=columns).dropna()
             row |= {f"{columns[0]}_matrices": len(known)} if len(known) < len(of_pair) else {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,66 +21,86 @@ from matplotlib.figure import Figure
 from opdlab.errors import OpdlabError
 from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
-from opdlab.geometry.summary import largest_k, means, of_layers, trajectory_means
+from opdlab.geometry.matrices import TOWERS
+from opdlab.geometry.summary import apart, largest_k, means, means_over, of_layers, trajectory_means
 from opdlab.measuring.update import Update, as_html
 from opdlab.models.files import write_text
 
-_BLUE = "#0072B2"
+if TYPE_CHECKING:
+    from opdlab.measuring.compare import Comparison
+
+_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00"}
+_BLUE, _GREEN = _COLOURS["attention"], "#009E73"
 _DOTTED: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
+# Inches. A panel is a picture of its own, which a phone shows alone: as small as this its letters can still be read.
+_WIDTH, _HEIGHT = 4.2, 2.9
+
+_Panel = Callable[[Axes], None]
 
 
 def write_report(path: Path, update: Update) -> None:
     """Write the report of an update."""
     use_style()
-    layers, steps, figures = of_layers(update.table), update.trajectory, []
-    steps = of_layers(steps) if len(steps) else steps
-    # Matrices that moved, which is what there is to draw.
-    layers = layers[layers["stable_rank"].notna()] if "stable_rank" in layers else layers.head(0)
+    nulls = "stable_rank_null" in update.table
+    layers, steps, figures = _moved(of_layers(update.table)), update.trajectory, []
     if len(layers):
-        caption = "Sparsity, rotation and size of each matrix, by layer; one line per module."
-        figures.append(_drawn(_by_layer(layers), caption))
-        caption = "Stable rank of each module's updates: one dot per matrix, the mean, and dashed the permuted null."
-        figures.append(_drawn(draw_column(layers, "stable_rank", over_steps=False), caption))
+        figures.append(_by_layer(layers, "Sparsity, rotation and size of each matrix, by layer"))
+        caption = "Stable rank of each module's updates: one dot per matrix, and the mean"
+        caption += ". Dashes: the permuted null." if nulls else "."
+        figures.append(_drawn(caption, lambda axis: _column(axis, layers, "stable_rank", over_steps=False)))
         caption = (
             "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
-            "matrix. Dashes: the permuted null. Shaded: what counting allows at that density. Dotted: the random rate."
+            "matrix. Shaded: what counting allows at that density. Dotted: the random rate."
         )
-        figures.append(_drawn(_masks(layers), caption))
-    if len(steps) and steps["stable_rank"].notna().any():
+        figures.append(_drawn(caption + (" Dashes: the permuted null." if nulls else ""), *_masks(layers)))
+    for tower in TOWERS:
+        rows = _moved(update.table[update.table["block"] == tower])
+        if len(rows) and rows["layer"].nunique() > 1:
+            figures.append(_by_layer(rows, f"Apart from the means, {tower}: sparsity, rotation and size, by layer"))
+    if len(steps) and (steps := _moved(of_layers(steps))).size:
         caption = (
-            "The update at each checkpoint, means over the matrices of attention and of the MLP: stable rank, norm, "
-            "and similarity of the leading right subspace to the last one. Dashes: the null, of permuted updates for "
-            "the rank and of a random walk for the similarity."
+            "The update at each checkpoint, means over the matrices of each block: stable rank, norm, and similarity "
+            "of the leading right subspace to the last one. Dashes: the null, of permuted updates for the rank and of "
+            "a random walk for the similarity."
         )
-        figures.append(_drawn(_trajectory(steps), caption))
-    tables = [update.means, *([trajectory_means(steps)] if len(steps) else [])]
-    _write_page(path, title=update.title, notes=update.notes, table=update.table, tables=tables, figures=figures)
+        figures.append(_drawn(caption, *_trajectory(steps)))
+    tables = [update.means.drop(columns="weighting", errors="ignore"), apart(update.table)]
+    tables += [trajectory_means(update.trajectory).T] if len(update.trajectory) else []
+    parts = {"title": update.title, "notes": update.notes, "over": means_over(update.table), "figures": figures}
+    _write_page(path, tables=[table for table in tables if len(table)], **parts)
 
 
-def write_comparison(path: Path, models: pd.DataFrame, pairs: pd.DataFrame, by_pair: pd.DataFrame) -> None:
-    """Write the report of a :class:`opdlab.measuring.compare.Comparison`; ``by_pair`` is its means."""
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write the report of a comparison."""
     use_style()
     caption = (
         "Each pair of updates, one dot per matrix, with the mean: similarity of the leading right subspaces, and "
         "Jaccard index of the visible masks at equal norm. Dashes: unrelated updates (random subspaces; permuted "
         "updates, rounded). Dotted: masks that are independent given their densities."
     )
-    title = f"{len(set(pairs['a']) | set(pairs['b']))} updates compared"
-    _write_page(path, title=title, models=models, pairs=by_pair, figures=[_drawn(_pairs(pairs), caption)])
+    parts = {"title": f"{len(comparison.updates)} updates compared", "notes": comparison.notes, "over": ""}
+    tables = [comparison.models, comparison.means.set_index(["a", "b"]).T]
+    _write_page(path, tables=tables, figures=[_drawn(caption, *_pairs(comparison.pairs))], **parts)
 
 
 def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure:
     """Draw a column of an update's table, a dot per matrix, or of its trajectory, a curve per block; dashes are nulls.
 
     Raises:
-        OpdlabError: if the column has no numbers for the matrices of attention and MLP.
+        OpdlabError: if the column has no numbers for the matrices of the means.
     """
     layers = of_layers(table)
-    known, null = layers[column].replace([np.inf, -np.inf], np.nan).dropna(), f"{column}_null"
-    if known.empty:
-        raise OpdlabError(f"{column!r} has no numbers for the matrices of attention and MLP: choose another column")
+    if layers[column].replace([np.inf, -np.inf], np.nan).isna().all():
+        raise OpdlabError(f"{column!r} has no numbers for {means_over(table)}: choose another column")
     use_style()
     figure, (axis,) = panels(1, width=5.2 if over_steps else 9.2, height=3)
+    _column(axis, layers, column, over_steps=over_steps)
+    plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
+    return figure
+
+
+def _column(axis: Axes, layers: pd.DataFrame, column: str, *, over_steps: bool) -> None:
+    known, null = layers[column].replace([np.inf, -np.inf], np.nan).dropna(), f"{column}_null"
     if over_steps:
         _follow(axis, layers, column)
         axis.legend()
@@ -92,8 +114,6 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
         set_log(axis.yaxis)
         notes.append("logarithmic axis")
     axis.set_title("; ".join([column.replace("_", " "), *notes]))
-    plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
-    return figure
 
 
 def _write_page(path: Path, **parts: object) -> None:
@@ -102,30 +122,51 @@ def _write_page(path: Path, **parts: object) -> None:
     write_text(path, pages.get_template("report.html.jinja").render(parts).lstrip() + "\n")
 
 
-def _drawn(figure: Figure, caption: str) -> dict[str, str]:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return {"caption": caption, "png": base64.b64encode(buffer.getvalue()).decode()}
+def _moved(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the matrices that moved, which is what there is to draw."""
+    return rows[rows["stable_rank"].notna()] if "stable_rank" in rows else rows.head(0)
 
 
-def _by_layer(layers: pd.DataFrame) -> Figure:
-    palette = sns.color_palette("colorblind", layers["module"].nunique())
-    figure, axes = panels(4, columns=2, width=4.6, height=3)
-    views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
-    for axis, (column, title) in zip(axes, views.items(), strict=False):
-        for colour, (module, rows) in zip(palette, layers.groupby("module", sort=False), strict=True):
-            axis.plot(rows["layer"], rows[column], "o-", color=colour, ms=3, linewidth=1.2, label=module)
+def _drawn(caption: str, *draw: _Panel) -> dict[str, Any]:
+    """Return a figure for the page: its caption, and a picture of each of its panels."""
+    pictures = []
+    for of_panel in draw:
+        figure, (axis,) = panels(1, width=_WIDTH, height=_HEIGHT)
+        of_panel(axis)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=200, metadata={"Software": None})
+        plt.close(figure)
+        title = axis.get_title(loc="left") or "what the colours mean"
+        pictures.append({"title": title, "png": base64.b64encode(buffer.getvalue()).decode()})
+    return {"caption": caption, "pictures": pictures}
+
+
+def _by_layer(rows: pd.DataFrame, caption: str) -> dict[str, Any]:
+    """Draw a line per module over the layers; where a layer has several such matrices, their mean and range."""
+    modules = dict(zip(rows["module"].unique(), sns.color_palette("colorblind", rows["module"].nunique()), strict=True))
+    several = rows.duplicated(["layer", "module"]).any()
+
+    def draw(axis: Axes, column: str, title: str) -> None:
+        for module, of_module in rows.groupby("module", sort=False):
+            by_layer = of_module.groupby("layer")[column].agg(["mean", "min", "max"])
+            axis.plot(by_layer["mean"], "o-", color=modules[module], ms=3, linewidth=1.2)
+            if several:
+                axis.fill_between(
+                    by_layer.index, by_layer["min"], by_layer["max"], color=modules[module], alpha=0.15, lw=0
+                )
         axis.set(title=title, xlabel="layer")
         axis.locator_params(axis="x", integer=True)
-    _legend_alone(axes[3], axes[0])
-    return figure
 
+    def explain(axis: Axes) -> None:
+        axis.set_axis_off()
+        for module, colour in modules.items():
+            axis.plot([], [], "o-", color=colour, ms=3, label=module)
+        axis.legend(loc="upper left", ncols=1 + (len(modules) > 12))
 
-def _legend_alone(axis: Axes, of: Axes) -> None:
-    """Use a spare panel for the legend of another."""
-    axis.set_axis_off()
-    axis.legend(*of.get_legend_handles_labels(), loc="center left")
+    views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
+    drawn = [partial(draw, column=column, title=title) for column, title in views.items()]
+    lines = "the mean of a module's matrices in each layer, and their range" if several else "one line per module"
+    return _drawn(f"{caption}; {lines}.", *drawn, explain)
 
 
 def _dots(axis: Axes, i: int, values: pd.Series, null: pd.Series | None) -> None:
@@ -144,55 +185,63 @@ def _by_module(axis: Axes, layers: pd.DataFrame, column: str) -> None:
     axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right", fontsize=8)
 
 
-def _masks(layers: pd.DataFrame) -> Figure:
-    figure, axes = panels(2, columns=2, width=4.6, height=3)
-    for axis, star, title in zip(axes, ("principal", "low"), ("principal", "low-magnitude"), strict=True):
+def _masks(layers: pd.DataFrame) -> list[_Panel]:
+    def draw(axis: Axes, star: str, title: str) -> None:
         _by_module(axis, layers, f"{star}_overlap_a30")
         for i, (_, rows) in enumerate(layers.groupby("module", sort=False)):
             limits = feasible_range(0.3, float(rows["density"].mean()))
             axis.fill_between([i - 0.45, i + 0.45], *limits, color="0.92", zorder=0, linewidth=0)
         axis.axhline(0.3, **_DOTTED)
         axis.set_title(f"{title} weights")
-    return figure
+
+    return [
+        partial(draw, star=star, title=title) for star, title in (("principal", "principal"), ("low", "low-magnitude"))
+    ]
 
 
 def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
     """Draw the means of a column over the steps, and its null as dashes."""
-    for block, colour in (("attention", _BLUE), ("mlp", "#D55E00")):
-        rows = trajectory[trajectory["block"] == block]
+    for block, rows in trajectory.groupby("block"):
+        colour = _COLOURS.get(str(block), _GREEN)
         for name, style in ((column, {"marker": "o", "ms": 4, "label": block}), (f"{column}_null", NULL)):
-            if len(rows) and name in rows:
+            if name in rows:
                 axis.plot(means(rows, ["step"], [name]).set_index("step")[name], **style | {"color": colour})
 
 
-def _trajectory(trajectory: pd.DataFrame) -> Figure:
+def _trajectory(trajectory: pd.DataFrame) -> list[_Panel]:
     k = largest_k(trajectory)
     views = {"stable_rank": "stable rank", "frobenius": "Frobenius norm"}
     views |= {f"sim_right_K{k}": f"similarity to the end, K = {k}"} if k else {}
-    figure, axes = panels(4, columns=2, width=4.6, height=3)
-    for axis, (column, title) in zip(axes, views.items(), strict=False):
-        _follow(axis, trajectory, column)
-        axis.set(title=title, xlabel="step")
-    axes[0].set_yscale("log")
-    for spare in axes[len(views) :]:
-        _legend_alone(spare, axes[0])
-    return figure
+
+    def draw(axis: Axes, column: str) -> None:
+        _column(axis, trajectory, column, over_steps=True)
+        axis.set_title(views[column])
+
+    return [partial(draw, column=column) for column in views]
 
 
-def _pairs(pairs: pd.DataFrame) -> Figure:
-    k, groups = largest_k(pairs), pairs.groupby(["a", "b"], sort=False)
-    views = {
-        f"sim_right_K{k}": (f"similarity of updates, K = {k}", f"sim_right_random_K{k}"),
-        "jaccard_matched": ("Jaccard index of visible masks, at equal norm", "jaccard_permuted_matched"),
-    }
-    # A dollar would begin a formula.
-    labels = [f"{a}\n{b}".replace("$", r"\$") for (a, b), _ in groups]
-    figure, axes = panels(2, columns=2, width=4.6, height=3 + 0.1 * len(labels))
-    for axis, (column, (title, null)) in zip(axes, views.items(), strict=True):
-        for i, (_, rows) in enumerate(groups):
-            _dots(axis, i, rows[column], rows[null])
+def _pairs(pairs: pd.DataFrame) -> list[_Panel]:
+    groups = [(f"{a}\n{b}", rows, largest_k(rows)) for (a, b), rows in pairs.groupby(["a", "b"], sort=False)]
+    ks = sorted({k for *_, k in groups if k})
+
+    def draw(axis: Axes, title: str, column: str, null: str) -> None:
+        for i, (_, rows, k) in enumerate(groups):
+            _dots(axis, i, rows[column.format(k=k)], rows[null.format(k=k)])
             if column == "jaccard_matched":
                 axis.plot([i - 0.4, i + 0.4], [rows["jaccard_independent_matched"].mean()] * 2, **_DOTTED)
+        # A dollar would begin a formula.
+        labels = [(f"{label}\nK = {k}" if len(ks) > 1 else label).replace("$", r"\$") for label, _, k in groups]
         axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 1 else 0, ha="center", fontsize=8)
         axis.set(title=title, xlim=(-0.6, len(labels) - 0.4))
-    return figure
+
+    return [
+        partial(
+            draw,
+            title=f"similarity of updates, K = {' or '.join(map(str, ks))}",
+            column="sim_right_K{k}",
+            null="sim_right_random_K{k}",
+        ),
+        partial(
+            draw, title="Jaccard of masks, at equal norm", column="jaccard_matched", null="jaccard_permuted_matched"
+        ),
+    ]

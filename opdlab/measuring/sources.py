@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from opdlab.errors import OpdlabError
 from opdlab.models.checkpoints import Source, open_checkpoint
 from opdlab.models.files import local_folder
-from opdlab.models.names import HEAD, embedding_of
 from opdlab.models.pieces import Checkpoint
+
+# Where trainers put the model of a step, below the folder that bears the step: verl's actor, merged or as an adapter.
+_INSIDE = ("actor/lora_adapter", "actor/huggingface", "lora_adapter", "huggingface", "hf_ckpt", "actor")
+_BELOW = {name for path in _INSIDE for name in path.split("/")}
+# Where they put the folders of the steps, below that of the run: prime-rl, OpenRLHF, this library, others.
+_ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
+_NO_CHECKPOINT = "no checkpoint"
 
 
 def open_all(base: Source, path: Source | Sequence[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
@@ -30,12 +33,12 @@ def open_all(base: Source, path: Source | Sequence[Source]) -> tuple[Checkpoint,
 
 
 def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:
-    return open_checkpoint(local_folder(source) if isinstance(source, (str, Path)) else source, base)
+    return open_checkpoint(weights_folder(local_folder(source)) if isinstance(source, (str, Path)) else source, base)
 
 
 def name_of(checkpoint: Checkpoint) -> str:
     """Return the name of a checkpoint, for titles."""
-    path = checkpoint.path
+    path = _of_step(checkpoint.path) if isinstance(checkpoint.path, Path) else checkpoint.path
     if isinstance(path, Path) and path.parent.name == "snapshots":  # of a run, or in the hub's cache
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name.removesuffix(".safetensors") if isinstance(path, Path) else path
@@ -52,85 +55,167 @@ def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint]) -> None:
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
 
 
-def check_comparable(base: Checkpoint, tuned: Checkpoint) -> list[str]:
-    """Return the names that both checkpoints have, largest tensor first.
+class Trajectory(list[Source]):
+    """Checkpoints in the order in which training made them."""
 
-    An output head that only one of them stores is left out if it is a copy of the embedding.
+    def __init__(self, places: Iterable[Source], steps: Iterable[int], said: Iterable[str] = ()):
+        """Keep the checkpoints, the step of each, and what a reader must know of how they were chosen."""
+        super().__init__(places)
+        self.steps, self.said = tuple(steps), tuple(said)
 
-    Raises:
-        OpdlabError: if they are one folder, or differ in names or shapes, naming the first tensors that do.
+
+def step_of(path: Path | str) -> int | None:
+    """Return the step in a checkpoint's name: the number after step, checkpoint, iter or epoch, or else the last one.
+
+    >>> [step_of(name) for name in ("checkpoint-100-r16", "step1000-tokens4B", "iter_0000063", "sft-3", "final")]
+    [100, 1000, 63, 3, None]
     """
-    if base is tuned or (isinstance(base.path, Path) and place_of(base) == place_of(tuned)):
-        raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
-    alone = sorted(base.pieces.keys() ^ tuned.pieces.keys())
-    holder = base if alone and alone[0] in base.pieces else tuned
-    embedding = embedding_of(holder.pieces) if alone == [HEAD] else None
-    if alone and not (embedding and torch.equal(holder.read(embedding), holder.read(HEAD))):
-        why = " (one has a head of its own, and the other's is its embedding)" if alone == [HEAD] else ""
-        raise OpdlabError(
-            f"{base.path} and {tuned.path} have different architectures: {len(alone)} tensors are in one of them only, "
-            f"such as {alone[0]} in {holder.path}{why}"
-        )
-    shapes = {name: piece.shape for name, piece in base.pieces.items() if name in tuned.pieces}
-    for name, shape in shapes.items():
-        if shape != tuned.pieces[name].shape:
-            raise OpdlabError(
-                f"{name} is {shape} in {base.path} and {tuned.pieces[name].shape} in {tuned.path}: give a model and "
-                "what was tuned from it"
-            )
-    return sorted(shapes, key=lambda name: -prod(shapes[name]))
+    name = _of_step(Path(path)).name.removesuffix(".safetensors")
+    found = _number_after_a_word(name) or re.findall(r"\d+", name)[-1:]
+    return int(float(found[0])) if found else None
 
 
-def step_of(path: Path) -> int | None:
-    """Return the last number in a checkpoint's name, its step.
-
-    >>> step_of(Path("run/checkpoint-500")), step_of(Path("snapshots/step-000040.safetensors")), step_of(Path("final"))
-    (500, 40, None)
-    """
-    numbers = re.findall(r"\d+", path.name.removesuffix(".safetensors"))
-    return int(numbers[-1]) if numbers else None
+def _number_after_a_word(name: str) -> list[str]:
+    """Return the number that a word calls a step, as a list of one; "globalstep" is a step, "timestep" is none."""
+    words = (r"(?:global[\W_]*)?steps?", "checkpoint|ckpt", "iter(?:ation)?", "epoch")
+    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*(\d+(?:e\d+)?)", name, re.IGNORECASE) for word in words)
+    return next(([match[1]] for match in found if match), [])
 
 
-def steps_of(path: Sequence[Path | str]) -> tuple[int, ...]:
-    """Return the step of each checkpoint: those in their names, if they ascend, or else 1, 2, 3 ...
+def _of_step(path: Path) -> Path:
+    """Return the folder or file that bears the step, of which ``path`` may be a known subfolder."""
+    above = next(place for place in (path, *path.parents) if place.name not in _BELOW)
+    return above if re.search(r"\d", above.name) else path
 
-    >>> steps_of([Path("run/checkpoint-50"), Path("run/checkpoint-100")]), steps_of([Path("early"), Path("late")])
+
+def _order(path: Path | str) -> tuple[int, int]:
+    """Return the stage of pretraining (as OLMo counts them) and the step."""
+    stage = re.search(r"(?<![a-z])stage[\W_]*(\d+)", _of_step(Path(path)).name, re.IGNORECASE)
+    return int(stage[1]) if stage else 0, step_of(path) or 0
+
+
+def in_order(sources: Source | Sequence[Source]) -> Trajectory:
+    """Return checkpoints with their steps: those in their names, if they ascend, or else 1, 2, 3 ...
+
+    Checkpoints of one folder whose names call a number their step are sorted by it; others keep the order given.
+
+    >>> in_order(["run/checkpoint-50", "run/checkpoint-100"]).steps, in_order(["early", "late"]).steps
     ((50, 100), (1, 2))
+    >>> in_order(["run/checkpoint-100", "run/checkpoint-50"])
+    ['run/checkpoint-50', 'run/checkpoint-100']
     """
-    named = [step for place in path if isinstance(place, Path) and (step := step_of(place)) is not None]
-    ascending = len(named) == len(path) and named == sorted(set(named))
-    return tuple(named) if ascending else tuple(range(1, len(path) + 1))
+    if isinstance(sources, Trajectory):
+        return sources
+    several: list[Any] = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    places = [_of_step(Path(source)) for source in several if isinstance(source, (str, Path))]
+    steps = [step for place in places if (step := step_of(place)) is not None]
+    if len(several) == len(steps) > 1 and steps != sorted(set(steps)):
+        known = all(place.name.isdigit() or _number_after_a_word(place.name) for place in places)
+        if known and len({place.parent for place in places}) == 1:
+            return _by_step(several, ["The checkpoints were not given in the order of their steps, and were sorted."])
+        said = "The steps in the checkpoints' names do not ascend: they are taken in the order given, as 1, 2, 3 ..."
+        return Trajectory(several, range(1, len(several) + 1), [said])
+    return Trajectory(several, steps if len(several) == len(steps) else range(1, len(several) + 1))
 
 
-def find_trajectory(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, by step; step 0, the origin itself, is left out.
+def _by_step(places: Iterable[Any], said: list[str]) -> Trajectory:
+    """Sort checkpoints whose names all have a step."""
+    ordered = sorted(places, key=_order)
+    for before, after in pairwise(ordered):
+        if _order(before) == _order(after):
+            raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
+    steps = [_order(place)[1] for place in ordered]
+    if steps != sorted(set(steps)):
+        said = [*said, "Each stage counts its steps anew: the checkpoints are numbered 1, 2, 3 ... instead."]
+        steps = list(range(1, len(ordered) + 1))
+    return Trajectory(ordered, steps, said)
+
+
+def find_trajectory(folder: Path) -> Trajectory:
+    """Return the checkpoints in a folder, by step; what is left out, such as the origin at step 0, is said.
 
     Raises:
-        OpdlabError: if there is none.
+        OpdlabError: if there is none, or two are of one step.
     """
-    # A checkpoint without weights, or with pickled ones, is listed too, and refused by name when it is opened.
-    kinds = ("*.safetensors", "*.bin", "*config.json")
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in inside if path.suffix == ".safetensors" or any(any(path.glob(kind)) for kind in kinds)]
-    found = sorted(filter(step_of, found), key=lambda path: step_of(path) or 0)
+    inside = sorted(place for place in folder.iterdir() if place.name[0] != ".") if folder.is_dir() else []
+    found: list[Path] = []
+    left: dict[str, list[str]] = {}
+    # Links come last, so that they give way to what they link to.
+    for place in sorted(inside, key=Path.is_symlink):
+        same = [other.name for other in found if other.resolve() == place.resolve()]
+        why = _why_not(place) or (f"a link to {same[0]}" if same else "")
+        if not why:
+            found.append(place)
+        elif why != _NO_CHECKPOINT or (place.is_dir() and step_of(place)):
+            left.setdefault(why, []).append(place.name)
+    for place in list(found):
+        # Some trainers write the parts that training goes on from beside the model of the same step.
+        whole = [other.name for other in found if _order(other) == _order(place) and _has_weights(other)]
+        if whole and not _has_weights(place):
+            found.remove(place)
+            left.setdefault(f"without safetensors, unlike {whole[0]}", []).append(place.name)
+    below = [folder / name for name in _ABOVE if (folder / name).is_dir()]
+    if not found and below:
+        return find_trajectory(below[0])
     if not found:
-        held = ", ".join(path.name for path in inside[:4]) or "nothing"
+        held = ", ".join(place.name for place in inside[:4]) or "nothing"
         raise OpdlabError(
             f"there are no checkpoints in {folder}, which holds {held}: give the folder with checkpoint-<step> folders "
             "of safetensors, or step-<step>.safetensors files"
         )
-    for before, after in pairwise(found):
-        if step_of(before) == step_of(after):
-            raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
-    return found
+    more = {why: f" and {len(names) - 4} more" if len(names) > 4 else "" for why, names in left.items()}
+    reasons = "; ".join(f"{', '.join(names[:4])}{more[why]} ({why})" for why, names in left.items())
+    return _by_step(found, [f"Left out of the trajectory in {folder}: {reasons}."] if reasons else [])
 
 
-def default_out(measured: Path) -> Path:
+def _has_weights(place: Path) -> bool:
+    return place.is_file() or any(weights_folder(place).glob("*.safetensors"))
+
+
+def _why_not(place: Path) -> str:
+    """Return why what lies beside checkpoints is none of the trajectory, or "" if it is."""
+    if place.is_file() and place.suffix != ".safetensors":
+        return _NO_CHECKPOINT
+    # A checkpoint without weights, or with pickled ones, is one too, and is refused by name when it is opened.
+    kinds = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+    held = [weights_folder(place), place] if place.is_dir() else []
+    known = _number_after_a_word(place.name) and any(place.iterdir()) if held else place.is_file()
+    if not known and not any(any(one.glob(kind)) for one in held for kind in kinds):
+        return _NO_CHECKPOINT
+    if re.search(r"-\d+-of-\d+\.safetensors$", place.name):
+        return "a shard of one model"
+    if re.match(r"te?mp[\W_]", place.name, re.IGNORECASE):
+        return "not written to its end"
+    if step_of(place) is None:
+        return "no step in its name"
+    return "" if step_of(place) else "the origin"
+
+
+def weights_folder(place: Path) -> Path:
+    """Return where in the folder of a step its model is: the folder itself, unless only a known subfolder has weights.
+
+    >>> weights_folder(Path("run/checkpoint-100"))
+    PosixPath('run/checkpoint-100')
+    """
+    for kinds in (("*.safetensors",), ("*.pt", "*.bin")):
+        for inside in (place, *(place / name for name in _INSIDE)):
+            if any(any(inside.glob(kind)) for kind in kinds):
+                return inside
+    return place if (step := _of_step(place)) == place else weights_folder(step)
+
+
+def default_out(measured: Path | str) -> Path:
     """Return the default folder for results; a checkpoint that has only a number gets its run's name too.
 
-    >>> default_out(Path("/runs/sft/final")), default_out(Path("/runs/sft/checkpoint-500"))
+    >>> default_out("/runs/sft/final"), default_out("/runs/sft/checkpoint-500")
     (PosixPath('geometry-final'), PosixPath('geometry-sft-checkpoint-500'))
+    >>> default_out("/runs/rl/global_step_50/actor/huggingface"), default_out("/runs/sft/snapshots")
+    (PosixPath('geometry-rl-global_step_50'), PosixPath('geometry-sft'))
     """
-    measured = measured.resolve()
-    name = measured.name.removesuffix(".safetensors")
-    return Path(f"geometry-{name}" if step_of(measured) is None else f"geometry-{measured.parent.name}-{name}")
+    place = _of_step(Path(measured).resolve())
+    run, name = place.parent, place.name.removesuffix(".safetensors")
+    while run.name in _ABOVE:
+        run = run.parent
+    if name in _ABOVE and run.name:
+        return Path(f"geometry-{run.name}")
+    return Path(f"geometry-{name}" if step_of(place) is None else f"geometry-{run.name}-{name}")

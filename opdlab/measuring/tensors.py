@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_vector, svd
+from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_rows, svd
 from opdlab.geometry.matrices import identity
+from opdlab.measuring.common import LeftOut, in_common
 from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.sources import check_comparable, open_all
+from opdlab.measuring.sources import open_all
 from opdlab.models.files import load_tensors, save_tensors
 from opdlab.models.pieces import Checkpoint
 from opdlab.processes import cpu_threads
 
 # Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.
 SMALL = 1e9
+# Entries of a tensor that are in memory at once where it is read some rows at a time.
+_SOME_ROWS = 2**19
 
 
 @dataclass
@@ -44,26 +47,33 @@ class Job:
     trajectory_blocks: Collection[str] | None = None  #: of those to follow; by default all, if there are several steps
     cache: Path | None = None
     device: str = "cpu"
+    embeddings: bool = False  #: whether embeddings and output heads are decomposed too
+    left_out: list[LeftOut] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Open what was given by its path."""
-        self.base, self.path = open_all(self.base, self.path)
+        """Open what was given by its path, and keep what all checkpoints have."""
+        origin, path = open_all(self.base, self.path)
+        (self.base, *rest), self.left_out = in_common(origin, path)
+        self.path = tuple(rest)
 
     def identity(self) -> dict:
         """Return what stopped work must share with this to be resumed: files and options."""
         places = [end.path for end in (self.base, *self.path) if isinstance(end.path, Path)]
         files = [file for path in places for file in sorted([path, *path.glob("*.safetensors"), *path.glob("*.json")])]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-        return {"opdlab": version("opdlab"), "seed": self.seed, "nulls": self.nulls, "files": stamps}
+        asked = {"seed": self.seed, "nulls": self.nulls, "embeddings": self.embeddings}
+        return {"opdlab": version("opdlab"), "files": stamps} | asked
 
     def measure(self, name: str) -> dict:
         """Measure one tensor: its row, and the rows of its trajectory where it is followed."""
         shape = self.base.pieces[name].shape
+        who, at = identity(name, shape), Resolution.of(shape if len(shape) == 2 else (1, 1))
+        if not self.decomposes(name):
+            alphas = at.alphas if who["cols"] > 1 else ()
+            before, after = self._rows(self.base, name), self._rows(self.path[-1], name)
+            row = measure_rows(name, shape, before, after, alphas, self.seed, self.nulls)
+            return {"row": who | row, "trajectory": []}
         origin, snapshots = (_Way(checkpoints, name, self.device) for checkpoints in ((self.base,), self.path))
-        who = identity(name, shape)
-        if len(shape) != 2 or min(shape) < 2:
-            return {"row": who | measure_vector(origin[0], snapshots[-1]), "trajectory": []}
-        at = Resolution.of(shape)
         svd0 = base_svd(origin[0], at.vectors, self.cache)
         # Tensors are read where they are used, so that nothing here keeps them longer than that.
         row = who | measure_matrix(name, origin[0], snapshots[-1], at, self.seed, svd0, self.nulls)
@@ -72,6 +82,23 @@ class Job:
         columns = measure_matrix_trajectory(name, origin[0], snapshots, at, self.seed) if followed else {}
         lines = pd.DataFrame(columns).to_dict("records")
         return {"row": row, "trajectory": [{"step": self.steps[i]} | who | line for i, line in enumerate(lines)]}
+
+    def decomposes(self, name: str) -> bool:
+        """Return whether a tensor is measured as a matrix, with its directions."""
+        who = identity(name, self.base.pieces[name].shape)
+        return min(who["rows"], who["cols"]) > 1 and (self.embeddings or who["block"] not in ("embedding", "head"))
+
+    def _rows(self, end: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
+        """Return what reads rows of a tensor; what has to be computed is computed once."""
+        piece = end.pieces[name]
+        whole = end.read(name).to(self.device) if piece.takes or not piece.shape else None
+
+        def read(start: int, stop: int) -> Tensor:
+            if whole is None:
+                return end.read(name, (start, stop)).to(self.device)
+            return whole[start:stop] if piece.shape else whole
+
+        return read
 
 
 @dataclass
@@ -124,9 +151,9 @@ def measured(
     if not ends or (processes is not None and processes < 1):
         raise OpdlabError(f"there are {ends} checkpoints and {processes} processes; expected one or more of both")
     _check_device(job.device)
-    shapes = _common(job)
-    sizes = {name: prod(shape) for name, shape in shapes.items()}
-    small = sum(prod(shape) * min(shape) for shape in shapes.values() if len(shape) == 2) < SMALL
+    sizes = _sizes(job)
+    matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
+    small = sum(prod(shape) * min(shape) for shape in matrices) < SMALL
     on_disk = all(isinstance(end.path, Path) for end in (job.base, *job.path))
     # In memory they would be copied into every process, and a device has room for one.
     alone = not on_disk or torch.device(job.device).type != "cpu"
@@ -143,12 +170,13 @@ def measured(
         yield table, trajectory.sort_values("step", kind="stable", ignore_index=True) if len(trajectory) else trajectory
 
 
-def _common(job: Job) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors to measure, which all checkpoints have, largest first."""
-    *others, names = [check_comparable(job.base, checkpoint) for checkpoint in job.path]
-    shapes = {name: job.base.pieces[name].shape for name in names if all(name in other for other in others)}
-    chosen = job.blocks
-    return {name: shape for name, shape in shapes.items() if not chosen or identity(name, shape)["block"] in chosen}
+def _sizes(job: Job) -> dict[str, int]:
+    """Return how many entries of each tensor to measure are in memory at once, largest tensor first."""
+    shapes = {name: piece.shape for name, piece in job.base.pieces.items()}
+    if job.blocks:
+        shapes = {name: shape for name, shape in shapes.items() if identity(name, shape)["block"] in job.blocks}
+    in_order = sorted(shapes, key=lambda name: -prod(shapes[name]))
+    return {name: prod(shapes[name]) if job.decomposes(name) else _SOME_ROWS for name in in_order}
 
 
 def _check_device(device: str) -> None:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry.summary import overall_means, summarise, trajectory_means
-from opdlab.measuring.sources import check_apart, name_of, open_all, place_of, steps_of
+from opdlab.geometry.summary import apart, overall_means, summarise, trajectory_means
+from opdlab.measuring.common import LeftOut
+from opdlab.measuring.said import left_out_of_means, notes
+from opdlab.measuring.sources import check_apart, in_order, name_of, open_all, place_of
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
 from opdlab.models.files import write_json, write_whole
@@ -38,9 +40,12 @@ def measure(
     processes: int | None = None,
     device: str = "cpu",
     cache: Path | None = None,
+    embeddings: bool = False,
     progress: bool = False,
 ) -> Update:
-    """Measure every tensor of an update. Nothing is written unless ``out`` or ``cache`` is given.
+    """Measure every tensor of an update that base and tuned have in common, and say what was left out.
+
+    Nothing is written unless ``out`` or ``cache`` is given.
 
     Args:
         base: the checkpoint before: a model folder, a safetensors file, a model of the Hugging Face hub (OWNER/NAME,
@@ -52,24 +57,28 @@ def measure(
         processes: how many tensors are measured at once (see :func:`opdlab.measuring.tensors.measured`).
         device: where to compute, "cuda" for a GPU.
         cache: folder for decompositions of bases.
+        embeddings: whether to decompose embeddings and output heads too, which are the largest matrices of a model and
+            in no mean; without it they have sparsity, norms and the overlap with their small weights.
         progress: show a bar.
 
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
 
     >>> import torch
-    >>> w0s = {"layers.0.mlp.up_proj.weight": torch.eye(4)}
+    >>> w0s = {"model.layers.0.mlp.up_proj.weight": torch.eye(4)}
     >>> update = measure(w0s, {name: 1.5 * w0 for name, w0 in w0s.items()})
     >>> update.table[["matrix", "k", "sparsity", "nss", "stable_rank"]]
-                            matrix  k  sparsity  nss  stable_rank
-    0  layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
+                                  matrix  k  sparsity  nss  stable_rank
+    0  model.layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    origin, path = open_all(base, tuned)
-    steps, out = steps_of([end.path for end in path]), Path(out) if out else None
+    way, out = in_order(tuned), Path(out).expanduser() if out else None
+    origin, path = open_all(base, way)
     check_apart(out, (origin, *path))
-    job = Job(origin, path, steps, seed, nulls, cache=cache, device=device)
+    cache = Path(cache).expanduser() if cache else None
+    job = Job(origin, path, way.steps, seed, nulls, cache=cache, device=device, embeddings=embeddings)
     with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
-        update = Update(origin, path, table, trajectory, seed, device)
+        left_out = (*job.left_out, *left_out_of_means(table))
+        update = Update(job.base, job.path, table, trajectory, seed, device, left_out, way.said)
         if (table["frobenius"] != 0).any():
             if out:
                 update.save(out)
@@ -132,8 +141,9 @@ class Shown(ABC):
 class Update(Shown):
     """An update that was measured; shown by itself, it is the means over its matrices, each beside its null.
 
-    Its table has the columns of :func:`opdlab.geometry.measure_matrix`, where norms and biases have sparsity and norms
-    only, and its trajectory those of :func:`opdlab.geometry.measure_matrix_trajectory`.
+    Its table has the columns of :func:`opdlab.geometry.measure_matrix`, where norms, biases and embeddings have those
+    of :func:`opdlab.geometry.measure_rows` only, and its trajectory those of
+    :func:`opdlab.geometry.measure_matrix_trajectory`.
     """
 
     base: Checkpoint  #: the checkpoint before
@@ -142,10 +152,12 @@ class Update(Shown):
     trajectory: pd.DataFrame  #: one row per step and matrix; empty if there is one checkpoint only
     seed: int  #: of the nulls
     device: str  #: where it was measured
+    left_out: tuple[LeftOut, ...] = ()  #: the tensors that were not measured, or that are in no mean: name, why, share
+    said: tuple[str, ...] = ()  #: of how the checkpoints were chosen and ordered
 
     @property
     def means(self) -> pd.DataFrame:
-        """The means over the matrices of attention and MLP (:func:`opdlab.geometry.summary.overall_means`)."""
+        """The means over the matrices of the layers (:func:`opdlab.geometry.summary.overall_means`)."""
         return overall_means(self.table)
 
     @property
@@ -155,16 +167,16 @@ class Update(Shown):
 
     @property
     def notes(self) -> list[str]:
-        """What to keep in mind when reading the results, given how the weights are stored."""
-        tuned = self.path[-1]
+        """What was measured, what was left out and why, and what to keep in mind when reading the results."""
+        tuned, said = self.path[-1], [*self.said, *notes(self.table, self.left_out)]
         # An adapter is added in float64.
         adapter = (Path(tuned.path) / "adapter_config.json").is_file()
-        if adapter or not {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")):
-            return []
-        return [
-            f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update. It adds "
-            "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise."
-        ]
+        if {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")) and not adapter:
+            said.append(
+                f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update. It adds "
+                "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise."
+            )
+        return said
 
     def plot(self, column: str) -> Figure:
         """Draw a column: over the steps of the trajectory if it has it, otherwise matrix by matrix; dashes are nulls.
@@ -191,7 +203,7 @@ class Update(Shown):
         """
         from opdlab.measuring.report import write_report
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         check_apart(folder, (self.base, *self.path))
         write_table(folder / "matrices.csv", self.table)
         summary: dict[str, Any] = {
@@ -199,6 +211,7 @@ class Update(Shown):
             "path": [place_of(checkpoint) for checkpoint in self.path],
             "dtypes": {"base": self.base.dtypes, "tuned": self.path[-1].dtypes},
             "notes": self.notes,
+            "left_out": [one._asdict() for one in self.left_out],
             "seed": self.seed,
             "provenance": provenance() | {"device": self.device},
             "groups": summarise(self.table),
@@ -210,9 +223,9 @@ class Update(Shown):
         write_report(folder / "report.html", self)
 
     def _parts(self) -> list[str | pd.DataFrame]:
-        means = self.means
-        over_steps = [trajectory_means(self.trajectory).T] if len(self.trajectory) and len(means) else []
-        return [self.title, means, *over_steps, *self.notes]
+        over_steps = trajectory_means(self.trajectory).T if len(self.trajectory) else self.trajectory
+        tables = [table for table in (self.means, apart(self.table), over_steps) if len(table)]
+        return [self.title, *tables, *self.notes]
 
 
 def load_update(summary: Path) -> Update:
@@ -227,11 +240,12 @@ def load_update(summary: Path) -> Update:
         table = table.astype({"frobenius": float, "density": float, "parameters": int, "block": str})
         base, path = Path(found["base"]), tuple(map(Path, found["path"]))
         seed, device = int(found["seed"]), str(found["provenance"]["device"])
+        left_out = tuple(LeftOut(**one) for one in found.get("left_out", []))
     except (OSError, ValueError, LookupError, TypeError) as problem:
         raise OpdlabError(
             f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
         ) from problem
-    return Update(*open_all(base, path), table, trajectory, seed, device)
+    return Update(*open_all(base, path), table, trajectory, seed, device, left_out)
 
 
 def as_html(table: pd.DataFrame) -> str:

@@ -12,13 +12,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
-from opdlab.models.formats import header, read_json, refuse_pickles, shards
+from opdlab.models.foreign import refuse_quantised, refuse_tensors
+from opdlab.models.formats import read_json, stored_pieces
 from opdlab.models.lora import with_adapter
-from opdlab.models.names import HEAD, embedding_of, plain_name, split
-from opdlab.models.pieces import Checkpoint, Piece
+from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_names, split_all
+from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_stored
 
 # Constants that older models store alongside their weights.
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
@@ -43,26 +45,16 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
         return _in_memory(source, base)
     path = Path(source)
     if not path.exists():
-        raise OpdlabError(f"there is no checkpoint {path}: give a model folder or a .safetensors file")
-    refuse_pickles([path])
+        raise OpdlabError(
+            f"there is no checkpoint {path}: give a model folder, a .safetensors file or OWNER/NAME on the hub"
+        )
     if (path / "adapter_config.json").is_file():
-        return _checkpoint(path, with_adapter(path, base), base.config if base else {})
-    pieces: dict[str, Piece] = {}
-    for file in [path] if path.is_file() else shards(path):
-        for stored, shape, dtype in header(file):
-            name = plain_name(stored)
-            if name in pieces:
-                first = getattr(pieces[name].file, "name", "memory")
-                raise OpdlabError(f"{path} has the tensor {name} twice, in {first} and {file.name}: delete one")
-            if not name.endswith(_BUFFERS):
-                pieces[name] = Piece(file, stored, shape, dtype)
-    if not pieces:
-        raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
+        whole = with_adapter(path, base)
+        return _checkpoint(path, whole, base.config, base.left_out) if base else _checkpoint(path, whole, {}, {})
+    stored = stored_pieces(path)
     beside = (path.parent if path.is_file() else path) / "config.json"
     config = read_json(beside) if beside.is_file() else {}
-    if config.get("tie_word_embeddings") and embedding_of(pieces):
-        pieces.pop(HEAD, None)
-    return _checkpoint(path, pieces, config)
+    return _of_weights(path, stored, config)
 
 
 def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None) -> Checkpoint:
@@ -72,25 +64,47 @@ def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None
         tensors: dict[str, Tensor] = dict(source.named_parameters())  # each once, also where two layers share one
     else:
         what, config, tensors = "the state dict in memory", base.config if base else {}, dict(source)
-    pieces: dict[str, Piece] = {}
-    for stored, tensor in tensors.items():
+    stored: dict[str, Piece] = {}
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise OpdlabError(f"{stored} in {what} is of type {type(tensor).__name__}: give names and tensors only")
-        if not (name := plain_name(stored)).endswith(_BUFFERS):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            pieces[name] = Piece(tensors, stored, tuple(tensor.shape), dtype)
+            raise OpdlabError(f"{name} in {what} is of type {type(tensor).__name__}: give names and tensors only")
+        stored[name] = Piece(tensors, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    return _of_weights(what, stored, config)
+
+
+def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Checkpoint:
+    """Return the checkpoint of the weights among the tensors of a model, under their plain names."""
+    refuse_tensors(path, {name: piece.shape for name, piece in stored.items()})
+    pieces: dict[str, Piece] = {}
+    left_out: dict[str, str] = {}
+    for name, plain in plain_names(stored).items():
+        piece = stored[name]
+        if plain.endswith(_BUFFERS):
+            left_out[plain] = "a constant of the model, not a weight"
+        elif piece.dtype in FLOATS.values():
+            pieces[plain] = piece
+        else:
+            refuse_quantised(path, name, piece.dtype, config)
+            left_out[plain] = f"a buffer of {piece.dtype}, not a weight"
     if not pieces:
-        raise OpdlabError(f"{what} holds no weights: give a model, or its state dict")
-    # Of tied embeddings, a state dict lists both ends.
-    tied = [tensors[pieces[name].stored].data_ptr() for name in (HEAD, embedding_of(pieces)) if name in pieces]
-    if len(tied) == 2 and tied[0] == tied[1]:
-        del pieces[HEAD]
-    return _checkpoint(what, pieces, config)
+        raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
+    head, embedding = next((name for name in pieces if canonical_name(name) == HEAD), None), embedding_of(pieces)
+    if head and embedding and _same(pieces[head], pieces[embedding]):
+        del pieces[head]
+        left_out[head] = "a copy of the embedding"
+    return _checkpoint(path, pieces, config, left_out)
 
 
-def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict) -> Checkpoint:
-    parts = {part: piece for name, piece in whole.items() for part, piece in split(name, piece, config)}
-    return Checkpoint(path, dict(sorted(parts.items(), key=lambda item: _natural(item[0]))), whole, config)
+def _same(one: Piece, other: Piece) -> bool:
+    # Transformers ties a head to the embedding only where they are equal. The first rows nearly always tell.
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and all(
+        torch.equal(*(read_stored(piece.file, piece.stored, row) for piece in (one, other))) for row in (0, None)
+    )
+
+
+def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict, left_out: dict[str, str]) -> Checkpoint:
+    pieces = dict(sorted(split_all(whole, config).items(), key=lambda item: _natural(item[0])))
+    return Checkpoint(path, pieces, whole, config, left_out)
 
 
 def _natural(name: str) -> list:

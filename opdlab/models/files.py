@@ -26,10 +26,10 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
-# What is taken of a model on the hub.
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-# OWNER/NAME; the name of a file is no model of the hub.
-_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth)")
+# What is taken of a model on the hub; its folders, and what Mistral calls consolidated, have the same weights again.
+MODEL_FILES, OTHER_FORMATS = ["*.json", "*.safetensors", "*.txt", "*.jinja"], ["*/*", "consolidated*"]
+# OWNER/NAME, perhaps with @REVISION; the name of a file is no model of the hub.
+_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.bin)(?<!\.pt)(?<!\.pth))(?:@([\w./-]+))?")
 
 
 def cache_folder() -> Path:
@@ -39,23 +39,27 @@ def cache_folder() -> Path:
 
 
 def local_folder(source: str | Path) -> Path:
-    """Return the folder of a model on this machine; one on the Hugging Face hub, OWNER/NAME, is fetched first.
+    """Return the folder of a model on this machine; one on the Hugging Face hub is fetched first.
+
+    On the hub it is called OWNER/NAME, or OWNER/NAME@REVISION for a branch, tag or commit.
 
     Raises:
         OpdlabError: if there is neither, with how to fetch it where there is a network.
     """
-    path = Path(source).expanduser()
-    if path.exists() or not _ON_HUB.fullmatch(str(source)):
+    path, found = Path(source).expanduser(), _ON_HUB.fullmatch(str(source))
+    if path.exists() or not found:
         return path
     from huggingface_hub import snapshot_download  # imported late: few ask for it
 
+    name, revision = found.groups()
     try:
-        return Path(snapshot_download(str(source), allow_patterns=MODEL_FILES))
+        folder = snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=OTHER_FORMATS)
+        return Path(folder)
     except Exception as problem:
-        why = str(problem).splitlines()[0]
+        why, at = str(problem).splitlines()[0], f" --revision {revision}" if revision else ""
         raise OpdlabError(
             f"there is no folder {source}, and the Hugging Face hub did not give a model of that name ({why}): where "
-            f"there is a network run 'hf download {source} --local-dir FOLDER', and give that folder"
+            f"there is a network run 'hf download {name}{at} --local-dir FOLDER', and give that folder"
         ) from problem
 
 
@@ -150,7 +154,7 @@ def link_or_copy(path: Path, source: Path) -> None:
 def read_json(path: Path, remedy: str) -> Any:
     """Read a JSON file, or raise an OpdlabError with a ``remedy`` if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as problem:
         raise OpdlabError(f"{path} is missing or damaged ({problem}): {remedy}") from problem
 
@@ -162,7 +166,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; raises as :func:`write_whole` does."""
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def _defined(value: object) -> object:

@@ -1,76 +1,172 @@
-"""LoRA adapters, added to the weights of their base as they are read."""
+"""LoRA adapters, added to the weights of their base as they are read, by the rules of PEFT."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
+from opdlab.models.foreign import refuse_foreign
 from opdlab.models.formats import header, read_json
+from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
 from opdlab.models.pieces import Checkpoint, Piece, read_stored
 
-_LORA = re.compile(r"(?:base_model\.model\.)?(?P<name>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
+# The options of PEFT's LoRA that leave an update a product of two matrices, added to the base. An adapter that sets any
+# other option is refused: what that option does, only the PEFT that knows it can say.
+_PLAIN = re.compile(
+    "task_type|peft_type|peft_version|auto_mapping|base_model_name_or_path|revision|inference_mode|r|lora_alpha|"
+    "target_modules|exclude_modules|layers_to_transform|layers_pattern|rank_pattern|alpha_pattern|use_rslora|"
+    "lora_dropout|fan_in_fan_out|bias|modules_to_save|init_lora_weights|(?:eva|loftq|corda|lora_ga|runtime)_config|"
+    "megatron_config|megatron_core|qalora_group_size"
+)
+# Initialisations that leave the base as it is; with others, B A is not added to the weights of the base.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# Adapters that never change the weights of a model.
+_WEIGHTLESS = ("PROMPT", "PREFIX", "P_TUNING", "CPT", "CARTRIDGE")
+_MERGE = (
+    'merge it with python -c "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; '
+    "P.from_pretrained(M.from_pretrained('{base}', dtype='float32'), '{0}').merge_and_unload()"
+    ".save_pretrained('{0}-merged')\" and measure {0}-merged"
+)
 
 
 def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
     """Return the whole tensors of ``base`` with the update of the adapter in ``folder`` added.
 
+    Tensors that the adapter stores whole, such as ``modules_to_save``, take the place of those of the base.
+
     Raises:
         OpdlabError: if the adapter is no plain LoRA, does not fit the base, or the base is missing.
     """
-    if base is None:
-        raise OpdlabError(f"{folder} is an adapter, which only means something on its base: give the base first")
     config, file = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    if base is None:
+        origin = config.get("base_model_name_or_path") or "it was trained on"
+        raise OpdlabError(
+            f"{folder} is an adapter, which only means something on its base: give the base first, as in "
+            f"'opdlab measure BASE {folder}' with the base {origin}"
+        )
     if not file.is_file():
-        raise OpdlabError(f"{folder} has no adapter_model.safetensors (pickled adapters are refused)")
-    # Some LoRA initialisations change the base itself, so adding B A to the original weights would be wrong.
-    plain = config.get("init_lora_weights", True) in (True, False, "gaussian", "eva")
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out") or not plain:
-        raise OpdlabError(f"{folder} is not a plain LoRA adapter: merge it with PEFT and measure the merged model")
-    stored = {name: shape for name, shape, _ in header(file)}
+        refuse_foreign(sorted(folder.glob("*.bin")))
+        raise OpdlabError(f"{folder} has no adapter_model.safetensors: fetch or save the adapter again")
+    _check_plain(folder, base.path, config)
+    stored = {name: Piece(file, name, shape, dtype) for name, shape, dtype in header(file)}
     if not stored:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
-    pieces = dict(base.whole)
-    for key, shape in stored.items():
-        found = _LORA.fullmatch(key)
-        if not found:
-            raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: merge it with PEFT first")
-        if found["part"] == "B":
-            if key.replace("lora_B", "lora_A") not in stored:
-                raise OpdlabError(f"{file} has {key} without its lora_A: fetch the adapter again")
-            continue
-        name, b = f"{found['name']}.weight", key.replace("lora_A", "lora_B")
-        if name not in pieces:
-            raise OpdlabError(
-                f"{folder} changes {name}, which {base.path} does not have as one matrix: give its own base, or merge "
-                "it with PEFT first"
-            )
-        origin, other = pieces[name], stored.get(b, (0, 0))
-        if len(shape) != 2 or len(other) != 2 or (other[0], shape[1], shape[0]) != (*origin.shape, other[1]):
-            raise OpdlabError(f"{key} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
-        scaling = _scaling(config, file, name, shape[0])
-        pieces[name] = origin.part(origin.shape, partial(_merged, file=file, a=key, b=b, scaling=scaling))
+    pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
+    called = {canonical_name(name): name for name in pieces}  # one version of transformers may have saved each
+    saved = config.get("modules_to_save") or []
+    saved = saved if isinstance(saved, list) else [saved]
+    for key, name in plain_names(stored).items():
+        whole = name.replace(".base_layer.", ".")
+        whole = called.get(canonical_name(whole), whole)
+        if found := _LORA.fullmatch(name):
+            updates.setdefault(found["module"], {})[found["part"]] = stored[key]
+        elif whole in pieces or _among(saved, whole.rpartition(".")[0]):
+            if whole == embedding_of(pieces) and ".base_layer." not in name and HEAD not in called:
+                pieces[HEAD] = pieces[whole]  # PEFT leaves a head that was tied to the embedding as it was.
+            pieces[whole] = stored[key]
+        elif whole != HEAD:  # of a tied head, whose update is refused below
+            how = _MERGE.format(folder, base=base.path)
+            raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: {how}")
+    for module, parts in updates.items():
+        name = called.get(canonical_name(f"{module}.weight"), f"{module}.weight")
+        pieces[name] = _updated(module, name, parts, pieces.get(name), base, config)
     return pieces
 
 
-def _scaling(config: dict, file: Path, name: str, rank: int) -> float:
+def _check_plain(folder: Path, base: Path | str, config: dict) -> None:
+    kind = str(config.get("peft_type", "LORA"))
+    if any(word in kind for word in _WEIGHTLESS):
+        raise OpdlabError(
+            f"{folder} is an adapter of the kind {kind}, which changes no weight: nothing can be measured"
+        )
+    if config.get("alora_invocation_tokens"):
+        raise OpdlabError(
+            f"{folder} is an activated LoRA (alora_invocation_tokens), which acts on some tokens only and cannot be "
+            "merged: train a plain LoRA to measure its update"
+        )
+    start = config.get("init_lora_weights", True)
+    odd = [f"peft_type {kind}"] if kind != "LORA" else []
+    odd += [f"init_lora_weights {start}"] if start not in _PLAIN_STARTS else []
+    odd += sorted(option for option, value in config.items() if value and not _PLAIN.fullmatch(option))
+    if odd:
+        raise OpdlabError(
+            f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): {_MERGE.format(folder, base=base)}"
+        )
+
+
+def _updated(
+    module: str, name: str, parts: dict[str, Piece], origin: Piece | None, base: Checkpoint, config: dict
+) -> Piece:
+    """Return the weight of a module with its update added."""
+    first = min(parts)
+    kind, file = first[:-1], parts[first].file
+    assert isinstance(file, Path)
+    if len(parts) != 2:
+        lacks = f"{kind}{'B' if first.endswith('A') else 'A'}"
+        raise OpdlabError(f"{file} has {module}.{first} without its {lacks}: fetch the adapter again")
+    if origin is None:
+        tied = ", whose head is its embedding," if name == HEAD and embedding_of(base.whole) else ""
+        raise OpdlabError(
+            f"{file.parent} changes {name}, which {base.path}{tied} does not have as one matrix: give its own base, or "
+            f"{_MERGE.format(file.parent, base=base.path)}"
+        )
+    a, b, turned = parts[f"{kind}A"], parts[f"{kind}B"], "embedding" in kind or is_turned(name, base.config)
+    fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
+    if not fits or (b.shape[0], a.shape[1]) != (origin.shape[::-1] if turned else origin.shape):
+        raise OpdlabError(f"{a.stored} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
+    scaling = _scaling(config, file, module, a.shape[0])
+    return origin.part(
+        origin.shape, partial(_merged, file=file, a=a.stored, b=b.stored, scaling=scaling, turned=turned)
+    )
+
+
+def _scaling(config: dict, file: Path, module: str, rank: int) -> float:
     def of(pattern: str, default: float) -> float:
         said = (config.get(pattern) or {}).items()
-        return next((value for key, value in said if re.search(rf"(^|\.)({key})\.weight$", name)), default)
+        return next((value for key, value in said if re.match(rf"(.*\.)?({key})$", module)), default)
 
     try:
-        alpha, said = of("alpha_pattern", config.get("lora_alpha", rank)), of("rank_pattern", config.get("r", rank))
+        alpha, said = of("alpha_pattern", config.get("lora_alpha", 8)), of("rank_pattern", config.get("r", 8))
+        if not _is_targeted(config, module):
+            raise OpdlabError(f"{file} changes {module}, which is none of its config's target_modules: restore the two")
         if said == rank:
             return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
     except (TypeError, AttributeError, re.error) as problem:
         beside = f"the adapter_config.json beside {file}"
         raise OpdlabError(f"{beside} cannot be understood ({problem}): restore it") from problem
-    raise OpdlabError(f"{name} in {file} has rank {rank}, and adapter_config.json says {said}: give its own config")
+    raise OpdlabError(f"{module} in {file} has rank {rank}, and adapter_config.json says {said}: give its own config")
 
 
-def _merged(tensor: Tensor, file: Path, a: str, b: str, scaling: float) -> Tensor:
+def _is_targeted(config: dict, module: str) -> bool:
+    """Return whether PEFT would load the update of a module; it leaves out what the config does not ask for."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if _among(config.get("exclude_modules") or [], module):
+        return False
+    if targets is None or targets == "all-linear":
+        return True
+    if layers is None or isinstance(targets, str):
+        return _among(targets, module)
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    numbers = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+    layer = next((int(found[1]) for found in numbers if found), None)
+    return _among(targets, module) and layer in (layers if isinstance(layers, list) else [layers])
+
+
+def _among(said: str | Collection[str], module: str) -> bool:
+    """Return whether a module is one of those that an option names: by a pattern, or by the ends of their names."""
+    if isinstance(said, str):
+        return bool(re.fullmatch(said, module))
+    return any(f".{module}".endswith(f".{end}") for end in said)
+
+
+def _merged(tensor: Tensor, file: Path, a: str, b: str, scaling: float, turned: bool) -> Tensor:
     # In float64, because rounding, as in a saved merged model, would destroy the low rank of the update.
-    return tensor.double() + scaling * (read_stored(file, b).double() @ read_stored(file, a).double())
+    update = scaling * (read_stored(file, b).double() @ read_stored(file, a).double())
+    return tensor.double() + (update.T if turned else update)

@@ -1,9 +1,13 @@
-"""Names of weights: one for each matrix, whatever wrapped the model or fused its projections."""
+"""Names of weights: one for each matrix, whatever wrapped the model, named its parts or fused its projections.
+
+One table serves all naming schemes of transformers 4 and 5, so both sides of a pair meet whichever scheme each has.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -11,69 +15,238 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry.matrices import describe
+from opdlab.geometry.matrices import describe, tower_of
 from opdlab.models.pieces import Piece
 
-# Prefixes and infixes that trainers add to the names of weights when they wrap a model.
-_WRAPPERS = re.compile(r"^base_model\.model\.|^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+# What torch, accelerate, Lightning, PEFT and TRL put into the names of weights, anywhere or in front, when they wrap a
+# model. One "model." too many in front is the attribute in which a module of one's own holds the model.
+_INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_WRAPPERS = r"module|base_model\.model|policy|pretrained_model"
+_IN_FRONT = re.compile(rf"(?:(?:{_WRAPPERS}|model(?=\.(?:model|lm_head|{_WRAPPERS})\.))\.)+")
 HEAD = "lm_head.weight"
+
+# What holds the language model, and how the names of its parts begin where nothing does.
+_HOLDERS = re.compile(r"^(?:(?:model|language_model|text_model|llm|thinker|backbone)\.)+")
+_BARE = {"model.": re.compile(r"(?:layers|embed_tokens|norm)\."), "transformer.": re.compile(r"(?:h|wte|wpe|ln_f)\.")}
+# What is called otherwise in some families or versions: a pattern, and what stands for it here.
+_RENAMED = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^embed_out\.", "lm_head."),
+        (r"^(vision_tower|visual)\.vision_model\.", r"\1."),
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+        (r"\.mlp\.experts\.fc1\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.mlp\.experts\.fc2\.weight$", ".mlp.experts.down_proj"),
+        (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
+        (r"\.shared_mlp\.input_linear\.", ".shared_mlp.gate_up_proj."),
+        (r"\.shared_mlp\.output_linear\.", ".shared_mlp.down_proj."),
+        (r"\.mlp\.router\.(?:layer\.|gate\.)?(weight|bias)$", r".mlp.gate.\1"),
+    )
+)
+
+# Families that store weights as (input, output): all linear layers, or the stacks of experts.
+_TRANSPOSED, _TRANSPOSED_EXPERTS = ("gpt2", "openai-gpt"), ("gpt_oss", "llama4_text", "aria_text")
+# Families with query, key and value in one tensor: all queries, all keys, all values; or those of a group of heads,
+# then those of the next, where each group shares one key and one value.
+_IN_BLOCKS = ("phi3", "phi4_multimodal", "gpt2", "openai-gpt", "mpt", "dbrx", "chatglm")
+_IN_GROUPS = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode", "internlm2")
+_QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a weight without the parts that trainers add when they wrap a model.
+    """Return the name of a weight without the parts that trainers add when they wrap a model, in whatever order.
 
-    >>> plain_name("module._orig_mod.model.norm.weight")
-    'model.norm.weight'
+    >>> plain_name("module._orig_mod.model.norm.weight"), plain_name("model.model.norm.weight")
+    ('model.norm.weight', 'model.norm.weight')
     """
-    return _WRAPPERS.sub("", _WRAPPERS.sub("", name))
+    name = _INSIDE.sub("", name)
+    return name[found.end() :] if (found := _IN_FRONT.match(name)) else name
+
+
+def plain_names(names: Collection[str]) -> dict[str, str]:
+    """Return the :func:`plain_name` of each of a model's weights; where two would be the same, both stay as they are.
+
+    >>> plain_names(["policy.norm.weight", "module.norm.weight", "policy.bias"])
+    {'policy.norm.weight': 'policy.norm.weight', 'module.norm.weight': 'module.norm.weight', 'policy.bias': 'bias'}
+    """
+    plain = {name: plain_name(name) for name in names}
+    count = Counter(plain.values())
+    return {name: short if count[short] == 1 else name for name, short in plain.items()}
+
+
+def canonical_name(name: str) -> str:
+    """Return the one name under which a weight is measured, for all that families and versions call it.
+
+    >>> canonical_name("language_model.model.layers.0.block_sparse_moe.experts.7.w2.weight")
+    'model.layers.0.mlp.experts.7.down_proj.weight'
+    >>> canonical_name("model.visual.patch_embed.proj.weight"), canonical_name("h.0.ln_1.weight")
+    ('visual.patch_embed.proj.weight', 'transformer.h.0.ln_1.weight')
+    """
+    bare = _HOLDERS.sub("", name)
+    if tower_of(bare) or bare.startswith("lm_head."):
+        name = bare
+    else:
+        begins = "model." if bare != name else ""
+        name = (begins or next((begins for begins, called in _BARE.items() if called.match(bare)), "")) + bare
+    for pattern, instead in _RENAMED:
+        name = pattern.sub(instead, name)
+    return name
 
 
 def embedding_of(names: Iterable[str]) -> str | None:
     """Return which of a model's weights is its embedding, of which an output head (``HEAD``) may be a copy."""
-    return next((name for name in names if describe(name).block == "embedding"), None)
+    found = (name for name in names if describe(name).block == "embedding" and not tower_of(name))
+    return next(found, None)
+
+
+def split_all(whole: Mapping[str, Piece], config: dict) -> dict[str, Piece]:
+    """Return the matrices of all tensors of a model, each under its canonical name.
+
+    Raises:
+        OpdlabError: if two tensors are one matrix, or a fused one cannot be split as its config says.
+    """
+    parts: dict[str, Piece] = {}
+    sources: dict[str, str] = {}
+    for stored, piece in whole.items():
+        for name, part in split(stored, piece, config):
+            if name in parts:
+                raise OpdlabError(f"{sources[name]} and {stored} are both {name}: delete one from the checkpoint")
+            parts[name], sources[name] = part, stored
+    return parts
 
 
 def split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
-    """Yield a tensor, or the matrices fused in it, under the names that the Llama family uses."""
+    """Yield a tensor, or the matrices fused or stacked in it, as (output, input), under their canonical names.
+
+    What no rule splits is yielded whole: :func:`opdlab.geometry.describe` calls it fused or stacked.
+    """
+    config = config | (config.get("text_config") or config.get("llm_config") or {})
+    name = _mtp(canonical_name(name), config)
     parent, _, module = name.removesuffix(".weight").rpartition(".")
-    if len(piece.shape) == 3 and "experts" in parent.split("."):
-        # The experts are stacked in one tensor. Families differ in whether each is (input, output) or the reverse, and
-        # in how gate and up are combined, so each expert is measured as it is stored.
-        for i in range(piece.shape[0]):
-            yield f"{parent}.{i}.{module}.weight", replace(piece, shape=piece.shape[1:], index=i)
+    if len(piece.shape) == 3 and parent.endswith("experts"):
+        yield from _of_experts(name, parent, module, piece, config)
         return
-    parts = {name: piece}
-    if len(piece.shape) == 2 and name.endswith(".weight"):
-        if config.get("model_type") == "gpt2" and module in ("c_fc", "c_proj", "c_attn"):
-            # GPT-2 stores these as (input, output).
-            parts[name] = piece = piece.part(piece.shape[::-1], torch.t)
-        if module == "gate_up_proj":
-            half = _divide(name, piece.shape[0], 2)
-            names = [f"{parent}.{part}_proj.weight" for part in ("gate", "up")]
-            parts = dict(zip(names, _row_blocks(piece, [half, half]), strict=True))
-        elif module in ("qkv_proj", "query_key_value", "c_attn"):
-            names = [f"{parent}.{part}_proj.weight" for part in "qkv"]
-            parts = dict(zip(names, _of_attention(name, piece, config), strict=True))
-    yield from parts.items()
+    if len(piece.shape) == 2 and is_turned(name, config):
+        piece = piece.part(piece.shape[::-1], torch.t)
+    yield from _parts(name, parent, module, piece, config) if len(piece.shape) == 2 else [(name, piece)]
 
 
-def _of_attention(name: str, piece: Piece, config: dict) -> list[Piece]:
-    """Return query, key and value."""
-    heads, family = config.get("num_attention_heads") or config.get("n_head"), config.get("model_type")
+def is_turned(name: str, config: dict) -> bool:
+    """Return whether a model stores a weight as (input, output)."""
+    return config.get("model_type") in _TRANSPOSED and name.split(".")[-2:-1] in (["c_fc"], ["c_proj"], ["c_attn"])
+
+
+def _mtp(name: str, config: dict) -> str:
+    """Name the layers that DeepSeek and others append to predict several tokens ahead, which transformers drops."""
+    depth, found = config.get("num_hidden_layers"), re.match(r"model\.layers\.(\d+)\.", name)
+    if found and depth and config.get("num_nextn_predict_layers") and int(found[1]) >= depth:
+        return f"mtp.layers.{int(found[1]) - depth}.{name[found.end() :]}"
+    return name
+
+
+def _of_experts(name: str, parent: str, module: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
+    """Yield the matrices of each of the experts stacked in one tensor."""
+    hidden, (count, rows, cols) = config.get("hidden_size"), piece.shape
+    # Its output is the hidden state, or its input is.
+    out, into = (rows, cols) if module == "down_proj" else (cols, rows)
+    if hidden not in (out, into):
+        yield name, piece
+        return
+    turned = out != hidden or (into == hidden and config.get("model_type") in _TRANSPOSED_EXPERTS)
+    for i in range(count):
+        expert = replace(piece, shape=(rows, cols), index=i)
+        if turned:
+            expert = expert.part((cols, rows), torch.t)
+        yield from _parts(f"{parent}.{i}.{module}.weight", f"{parent}.{i}", module, expert, config)
+
+
+def _parts(name: str, parent: str, module: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
+    """Yield the matrices that are fused in one, or that one itself."""
+    rows = piece.shape[0]
+    names: tuple[str, ...] = tuple(f"{part}_proj" for part in "qkv")
+    if module == "gate_up_proj":
+        half, names = _divide(name, rows, 2), ("gate_proj", "up_proj")
+        takes = _alternate(half, 2) if config.get("model_type") == "gpt_oss" else _blocks(half, half)
+    elif module in ("qkv", "in_proj_weight"):  # of vision towers, and of torch's own attention
+        takes = _blocks(*[_divide(name, rows, 3)] * 3)
+    elif module in _QKV:
+        takes = _of_attention(name, rows, config)
+    elif module in ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv"):
+        names = tuple(f"in_proj_{part}" for part in module.removeprefix("in_proj_"))
+        takes = _of_linear_attention(name, rows, config, len(names))
+    else:
+        takes = []
+    if not takes:
+        yield name, piece
+    for part, (size, take) in zip(names, takes, strict=False):
+        yield f"{parent}.{part}.weight", piece.part((size, piece.shape[1]), take)
+
+
+# A number of rows, and what takes them from a fused tensor.
+_Take = tuple[int, partial[Tensor]]
+
+
+def _blocks(*sizes: int) -> list[_Take]:
+    """Take blocks of rows, one after the other."""
+    return [(size, partial(torch.narrow, dim=0, start=sum(sizes[:i]), length=size)) for i, size in enumerate(sizes)]
+
+
+def _groups(count: int, *sizes: int) -> list[_Take]:
+    """Take blocks of rows from each of ``count`` groups of rows."""
+    return [
+        (count * size, partial(_of_groups, count=count, start=sum(sizes[:i]), size=size))
+        for i, size in enumerate(sizes)
+    ]
+
+
+def _alternate(size: int, count: int) -> list[_Take]:
+    """Take every ``count``-th row."""
+    return _groups(size, *[1] * count)
+
+
+def _of_groups(tensor: Tensor, count: int, start: int, size: int) -> Tensor:
+    return tensor.reshape(count, -1, tensor.shape[1])[:, start : start + size].reshape(-1, tensor.shape[1])
+
+
+def _of_attention(name: str, rows: int, config: dict) -> list[_Take]:
+    """Take query, key and value, if it is known how they are stored."""
+    family, counts = config.get("model_type"), ("num_attention_heads", "n_head", "n_heads", "num_heads")
+    heads = next((config[key] for key in counts if config.get(key)), None)
     if not heads:
         raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
-    rows, cols = piece.shape
-    if family in ("phi3", "phi4_multimodal"):
-        groups = config.get("num_key_value_heads") or heads
-        width = _divide(name, rows, heads + 2 * groups)
-        return _row_blocks(piece, [heads * width, groups * width, groups * width])
-    if family == "gpt2":
-        return _row_blocks(piece, [_divide(name, rows, 3)] * 3)
-    if family == "gpt_neox":
-        # Head by head: query, key and value of the first head, then of the second, and so on.
-        shape = heads * _divide(name, rows, 3 * heads), cols
-        return [piece.part(shape, partial(_of_heads, heads=heads, index=i)) for i in range(3)]
-    raise OpdlabError(f"{name} of a {family!r} model holds several matrices, and how is not known: split it first")
+    if family not in _IN_BLOCKS + _IN_GROUPS:
+        return []
+    groups = _key_heads(config, heads)
+    width = _divide(name, rows, heads + 2 * groups)
+    if family in _IN_BLOCKS:
+        return _blocks(heads * width, groups * width, groups * width)
+    return _groups(groups, heads // groups * width, width, width)
+
+
+def _key_heads(config: dict, heads: int) -> int:
+    """Return the number of heads of the keys."""
+    if config.get("model_type") == "falcon" and config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads") or heads
+    if config.get("multi_query"):
+        return 1
+    own = config.get("num_key_value_heads") or config.get("multi_query_group_num")
+    return own or (config.get("attn_config") or {}).get("kv_n_heads") or heads
+
+
+def _of_linear_attention(name: str, rows: int, config: dict, count: int) -> list[_Take]:
+    """Take the projections of a gated delta net: one after the other in Qwen3.5, by groups of heads in Qwen3-Next."""
+    keys, values = config.get("linear_num_key_heads"), config.get("linear_num_value_heads")
+    if not keys or not values:
+        raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
+    k, v = config["linear_key_head_dim"], values // keys * config["linear_value_head_dim"]
+    sizes = {2: [values // keys] * 2, 3: [k, k, v], 4: [k, k, v, v]}[count]
+    if keys * sum(sizes) != rows:
+        raise OpdlabError(f"{name} has {rows} rows, and its config.json says {keys * sum(sizes)}: give its own config")
+    return _blocks(*[keys * size for size in sizes]) if count == 3 else _groups(keys, *sizes)
 
 
 def _divide(name: str, rows: int, parts: int) -> int:
@@ -82,12 +255,3 @@ def _divide(name: str, rows: int, parts: int) -> int:
             f"{name} has {rows} rows, which its config.json would split into {parts}: give its own config"
         )
     return rows // parts
-
-
-def _row_blocks(piece: Piece, sizes: list[int]) -> list[Piece]:
-    takes = [partial(torch.narrow, dim=0, start=sum(sizes[:i]), length=size) for i, size in enumerate(sizes)]
-    return [piece.part((size, piece.shape[1]), take) for size, take in zip(sizes, takes, strict=True)]
-
-
-def _of_heads(tensor: Tensor, heads: int, index: int) -> Tensor:
-    return tensor.reshape(heads, 3, -1, tensor.shape[1])[:, index].reshape(-1, tensor.shape[1])

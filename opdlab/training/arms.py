@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import local_folder
 from opdlab.models.formats import weights_digest
 from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
 
@@ -44,6 +45,10 @@ class Model:
         if self.shape:
             return dict(self.shape)
         return self.known if self.known and not Path(self.folder).is_dir() else weights_digest(Path(self.folder))
+
+    def fetched(self) -> Model:
+        """Return the model with its folder on this machine: one that is named on the hub is fetched."""
+        return replace(self, folder=str(local_folder(self.folder))) if self.folder else self
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,10 @@ class Arm:
     def reads_rewards(self) -> bool:
         """Whether the loss reads the rewards of the completions."""
         return not READ_REWARDS.isdisjoint(self.losses)
+
+    def fetched(self) -> Arm:
+        """Return the arm with the folders of its models on this machine (:meth:`Model.fetched`)."""
+        return replace(self, student=self.student.fetched(), teacher=self.teacher and self.teacher.fetched())
 
 
 def top(ranking: str = "log-ratio", share: float = 0.25, per_completion: bool = True) -> Tokens:

@@ -217,7 +217,7 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
                 f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
             )
     if len(table) < 2:
-        raise OpdlabError(f"the data set has {len(table)} different prompts: give two, as one is held out")
+        raise OpdlabError("the data set has fewer than two different prompts: give more, as one at least is held out")
     return table
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import local_folder
-from opdlab.models.folders import ALPHABET, context_length, load_tokenizer
-from opdlab.training.arms import Arm, Model
+from opdlab.models.folders import ALPHABET, context_length, load_config, load_tokenizer
+from opdlab.training.arms import Arm
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
 from opdlab.training.rollouts import encode_completions, encode_prompts
@@ -65,7 +63,7 @@ def make_experiment(
     """
     if not isinstance(steps, int) or steps < 1:
         raise OpdlabError(f"steps is {steps!r}: give a whole number above 0")
-    arm = replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher))
+    arm = arm.fetched()
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
@@ -86,11 +84,6 @@ def make_experiment(
     return experiment
 
 
-def fetched(model: Model | None) -> Any:
-    """Return a model with its folder on this machine, or None; one that is named on the hub is fetched."""
-    return replace(model, folder=str(local_folder(model.folder))) if model and model.folder else model
-
-
 def _sizes(arm: Arm) -> tuple[int, int]:
     """Return the context that student and teacher share, and the student's vocabulary."""
     if arm.student.shape:
@@ -102,7 +95,7 @@ def _sizes(arm: Arm) -> tuple[int, int]:
                 f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
                 "and tokenizer, or OWNER/NAME on the hub"
             )
-        configs.append(transformers.AutoConfig.from_pretrained(model.folder).get_text_config())
+        configs.append(load_config(model.folder))
     return min(map(context_length, configs)), configs[0].vocab_size
 
 

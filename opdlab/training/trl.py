@@ -35,7 +35,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,7 @@ from opdlab.training.config import Experiment
 from opdlab.training.loop import install_model
 from opdlab.training.objectives import CLIP
 from opdlab.training.store import Run
-from opdlab.training.trained import fetched
-from opdlab.training.trl_process import CHECKPOINT, FINISHED, Callback, drop_checkpoints
+from opdlab.training.trl_process import FINISHED, Callback, drop_checkpoints, last_checkpoint
 
 #: The first word of TRL's trainer and its configuration, by who writes the completions and the loss.
 TRAINERS = {
@@ -81,13 +80,17 @@ def trainer_of(experiment: Experiment) -> str:
     return trainer
 
 
-def configure(experiment: Experiment, processes: int, *, gpu: bool, vllm: bool) -> dict:
+def configure(experiment: Experiment, processes: int | None = None, *, gpu: bool, vllm: bool) -> dict:
     """Return what TRL is told, as JSON values; without ``gpu`` each process uses the CPU, in float32.
+
+    By default there is a process for each GPU here, or on a machine without any for each of eight.
 
     Raises:
         OpdlabError: if TRL has no trainer for the arm, or the processes cannot share the batch.
     """
     trainer, arm = trainer_of(experiment), experiment.arm
+    if processes is None:
+        processes = torch.cuda.device_count() or (8 if gpu else 1)
     return {
         "arm": experiment.title, "seed": experiment.seed, "task": experiment.task.name, "trainer": trainer,
         "recipe": asdict(experiment.recipe), "snapshots": list(experiment.kept[1:]), "processes": processes,
@@ -173,38 +176,30 @@ def accelerate_arguments(config: dict) -> dict:
 
 def launch(
     experiment: Experiment,
+    config: dict,
     root: Path,
     callback: Callback,
     *,
-    processes: int | None = None,
-    gpu: bool = True,
-    vllm: bool = True,
     produces: Path | None = None,
     dry_run: bool = False,
 ) -> None:
     """Train an experiment with TRL, or go on where an earlier call was stopped, and say where its files are.
 
     Args:
-        experiment: with models in folders, or named on the Hugging Face hub, from which they are then fetched.
+        experiment: with models in folders.
+        config: what TRL is told, of :func:`configure`.
         root: the folder of all runs.
         callback: makes what measures the run on its way and writes its snapshots.
-        processes: how many take part; by default one for each GPU here.
-        gpu: whether it needs GPUs.
-        vllm: sample rollouts with vLLM.
         produces: folder of the model that the run makes, if it makes one.
         dry_run: only write the configuration and print the command.
 
     Raises:
-        OpdlabError: if TRL cannot train the experiment, something is missing here, or training fails.
+        OpdlabError: if a model is missing, or training fails.
     """
-    # On a machine without GPUs the configuration is for eight.
-    processes = processes or torch.cuda.device_count() or (8 if gpu else 1)
-    config = configure(experiment, processes, gpu=gpu, vllm=vllm)
-    if not dry_run:
-        check_ready(config)
-        arm = experiment.arm
-        experiment = replace(experiment, arm=replace(arm, student=fetched(arm.student), teacher=fetched(arm.teacher)))
-    run = Run(experiment, root, root / f"{_name(experiment, dry_run)}-trl{processes}")
+    for model in (experiment.arm.student, experiment.arm.teacher):
+        if model and not dry_run and not Path(model.folder).is_dir():
+            raise OpdlabError(f"there is no model in {model.folder}: make it first, or give the folder of another")
+    run = Run(experiment, root, root / f"{_name(experiment, dry_run)}-trl{config['processes']}")
     print(f"run folder: {run.folder}")
     if (run.folder / FINISHED).exists():
         print("finished before; delete the folder to train it again")
@@ -213,15 +208,15 @@ def launch(
         print(shlex.join(command), flush=True)
         if dry_run:
             return
-        if not (run.folder / CHECKPOINT).exists():
-            run.begin(find_device(gpu))
+        if not last_checkpoint(run.folder):
+            run.begin(find_device(not config["arguments"]["use_cpu"]))
         if status := subprocess.run(command).returncode:
             raise OpdlabError(f"training ended with status {status}; what went wrong is said above")
     drop_checkpoints(run.folder)  # left by a call that was stopped right after the last step
     if produces and not produces.exists():
         # Whole or not at all, should it be stopped here.
         install_model(run, produces.with_name(f"{produces.name}.part")).replace(produces)
-    print(f"to measure it: opdlab measure {config['start']} --trajectory {run.folder / 'snapshots'}")
+    print(f"to measure it: opdlab measure {experiment.arm.student.folder} --trajectory {run.folder / 'snapshots'}")
 
 
 def _name(experiment: Experiment, dry_run: bool) -> str:
@@ -257,7 +252,7 @@ def check_ready(config: dict) -> None:
     """Check that this machine has what the command needs.
 
     Raises:
-        OpdlabError: if programs, GPUs or a model are missing.
+        OpdlabError: if programs or GPUs are missing.
     """
     if not find_spec("trl"):
         raise OpdlabError("the engine trl is not installed: pip install 'opdlab[trl]'")
@@ -269,6 +264,3 @@ def check_ready(config: dict) -> None:
         )
     if arguments.get("use_vllm") and not find_spec("vllm"):
         raise OpdlabError(f"{config['arm']!r} samples with vLLM: pip install 'trl[vllm]'")
-    for source in filter(None, (config["start"], config["teacher"])):
-        if Path(source).is_absolute() and not Path(source).is_dir():
-            raise OpdlabError(f"there is no model in {source}: make it first, or give the folder of another")

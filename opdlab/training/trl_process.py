@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from opdlab.errors import OpdlabError, exit_status
-from opdlab.models.files import read_json, sync, write_json, write_whole
+from opdlab.models.files import sync, write_text, write_whole
 from opdlab.models.folders import common_tokens, context_length, load_model
 from opdlab.training.config import Experiment
 from opdlab.training.objectives import grpo_advantages
@@ -42,8 +42,8 @@ Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.
 #: Turns prompts into token ids.
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
-#: In a run's folder: the log of a finished run, which is written last, and the step of the checkpoint that is whole.
-FINISHED, CHECKPOINT = "trainer_state.json", "checkpoint.json"
+#: The log of a finished run, which is written last; and what is written last into a checkpoint.
+FINISHED, WHOLE = "trainer_state.json", "whole"
 #: How many checkpoints a run writes in all. One is kept, and what a stop costs is at most such a part of the run.
 CHECKPOINTS = 50
 
@@ -57,27 +57,30 @@ def run(path: Path) -> None:
     """
     # What launch wrote on this machine a moment ago.
     config, experiment, callback = pickle.loads(path.read_bytes())
-    folder, mark = path.parent, path.with_name(CHECKPOINT)
+    folder = path.parent
     # Of all processes of a run the first holds the lock.
     with nullcontext() if os.environ.get("RANK", "0") != "0" else alone(folder):
-        done = read_json(mark, "delete it, and the run begins anew")["step"] if mark.exists() else 0
-        trainer = make_trainer(config, experiment, callback, folder, done)
+        done = last_checkpoint(folder)
+        trainer = _make_trainer(config, experiment, callback, folder, done)
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
         if trainer.is_world_process_zero():
             write_whole(folder / FINISHED, lambda temporary: trainer.state.save_to_json(str(temporary)))
             drop_checkpoints(folder)
 
 
-def drop_checkpoints(folder: Path, kept: int | None = None) -> None:
+def last_checkpoint(folder: Path) -> int:
+    """Return the step of the last checkpoint in a run's folder that is whole, or 0."""
+    return max((int(mark.parent.name.partition("-")[2]) for mark in folder.glob(f"checkpoint-*/{WHOLE}")), default=0)
+
+
+def drop_checkpoints(folder: Path, kept: int = 0) -> None:
     """Delete the checkpoints in a run's folder, but for the one after the step ``kept``."""
-    if kept is None:
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # first, as it names one of them
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint.name != f"checkpoint-{kept}":
             shutil.rmtree(checkpoint)
 
 
-def make_trainer(
+def _make_trainer(
     config: dict, experiment: Experiment, callback: Callback, folder: Path, done: int = 0
 ) -> transformers.Trainer:
     """Return the trainer of a configuration, with data, models and callbacks, for the steps after ``done``."""
@@ -91,11 +94,11 @@ def make_trainer(
         with settings.main_process_first():
             student.name_or_path = str(_for_vllm(student, folder / "start"))
     options: dict[str, Any] = {"args": settings, "processing_class": tokenizer}
-    options["train_dataset"] = rows(experiment, name, tokenizer, encode, done)
+    options["train_dataset"] = _rows(experiment, name, tokenizer, encode, done)
     if teacher:
         options["teacher_model"] = teacher
     if name == "GRPO":
-        options["reward_funcs"] = reward(experiment, tokenizer)
+        options["reward_funcs"] = _reward(experiment, tokenizer)
     elif name == "IWOPD":
         options["data_collator"] = partial(_collate, tokenizer, encode)
     trainer = _trainer_class(library, name, experiment, encode)(student, **options)
@@ -150,7 +153,7 @@ def library_of(name: str) -> ModuleType:
 def _for_vllm(student: Model, folder: Path) -> Path:
     """Return a folder of links to the student's files, but for its generation config, which vLLM reads by itself."""
     student.generation_config.save_pretrained(folder)
-    for file in Path(student.name_or_path).iterdir():
+    for file in Path(str(student.name_or_path)).iterdir():
         if not (folder / file.name).exists():
             (folder / file.name).symlink_to(file.resolve())
     return folder
@@ -158,7 +161,8 @@ def _for_vllm(student: Model, folder: Path) -> Path:
 
 def _trainer_class(library: ModuleType, name: str, experiment: Experiment, encode: Encode) -> type:
     """Return TRL's trainer, with what opdlab must have otherwise."""
-    recipe, trainer = experiment.recipe, getattr(library, f"{name}Trainer")
+    recipe = experiment.recipe
+    trainer: Any = getattr(library, f"{name}Trainer")
 
     class Own(trainer):
         """With opdlab's learning rates, of which TRL's schedules are some steps off, and the tokens of its prompts."""
@@ -215,15 +219,16 @@ class _Steps(transformers.TrainerCallback):
         seed = random_numbers(self.experiment.seed, "rollouts", state.global_step).integers(2**31)
         transformers.set_seed(int(seed) + args.process_index)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Skip a batch whose rewards say nothing: without gradients, neither weights nor moments are touched."""
         advantages = getattr(self.trainer, "advantages", None)
         if advantages is not None and not advantages.any():
-            model.zero_grad()
+            kwargs["model"].zero_grad()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse weights that are not finite, before they are written anywhere, and say when to write a checkpoint."""
-        parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in model.parameters()]
+        weights = kwargs["model"].parameters()
+        parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
         wrong = torch.stack([(~part.isfinite()).sum() for part in parts]).sum()
         if self.trainer.accelerator.gather(wrong).any():
             raise OpdlabError(
@@ -237,13 +242,14 @@ class _Steps(transformers.TrainerCallback):
         """Say that the checkpoint is whole once all processes have written their part, and delete the one before."""
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            for path in (self.folder / f"checkpoint-{state.global_step}").rglob("*"):
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            for path in checkpoint.rglob("*"):
                 sync(path)  # Trainer leaves that to the system, and the mark must not be there before.
-            write_json(self.folder / CHECKPOINT, {"step": state.global_step})
+            write_text(checkpoint / WHOLE, "")
             drop_checkpoints(self.folder, kept=state.global_step)
 
 
-def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, encode: Encode, done: int = 0) -> Any:
+def _rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, encode: Encode, done: int = 0) -> Any:
     """Return the ``datasets.Dataset``: the prompts of the step after ``done`` as opdlab's loop sees them, and so on.
 
     A row is drawn when it is asked for: a prompt, repeated for all trainers but GRPO as often as it is sampled; or for
@@ -271,7 +277,7 @@ def rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, encode: Enc
     return datasets.Dataset.from_dict({"number": range(done * a_step, recipe.steps * a_step)}).with_transform(draw)
 
 
-def reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[float]]:
+def _reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[float]]:
     """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
 
     def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -159,14 +159,14 @@ def test_loading_never_trains(kept, own, monkeypatch):
 
     monkeypatch.setattr("opdlab.lab.laboratory.train", refuse)
     monkeypatch.setattr("opdlab.training.loop.train", refuse)
-    command = "run 'opdlab record --scale smoke --arm opd_full --arm rlvr'$"
+    command = "run 'opdlab record --scale smoke --arm opd_full --arm rlvr'"
     with pytest.raises(OpdlabError, match=f"no record of opd_full, rlvr as it would be made now: {command}"):
         load(kept, ("sft", "opd_full", "rlvr"), seeds=(0,))
-    with pytest.raises(OpdlabError, match=r"no record of sft .*--arm sft'$"):
+    with pytest.raises(OpdlabError, match=r"no record of sft .*--arm sft'"):
         load(kept, ("sft",), seeds=(0, 1, 2))
-    with pytest.raises(OpdlabError, match=r"no record of any arm .*run 'opdlab record --scale smoke'$"):
+    with pytest.raises(OpdlabError, match=r"no record of any arm .*run 'opdlab record --scale smoke'"):
         load(own)
-    with pytest.raises(OpdlabError, match=r"no record of the analysis 'span' .*--scale smoke --analysis span'$"):
+    with pytest.raises(OpdlabError, match=r"no record of the analysis 'span' .*--scale smoke --analysis span'"):
         load(kept, ("sft",), seeds=(0,), analyses=("span",))
 
 
@@ -266,7 +266,7 @@ def test_the_plan_makes_what_is_missing_first(lab, tmp_path):
     with pytest.raises(OpdlabError, match="no record is kept of arm 'base', as it only makes a model"):
         plan(empty, ("base",))
     # Directions of another run: that run first.
-    tiny = replace(empty, root=lab.root)
+    tiny = replace(lab, scale=replace(empty.scale, models=lab.scale.models))
     other = plan(tiny, ("opd_of_seed4", "opd_of_rlvr4"), (2,))
     assert [job.name for job in other[:4]] == [
         "opd_short-seed3",
@@ -380,7 +380,7 @@ def test_records_of_small_are_of_what_the_scale_says_now():
 
 
 def test_a_repetition_may_keep_the_models(kept, tmp_path, monkeypatch):
-    shutil.copytree(kept.models, tmp_path / "data" / "models" / "tiny")
+    shutil.copytree(kept.models, tmp_path / "data" / "models" / "smoke")
     shutil.copytree(kept.records, tmp_path / "data" / "records" / "smoke")
     planned = []
     monkeypatch.setattr(scheduler, "build", lambda jobs, *rest, **options: planned.extend(jobs))

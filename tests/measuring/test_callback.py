@@ -10,7 +10,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
-from opdlab.measuring import callback
 from opdlab.measuring.callback import GeometryCallback
 from opdlab.measuring.sources import find_trajectory
 from opdlab.models.files import load_tensors
@@ -118,19 +117,91 @@ def test_what_it_refuses(trainer):
             trainer.add_callback(GeometryCallback(trainer, **options))
             trainer.train()
         trainer.remove_callback(GeometryCallback)
+    for options, message in (
+        ({"snapshots": "here", "snapshot_steps": [2, 0]}, r"snapshot_steps is \[2, 0\]; expected a list of steps"),
+        ({"snapshots": "here", "snapshot_steps": [2.5]}, r"snapshot_steps is \[2.5\]"),
+        ({"snapshots": "here", "snapshot_steps": "all"}, "snapshot_steps is 'all'"),
+        ({"snapshots": "here", "snapshot_steps": 5}, "snapshot_steps is 5"),
+        ({"snapshots": "here"}, "give a folder and steps, or neither"),
+        ({"snapshot_steps": [5]}, "give a folder and steps, or neither"),
+    ):
+        with pytest.raises(OpdlabError, match=message):
+            GeometryCallback(trainer, **options)
+
+
+def test_a_resumed_run_goes_on_unmeasured(trainer, tmp_path):
+    """As one that a queue starts again: its first weights are gone, and its snapshots are as good as before."""
     trainer.train()
-    trainer.add_callback(GeometryCallback(trainer, k=4))
+    snapshots = str(tmp_path / "snapshots")
+    trainer.add_callback(GeometryCallback(trainer, k=4, snapshots=snapshots, snapshot_steps=range(1, 9)))
     trainer.args.max_steps = 6
-    with pytest.raises(OpdlabError, match="training resumes at step 5"):
+    with pytest.warns(UserWarning, match="resumes at step 5.*measure BASE --trajectory DIR"):
         trainer.train(resume_from_checkpoint=True)
+    assert not geometry(trainer)
+    assert [path.name for path in find_trajectory(tmp_path / "snapshots")] == ["step-000006.safetensors"]
 
 
-def test_a_weight_in_parts_is_put_together(tmp_path):
+def test_weights_in_parts_are_refused_by_name(trainer):
+    """What DeepSpeed and FSDP1 leave in a process: parameters that are empty, or flat."""
+    for weight in trainer.model.parameters():
+        weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+    with pytest.raises(OpdlabError, match=r"ZeRO-3 of DeepSpeed leaves .*embed_tokens.weight.*train with ZeRO-2"):
+        begin(trainer, trainer.model)
+    flat = torch.nn.Module()
+    flat._fsdp_wrapped_module = torch.nn.Linear(4, 4)
+    with pytest.raises(OpdlabError, match=r"FSDP1 leaves .* of weight.*fsdp_version to 2"):
+        begin(trainer, flat)
+
+
+def begin(trainer, model, **options):
+    callback = GeometryCallback(trainer, **{"k": 4} | options)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    return callback
+
+
+def test_without_float64_on_the_device_the_cpu_computes(trainer, monkeypatch):
+    """Emulates MPS: a weight that is there has no float64, and so has what is copied there."""
+    callback = begin(trainer, trainer.model, matrices="q_proj")
+    name, weight = next(callback._weights(trainer.model))
+    expected = callback._measure(name, weight + 1)
+    found = callback._measure(name, (weight + 1).as_subclass(OnMps))
+    assert expected["relative_norm"] == found["relative_norm"] > 0
+
+
+class OnMps(torch.Tensor):
+    """A tensor that says it is on MPS, where there is no float64."""
+
+    @property
+    def device(self):
+        """Apple's GPU."""
+        return torch.device("mps")
+
+    def cpu(self):
+        """Leave it."""
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        """Fail as MPS does."""
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+
+def test_weights_in_parts_are_put_together(trainer, tmp_path):
+    """As FSDP2 leaves them, but here the only process has all parts."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        weight = torch.randn(8, 6)
-        parts = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
-        whole = callback._whole(torch.nn.Parameter(parts))
-        assert type(whole) is torch.Tensor and torch.equal(whole, weight)
+        mesh, model = init_device_mesh("cpu", (1,)), trainer.model
+        whole = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        for module in model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)])))
+        model.tie_weights()
+        callback = begin(trainer, model, matrices="q_proj|mlp", snapshots=tmp_path, snapshot_steps=[3])
+        assert all(
+            type(weight) is torch.Tensor and weight.equal(whole[name]) for name, weight in callback._weights(model)
+        )
+        trainer.state.global_step = 3
+        callback._snapshot(trainer.state, model)
+        found = load_tensors(tmp_path / "step-000003.safetensors")[0]
+        assert found.keys() == whole.keys() and all(found[name].equal(weight) for name, weight in whole.items())
     finally:
         distributed.destroy_process_group()

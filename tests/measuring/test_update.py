@@ -47,7 +47,7 @@ def test_tables_are_those_of_the_functions(pair, measured):
     assert written["stable_rank"].tolist() == pytest.approx(table["stable_rank"].tolist(), nan_ok=True)
     assert not (out / "rows.jsonl").exists()
     report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 3 and "stable_rank" in report and "http" not in report
+    assert report.count("<figure>") == 3 and "stable_rank" in report and "http" not in report
 
 
 def test_the_summary_names_its_weighting(measured):
@@ -67,15 +67,16 @@ def test_the_summary_names_its_weighting(measured):
 
 
 def test_rounded_weights_are_said_to_be(pair, measured, tmp_path):
-    (note,) = json.loads((measured[1] / "summary.json").read_text())["notes"]
+    *_, note = json.loads((measured[1] / "summary.json").read_text())["notes"]
     assert "stored in bfloat16, so their rounding is part of the update" in note
     assert note in (measured[1] / "report.html").read_text()
     base = open_checkpoint(pair[0])
     adapter = replace(open_checkpoint(pair[1]), path=tmp_path)
     wide = open_checkpoint({name: base.read(name).float() for name in base.pieces})
     (tmp_path / "adapter_config.json").write_text("{}")
+    expected = json.loads((measured[1] / "summary.json").read_text())["notes"][:-1]
     for tuned in (wide, adapter):
-        assert program.Update(base, (tuned,), measured[0], pd.DataFrame(), 0, "cpu").notes == []
+        assert program.Update(base, (tuned,), measured[0], pd.DataFrame(), 0, "cpu").notes == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is asked of Linux")
@@ -131,7 +132,7 @@ def test_stopped_work_goes_on(pair, measured, tmp_path):
 def test_the_cache_holds_decompositions_by_content(pair, tmp_path):
     cold = measure(pair[0], pair[1:], out=tmp_path / "a", cache=tmp_path / "cache").table
     files = sorted((tmp_path / "cache").glob("*.safetensors"))
-    assert len(files) == 15
+    assert len(files) == 14
     warm = measure(pair[0], pair[1:], out=tmp_path / "b", cache=tmp_path / "cache").table
     pd.testing.assert_frame_equal(cold, warm)
     assert sorted((tmp_path / "cache").glob("*.safetensors")) == files
@@ -157,13 +158,13 @@ def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
     table = measure(pair[0], path, out=tmp_path / "out").table
     pd.testing.assert_frame_equal(table, measured[0])
     trajectory = pd.read_csv(tmp_path / "out" / "trajectory.csv")
-    assert trajectory["step"].tolist() == 15 * [50] + 15 * [200]
+    assert trajectory["step"].tolist() == 14 * [50] + 14 * [200]
     name = "model.layers.0.mlp.up_proj.weight"
     rows = trajectory[trajectory["matrix"] == name]
     expected = g.measure_matrix_trajectory(name, base.read(name), [halfway[name], tuned.read(name)])
     for column, values in expected.items():
         assert rows[column].tolist() == pytest.approx(values, nan_ok=True)
-    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 4
+    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 4
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [line["step"] for line in summary["trajectory"]] == [50, 200]
     assert summary["trajectory"][0]["sim_right_K16_interval"] is None, "there is no interval before the first"
@@ -196,10 +197,6 @@ def test_a_copy_of_tied_embeddings_is_left_out(pair, measured, tmp_path):
     save_file(first | {"lm_head.weight": first["model.embed_tokens.weight"].clone()}, base)
     path = [pair[1], tmp_path / "tuned.safetensors"]
     assert "lm_head.weight" not in set(measure(base, path, out=tmp_path / "way").table["matrix"])
-    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
-    save_file(state, tmp_path / "other.safetensors")
-    with pytest.raises(OpdlabError, match=r"such as lm_head.weight in .*other"):
-        measure(pair[0], [tmp_path / "other.safetensors"], out=tmp_path / "other")
 
 
 def test_means_count_only_what_is_defined_on_both_sides():
@@ -292,14 +289,15 @@ def test_two_checkpoints_of_one_step(tmp_path):
 def test_what_cannot_be_compared(pair, tmp_path):
     base = pair[0]
     same = variant(pair, tmp_path / "same", lambda state: None)
-    fewer = variant(pair, tmp_path / "fewer", lambda state: state.pop("model.norm.weight"))
+    query = "model.layers.1.self_attn.q_proj.weight"
+    fewer = variant(pair, tmp_path / "fewer", lambda state: state.pop(query))
     wider = variant(pair, tmp_path / "wider", lambda state: state.update({"model.norm.weight": torch.zeros(9)}))
     broken = variant(pair, tmp_path / "broken", lambda state: state["model.norm.weight"].fill_(float("nan")))
     for i, (tuned, message) in enumerate(
         (
             (base, "are the same checkpoint"),
             (same, "hold the same weights"),
-            (fewer, "1 tensors are in one of them only, such as model.norm.weight in .*base"),
+            (fewer, f"1 matrices of the layers are in one of them only, such as {query} in .*base"),
             (wider, r"model.norm.weight is \(16,\) in .*base and \(9,\) in .*wider"),
             (broken, "model.norm.weight in .*broken has entries that are not finite"),
         )

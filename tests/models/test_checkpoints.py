@@ -11,7 +11,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
-from opdlab.geometry import describe
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.folders import new_model
 
@@ -53,7 +52,7 @@ def test_what_is_no_weight_is_left_out_and_layers_are_counted(tmp_path):
     save_file(state | {"layers.0.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "model.safetensors")
     save_file({"moment": torch.ones(2)}, tmp_path / "optimizer.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    assert list(checkpoint.pieces) == [f"layers.{i}.mlp.up_proj.weight" for i in (0, 2, 10)]
+    assert list(checkpoint.pieces) == [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 2, 10)]
     assert checkpoint.dtypes == "float32"
 
 
@@ -174,10 +173,6 @@ def broken(folder, kind):
     elif kind == "fused without config":
         path = folder / "fused.safetensors"
         save_file({"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(6, 2)}, path)
-    elif kind == "fused in an unknown way":
-        path = folder / "qwen.safetensors"
-        save_file({"transformer.h.0.attn.c_attn.weight": torch.zeros(48, 16)}, path)
-        (folder / "config.json").write_text('{"model_type": "qwen", "num_attention_heads": 2}')
     elif kind == "a pickled file":
         path = folder / "weights.pt"
         torch.save({}, path)
@@ -226,18 +221,6 @@ def test_fused_rows_that_do_not_split(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_stacked_experts_come_one_by_one(tmp_path):
-    experts = {f"model.layers.0.mlp.experts.{name}": torch.randn(3, 8, 6) for name in ("down_proj", "gate_up_proj")}
-    save_file(experts, tmp_path / "model.safetensors")
-    checkpoint = open_checkpoint(tmp_path)
-    assert len(checkpoint.pieces) == 6
-    for i in range(3):
-        name = f"model.layers.0.mlp.experts.{i}.down_proj.weight"
-        assert torch.equal(checkpoint.read(name), experts["model.layers.0.mlp.experts.down_proj"][i])
-        assert checkpoint.pieces[name].shape == (8, 6) and describe(name).block == "mlp"
-    assert describe("model.layers.0.mlp.experts.0.gate_up_proj.weight").block == "fused"
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -250,7 +233,6 @@ def test_stacked_experts_come_one_by_one(tmp_path):
         ("twice", "q_proj.weight twice, in a.safetensors and b.safetensors"),
         ("adapter alone", "is an adapter.*give the base first"),
         ("fused without config", "qkv_proj.weight holds several matrices.*config.json"),
-        ("fused in an unknown way", "c_attn.weight of a 'qwen' model holds several matrices, and how is not known"),
         ("a pickled file", "weights.pt is a pickle"),
         ("empty", "empty.safetensors holds no weights"),
     ],
@@ -260,15 +242,10 @@ def test_broken_checkpoints(kind, message, tmp_path):
         open_checkpoint(broken(tmp_path, kind))
 
 
-def test_entries_that_are_not_weights(tmp_path):
-    save_file(
-        {"a": torch.tensor([1.0, float("nan")]), "b": torch.zeros(2, dtype=torch.int8)}, tmp_path / "x.safetensors"
-    )
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+def test_entries_that_are_not_finite(tmp_path):
+    save_file({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "x.safetensors")
     with pytest.raises(OpdlabError, match=r"a in .*x.safetensors has entries that are not finite"):
-        checkpoint.read("a")
-    with pytest.raises(OpdlabError, match=r"b in .* is I8: quantised"):
-        checkpoint.read("b")
+        open_checkpoint(tmp_path / "x.safetensors").read("a")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +255,7 @@ def test_entries_that_are_not_weights(tmp_path):
         ({"init_lora_weights": "pissa"}, lora(), "not a plain LoRA adapter"),
         ({}, lora("self_attn.z_proj"), "z_proj.weight, which .*base does not have as one matrix"),
         ({}, lora(cols=99), r"does not fit model.layers.0.self_attn.q_proj.weight \(16, 16\)"),
-        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "lora_B.weight without its lora_A"),
+        ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "x.lora_B without its lora_A"),
         ({}, {}, "changes no weight"),
         ({"r": 64}, lora(), "has rank 2, and adapter_config.json says 64"),
         ({"lora_alpha": "four"}, lora(), "adapter_config.json beside .* cannot be understood"),

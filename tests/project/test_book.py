@@ -1,14 +1,18 @@
 """The committed chapters: executed as a whole, clean, described, and reachable."""
 
 import base64
+import importlib.util
 import re
 import struct
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -145,7 +149,7 @@ def test_a_chapter_has_the_skeleton_of_all_chapters(path):
     assert len(solutions) == len(re.findall(r"^(?:### )?\d+\. ", asked, re.M)) > 0
 
 
-def test_it_sets_itself_up_on_colab_and_leaves_torch_alone(notebook):
+def test_it_sets_itself_up_where_opdlab_is_missing_and_leaves_torch_alone(notebook):
     _, first = next(code_cells(notebook))
     address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     assert f"git clone --quiet --depth 1 {address} " in first.source
@@ -155,6 +159,28 @@ def test_it_sets_itself_up_on_colab_and_leaves_torch_alone(notebook):
     # One cell for all, which the site leaves out.
     landing = next(code_cells(nbformat.read(ROOT / "book" / "index.ipynb", as_version=4)))[1]
     assert first.source == landing.source and first.metadata["tags"] == ["remove-cell"]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("cloned", [False, True])
+def test_what_the_set_up_does(missing, cloned, tmp_path, monkeypatch):
+    """On Colab, Kaggle and anywhere else; where opdlab is there, nothing."""
+    source = next(code_cells(nbformat.read(ROOT / "book" / "index.ipynb", as_version=4)))[1].source
+    asked, clone = [], tmp_path / "opdlab-book"
+    shell = SimpleNamespace(
+        system=asked.append, run_line_magic=lambda name, line: asked.append(f"%{name} {line}"), user_ns={}
+    )
+    if cloned:
+        clone.mkdir()
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else "found")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(TransformerManager().transform_cell(source), {"get_ipython": lambda: shell})
+    # IPython puts the value of {clone} in when it runs a line.
+    git = "git clone --quiet --depth 1 https://github.com/opdlab/opdlab {clone}"
+    pip = "%pip install --quiet --editable {clone}"
+    assert asked == ([] if not missing else [pip] if cloned else [git, pip])
+    assert (sys.path[0] == str(clone)) == missing
 
 
 def test_it_reads_well_in_plain_jupyter(notebook):

@@ -1,12 +1,12 @@
-"""Runs by TRL on the disk: their folders and keys, and how they are stopped, go on, and are refused."""
+"""Runs by TRL on the disk: their folders and keys, and how they are stopped, go on, and are refused.
+
+They are killed in ``tests/project/test_kill.py``.
+"""
 
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from engine_worker import ANY_END, shortened, snapshots_of, stopping_once, writt
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.scales import SCALES, SMOKE
+from opdlab.models import fetch
 from opdlab.models.files import only_process
 from opdlab.models.folders import load_model
 from opdlab.training import trl_process as process
@@ -61,7 +63,7 @@ def test_a_run_is_another_with_other_steps_or_another_rate(here, capsys):
     assert len(commands) == 3
     folders = [Path(words[-1]).parent for words in commands]
     for folder, steps in zip(folders, ([1], [1, 2], [1]), strict=True):
-        assert [int(path.stem[5:]) for path in sorted((folder / "snapshots").iterdir())] == steps
+        assert [int(path.stem[5:]) for path in sorted((folder / "snapshots").glob("*.safetensors"))] == steps
     config = json.loads((folders[1] / "config.json").read_text())
     experiment = with_fields(Laboratory.at("smoke", home.root).experiment("opd_full"), {"steps": 2})
     assert folders[1].name == f"{experiment.folder}-trl1" and config == experiment.config
@@ -88,6 +90,21 @@ def test_it_makes_the_model_that_other_arms_start_from(here):
     assert [path.name for path in sorted(home.models.iterdir())] == ["anchor", "base"]
 
 
+def test_pretrained_models_are_fetched_first(here, monkeypatch, capsys):
+    """But not on a machine that could not train them, and not for a dry run."""
+    home, commands = here
+    models, asked = home.models.resolve(), []
+    home.models.parent.unlink()
+    shutil.copytree(models / "anchor", home.models / "anchor")
+    monkeypatch.setitem(SCALES, "smoke", replace(SMOKE, models=replace(SMOKE.models, pretrained={"teacher": "it"})))
+    monkeypatch.setattr(fetch, "default_folder", lambda name: models / "teacher")
+    monkeypatch.setattr(fetch, "fetch", lambda name, *_, **__: asked.append(name))
+    assert engine(home, "opd", "--processes", "3") == 2 and engine(home, "opd", "--dry-run") == 0
+    assert "3 processes cannot share" in capsys.readouterr().err and not asked and not commands
+    assert engine(home, "opd", "--set", "steps=1") == 0
+    assert asked == ["it"] and (home.models / "teacher").resolve() == models / "teacher"
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
@@ -110,45 +127,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(arm, lab, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         process.run(folder / "run.pickle")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    # What a kill leaves of the next one is neither read nor kept.
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
     process.run(folder / "run.pickle")
     assert not list(folder.glob("checkpoint*"))
     assert same(folder, through(experiment, tmp_path / "through"))
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("stopped", "through")]
     losses = [[line["loss"] for line in log["log_history"] if "loss" in line] for log in logs]
     assert len(losses[0]) == 4 and losses[0] == losses[1]
-
-
-def test_a_killed_run_goes_on_bit_for_bit(lab, tmp_path):
-    experiment, folder = shortened(lab.experiment("rlvr"), steps=5), tmp_path / "killed"
-    written(experiment, folder, processes=1)
-    program = [sys.executable, "-m", "opdlab.training.trl_process", str(folder / "run.pickle")]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(program, env=os.environ | {"PYTHONPATH": paths}, **quiet) as running:
-        while not (folder / process.CHECKPOINT).exists() and running.poll() is None:
-            time.sleep(0.01)
-        with pytest.raises(OpdlabError, match=f"another process trains in {folder}: wait until it ends, or stop it"):
-            process.run(folder / "run.pickle")
-        running.send_signal(signal.SIGKILL)
-    assert not (folder / process.FINISHED).exists(), "it ended before it was killed"
-    process.run(folder / "run.pickle")
-    assert same(folder, through(experiment, tmp_path / "through"))
-
-
-def test_a_checkpoint_counts_once_it_is_whole(lab, tmp_path):
-    """What a kill leaves of the next one is neither read nor kept."""
-    experiment, folder = shortened(lab.experiment("sft"), steps=4), tmp_path / "stopped"
-    written(experiment, folder, processes=1, callback=stopping_once)
-    with pytest.raises(KeyboardInterrupt):
-        process.run(folder / "run.pickle")
-    (folder / "checkpoint-3").mkdir()
-    (folder / "checkpoint-3" / "trainer_state.json").write_text("{")
-    process.run(folder / "run.pickle")
-    assert not list(folder.glob("checkpoint*"))
-    assert same(folder, through(experiment, tmp_path / "through"))
-    (folder / process.CHECKPOINT).write_text("{")
-    with pytest.raises(OpdlabError, match=r"checkpoint.json is missing or damaged .*: delete it, and the run begins"):
-        process.run(folder / "run.pickle")
 
 
 def test_only_one_process_trains_a_run(lab, tmp_path):

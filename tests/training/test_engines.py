@@ -120,8 +120,8 @@ def test_what_it_refuses(lab):
         with pytest.raises(OpdlabError, match=f"^{processes} processes cannot share a batch of 16 completions"):
             configure(opd, processes, gpu=False, vllm=False)
     empty = replace(lab, root=lab.root / "empty").experiment("opd")
-    with pytest.raises(OpdlabError, match=r"there is no model in .*empty/data/models/tiny/anchor: make it first"):
-        engine.check_ready(configure(empty, 1, gpu=False, vllm=False))
+    with pytest.raises(OpdlabError, match=r"there is no model in .*empty/data/models/smoke/anchor: make it first"):
+        engine.launch(empty, configure(empty, 1, gpu=False, vllm=False), lab.root / "empty", callback_for)
 
 
 def test_a_reward_that_no_other_process_can_have_is_refused(lab, tmp_path):
@@ -371,7 +371,7 @@ def test_in_two_processes_under_fsdp2(ours, short, silent, lab, tmp_path):
         command = written(short.get(arm, silent), folder, processes=2)
         if arm != "sft":
             (folder / "completions.json").write_text(json.dumps(ours[arm].completions))
-    longer = shortened(short["opd"], steps=4)
+    longer = shortened(short["opd"], steps=3)
     written(longer, tmp_path / "through", processes=2)
     written(longer, tmp_path / "stopped", processes=2, callback=stopping_once)
     begun = command[: command.index("-m")]
