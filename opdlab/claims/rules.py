@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ import pandas as pd
 from opdlab.claims.judging import holm
 from opdlab.errors import OpdlabError
 from opdlab.lab.records import Records, nearest, per_run
+from opdlab.models.files import read_json
 from opdlab.stats import Estimate, Interval, block_estimate, mean_estimate, ratio_interval
 
 #: What a verdict can be.
@@ -178,6 +180,36 @@ class Claim:
         analyses = {contrast.metric.analysis for contrast in self.contrasts} - {""}
         arms = {arm for contrast in self.contrasts if not contrast.metric.analysis for arm in contrast.weights}
         return analyses <= set(records.analyses) and arms <= set(records.runs["arm"])
+
+
+def digests(claims: Sequence[Claim]) -> dict[str, str]:
+    """Return the digests of claims by name, as records keep them."""
+    return {claim.name: claim.digest for claim in claims}
+
+
+def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> set[str]:
+    """Return the names of the claims that one of the runs they look at was made without, or with another criterion.
+
+    Args:
+        claims: of which the records have all arms.
+        records: with the runs, each of which names a set of claims.
+        folder: the records' folder, whose claims.json says what was in each set.
+
+    Raises:
+        OpdlabError: if that file is damaged.
+    """
+    path = folder / "claims.json"
+    sets = read_json(path, "restore it") if path.is_file() else {}
+    known = {
+        (row.arm, row.seed): sets.get(getattr(row, "claims", None), {}) for row in records.runs.itertuples(index=False)
+    }
+    return {
+        claim.name
+        for claim in claims
+        for contrast in claim.contrasts
+        for (arm, _), at_that_time in known.items()
+        if arm in contrast.weights and at_that_time.get(claim.name) != claim.digest
+    }
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,12 @@ from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.update import measure_update
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
+from opdlab.training.config import config_key
 from opdlab.training.store import REMEDY, Run
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
 # Columns of hexadecimal digits, which may look like numbers.
-DIGESTS = ("key", "weights", "student", "teacher", "data", "template", "projection.run")
+DIGESTS = ("key", "claims", "weights", "student", "teacher", "data", "template", "projection.run")
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
         **_flat(run.config),
         **machine,
+        **({"claims": config_key(dict(lab.claims))} if lab.claims else {}),
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)
@@ -315,6 +317,10 @@ def add_run(folder: Path, lab: Laboratory) -> None:
     for name in TABLES:
         _replace_rows(lab.records / arm / f"{name}.csv", read_table(folder / f"{name}.csv"), seed=seed)
     _replace_rows(lab.records / "runs.csv", pd.DataFrame([description]), arm=arm, seed=seed)
+    if description.get("claims") == config_key(dict(lab.claims)):
+        path = lab.records / "claims.json"
+        known = read_json(path, REMEDY) if path.is_file() else {}
+        write_json(path, known | {description["claims"]: dict(lab.claims)})
 
 
 def analyse(name: str, seed: int, lab: Laboratory) -> Path:

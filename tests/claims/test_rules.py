@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from opdlab.claims.rules import Claim, Contrast, Metric, judge
+from opdlab.claims.rules import Claim, Contrast, Metric, digests, judge, written_after
 from opdlab.errors import OpdlabError
 from opdlab.lab.records import Records
+from opdlab.models.files import write_json
 
 PROGRESS = (0.02, 0.1, 0.5, 1.0)
 RANK = Metric("stable_rank", curve=True, block="attention", log=True)
@@ -99,7 +100,7 @@ def test_values_are_the_records():
 
 def test_what_is_missing_decides_nothing():
     one = made({"opd": 5.0, "rlvr": 0.0, "sft_matched": 0.0}, seeds=4)
-    one.trajectory.drop(one.trajectory.query("arm == 'opd' and seed > 0").index, inplace=True)
+    one = replace(one, trajectory=one.trajectory.query("not (arm == 'opd' and seed > 0)"))
     found = verdict(one, claim())
     assert (found.verdict, found.seeds, found.effect.mean > 4) == ("inconclusive", 1, True)
     nothing = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 0.0})
@@ -126,3 +127,16 @@ def test_the_digest_of_a_claim_is_of_what_decides_it():
     assert replace(one, statement="Other words.", source="elsewhere").digest == one.digest
     others = [replace(one, margin=0.1), replace(one, kind="near"), replace(one, controls={}), claim(metric=RANK)]
     assert len({other.digest for other in (one, *others)}) == 5
+
+
+def test_a_claim_that_was_written_after_a_run_is_found(tmp_path):
+    records, one = made({"opd": 1.0, "rlvr": 0.0}, seeds=2), claim()
+    assert written_after([one], records, tmp_path) == {"it"}, "records that name no claims"
+    records.runs["claims"] = ["early", "early", "early", "late"]
+    sets = {"early": digests([one]), "late": digests([one])}
+    write_json(tmp_path / "claims.json", sets)
+    assert written_after([one], records, tmp_path) == set()
+    assert written_after([replace(one, statement="Other words.")], records, tmp_path) == set()
+    assert written_after([replace(one, margin=0.1)], records, tmp_path) == {"it"}
+    write_json(tmp_path / "claims.json", {"early": digests([one])})
+    assert written_after([one], records, tmp_path) == {"it"}, "one of four runs was made with other claims"
