@@ -7,7 +7,6 @@ spelt out because transformers imports such a name when it is first used, which 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import read_json
 from opdlab.models.formats import weight_files
 
 #: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
@@ -77,6 +77,14 @@ def load_model(
         raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem
     # transformers decorates `to`, which hides its type.
     return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_config(folder: Path | str) -> transformers.PreTrainedConfig:
+    """Load the configuration of the model in ``folder``, or raise an OpdlabError if it cannot be read."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as problem:
+        raise OpdlabError(f"the config.json in {folder} cannot be read ({problem}); restore or remake it") from problem
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int:
@@ -150,7 +158,7 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
         )
     for folder in (student, teacher):
         file = folder / "generation_config.json"
-        ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ends = read_json(file, "restore or remake it").get("eos_token_id") if file.is_file() else None
         if ends is not None and ours.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
             raise OpdlabError(
                 f"the model in {folder} ends a sequence with token {ends} (generation_config.json) and its tokenizer "

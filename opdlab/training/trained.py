@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import ALPHABET, context_length, load_tokenizer
+from opdlab.models.folders import ALPHABET, context_length, load_config, load_tokenizer
 from opdlab.training.arms import Arm
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
@@ -96,7 +95,7 @@ def _sizes(arm: Arm) -> tuple[int, int]:
                 f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
                 "and tokenizer, or OWNER/NAME on the hub"
             )
-        configs.append(transformers.AutoConfig.from_pretrained(model.folder).get_text_config())
+        configs.append(load_config(model.folder).get_text_config())
     return min(map(context_length, configs)), configs[0].vocab_size
 
 
