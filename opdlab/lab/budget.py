@@ -19,6 +19,7 @@ import transformers
 from opdlab.errors import OpdlabError
 from opdlab.lab.grid import PAPER
 from opdlab.lab.laboratory import Laboratory
+from opdlab.models.files import read_json
 from opdlab.models.folders import new_model
 from opdlab.processes import find_device
 from opdlab.training.config import Experiment
@@ -98,7 +99,7 @@ def shape_of(name: str, lab: Laboratory) -> Shape:
     """Return the shape of a scale's model, from its folder or its source; raises an OpdlabError if neither tells."""
     models, file = lab.scale.models, lab.models / name / "config.json"
     if file.is_file():
-        return _measured(file.read_text())
+        return _measured(json.dumps(read_json(file, "restore or remake it")))
     if name in models.shapes:
         return _measured(new_model(models.shapes[name], 0).config.to_json_string())
     if name not in models.pretrained:

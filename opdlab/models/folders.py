@@ -7,7 +7,6 @@ spelt out because transformers imports such a name when it is first used, which 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import read_json
 from opdlab.models.formats import weight_files
 
 #: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
@@ -168,7 +168,7 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
         )
     for folder in (student, teacher):
         file = folder / "generation_config.json"
-        ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ends = read_json(file, "restore or remake it").get("eos_token_id") if file.is_file() else None
         if ends is not None and ours.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
             raise OpdlabError(
                 f"the model in {folder} ends a sequence with token {ends} (generation_config.json) and its tokenizer "

@@ -51,13 +51,13 @@ def train(
         KeyboardInterrupt: on Ctrl-C; the run goes on from its last checkpoint when it is asked for again.
     """
     run = Run(experiment, root, folder)
-    with nullcontext() if run.finished else run.alone():
-        if run.finished:  # perhaps by a process that has just ended
-            run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
-            on_steps(run.steps)
-            return run
-        with cpu_threads(experiment.compute.threads):
-            trainer = Trainer(experiment)
+    with cpu_threads(experiment.compute.threads):
+        trainer = None if run.finished else Trainer(experiment)  # before the run has a folder: it may be refused
+        with run.alone() if trainer else nullcontext():
+            if not trainer or run.finished:  # perhaps by a process that has just ended
+                run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
+                on_steps(run.steps)
+                return run
             if not run.checkpoint.exists():
                 run.begin(trainer.device)
                 if branch_from and experiment.begin:
