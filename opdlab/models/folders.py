@@ -13,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.models.formats import weight_files
@@ -73,6 +74,16 @@ def load_model(
         raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem
     # transformers decorates `to`, which hides its type.
     return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> transformers.PreTrainedModel:
+    """Return a model like another one with the weights of a snapshot, by the names of either.
+
+    A run of opdlab's own loop names them as the model's parameters, and one of TRL's as ``save_pretrained`` does, which
+    in a mixture of experts are other names.
+    """
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=model.dtype)
+    return loaded.to(model.device).eval()  # type: ignore[arg-type]  # as in load_model
 
 
 def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
