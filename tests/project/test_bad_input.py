@@ -68,7 +68,9 @@ def test_no_teacher_for_opd(own):
 
 def test_a_model_folder_without_weights(own):
     (own.models / "anchor" / "model.safetensors").unlink()
-    with pytest.raises(OpdlabError, match=r"anchor has no weights: it holds config.json, .* and needs a model.safetensors"):
+    with pytest.raises(
+        OpdlabError, match=r"anchor has no weights: it holds config.json, .* and needs a model.safetensors"
+    ):
         own.train("opd")
 
 
