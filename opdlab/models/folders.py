@@ -16,6 +16,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import read_json
@@ -100,6 +101,16 @@ def _cannot_open(what: str, folder: Path | str, problem: Exception) -> OpdlabErr
 def context_length(config: transformers.PreTrainedConfig) -> int:
     """Return how many tokens a model reads at most; one that only biases attention by distance has no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> transformers.PreTrainedModel:
+    """Return a model like another one with the weights of a snapshot, by the names of either.
+
+    A run of opdlab's own loop names them as the model's parameters, and one of TRL's as ``save_pretrained`` does, which
+    in a mixture of experts are other names.
+    """
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=model.dtype)
+    return loaded.to(model.device).eval()  # type: ignore[arg-type]  # as in load_model
 
 
 def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import load_tensors, read_json, write_json
-from opdlab.models.folders import save_model
+from opdlab.models.folders import save_model, with_weights
 from opdlab.processes import cpu_threads
 from opdlab.training.config import Experiment
 from opdlab.training.opening import load_student
@@ -148,6 +148,5 @@ def _source_weights(run: Run) -> dict[str, Tensor]:
 def install_model(run: Run, folder: Path) -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
     tokenizer, model = load_student(run.experiment)
-    model.load_state_dict(run.snapshot(run.steps), strict=False)
-    save_model(model, tokenizer, folder)
+    save_model(with_weights(model, run.snapshot(run.steps)), tokenizer, folder)
     return folder
