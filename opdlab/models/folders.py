@@ -74,17 +74,27 @@ def load_model(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except Exception as problem:
-        raise OpdlabError(f"the model in {folder} cannot be opened ({problem}); restore or remake it") from problem
+        raise _cannot_open("model", folder, problem) from problem
     # transformers decorates `to`, which hides its type.
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load_config(folder: Path | str) -> transformers.PreTrainedConfig:
-    """Load the configuration of the model in ``folder``, or raise an OpdlabError if it cannot be read."""
+    """Load the configuration of the model in ``folder``, of its language model if it has several parts.
+
+    Raises:
+        OpdlabError: if it is missing or of a kind that transformers does not know.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as problem:
-        raise OpdlabError(f"the config.json in {folder} cannot be read ({problem}); restore or remake it") from problem
+        raise _cannot_open("configuration", folder, problem) from problem
+
+
+def _cannot_open(what: str, folder: Path | str, problem: Exception) -> OpdlabError:
+    # The first line says what is wrong, and others list all that transformers knows.
+    why = str(problem).partition("\n")[0]
+    return OpdlabError(f"the {what} in {folder} cannot be opened ({why}); restore or remake it")
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int:
@@ -103,7 +113,7 @@ def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as problem:
-        raise OpdlabError(f"the tokenizer in {folder} cannot be opened ({problem}); restore or remake it") from problem
+        raise _cannot_open("tokenizer", folder, problem) from problem
     if tokenizer.eos_token_id is None:
         raise OpdlabError(f"the tokenizer in {folder} has no end-of-sequence token, so a rollout could never end")
     if tokenizer.pad_token_id is None:

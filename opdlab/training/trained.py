@@ -95,7 +95,7 @@ def _sizes(arm: Arm) -> tuple[int, int]:
                 f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
                 "and tokenizer, or OWNER/NAME on the hub"
             )
-        configs.append(load_config(model.folder).get_text_config())
+        configs.append(load_config(model.folder))
     return min(map(context_length, configs)), configs[0].vocab_size
 
 

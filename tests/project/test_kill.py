@@ -39,7 +39,7 @@ def _without(lines, *words):
 def _weights(folder):
     from opdlab.models.files import tensors_digest
 
-    return {path.name: tensors_digest(path) for path in sorted((folder / "snapshots").iterdir())}
+    return {path.name: tensors_digest(path) for path in sorted((folder / "snapshots").glob("*.safetensors"))}
 
 
 class Train:

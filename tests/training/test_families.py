@@ -159,6 +159,17 @@ def test_a_model_with_a_state_is_refused_by_name(name, zoo, task, tmp_path):
             ol.train(arm, task, out=tmp_path / "run", **QUICK | {"samples": 2})
 
 
+def test_a_kind_that_writes_no_text_is_refused(zoo, task, tmp_path):
+    config = transformers.T5Config(vocab_size=10, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    load_tokenizer(zoo / "llama" / "student").save_pretrained(tmp_path / "t5")
+    with pytest.raises(OpdlabError, match=r"^the model in .*t5 cannot be opened \(Unrecognized .*T5Config[^\n]*$"):
+        ol.train(ol.rlvr(tmp_path / "t5"), task, out=tmp_path / "run", **QUICK)
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "of tomorrow"}')
+    with pytest.raises(OpdlabError, match=r"^the configuration in .*t5 cannot be opened \([^\n]*$"):
+        ol.train(ol.rlvr(tmp_path / "t5"), task, out=tmp_path / "run", **QUICK)
+
+
 def test_passes_that_are_wrong_are_refused_by_name(zoo, task, monkeypatch):
     """As they were when eager attention was handed a mask that it adds to its scores."""
     monkeypatch.setattr(rollouts, "obeys_masks", lambda model, length: True)
