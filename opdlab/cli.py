@@ -59,8 +59,8 @@ def _for_own_loop(lab: Laboratory) -> Laboratory:
     """Return the laboratory, or refuse one whose scale only another engine trains."""
     if lab.scale.engine:
         raise OpdlabError(
-            f"scale {lab.scale.name!r} is too large for opdlab's own loop: run 'opdlab train --engine {lab.scale.engine} "
-            f"--scale {lab.scale.name} --arm ...' where there are GPUs for it, or choose another scale"
+            f"scale {lab.scale.name!r} is too large for opdlab's own loop: run 'opdlab train "
+            f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' where there are GPUs for it, or choose another scale"
         )
     return lab
 
