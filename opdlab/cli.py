@@ -60,7 +60,7 @@ def _for_own_loop(lab: Laboratory) -> Laboratory:
     if lab.scale.engine:
         raise OpdlabError(
             f"scale {lab.scale.name!r} is too large for opdlab's own loop: run 'opdlab train "
-            f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' where there are GPUs for it, or choose another scale"
+            f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' on GPUs, or choose another scale"
         )
     return lab
 
