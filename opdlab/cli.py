@@ -58,10 +58,9 @@ def _laboratory(options: argparse.Namespace) -> Laboratory:
 def _for_own_loop(lab: Laboratory) -> Laboratory:
     """Return the laboratory, or refuse one whose scale only another engine trains."""
     if lab.scale.engine:
-        command = f"opdlab train --engine {lab.scale.engine} --scale {lab.scale.name} --arm ..."
         raise OpdlabError(
-            f"scale {lab.scale.name!r} ({lab.scale.summary}) is too large for opdlab's own loop: run {command!r} where "
-            "there are GPUs for it, or choose another scale"
+            f"scale {lab.scale.name!r} is too large for opdlab's own loop: run 'opdlab train "
+            f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' on GPUs, or choose another scale"
         )
     return lab
 

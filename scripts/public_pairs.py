@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError, exit_status
 from opdlab.geometry import bf16_equal, describe
-from opdlab.measuring.sources import check_comparable
+from opdlab.measuring.common import in_common
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.files import cache_folder, write_json
 
@@ -186,8 +186,8 @@ def measure(base: Path, tuned: Path, name: str) -> dict:
     Raises:
         OpdlabError: if they are not two states of one model, or a file is damaged.
     """
-    before, after = open_checkpoint(base), open_checkpoint(tuned)
-    names = check_comparable(before, after)
+    (before, after), _ = in_common(open_checkpoint(base), [open_checkpoint(tuned)])
+    names = sorted(before.pieces, key=lambda tensor: -prod(before.pieces[tensor].shape))
     equal, counted = {"all": 0, "matrices": 0}, {"all": 0, "matrices": 0}
     total = sum(prod(before.pieces[tensor].shape) for tensor in names)
     with tqdm(total=total, desc=name, unit=" weights", unit_scale=True) as bar:

@@ -35,6 +35,15 @@ def measure_rows(
 ) -> dict[str, float]:
     """Measure the update of a weight of any shape without any directions, and without holding all of it in memory.
 
+    Args:
+        name: of the weight: it seeds the permutation.
+        shape: of the weight.
+        before: what reads rows of it before, from one number to another.
+        after: the same after.
+        alphas: shares of the entries in the masks of small weights; only for what has rows and columns.
+        seed: of the permutation.
+        nulls: whether to permute.
+
     Keys: frobenius, relative_norm, sparsity, sparsity_absolute, sparsity_relative and density; and for each of
     ``alphas`` low_overlap_a30 and low_share_a30, all as :func:`~opdlab.geometry.measure_matrix` has them; and
     low_overlap_a30_null, where the update was permuted within blocks of rows.

@@ -23,6 +23,7 @@ from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_traj
 from opdlab.geometry.matrices import identity
 from opdlab.measuring.common import LeftOut, in_common
 from opdlab.measuring.parallel import resumable_map
+from opdlab.measuring.said import left_out_of_means
 from opdlab.measuring.sources import open_all
 from opdlab.models.files import load_tensors, save_tensors
 from opdlab.models.pieces import Checkpoint
@@ -48,13 +49,14 @@ class Job:
     cache: Path | None = None
     device: str = "cpu"
     embeddings: bool = False  #: whether embeddings and output heads are decomposed too
-    left_out: list[LeftOut] = field(init=False)
+    left_out: tuple[LeftOut, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Open what was given by its path, and keep what all checkpoints have."""
         origin, path = open_all(self.base, self.path)
-        (self.base, *rest), self.left_out = in_common(origin, path)
-        self.path = tuple(rest)
+        (self.base, *rest), left_out = in_common(origin, path)
+        described = [identity(name, piece.shape) for name, piece in self.base.pieces.items()]
+        self.path, self.left_out = tuple(rest), (*left_out, *left_out_of_means(pd.DataFrame(described)))
 
     def identity(self) -> dict:
         """Return what stopped work must share with this to be resumed: files and options."""
@@ -165,7 +167,9 @@ def measured(
         resumable_map(job.measure, sizes, job.identity(), out=log, processes=count, progress=progress) as found,
     ):
         in_order = [found[name] for name in job.base.pieces if name in found]
-        table = pd.DataFrame([tensor["row"] for tensor in in_order])
+        rows = [tensor["row"] for tensor in in_order]
+        # A matrix has all columns, in their order.
+        table = pd.DataFrame(rows, columns=list(max(rows, key=len, default={})))
         trajectory = pd.DataFrame([line for tensor in in_order for line in tensor["trajectory"]])
         yield table, trajectory.sort_values("step", kind="stable", ignore_index=True) if len(trajectory) else trajectory
 

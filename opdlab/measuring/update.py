@@ -16,7 +16,7 @@ import pandas as pd
 from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import apart, overall_means, summarise, trajectory_means
 from opdlab.measuring.common import LeftOut
-from opdlab.measuring.said import left_out_of_means, notes
+from opdlab.measuring.said import notes
 from opdlab.measuring.sources import check_apart, in_order, name_of, open_all, place_of
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
@@ -43,13 +43,10 @@ def measure(
     embeddings: bool = False,
     progress: bool = False,
 ) -> Update:
-    """Measure every tensor of an update that base and tuned have in common, and say what was left out.
-
-    Nothing is written unless ``out`` or ``cache`` is given.
+    """Measure what base and tuned have in common. Nothing is written unless ``out`` or ``cache`` is given.
 
     Args:
-        base: the checkpoint before: a model folder, a safetensors file, a model of the Hugging Face hub (OWNER/NAME,
-            which is fetched), a state dict or a module.
+        base: the checkpoint before: a folder, a safetensors file, OWNER/NAME on the hub, a state dict or a module.
         tuned: the same after, or a LoRA adapter's folder, or a list of several in order; the last ends the update.
         out: folder for the results (:meth:`Update.save`); what an earlier call left unfinished there is resumed.
         seed: of the nulls.
@@ -57,8 +54,7 @@ def measure(
         processes: how many tensors are measured at once (see :func:`opdlab.measuring.tensors.measured`).
         device: where to compute, "cuda" for a GPU.
         cache: folder for decompositions of bases.
-        embeddings: whether to decompose embeddings and output heads too, which are the largest matrices of a model and
-            in no mean; without it they have sparsity, norms and the overlap with their small weights.
+        embeddings: whether to decompose embeddings and heads too: the largest matrices, which are in no mean.
         progress: show a bar.
 
     Raises:
@@ -71,14 +67,12 @@ def measure(
                                   matrix  k  sparsity  nss  stable_rank
     0  model.layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    way, out = in_order(tuned), Path(out).expanduser() if out else None
-    origin, path = open_all(base, way)
+    out, cache = (Path(place).expanduser() if place else None for place in (out, cache))
+    origin, path = open_all(base, way := in_order(tuned))
     check_apart(out, (origin, *path))
-    cache = Path(cache).expanduser() if cache else None
     job = Job(origin, path, way.steps, seed, nulls, cache=cache, device=device, embeddings=embeddings)
-    with measured(job, processes=processes, out=out, progress=progress) as (table, trajectory):
-        left_out = (*job.left_out, *left_out_of_means(table))
-        update = Update(job.base, job.path, table, trajectory, seed, device, left_out, way.said)
+    with measured(job, processes=processes, out=out, progress=progress) as (table, followed):
+        update = Update(job.base, job.path, table, followed, seed, device, job.left_out, way.said)
         if (table["frobenius"] != 0).any():
             if out:
                 update.save(out)

@@ -33,8 +33,8 @@ Source = Path | str | Mapping[str, Tensor] | nn.Module | Checkpoint
 def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoint:
     """Open a checkpoint without reading its weights; an open one is returned as it is.
 
-    An adapter's update is added to the weights of ``base``. A state dict, which does not say what model it is of, is
-    taken for one of the same model as ``base``.
+    An adapter's update is added to the weights of ``base``. What does not say what model it is of, such as a state dict
+    or a file without config.json beside it, is taken for the same model as ``base``.
 
     Raises:
         OpdlabError: if files are missing, pickled or damaged, or an adapter is given without its base.
@@ -53,7 +53,7 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
         return _checkpoint(path, whole, base.config, base.left_out) if base else _checkpoint(path, whole, {}, {})
     stored = stored_pieces(path)
     beside = (path.parent if path.is_file() else path) / "config.json"
-    config = read_json(beside) if beside.is_file() else {}
+    config = read_json(beside) if beside.is_file() else base.config if base else {}
     return _of_weights(path, stored, config)
 
 

@@ -7,7 +7,6 @@ spelt out because transformers imports such a name when it is first used, which 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,10 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from torch import Tensor
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import read_json
 from opdlab.models.formats import weight_files
 
 #: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
@@ -102,6 +103,17 @@ def context_length(config: transformers.PreTrainedConfig) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
+def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> transformers.PreTrainedModel:
+    """Return a model like another one with the weights of a snapshot, by the names of either.
+
+    A run of opdlab's own loop names them as the model's parameters, and one of TRL's as ``save_pretrained`` does, which
+    in a mixture of experts are other names.
+    """
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=model.dtype)
+    loaded.generation_config = model.generation_config  # its ends are of its folder
+    return loaded.to(model.device).eval()  # type: ignore[arg-type]  # as in load_model
+
+
 def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer in ``folder``, set to pad on the left; without a padding token, it pads with end-of-sequence.
 
@@ -168,7 +180,7 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
         )
     for folder in (student, teacher):
         file = folder / "generation_config.json"
-        ends = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        ends = read_json(file, "restore or remake it").get("eos_token_id") if file.is_file() else None
         if ends is not None and ours.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
             raise OpdlabError(
                 f"the model in {folder} ends a sequence with token {ends} (generation_config.json) and its tokenizer "

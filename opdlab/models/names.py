@@ -99,8 +99,10 @@ def canonical_name(name: str) -> str:
 
 def embedding_of(names: Iterable[str]) -> str | None:
     """Return which of a model's weights is its embedding, of which an output head (``HEAD``) may be a copy."""
-    found = (name for name in names if describe(name).block == "embedding" and not tower_of(name))
-    return next(found, None)
+    known = {name: canonical_name(name) for name in names}
+    return next(
+        (name for name, as_is in known.items() if describe(as_is).block == "embedding" and not tower_of(as_is)), None
+    )
 
 
 def split_all(whole: Mapping[str, Piece], config: dict) -> dict[str, Piece]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import load_tensors, read_json, write_json
-from opdlab.models.folders import save_model
+from opdlab.models.folders import save_model, with_weights
 from opdlab.processes import cpu_threads
 from opdlab.training.config import Experiment
 from opdlab.training.opening import load_student
@@ -52,13 +52,13 @@ def train(
         KeyboardInterrupt: on Ctrl-C; the run goes on from its last checkpoint when it is asked for again.
     """
     run = Run(experiment, root, folder)
-    with nullcontext() if run.finished else run.alone():
-        if run.finished:  # perhaps by a process that has just ended
-            run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
-            on_steps(run.steps)
-            return run
-        with cpu_threads(experiment.compute.threads):
-            trainer = Trainer(experiment)
+    with cpu_threads(experiment.compute.threads):
+        trainer = None if run.finished else Trainer(experiment)  # before the run has a folder: it may be refused
+        with run.alone() if trainer else nullcontext():
+            if not trainer or run.finished:  # perhaps by a process that has just ended
+                run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
+                on_steps(run.steps)
+                return run
             if not run.checkpoint.exists():
                 run.begin(trainer.device)
                 if branch_from and experiment.begin:
@@ -149,6 +149,10 @@ def _source_weights(run: Run) -> dict[str, Tensor]:
 def install_model(run: Run, folder: Path, dtype: str = "float32") -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
     tokenizer, model = load_student(run.experiment)
+<<<<<<< HEAD
     model.load_state_dict(run.snapshot(run.steps), strict=False)
     save_model(model.to(getattr(torch, dtype)), tokenizer, folder)
+=======
+    save_model(with_weights(model, run.snapshot(run.steps)), tokenizer, folder)
+>>>>>>> int
     return folder

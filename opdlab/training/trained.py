@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import ALPHABET, context_length, load_config, load_tokenizer
+from opdlab.models.folders import ALPHABET, context_length, load_config, load_tokenizer, with_weights
 from opdlab.training.arms import Arm
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
@@ -212,7 +212,7 @@ class Trained:
         table: dict[str, Any] = {"prompt": prompts, "demonstration": list(map(task.demonstration, prompts))}
         for when in ("before", "after"):
             if when == "after":
-                trainer.student.load_state_dict(self.run.snapshot(self.run.steps), strict=False)
+                trainer.student = with_weights(trainer.student, self.run.snapshot(self.run.steps))
             rollouts = trainer.answer(trainer.student, prompts)
             table[when] = trainer.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
             table[f"reward {when}"] = score(trainer.tokenizer, task, prompts, rollouts).tolist()

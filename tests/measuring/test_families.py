@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
 from opdlab.cli import main
 from opdlab.measuring.callback import GeometryCallback
 from opdlab.measuring.update import measure
+from opdlab.models.folders import with_weights
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -158,3 +159,17 @@ def test_the_callback_says_what_the_snapshots_say(trained, tmp_path, capsys):
     assert logged["geometry/stable_rank"] == pytest.approx(followed["stable_rank"].mean(), rel=1e-6)
     assert pd.read_csv(tmp_path / "trajectory.csv")["step"].unique().tolist() == [2, 4]
     assert "relative_norm" in capsys.readouterr().out
+
+
+def test_snapshots_are_read_without_their_configuration_and_loaded_again(trained, tmp_path):
+    """A file alone is taken for the base's model; a model is given weights by either of its names."""
+    name, folder, _ = trained
+    if name not in ("phi3", "mixtral", "gpt_oss"):
+        pytest.skip("its matrices are stored one by one")
+    save_file(load_file(folder / "end" / "model.safetensors"), tmp_path / "alone.safetensors")
+    found = measure(folder / "base", tmp_path / "alone.safetensors", nulls=False).table
+    pd.testing.assert_frame_equal(found, measure(folder / "base", folder / "end", nulls=False).table)
+    model, last = (AutoModelForCausalLM.from_pretrained(folder / where) for where in ("base", "end"))
+    for called in (load_file(folder / "end" / "model.safetensors"), dict(last.named_parameters())):
+        given = dict(with_weights(model, called).named_parameters())
+        assert all(given[name].equal(weight) for name, weight in last.named_parameters())

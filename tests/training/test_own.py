@@ -613,3 +613,12 @@ def test_options_of_ones_own_without_data(capsys):
     assert capsys.readouterr().err == "opdlab: --student is for a task of yours: add --data\n"
     assert main(["train", "--arm", "opd", "--data", "x"]) == 2
     assert capsys.readouterr().err == "opdlab: arm 'opd' on --data needs --student: give it\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["", '{"model_type": "qwen', "\0\0\0"])
+def test_a_model_with_a_damaged_configuration(name, text, models, tmp_path):
+    student = shutil.copytree(models / "student", tmp_path / "student")
+    (student / name).write_text(text)
+    with pytest.raises(OpdlabError, match=rf"{tmp_path}/student.*; restore or remake it$|: restore or remake it$"):
+        ol.train(ol.opd(student, models / "teacher"), task_of(), out=tmp_path / "run", **QUICK)
