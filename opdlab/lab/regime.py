@@ -134,8 +134,9 @@ _vary("rlvr", "rlvr_10", "ten times the steps", recipe="arm10")
 
 REGIME_ARMS = MappingProxyType(_arms)
 
-#: Rate and steps are chosen by OPD's size on seeds from 100 on, which no verdict uses, and by nothing else.
-_FROM_ANCHOR = Recipe(300, learning_rate=1.5e-6)
+#: Rate and steps are chosen by OPD's size on seeds from 100 on, which no verdict uses, and by nothing else. No gradient
+#: is ever so long that it would be clipped.
+_FROM_ANCHOR = Recipe(300, learning_rate=1.5e-6, clip=1e6)
 _OF_TEACHER = TINY.budget.recipes["teacher"]
 
 REGIME = Scale(
@@ -153,7 +154,7 @@ REGIME = Scale(
         {
             "base": Recipe(2000, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95)),
             "teacher": _OF_TEACHER,
-            "sft": Recipe(1000, 64, 1, 3e-5, "cosine", 100, (0.9, 0.95)),
+            "sft": Recipe(1000, 64, 1, 1e-4, "cosine", 100, (0.9, 0.95)),
             "arm": _FROM_ANCHOR,
             "arm3": replace(_FROM_ANCHOR, steps=900),
             "arm10": replace(_FROM_ANCHOR, steps=3000),
@@ -166,5 +167,7 @@ REGIME = Scale(
         arms=tuple(name for name, arm in _arms.items() if arm.recorded),
         seeds=(0, 1, 2, 3, 4),
         other_seeds={"opd": tuple(range(8)), "sft": tuple(range(8))},
+        evaluations=(0.2, 1.0),
+        variant_evaluations=(1.0,),
     ),
 )

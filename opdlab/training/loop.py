@@ -149,10 +149,6 @@ def _source_weights(run: Run) -> dict[str, Tensor]:
 def install_model(run: Run, folder: Path, dtype: str = "float32") -> Path:
     """Write the last weights of a finished run as a Hugging Face folder, and return it."""
     tokenizer, model = load_student(run.experiment)
-<<<<<<< HEAD
-    model.load_state_dict(run.snapshot(run.steps), strict=False)
-    save_model(model.to(getattr(torch, dtype)), tokenizer, folder)
-=======
-    save_model(with_weights(model, run.snapshot(run.steps)), tokenizer, folder)
->>>>>>> int
+    last = with_weights(model, run.snapshot(run.steps)).to(getattr(torch, dtype))
+    save_model(last, tokenizer, folder)
     return folder
