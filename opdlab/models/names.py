@@ -172,7 +172,7 @@ def _parts(name: str, parent: str, module: str, piece: Piece, config: dict) -> I
     names: tuple[str, ...] = tuple(f"{part}_proj" for part in "qkv")
     if module == "gate_up_proj":
         half, names = _divide(name, rows, 2), ("gate_proj", "up_proj")
-        takes = _alternate(half, 2) if config.get("model_type") == "gpt_oss" else _blocks(half, half)
+        takes = _groups(half, 1, 1) if config.get("model_type") == "gpt_oss" else _blocks(half, half)
     elif module in ("qkv", "in_proj_weight"):  # of vision towers, and of torch's own attention
         takes = _blocks(*[_divide(name, rows, 3)] * 3)
     elif module in _QKV:
@@ -203,11 +203,6 @@ def _groups(count: int, *sizes: int) -> list[_Take]:
         (count * size, partial(_of_groups, count=count, start=sum(sizes[:i]), size=size))
         for i, size in enumerate(sizes)
     ]
-
-
-def _alternate(size: int, count: int) -> list[_Take]:
-    """Take every ``count``-th row."""
-    return _groups(size, *[1] * count)
 
 
 def _of_groups(tensor: Tensor, count: int, start: int, size: int) -> Tensor:
