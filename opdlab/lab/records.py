@@ -25,11 +25,12 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import gaussian_stable_rank
-from opdlab.geometry.matrices import describe
+from opdlab.geometry.matrices import LAYERS, describe
 from opdlab.geometry.summary import means
 from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.laboratory import Laboratory
-from opdlab.measuring.update import measure_update
+from opdlab.measuring.sources import open_all
+from opdlab.measuring.tensors import Job, measured
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.store import REMEDY, Run
@@ -245,20 +246,21 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
     machine = read_json(run.folder / "provenance.json", REMEDY)
     for step in experiment.kept:
         run.snapshot(step)  # Its checksum is looked at.
-    with cpu_threads(experiment.compute.threads):
-        matrices, trajectory = measure_update(
-            run.snapshot_path(0),
-            [(step, run.snapshot_path(step)) for step in experiment.kept[1:]],
-            seed=experiment.seed,
-            blocks=("attention", "mlp"),
-            trajectory_blocks=(block,) if block else None,
-            device=str(find_device(experiment.compute.gpu)),
-        )
-    tables = {
-        **lines,
-        "matrices": matrices.drop(columns=list(DERIVED)),
-        "trajectory": means(trajectory, ["step", "block"]),
-    }
+    base, *path = map(run.snapshot_path, experiment.kept)
+    job = Job(
+        *open_all(base, path),
+        steps=experiment.kept[1:],
+        seed=experiment.seed,
+        blocks=LAYERS,
+        trajectory_blocks=(block,) if block else None,
+        device=str(find_device(experiment.compute.gpu)),
+    )
+    with cpu_threads(experiment.compute.threads), measured(job, processes=1) as (matrices, trajectory):
+        tables = {
+            **lines,
+            "matrices": matrices.drop(columns=list(DERIVED)),
+            "trajectory": means(trajectory, ["step", "block"]),
+        }
     who = {"arm": experiment.name, "seed": experiment.seed}
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", pd.concat([pd.DataFrame(who, index=table.index), table], axis=1))

@@ -152,6 +152,8 @@ def measured(
     ends = len(job.path)
     if not ends or (processes is not None and processes < 1):
         raise OpdlabError(f"there are {ends} checkpoints and {processes} processes; expected one or more of both")
+    if job.steps != tuple(sorted(set(job.steps))):
+        raise OpdlabError(f"path has the steps {list(job.steps)}; expected them ascending, none twice")
     _check_device(job.device)
     sizes = _sizes(job)
     matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
