@@ -38,10 +38,8 @@ _RENAMED = tuple(
         (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
         (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
         (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
-        (r"\.mlp\.experts\.fc1\.weight$", ".mlp.experts.gate_up_proj"),
-        (r"\.mlp\.experts\.fc2\.weight$", ".mlp.experts.down_proj"),
-        (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
-        (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
+        (r"\.mlp\.(?:experts\.fc1|input_linear)\.weight$", ".mlp.experts.gate_up_proj"),
+        (r"\.mlp\.(?:experts\.fc2|output_linear)\.weight$", ".mlp.experts.down_proj"),
         (r"\.shared_mlp\.input_linear\.", ".shared_mlp.gate_up_proj."),
         (r"\.shared_mlp\.output_linear\.", ".shared_mlp.down_proj."),
         (r"\.mlp\.router\.(?:layer\.|gate\.)?(weight|bias)$", r".mlp.gate.\1"),
@@ -225,7 +223,6 @@ def _of_attention(name: str, rows: int, config: dict) -> list[_Take]:
 
 
 def _key_heads(config: dict, heads: int) -> int:
-    """Return the number of heads of the keys."""
     if config.get("model_type") == "falcon" and config.get("new_decoder_architecture"):
         return config.get("num_kv_heads") or heads
     if config.get("multi_query"):
