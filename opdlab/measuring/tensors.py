@@ -187,9 +187,8 @@ def _sizes(job: Job) -> dict[str, int]:
 
 def _check_device(device: str) -> None:
     try:
-        usable = torch.device(device).type in ("cpu", "cuda")
-        torch.empty(0, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError):
+        usable = torch.empty(0, dtype=torch.float64, device=device).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError, TypeError):  # the last where there is no float64, as on "mps"
         usable = False
     if not usable:
         raise OpdlabError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU")
