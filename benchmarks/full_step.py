@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import measure_pair
-from opdlab.lab.budget import DEVICES, GB, SHAPES, check_room, new_config, plan_run
+from opdlab.lab.budget import DEVICES, GB, SHAPES, check_room, plan_run
 from opdlab.lab.grid import PAPER
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.scales import SCALES, Scale
@@ -38,7 +38,8 @@ def write_random_model(folder: Path, shape: dict, seed: int, device: torch.devic
     """Write a model with random weights, in bfloat16 as published ones are, and the laboratory's tokenizer."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(new_config(shape), dtype=torch.bfloat16)
+        config = transformers.AutoConfig.for_model(**shape)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     save_model(model, character_tokenizer(), folder)
 
 

@@ -22,7 +22,6 @@ from opdlab.lab.laboratory import Laboratory
 from opdlab.models.files import read_json
 from opdlab.models.folders import new_model
 from opdlab.processes import find_device
-from opdlab.training.config import Experiment
 
 GB = 1e9
 
@@ -44,7 +43,6 @@ DEVICES = {
     "cpu": Device("one CPU core", 40e9, 10e9, 0.3e-3, half=False),
 }
 
-
 _FIELDS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings"),
@@ -64,11 +62,6 @@ SHAPES = {
 }
 
 
-def new_config(shape: dict) -> transformers.PreTrainedConfig:
-    """Return the configuration of a published shape, one of the values of :data:`SHAPES`."""
-    return transformers.AutoConfig.for_model(**shape)
-
-
 class Shape(NamedTuple):
     """The size of a model."""
 
@@ -82,7 +75,7 @@ class Shape(NamedTuple):
 
 @cache
 def _measured(config_text: str) -> Shape:
-    config = new_config(json.loads(config_text)).get_text_config()
+    config = transformers.AutoConfig.for_model(**json.loads(config_text)).get_text_config()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -135,24 +128,44 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
         OpdlabError: if there is no such arm, or a shape is not known.
     """
     named, experiment = lab.arm(name), lab.experiment(name)
-    recipe, (prompt, new) = experiment.recipe, lab.scale.budget.typical_tokens
+    recipe, compute, (prompt, new) = experiment.recipe, experiment.compute, lab.scale.budget.typical_tokens
     student = shape_of(named.start or name, lab)
     teacher = shape_of(named.teacher, lab) if named.teacher else None
+    reader = teacher if named.arm.reads_teacher else None
     writer = {"task": None, "teacher": teacher}.get(named.arm.rollouts_by, student)
-    size = 2 if device.half and experiment.compute.dtype == "bfloat16" else 4  # bytes of a number that passes compute
+    size = 2 if device.half and compute.dtype == "bfloat16" else 4  # bytes of a number that passes compute
 
     def generation(model: Shape, rows: int) -> float:
         """Return the seconds of writing: a new token is bound by arithmetic, by reading weights, or by launching."""
         arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
         return new * max(arithmetic, reading, model.layers * device.launch)
 
+    rows = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts)
+    in_batch = rows * (prompt + recipe.samples * new)
+    completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
+    at_once = min(compute.tokens_at_once, completions * (prompt + new)) if compute.tokens_at_once else in_batch
+    # A layer keeps about 34 numbers per token and unit of width (2205.05198, Eq. 2, without dropout).
+    kept = (student.layers + 34 if compute.recompute else 34 * student.layers) * student.width
+    memory = {
+        "rollouts": 0.0,
+        "weights, gradients, moments": 16.0 * student.parameters,
+        "origin": 4.0 * student.parameters,
+        "activations": float(size * kept * in_batch),
+        # Logits, their softmax, and the gradients of both; the teacher's beside them.
+        "logits": 4.0 * at_once * (4 * student.vocabulary + (2 * reader.vocabulary if reader else 0)),
+    }
     packed = float(recipe.prompts * (prompt + recipe.samples * new))  # a prompt is read once for all its completions
-    flops = {"student": (4 if experiment.compute.recompute else 3) * student.flops * packed}
+    flops = {"student": (4 if compute.recompute else 3) * student.flops * packed}
+    seconds = {}
+    if teacher:
+        memory["teacher"] = float(size * teacher.parameters)
     if writer:
+        copy = size * student.parameters if size < 4 and writer is student else 0
+        memory["rollouts"] = copy + float(size * writer.cache * recipe.completions * (prompt + new))
         flops["rollouts"] = writer.flops * float(recipe.completions * new + recipe.prompts * prompt)
-    if teacher and named.arm.reads_teacher:
-        flops["teacher"] = teacher.flops * packed
-    seconds = {"rollouts": generation(writer, recipe.completions)} if writer else {}
+        seconds["rollouts"] = generation(writer, recipe.completions)
+    if reader:
+        flops["teacher"] = reader.flops * packed
     seconds |= {what: flops[what] / device.flops for what in ("student", "teacher") if what in flops}
     # Weights, gradients and both moments are read, and all but the gradients written.
     seconds["optimizer"] = 28 * student.parameters / device.bandwidth
@@ -162,43 +175,14 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     evaluating = (1 + len(experiment.evaluations)) * (2 * generation(student, count) + reading)
     states = 3 * (1 + len(lab.branch_steps(name)))  # weights and both moments
     return Plan(
-        memory=_memory(experiment, student, teacher, size, (prompt, new)),
-        flops=flops,
-        seconds=seconds,
-        steps=recipe.steps,
+        memory,
+        flops,
+        seconds,
+        recipe.steps,
         hours=(recipe.steps * sum(seconds.values()) + evaluating) / 3600,
         disk=4.0 * student.parameters * (len(experiment.snapshots) + 1 + states),
         stays=4.0 * student.parameters * (len(lab.kept_steps(name)) - 1),
     )
-
-
-def _memory(
-    experiment: Experiment, student: Shape, teacher: Shape | None, size: int, lengths: tuple[int, int]
-) -> dict[str, float]:
-    """Return the bytes at the peak of a step, by what for; a number that passes compute takes ``size``."""
-    recipe, compute, arm, (prompt, new) = experiment.recipe, experiment.compute, experiment.arm, lengths
-    rows = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts)
-    in_batch = rows * (prompt + recipe.samples * new)
-    completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
-    at_once = min(compute.tokens_at_once, completions * (prompt + new)) if compute.tokens_at_once else in_batch
-    read = teacher.vocabulary if teacher and arm.reads_teacher else 0
-    # A layer keeps about 34 numbers per token and unit of width (2205.05198, Eq. 2, without dropout).
-    kept = (student.layers + 34 if compute.recompute else 34 * student.layers) * student.width
-    memory = {
-        "rollouts": 0.0,
-        "weights, gradients, moments": 16.0 * student.parameters,
-        "origin": 4.0 * student.parameters,
-        "activations": float(size * kept * in_batch),
-        # Logits, their softmax, and the gradients of both; the teacher's beside them.
-        "logits": 4.0 * at_once * (4 * student.vocabulary + 2 * read),
-    }
-    if teacher:
-        memory["teacher"] = float(size * teacher.parameters)
-    if arm.rollouts_by != "task":
-        writer = teacher if teacher and arm.rollouts_by == "teacher" else student
-        copy = size * student.parameters if size < 4 and writer is student else 0
-        memory["rollouts"] = copy + float(size * writer.cache * recipe.completions * (prompt + new))
-    return memory
 
 
 def plan_table(lab: Laboratory, arms: tuple[str, ...], device: Device) -> pd.DataFrame:

@@ -141,11 +141,11 @@ def compare(
 def _notes(measured: Mapping[str, Update]) -> list[str]:
     """Return what is compared, whether from one base, and what each update has that is not compared."""
     said = [f"Compared are {means_over(next(iter(measured.values())).table)}; what else was measured is not."]
-    bases = {label: place_of(update.base) for label, update in measured.items()}
-    if len(set(bases.values())) > 1:
-        said.append(
-            f"They start from different bases: {'; '.join(f'{label} from {base}' for label, base in bases.items())}."
-        )
+    places, names = ({of(update.base) for update in measured.values()} for of in (place_of, name_of))
+    if len(places) > 1:
+        called = name_of if len(names) == len(places) else place_of
+        bases = "; ".join(f"{label} from {called(update.base)}" for label, update in measured.items())
+        said.append(f"They start from different bases: {bases}.")
     return said
 
 

@@ -67,10 +67,9 @@ def measure(
                                   matrix  k  sparsity  nss  stable_rank
     0  model.layers.0.mlp.up_proj.weight  1      0.75  0.5          4.0
     """
-    way, out = in_order(tuned), Path(out).expanduser() if out else None
-    origin, path = open_all(base, way)
+    out, cache = (Path(place).expanduser() if place else None for place in (out, cache))
+    origin, path = open_all(base, way := in_order(tuned))
     check_apart(out, (origin, *path))
-    cache = Path(cache).expanduser() if cache else None
     job = Job(origin, path, way.steps, seed, nulls, cache=cache, device=device, embeddings=embeddings)
     with measured(job, processes=processes, out=out, progress=progress) as (table, followed):
         update = Update(job.base, job.path, table, followed, seed, device, job.left_out, way.said)

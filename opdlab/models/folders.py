@@ -110,6 +110,7 @@ def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Tensor]
     in a mixture of experts are other names.
     """
     loaded = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=model.dtype)
+    loaded.generation_config = model.generation_config  # its ends are of its folder
     return loaded.to(model.device).eval()  # type: ignore[arg-type]  # as in load_model
 
 

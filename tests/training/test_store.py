@@ -138,7 +138,7 @@ def test_what_a_killed_process_half_wrote_goes(lab, copy_of, tmp_path):
 def damaged(opd, lab, copy_of, tmp_path):
     """A laboratory with that run, whose files a test may damage."""
     there = copy_of(lab, tmp_path)
-    shutil.copytree(opd.folder, there.run("opd").folder)
+    shutil.copytree(opd.folder, there.run("opd").folder, ignore=shutil.ignore_patterns("tables"))
     return there
 
 
