@@ -264,31 +264,19 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
     who = {"arm": experiment.name, "seed": experiment.seed}
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", pd.concat([pd.DataFrame(who, index=table.index), table], axis=1))
+    # A column for each entry of each part, such as recipe.steps, with lists as text.
+    decides = pd.json_normalize(run.config).to_dict("records")[0]
+    decides |= {name: " ".join(map(str, value)) for name, value in decides.items() if isinstance(value, list)}
     description = {
         **who,
         "key": experiment.key,
         "weights": tensors_digest(run.snapshot_path(run.steps)),
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
-        **_flat(run.config),
+        **decides,
         **machine,
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)
-
-
-def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    """Return what decides a run as columns: the entries of its parts by name, lists as text.
-
-    >>> _flat({"recipe": {"steps": 6, "betas": [0.9, 0.98]}, "student": "ab12"})
-    {'recipe.steps': 6, 'recipe.betas': '0.9 0.98', 'student': 'ab12'}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = " ".join(map(str, value)) if isinstance(value, list) else value
-    return flat
 
 
 def add_run(folder: Path, lab: Laboratory) -> None:
