@@ -304,13 +304,12 @@ _add_models = _add_scale
 
 
 def _models(options: argparse.Namespace) -> None:
-    from opdlab.lab.budget import processes_for
     from opdlab.lab.scheduler import all_models, build, plan, provide_pretrained
 
     lab = _for_own_loop(_laboratory(options))
     jobs = plan(lab, (), models=all_models(lab))
     if jobs:
-        build(jobs, lab, record=False, processes=processes_for(lab))
+        build(jobs, lab, record=False)
     else:
         provide_pretrained(lab)
     print(f"the models are in {lab.models}; delete a folder to make it again")
@@ -336,13 +335,12 @@ def _asked(options: argparse.Namespace, lab: Laboratory) -> tuple[tuple[str, ...
 
 
 def _record(options: argparse.Namespace) -> None:
-    from opdlab.lab.budget import processes_for
     from opdlab.lab.scheduler import build, plan
 
     lab = _for_own_loop(_laboratory(options))
     arms, analyses = _asked(options, lab)
     jobs = plan(lab, arms, tuple(options.seed or ()), analyses=analyses)
-    build(jobs, lab, processes=options.processes or processes_for(lab))
+    build(jobs, lab, processes=options.processes)
     print(f"the records are in {lab.records}")
 
 
@@ -353,7 +351,6 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from opdlab.lab.budget import processes_for
     from opdlab.lab.laboratory import Laboratory
     from opdlab.lab.scheduler import build, compare, missing_records, plan
 
@@ -370,7 +367,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     if options.keep_models:
         shutil.copytree(lab.models, repeated.models, symlinks=True, dirs_exist_ok=True)
     jobs = plan(repeated, arms, seeds, analyses=analyses)
-    build(jobs, repeated, processes=options.processes or processes_for(lab))
+    build(jobs, repeated, processes=options.processes)
     table = compare(lab, repeated, (*arms, *analyses), seeds)
     print(table.drop(columns="same machine").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(table["verdict"].value_counts().to_string())

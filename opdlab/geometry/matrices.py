@@ -29,16 +29,17 @@ _OTHERS = {
     "norm": re.compile(r"norm|^ln_"),
 }
 # Several matrices side by side, or one above the other, of which no rule says how to split them.
-_FUSED = re.compile(r"qkv|gate_up|query_key_value|c_attn|w_pack|in_proj_(?:ba|weight)")
-_STACKED = re.compile(r"(?:^|\.)experts\.(?!\d)")
-# The matrices of a layer: by what a name has after its layer, or by what its module is called.
-_ATTENTION, _ATTENTION_MODULES = re.compile(r"attn|attention"), ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP, _MLP_MODULES = (
-    re.compile(r"mlp|experts|feed_forward|ffn|densereludense"),
-    ("fc1", "fc2", "gate_proj", "up_proj", "down_proj"),
-)
-_ROUTER = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate)(?:\.|$)")
-_MIXER = re.compile(r"mixer|mamba|ssm|conv|temporal_block")
+_SEVERAL = {
+    "fused": re.compile(r"qkv|gate_up|query_key_value|c_attn|w_pack|in_proj_(?:ba|weight)"),
+    "stacked": re.compile(r"(?:^|\.)experts\.(?!\d)"),
+}
+# The matrices of a layer, by what a name has after its layer; the first counts.
+_IN_LAYERS = {
+    "attention": re.compile(r"attn|attention|\.[qkvo]_proj$"),
+    "router": re.compile(r"\.(?:gate|router|shared_expert_gate)(?:\.|$)"),
+    "mlp": re.compile(r"mlp|experts|feed_forward|ffn|densereludense|\.(?:fc[12]|(?:gate|up|down)_proj)$"),
+    "mixer": re.compile(r"mixer|mamba|ssm|conv|temporal_block"),
+}
 
 #: The blocks of which the paper's means are, and those of tensors that are no matrices of a layer.
 LAYERS, OUTSIDE = ("attention", "mlp"), ("embedding", "head", "norm", "bias")
@@ -69,38 +70,25 @@ def describe(name: str) -> Description:
     """
     found = _LAYER.search(name)
     plain = name.removesuffix(".weight").removesuffix(".bias")
-    before, after = (name[: found.start()], plain[found.end() :]) if found else (name, plain)
+    after = plain[found.end() - 1 :] if found else f".{plain}"
     module = after.rpartition(".")[2]
-    if name.endswith(".bias"):
-        block = "bias"
-    else:
-        block = next((block for block, called in _OTHERS.items() if called.search(module.lower())), "")
-    block = block or _several(after.lower()) or tower_of(before)
+    block = "bias" if name.endswith(".bias") else _first(_OTHERS, module.lower())
+    block = block or _first(_SEVERAL, after.lower()) or tower_of(name)
     if not block:
-        block = _of_layer(after.lower(), module, name) if found else "head" if "head" in plain else "other"
+        block = _first(_IN_LAYERS, after.lower()) if found else "head" if "head" in plain else ""
+    # Mamba stores a table beside its matrices, A_log.
+    if not block or (block == "mixer" and not name.endswith(".weight")):
+        block = "other"
     return Description(int(found[1]) if found else -1, module, block)
+
+
+def _first(kinds: Mapping[str, re.Pattern[str]], part: str) -> str:
+    return next((kind for kind, called in kinds.items() if called.search(part)), "")
 
 
 def tower_of(name: str) -> str:
     """Return the part of a model beside its language model that a name begins with, or "" in the language model."""
-    before = _LAYER.split(name, maxsplit=1)[0]
-    return next((tower for tower, called in _TOWERS.items() if called.search(before)), "")
-
-
-def _several(after: str) -> str:
-    return "fused" if _FUSED.search(after) else "stacked" if _STACKED.search(after) else ""
-
-
-def _of_layer(after: str, module: str, name: str) -> str:
-    """Return the block of a matrix of a layer, from its name after the layer."""
-    if _ATTENTION.search(after) or module in _ATTENTION_MODULES:
-        return "attention"
-    if _ROUTER.search(after):
-        return "router"
-    if _MLP.search(after) or module in _MLP_MODULES:
-        return "mlp"
-    # Mamba stores a table beside its matrices, A_log.
-    return "mixer" if _MIXER.search(after) and name.endswith(".weight") else "other"
+    return _first(_TOWERS, _LAYER.split(name, maxsplit=1)[0])
 
 
 def identity(name: str, shape: tuple[int, ...]) -> dict:

@@ -26,11 +26,12 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import gaussian_stable_rank
-from opdlab.geometry.matrices import describe
+from opdlab.geometry.matrices import LAYERS, describe
 from opdlab.geometry.summary import means
 from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.laboratory import Laboratory
-from opdlab.measuring.update import measure_update
+from opdlab.measuring.sources import open_all
+from opdlab.measuring.tensors import Job, measured
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.config import config_key
@@ -262,49 +263,38 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
     machine = read_json(run.folder / "provenance.json", REMEDY)
     for step in experiment.kept:
         run.snapshot(step)  # Its checksum is looked at.
-    with cpu_threads(experiment.compute.threads):
-        matrices, trajectory = measure_update(
-            run.snapshot_path(0),
-            [(step, run.snapshot_path(step)) for step in experiment.kept[1:]],
-            seed=experiment.seed,
-            blocks=("attention", "mlp"),
-            trajectory_blocks=(block,) if block else None,
-            device=str(find_device(experiment.compute.gpu)),
-        )
-    tables = {
-        **lines,
-        "matrices": matrices.drop(columns=list(DERIVED)),
-        "trajectory": means(trajectory, ["step", "block"]),
-    }
+    base, *path = map(run.snapshot_path, experiment.kept)
+    job = Job(
+        *open_all(base, path),
+        steps=experiment.kept[1:],
+        seed=experiment.seed,
+        blocks=LAYERS,
+        trajectory_blocks=(block,) if block else None,
+        device=str(find_device(experiment.compute.gpu)),
+    )
+    with cpu_threads(experiment.compute.threads), measured(job, processes=1) as (matrices, trajectory):
+        tables = {
+            **lines,
+            "matrices": matrices.drop(columns=list(DERIVED)),
+            "trajectory": means(trajectory, ["step", "block"]),
+        }
     who = {"arm": experiment.name, "seed": experiment.seed}
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", pd.concat([pd.DataFrame(who, index=table.index), table], axis=1))
+    # A column for each entry of each part, such as recipe.steps, with lists as text.
+    decides = pd.json_normalize(run.config).to_dict("records")[0]
+    decides |= {name: " ".join(map(str, value)) for name, value in decides.items() if isinstance(value, list)}
     description = {
         **who,
         "key": experiment.key,
         "weights": tensors_digest(run.snapshot_path(run.steps)),
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
-        **_flat(run.config),
+        **decides,
         **machine,
         **({"claims": config_key(dict(lab.claims))} if lab.claims else {}),
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)
-
-
-def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
-    """Return what decides a run as columns: the entries of its parts by name, lists as text.
-
-    >>> _flat({"recipe": {"steps": 6, "betas": [0.9, 0.98]}, "student": "ab12"})
-    {'recipe.steps': 6, 'recipe.betas': '0.9 0.98', 'student': 'ab12'}
-    """
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = " ".join(map(str, value)) if isinstance(value, list) else value
-    return flat
 
 
 def add_run(folder: Path, lab: Laboratory) -> None:

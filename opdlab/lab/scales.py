@@ -52,9 +52,7 @@ class RecordPolicy:
     analyses: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     variant_seeds: tuple[int, ...] = (0, 1, 2)
-    other_seeds: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  #: by arm, where it has other seeds than these
+    other_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  #: by arm, where it has others than these
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
-from opdlab.lab.budget import check_device, check_room
+from opdlab.lab.budget import check_device, check_room, processes_for
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import (
     add_analysis,
@@ -200,15 +200,15 @@ def _work(job: Job, lab: Laboratory, record: bool) -> Path | None:
     return folder
 
 
-def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: int = 2) -> None:
-    """Run the jobs that :func:`plan` lists, ``processes`` at once, and ``record`` what was trained.
+def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: int | None = None) -> None:
+    """Run the jobs that :func:`plan` lists, and ``record`` what was trained; ``processes`` at once, or as many as fit.
 
     Raises:
         OpdlabError: if a job fails, where the others' results stay and the same call goes on from there; or if another
             process makes records or models of the same scale.
     """
     with only_process(lab.runs, "makes records or models"):
-        _build(jobs, lab, record, processes)
+        _build(jobs, lab, record, processes or processes_for(lab))
 
 
 def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> None:

@@ -11,7 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.core_model_loading import revert_weight_conversion
@@ -177,13 +177,9 @@ class GeometryCallback(TrainerCallback):
             return
         self._measured, start = state.global_step, time.perf_counter()
         rows = [self._measure(name, weight) for name, weight in self._weights(model)]
-        logs = {}
-        for key in rows[0]:
-            values = torch.tensor([row[key] for row in rows])
-            # A matrix that did not move has no direction yet.
-            if not values.isnan().all():
-                logs[f"geometry/{key}"] = float(values.nanmean())
-        logs["geometry/seconds"] = time.perf_counter() - start
+        # A matrix that did not move has no direction yet.
+        means = pd.DataFrame(rows).mean().dropna().add_prefix("geometry/")
+        logs = means.to_dict() | {"geometry/seconds": time.perf_counter() - start}
         # Trainer's own method: those of derived trainers would add their metrics here and then forget them. Logging
         # also tells the trainer that this step's loss has been logged, which it has not.
         should_log = control.should_log

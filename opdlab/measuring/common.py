@@ -9,8 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import OUTSIDE, describe, tower_of
 from opdlab.measuring.sources import name_of, place_of
@@ -45,7 +43,7 @@ def in_common(base: Checkpoint, path: Sequence[Checkpoint]) -> tuple[list[Checkp
             raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
         _check_layers(base, end)
     left = {name: LeftOut(name, reason, 0.0) for end in ends for name, reason in end.left_out.items()}
-    kept = _with_heads(ends, left)
+    kept = _with_heads(ends)
     for name in dict.fromkeys(chain.from_iterable(kept)):
         shapes = [pieces[name].shape if name in pieces else None for pieces in kept]
         if len(set(shapes)) > 1:
@@ -106,22 +104,13 @@ def _matrices(end: Checkpoint) -> dict[str, tuple[int, ...]]:
     return {name: shapes[name] for name, (layer, _, block) in described.items() if layer >= 0 and block not in OUTSIDE}
 
 
-def _with_heads(ends: list[Checkpoint], left: dict[str, LeftOut]) -> list[dict[str, Piece]]:
-    """Return the tensors of each checkpoint, where all or none of those that can have a head have it."""
+def _with_heads(ends: list[Checkpoint]) -> list[dict[str, Piece]]:
+    """Return the tensors of each checkpoint; if any has a head, one that ties it has its embedding for a head."""
     kept = [dict(end.pieces) for end in ends]
-    stored = [HEAD in pieces for pieces in kept]
-    if all(stored) or not any(stored):
-        return kept
-    embeddings = [embedding_of(pieces) for pieces in kept]
-    copies = [
-        bool(has and embedding and torch.equal(end.read(HEAD), end.read(embedding)))
-        for end, has, embedding in zip(ends, stored, embeddings, strict=True)
-    ]
-    for end, pieces, embedding in zip(ends, kept, embeddings, strict=True):
-        if copies == stored and HEAD in pieces:
-            left[HEAD] = LeftOut(HEAD, "it is a copy of the embedding", 0.0)
-            del pieces[HEAD]
-        elif copies != stored and embedding and HEAD not in pieces and _ties(end):
+    headed = any(HEAD in pieces for pieces in kept)
+    for end, pieces in zip(ends, kept, strict=True):
+        embedding = embedding_of(pieces)
+        if headed and HEAD not in pieces and embedding and _ties(end):
             pieces[HEAD] = pieces[embedding]
     return kept
 

@@ -178,7 +178,6 @@ def _comparable(asked: Sequence[Update | Path], updates: Iterable[Update]) -> li
 
 
 def _compare_matrix(name: str, updates: Sequence[_Measured], seed: int) -> dict:
-    """Compare the updates of one matrix, every pair of them."""
     seen = [_see(name, label, *ends, norms[name], seed) for label, ends, norms in updates]
     return {"pairs": [_row(name, a, b) for a, b in combinations(seen, 2)]}
 
@@ -211,7 +210,6 @@ def _see(name: str, label: str, base: Checkpoint, tuned: Checkpoint, norm: float
 
 
 def _row(name: str, a: _Seen, b: _Seen) -> dict[str, Any]:
-    """Return the row of a pair."""
     m, n = a.delta.shape
     row = {"a": a.label, "b": b.label, "matrix": name, **describe(name)._asdict(), "rows": m, "cols": n}
     row |= {"cosine": cosine(a.delta, b.delta), "cosine_random": (m * n) ** -0.5}

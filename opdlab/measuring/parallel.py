@@ -13,7 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import write_json, write_whole
+from opdlab.models.files import write_json, write_text
 from opdlab.processes import workers
 
 
@@ -120,5 +120,5 @@ def _resume(out: Path, identity: dict) -> dict[str, dict]:
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
     write_json(out / "job.json", identity)
-    write_whole(log, lambda temporary: temporary.write_text("".join(lines)))
+    write_text(log, "".join(lines))
     return done

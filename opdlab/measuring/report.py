@@ -41,18 +41,17 @@ _Panel = Callable[[Axes], None]
 def write_report(path: Path, update: Update) -> None:
     """Write the report of an update."""
     use_style()
-    nulls = "stable_rank_null" in update.table
+    dashes = " Dashes: the permuted null." if "stable_rank_null" in update.table else ""
     layers, steps, figures = _moved(of_layers(update.table)), update.trajectory, []
     if len(layers):
         figures.append(_by_layer(layers, "Sparsity, rotation and size of each matrix, by layer"))
-        caption = "Stable rank of each module's updates: one dot per matrix, and the mean"
-        caption += ". Dashes: the permuted null." if nulls else "."
-        figures.append(_drawn(caption, lambda axis: _column(axis, layers, "stable_rank", over_steps=False)))
+        caption = "Stable rank of each module's updates: one dot per matrix, and the mean."
+        figures.append(_drawn(caption + dashes, lambda axis: _column(axis, layers, "stable_rank", over_steps=False)))
         caption = (
             "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
             "matrix. Shaded: what counting allows at that density. Dotted: the random rate."
         )
-        figures.append(_drawn(caption + (" Dashes: the permuted null." if nulls else ""), *_masks(layers)))
+        figures.append(_drawn(caption + dashes, *_masks(layers)))
     for tower in TOWERS:
         rows = _moved(update.table[update.table["block"] == tower])
         if len(rows) and rows["layer"].nunique() > 1:
@@ -147,14 +146,10 @@ def _by_layer(rows: pd.DataFrame, caption: str) -> dict[str, Any]:
     several = rows.duplicated(["layer", "module"]).any()
 
     def draw(axis: Axes, column: str, title: str) -> None:
-        for module, of_module in rows.groupby("module", sort=False):
-            by_layer = of_module.groupby("layer")[column].agg(["mean", "min", "max"])
-            axis.plot(by_layer["mean"], "o-", color=modules[module], ms=3, linewidth=1.2)
-            if several:
-                axis.fill_between(
-                    by_layer.index, by_layer["min"], by_layer["max"], color=modules[module], alpha=0.15, lw=0
-                )
-        axis.set(title=title, xlabel="layer")
+        look = {"marker": "o", "markersize": 4, "markeredgewidth": 0, "linewidth": 1.2, "legend": False}
+        band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "linewidth": 0}}
+        sns.lineplot(rows, x="layer", y=column, hue="module", palette=modules, ax=axis, **look, **band)
+        axis.set(title=title, ylabel="")
         axis.locator_params(axis="x", integer=True)
 
     def explain(axis: Axes) -> None:
@@ -194,9 +189,7 @@ def _masks(layers: pd.DataFrame) -> list[_Panel]:
         axis.axhline(0.3, **_DOTTED)
         axis.set_title(f"{title} weights")
 
-    return [
-        partial(draw, star=star, title=title) for star, title in (("principal", "principal"), ("low", "low-magnitude"))
-    ]
+    return [partial(draw, star="principal", title="principal"), partial(draw, star="low", title="low-magnitude")]
 
 
 def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
@@ -234,14 +227,8 @@ def _pairs(pairs: pd.DataFrame) -> list[_Panel]:
         axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 1 else 0, ha="center", fontsize=8)
         axis.set(title=title, xlim=(-0.6, len(labels) - 0.4))
 
+    similarity, masks = f"similarity of updates, K = {' or '.join(map(str, ks))}", "Jaccard of masks, at equal norm"
     return [
-        partial(
-            draw,
-            title=f"similarity of updates, K = {' or '.join(map(str, ks))}",
-            column="sim_right_K{k}",
-            null="sim_right_random_K{k}",
-        ),
-        partial(
-            draw, title="Jaccard of masks, at equal norm", column="jaccard_matched", null="jaccard_permuted_matched"
-        ),
+        partial(draw, title=similarity, column="sim_right_K{k}", null="sim_right_random_K{k}"),
+        partial(draw, title=masks, column="jaccard_matched", null="jaccard_permuted_matched"),
     ]

@@ -21,15 +21,14 @@ _ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
 _NO_CHECKPOINT = "no checkpoint"
 
 
-def open_all(base: Source, path: Source | Sequence[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
-    """Open a base and one or more checkpoints after it; models of the hub are fetched first.
+def open_all(base: Source, path: Iterable[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """Open a base and the checkpoints after it; models of the hub are fetched first.
 
     Raises:
         OpdlabError: as :func:`opdlab.models.checkpoints.open_checkpoint` does, or if a model cannot be fetched.
     """
-    several: Sequence[Any] = path if isinstance(path, (list, tuple)) else [path]
     opened = _open(base)
-    return opened, tuple(_open(source, opened) for source in several)
+    return opened, tuple(_open(source, opened) for source in path)
 
 
 def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:

@@ -152,6 +152,8 @@ def measured(
     ends = len(job.path)
     if not ends or (processes is not None and processes < 1):
         raise OpdlabError(f"there are {ends} checkpoints and {processes} processes; expected one or more of both")
+    if job.steps != tuple(sorted(set(job.steps))):
+        raise OpdlabError(f"path has the steps {list(job.steps)}; expected them ascending, none twice")
     _check_device(job.device)
     sizes = _sizes(job)
     matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
@@ -185,9 +187,8 @@ def _sizes(job: Job) -> dict[str, int]:
 
 def _check_device(device: str) -> None:
     try:
-        usable = torch.device(device).type in ("cpu", "cuda")
-        torch.empty(0, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError):
+        usable = torch.empty(0, dtype=torch.float64, device=device).device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError, TypeError):  # the last where there is no float64, as on "mps"
         usable = False
     if not usable:
         raise OpdlabError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU")

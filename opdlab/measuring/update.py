@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
@@ -80,37 +80,6 @@ def measure(
     if out:
         (out / "job.json").unlink(missing_ok=True)
     raise OpdlabError(f"{origin.path} and {path[-1].path} hold the same weights: there is no update to measure")
-
-
-def measure_update(
-    base: Source,
-    path: Sequence[tuple[int, Source]],
-    *,
-    seed: int = 0,
-    blocks: Collection[str] | None = None,
-    trajectory_blocks: Collection[str] | None = None,
-    device: str = "cpu",
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure chosen matrices as :func:`measure` does, in this process, and return the tables of an :class:`Update`.
-
-    Args:
-        base: the checkpoint before.
-        path: (step, checkpoint after) in ascending order of steps; the last is the end of the update.
-        seed: of the nulls.
-        blocks: of the tensors in the table, such as attention (:func:`opdlab.geometry.describe`); by default all.
-        trajectory_blocks: of those, what is followed over the steps; by default all if there are several, or else none.
-        device: where to compute.
-
-    Raises:
-        OpdlabError: on bad input, naming the tensor or file.
-    """
-    steps = [step for step, _ in path]
-    if steps != sorted(set(steps)):
-        raise OpdlabError(f"path has the steps {steps}; expected them ascending, none twice")
-    origin, ends = open_all(base, [source for _, source in path])
-    job = Job(origin, ends, tuple(steps), seed, blocks=blocks, trajectory_blocks=trajectory_blocks, device=device)
-    with measured(job, processes=1) as tables:
-        return tables
 
 
 class Shown(ABC):

@@ -20,7 +20,7 @@ from opdlab.models.foreign import refuse_quantised, refuse_tensors
 from opdlab.models.formats import read_json, stored_pieces
 from opdlab.models.lora import with_adapter
 from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_names, split_all
-from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_stored
+from opdlab.models.pieces import FLOATS, Checkpoint, Piece
 
 # Constants that older models store alongside their weights.
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
@@ -88,23 +88,23 @@ def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Che
             left_out[plain] = f"a buffer of {piece.dtype}, not a weight"
     if not pieces:
         raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
-    head, embedding = next((name for name in pieces if canonical_name(name) == HEAD), None), embedding_of(pieces)
-    if head and embedding and _same(pieces[head], pieces[embedding]):
-        del pieces[head]
-        left_out[head] = "a copy of the embedding"
     return _checkpoint(path, pieces, config, left_out)
+
+
+def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict, left_out: dict[str, str]) -> Checkpoint:
+    head, embedding = next((name for name in whole if canonical_name(name) == HEAD), None), embedding_of(whole)
+    if head and embedding and _same(whole[head], whole[embedding]):
+        whole = {name: piece for name, piece in whole.items() if name != head}
+        left_out = left_out | {head: "a copy of the embedding"}
+    pieces = dict(sorted(split_all(whole, config).items(), key=lambda item: _natural(item[0])))
+    return Checkpoint(path, pieces, whole, config, left_out)
 
 
 def _same(one: Piece, other: Piece) -> bool:
     # Transformers ties a head to the embedding only where they are equal. The first rows nearly always tell.
     return (one.shape, one.dtype) == (other.shape, other.dtype) and all(
-        torch.equal(*(read_stored(piece.file, piece.stored, row) for piece in (one, other))) for row in (0, None)
+        torch.equal(one.rows(0, rows).read(), other.rows(0, rows).read()) for rows in (1, one.shape[0])
     )
-
-
-def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict, left_out: dict[str, str]) -> Checkpoint:
-    pieces = dict(sorted(split_all(whole, config).items(), key=lambda item: _natural(item[0])))
-    return Checkpoint(path, pieces, whole, config, left_out)
 
 
 def _natural(name: str) -> list:

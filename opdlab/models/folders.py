@@ -133,11 +133,6 @@ def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def chat_template(folder: Path | str) -> str:
-    """Return the chat template of the tokenizer in ``folder``, or "" if it has none."""
-    return str(load_tokenizer(folder).chat_template or "")
-
-
 def save_model(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path
 ) -> None:
@@ -192,7 +187,8 @@ def common_tokens(
     models: Sequence[transformers.PreTrainedModel], tokenizer: transformers.PreTrainedTokenizerBase
 ) -> int:
     """Return how many logits are of tokens: families such as Qwen2.5 pad their vocabularies, larger models further."""
-    return min(max(tokenizer.get_vocab().values()) + 1, *(_logits(model) for model in models))
+    logits = [model.config.get_text_config().vocab_size for model in models]
+    return min(max(tokenizer.get_vocab().values()) + 1, *logits)
 
 
 def cut_vocabulary(
@@ -201,9 +197,5 @@ def cut_vocabulary(
     """Leave the logits of models without those that are no token of all, in place. The weights stay as they are."""
     count = common_tokens(models, tokenizer)
     for model in models:
-        if _logits(model) > count:
+        if model.config.get_text_config().vocab_size > count:
             model.get_output_embeddings().register_forward_hook(lambda layer, given, logits: logits[..., :count])
-
-
-def _logits(model: transformers.PreTrainedModel) -> int:
-    return model.config.get_text_config().vocab_size

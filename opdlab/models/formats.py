@@ -87,8 +87,6 @@ def stored_pieces(path: Path) -> dict[str, Piece]:
             pieces[name] = Piece(file, name, shape, dtype)
     for name in weight_map.keys() - pieces.keys():
         raise OpdlabError(f"{path / weight_map[name]} lacks {name}, which the index says it has: fetch that file again")
-    if not pieces:
-        raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
     return pieces
 
 
@@ -99,12 +97,8 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"], {}
     if index.is_file():
-        weight_map = read_json(index).get("weight_map") or {}
-        if (
-            not weight_map
-            or not isinstance(weight_map, dict)
-            or not all(isinstance(name, str) for name in weight_map.values())
-        ):
+        weight_map = read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
             raise OpdlabError(f"{index} has no weight_map from tensors to files: restore it")
         if outside := [name for name in weight_map.values() if re.search(r"[/\\]|^\.\.$", name)]:
             raise OpdlabError(f"{index} names a file outside its folder, {outside[0]}: fetch it again from who made it")

@@ -103,7 +103,6 @@ def _check_plain(folder: Path, base: Path | str, config: dict) -> None:
 def _updated(
     module: str, name: str, parts: dict[str, Piece], origin: Piece | None, base: Checkpoint, config: dict
 ) -> Piece:
-    """Return the weight of a module with its update added."""
     first = min(parts)
     kind, file = first[:-1], parts[first].file
     assert isinstance(file, Path)

@@ -1,15 +1,18 @@
 """Names of weights: one for each matrix, whatever wrapped the model, named its parts or fused its projections.
 
-One table serves all naming schemes of transformers 4 and 5, so both sides of a pair meet whichever scheme each has.
+One table, names.toml, serves all naming schemes of transformers 4 and 5, so both sides of a pair meet whichever scheme
+each has.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,32 +31,9 @@ HEAD = "lm_head.weight"
 # What holds the language model, and how the names of its parts begin where nothing does.
 _HOLDERS = re.compile(r"^(?:(?:model|language_model|text_model|llm|thinker|backbone)\.)+")
 _BARE = {"model.": re.compile(r"(?:layers|embed_tokens|norm)\."), "transformer.": re.compile(r"(?:h|wte|wpe|ln_f)\.")}
-# What is called otherwise in some families or versions: a pattern, and what stands for it here.
-_RENAMED = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^embed_out\.", "lm_head."),
-        (r"^(vision_tower|visual)\.vision_model\.", r"\1."),
-        (r"\.block_sparse_moe\.", ".mlp."),
-        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
-        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
-        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
-        (r"\.mlp\.experts\.fc1\.weight$", ".mlp.experts.gate_up_proj"),
-        (r"\.mlp\.experts\.fc2\.weight$", ".mlp.experts.down_proj"),
-        (r"\.mlp\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
-        (r"\.mlp\.output_linear\.weight$", ".mlp.experts.down_proj"),
-        (r"\.shared_mlp\.input_linear\.", ".shared_mlp.gate_up_proj."),
-        (r"\.shared_mlp\.output_linear\.", ".shared_mlp.down_proj."),
-        (r"\.mlp\.router\.(?:layer\.|gate\.)?(weight|bias)$", r".mlp.gate.\1"),
-    )
-)
-
-# Families that store weights as (input, output): all linear layers, or the stacks of experts.
-_TRANSPOSED, _TRANSPOSED_EXPERTS = ("gpt2", "openai-gpt"), ("gpt_oss", "llama4_text", "aria_text")
-# Families with query, key and value in one tensor: all queries, all keys, all values; or those of a group of heads,
-# then those of the next, where each group shares one key and one value.
-_IN_BLOCKS = ("phi3", "phi4_multimodal", "gpt2", "openai-gpt", "mpt", "dbrx", "chatglm")
-_IN_GROUPS = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "falcon", "gpt_bigcode", "internlm2")
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_RENAMED = {re.compile(pattern): name for pattern, name in _TABLE["renamed"].items()}
+_FAMILIES: dict[str, list[str]] = _TABLE["families"]
 _QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
@@ -92,7 +72,7 @@ def canonical_name(name: str) -> str:
     else:
         begins = "model." if bare != name else ""
         name = (begins or next((begins for begins, called in _BARE.items() if called.match(bare)), "")) + bare
-    for pattern, instead in _RENAMED:
+    for pattern, instead in _RENAMED.items():
         name = pattern.sub(instead, name)
     return name
 
@@ -139,7 +119,8 @@ def split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
 
 def is_turned(name: str, config: dict) -> bool:
     """Return whether a model stores a weight as (input, output)."""
-    return config.get("model_type") in _TRANSPOSED and name.split(".")[-2:-1] in (["c_fc"], ["c_proj"], ["c_attn"])
+    linear = name.split(".")[-2:-1] in (["c_fc"], ["c_proj"], ["c_attn"])
+    return linear and config.get("model_type") in _FAMILIES["transposed"]
 
 
 def _mtp(name: str, config: dict) -> str:
@@ -158,7 +139,7 @@ def _of_experts(name: str, parent: str, module: str, piece: Piece, config: dict)
     if hidden not in (out, into):
         yield name, piece
         return
-    turned = out != hidden or (into == hidden and config.get("model_type") in _TRANSPOSED_EXPERTS)
+    turned = out != hidden or (into == hidden and config.get("model_type") in _FAMILIES["transposed_experts"])
     for i in range(count):
         expert = replace(piece, shape=(rows, cols), index=i)
         if turned:
@@ -172,7 +153,8 @@ def _parts(name: str, parent: str, module: str, piece: Piece, config: dict) -> I
     names: tuple[str, ...] = tuple(f"{part}_proj" for part in "qkv")
     if module == "gate_up_proj":
         half, names = _divide(name, rows, 2), ("gate_proj", "up_proj")
-        takes = _alternate(half, 2) if config.get("model_type") == "gpt_oss" else _blocks(half, half)
+        alternates = config.get("model_type") in _FAMILIES["alternating"]
+        takes = _groups(half, 1, 1) if alternates else _blocks(half, half)
     elif module in ("qkv", "in_proj_weight"):  # of vision towers, and of torch's own attention
         takes = _blocks(*[_divide(name, rows, 3)] * 3)
     elif module in _QKV:
@@ -205,11 +187,6 @@ def _groups(count: int, *sizes: int) -> list[_Take]:
     ]
 
 
-def _alternate(size: int, count: int) -> list[_Take]:
-    """Take every ``count``-th row."""
-    return _groups(size, *[1] * count)
-
-
 def _of_groups(tensor: Tensor, count: int, start: int, size: int) -> Tensor:
     return tensor.reshape(count, -1, tensor.shape[1])[:, start : start + size].reshape(-1, tensor.shape[1])
 
@@ -220,17 +197,16 @@ def _of_attention(name: str, rows: int, config: dict) -> list[_Take]:
     heads = next((config[key] for key in counts if config.get(key)), None)
     if not heads:
         raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
-    if family not in _IN_BLOCKS + _IN_GROUPS:
+    if family not in _FAMILIES["in_blocks"] + _FAMILIES["in_groups"]:
         return []
     groups = _key_heads(config, heads)
     width = _divide(name, rows, heads + 2 * groups)
-    if family in _IN_BLOCKS:
+    if family in _FAMILIES["in_blocks"]:
         return _blocks(heads * width, groups * width, groups * width)
     return _groups(groups, heads // groups * width, width, width)
 
 
 def _key_heads(config: dict, heads: int) -> int:
-    """Return the number of heads of the keys."""
     if config.get("model_type") == "falcon" and config.get("new_decoder_architecture"):
         return config.get("num_kv_heads") or heads
     if config.get("multi_query"):

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import chat_template
+from opdlab.models.folders import load_tokenizer
 from opdlab.training.arms import Arm, Projection, changed_fields
 from opdlab.training.tasks import Task
 
@@ -136,7 +136,8 @@ class Experiment:
         }  # fmt: skip
         # Named only where it is not as usual, so that a new kind of entry leaves older records valid.
         if self.task.chat and arm.student.folder:
-            config["template"] = hashlib.sha256(chat_template(arm.student.folder).encode()).hexdigest()[:8]
+            template = str(load_tokenizer(arm.student.folder).chat_template or "")
+            config["template"] = hashlib.sha256(template.encode()).hexdigest()[:8]
         if self.evaluation_samples != 1:
             config["evaluation_samples"] = self.evaluation_samples
         if self.compute.dtype != "float32":

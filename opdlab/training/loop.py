@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
@@ -17,7 +16,7 @@ from opdlab.models.folders import save_model, with_weights
 from opdlab.processes import cpu_threads
 from opdlab.training.config import Experiment
 from opdlab.training.opening import load_student
-from opdlab.training.store import Run
+from opdlab.training.store import Run, alone
 from opdlab.training.trainer import Trainer
 
 # Seconds between two checkpoints: what a kill can cost. But saving takes a twentieth of the time at most.
@@ -54,7 +53,7 @@ def train(
     run = Run(experiment, root, folder)
     with cpu_threads(experiment.compute.threads):
         trainer = None if run.finished else Trainer(experiment)  # before the run has a folder: it may be refused
-        with run.alone() if trainer else nullcontext():
+        with alone(run.folder) if trainer else nullcontext():
             if not trainer or run.finished:  # perhaps by a process that has just ended
                 run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
                 on_steps(run.steps)
@@ -93,7 +92,7 @@ def _go_on(
     # The laboratory's rewards are 0 or 1; one's own may be of any size.
     name, written = ("reward", ".3g") if experiment.task.data else ("accuracy", ".0%")
     shown = {name: "?"}
-    evaluations, begin = run.config["evaluations"], experiment.begin
+    evaluations, projection = run.config["evaluations"], experiment.arm.projection
 
     def evaluate(step: int) -> None:
         found = trainer.evaluate(step) if step else _at_origin(run, trainer)
@@ -104,8 +103,10 @@ def _go_on(
         evaluate(done)
     saved, took = time.monotonic(), 0.0
     for step in range(done, run.steps):
-        if begin is not None and step >= begin and trainer.projector is None:
-            trainer.project(_source_weights(run), at_start=step == begin)
+        if projection and trainer.projector is None and step >= run.config["projection"]["begin"]:
+            whose = train(projection.source, run.root) if projection.source else run
+            directions = whose.snapshot(run.config["projection"]["step"])
+            trainer.project(directions, at_start=step == run.config["projection"]["begin"])
         line = trainer.step(step)
         done = step + 1
         run.append("history", line)
@@ -136,14 +137,6 @@ def _at_origin(run: Run, trainer: Trainer) -> dict:
     except OpdlabError:  # It is missing, or damaged.
         write_json(path, trainer.evaluate(0))
     return read_json(path, remedy)
-
-
-def _source_weights(run: Run) -> dict[str, Tensor]:
-    """Return the weights whose update gives the directions of a projected run: its own, or those of another run."""
-    projection = run.experiment.arm.projection
-    assert projection, "only projected runs ask for directions"
-    source = projection.source
-    return (train(source, run.root) if source else run).snapshot(run.config["projection"]["step"])
 
 
 def install_model(run: Run, folder: Path, dtype: str = "float32") -> Path:

@@ -127,7 +127,8 @@ def check_passes(model: Model, title: str, prompts: Sequence[list[int]]) -> None
     try:
         pairs = zip([first, first, second, second], rollouts.completions, strict=True)
         alone = [_logps(model(torch.tensor([p + c], device=model.device)).logits[0, len(p) - 1 : -1]) for p, c in pairs]
-        differences = [_difference(found, alone[i][t]) for i, t, found in _in_batches(model, rollouts)]
+        found = ((logps, alone[i][t]) for i, t, logps in _in_batches(model, rollouts))
+        differences = [((logps - right).abs() / (1 + right.abs())).mean() for logps, right in found]
     except Exception as problem:  # of whatever is in the model's code
         raise OpdlabError(f"{what} cannot read a batch ({problem}): {only}") from problem
     if not torch.cat(alone).isfinite().all():
@@ -155,10 +156,6 @@ def _in_batches(model: Model, rollouts: Rollouts) -> Iterator[tuple[int, int, Te
         going = lengths[sampling.alive] > t + 1
         if going.any():
             sampling.read(torch.tensor([rollouts.completions[i][t] for i in alive], device=model.device), going, t)
-
-
-def _difference(found: Tensor, alone: Tensor) -> Tensor:
-    return ((found - alone).abs() / (1 + alone.abs())).mean()
 
 
 def _logps(logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -110,10 +110,6 @@ class Run:
     def state_path(self, step: int) -> Path:
         """Return the file with the whole state of training after ``step`` updates, kept where other runs branch off."""
         return self.folder / "states" / f"step-{step:06d}.safetensors"
-
-    def alone(self) -> AbstractContextManager[None]:
-        """Return the context to train in (:func:`alone`)."""
-        return alone(self.folder)
 
     def begin(self, device: torch.device) -> None:
         """Write what the run is; of one that was killed before its first checkpoint nothing counts, not even step 0."""

@@ -147,7 +147,7 @@ class Trainer:
         """Return the completions of a step, and their rewards (B,) if a student wrote them."""
         recipe, seed = self.recipe, self.experiment.seed
         prompts = self.task.prompts(recipe.prompts, random_numbers(seed, "prompts", step))
-        texts = self.texts(prompts)
+        texts = self.task.texts(self.tokenizer, prompts)
         if self.writer is None:
             room = context_length(self.student.config) - self.experiment.max_new_tokens
             authors = random_numbers(seed, "authors", step)
@@ -163,10 +163,6 @@ class Trainer:
         if self.writer is self.teacher or by_teacher:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
-
-    def texts(self, prompts: Sequence[str]) -> list[str]:
-        """Return prompts as the models read them (:meth:`opdlab.training.tasks.Task.texts`)."""
-        return self.task.texts(self.tokenizer, prompts)
 
     def _gradients(
         self, step: int, rollouts: Rollouts, advantages: Tensor | None
@@ -362,7 +358,7 @@ class Trainer:
         """Sample completions for each prompt of an evaluation."""
         how: dict[str, Any] = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": temperature}
         how |= {"samples": samples} | {"generator": torch_generator(random_numbers(0, "evaluation rollouts", 0))}
-        return sample(student, self.tokenizer, self.texts(prompts), **how)
+        return sample(student, self.tokenizer, self.task.texts(self.tokenizer, prompts), **how)
 
     @torch.no_grad()
     def distance_to_teacher(self, rollouts: Rollouts) -> dict:

@@ -30,13 +30,11 @@ from opdlab.models.files import sync, write_text, write_whole
 from opdlab.models.folders import common_tokens, context_length, load_model
 from opdlab.training.config import Experiment
 from opdlab.training.objectives import grpo_advantages
-from opdlab.training.opening import drop_nothing, encode_alike, load_student
+from opdlab.training.opening import Model, Tokenizer, drop_nothing, encode_alike, load_student
 from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
 from opdlab.training.store import alone
 from opdlab.training.trainer import random_numbers, score
 
-Model = transformers.PreTrainedModel
-Tokenizer = transformers.PreTrainedTokenizerBase
 #: Given the trainer, the folder of its run and the steps of the snapshots, returns a callback that writes them.
 Callback = Callable[[transformers.Trainer, Path, tuple[int, ...]], transformers.TrainerCallback]
 #: Turns prompts into token ids.

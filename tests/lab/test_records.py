@@ -31,7 +31,7 @@ from opdlab.lab.records import (
 )
 from opdlab.lab.scales import SMOKE
 from opdlab.lab.scheduler import all_models, build, compare, end_figures, missing_records, plan
-from opdlab.measuring.update import measure_update
+from opdlab.measuring.tensors import Job, measured
 from opdlab.training.config import config_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,16 +124,17 @@ def test_records_of_some_seeds_are_those_that_are_loaded_alone(records):
 
 def test_a_record_reads_back_what_was_measured(kept):
     run, experiment = kept.run("opd", 0), kept.experiment("opd", 0)
-    steps = [(step, run.snapshot(step)) for step in experiment.kept[1:]]
-    measured, _ = measure_update(run.snapshot(0), steps, seed=0, blocks=("attention", "mlp"))
+    origin, *ends = map(run.snapshot, experiment.kept)
+    with measured(Job(origin, ends, experiment.kept[1:], blocks=("attention", "mlp"))) as (matrices, _):
+        pass
     read = read_tables(kept.records / "opd")
     assert list(read["history"].query("seed == 0")["step"]) == list(range(1, run.steps + 1))
     # What follows from name and shape of a matrix is not stored, and is there again when it is read.
     header = (kept.records / "opd" / "matrices.csv").read_text().splitlines()[0].split(",")
-    assert not set(DERIVED) & set(header) and set(DERIVED) <= set(measured.columns)
+    assert not set(DERIVED) & set(header) and set(DERIVED) <= set(matrices.columns)
     again = read["matrices"].query("seed == 0").reset_index(drop=True)
-    assert set(again) == {"arm", "seed", *measured}
-    pd.testing.assert_frame_equal(again[list(measured)], measured, rtol=1e-6, check_dtype=False)
+    assert set(again) == {"arm", "seed", *matrices}
+    pd.testing.assert_frame_equal(again[list(matrices)], matrices, rtol=1e-6, check_dtype=False)
     row = read_index(kept.records).query("arm == 'opd' and seed == 0").iloc[0]
     assert (row["key"], row["student"]) == (experiment.key, experiment.config["student"])
     assert row["recipe.steps"] == run.steps and row["arm.loss"] == "opd_sampled"

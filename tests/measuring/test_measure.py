@@ -18,7 +18,8 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import means
 from opdlab.lab.records import read_tables
 from opdlab.measuring.compare import compare
-from opdlab.measuring.update import load_update, measure, measure_update
+from opdlab.measuring.tensors import Job, measured
+from opdlab.measuring.update import load_update, measure
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.folders import load_model
 
@@ -63,19 +64,25 @@ def test_every_row_says_with_which_resolution(anchor):
     assert rows["mask_rank"].tolist() == [resolution.mask_rank for resolution in expected]
 
 
+def tables_of(w0s, path, **options):
+    steps, ends = zip(*path, strict=True)
+    with measured(Job(w0s, ends, steps, **options), processes=1) as tables:
+        return tables
+
+
 def test_the_program_gives_the_numbers_of_the_functions(pair):
     w0s, w1s = (weights_of(path, torch.float32) for path in pair)
     halfway = {name: (w0s[name] + w1s[name]) / 2 for name in w0s}
     path = [(3, halfway), (8, w1s)]
-    table, trajectory = measure_update(w0s, path, seed=4, blocks=LAYERS, trajectory_blocks=("attention",))
+    table, trajectory = tables_of(w0s, path, seed=4, blocks=LAYERS, trajectory_blocks=("attention",))
     pd.testing.assert_frame_equal(table, g.measure_pair(w0s, w1s, seed=4), check_exact=True)
     whole = g.measure_trajectory(w0s, path, seed=4)
     attention = whole[whole["block"] == "attention"].reset_index(drop=True)
     pd.testing.assert_frame_equal(trajectory, attention, check_exact=True, check_like=True)
-    _, alone = measure_update(w0s, [(8, w1s)], blocks=LAYERS, trajectory_blocks=LAYERS)
+    _, alone = tables_of(w0s, [(8, w1s)], blocks=LAYERS, trajectory_blocks=LAYERS)
     assert set(alone["step"]) == {8} and len(alone) == 14
     with pytest.raises(OpdlabError, match=r"path has the steps \[8, 3\]; expected them ascending"):
-        measure_update(w0s, path[::-1])
+        tables_of(w0s, path[::-1])
 
 
 def test_an_update_is_the_same_in_every_form(pair, tmp_path, monkeypatch):

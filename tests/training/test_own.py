@@ -165,16 +165,16 @@ def test_sft_opd_and_rlvr_follow_each_other(models, tmp_path):
 
 def test_the_models_read_prompts_through_the_chat_template(models, tmp_path):
     trainer = Trainer(make_experiment(ol.rlvr(models / "student"), task_of(), steps=1, learning_rate=1e-3))
-    assert trainer.texts(["cab"]) == ["<|user|>cab<|model|>"]
+    assert trainer.task.texts(trainer.tokenizer, ["cab"]) == ["<|user|>cab<|model|>"]
     rollouts, _ = trainer.batch(0)
     assert all(
         ids[0] == SPECIAL.index("<|user|>") and ids[-1] == SPECIAL.index("<|model|>") for ids in rollouts.prompts
     )
     plain = Trainer(make_experiment(ol.rlvr(models / "student"), task_of(chat=False), steps=1, learning_rate=1e-3))
-    assert plain.texts(["cab"]) == ["cab"]
+    assert plain.task.texts(plain.tokenizer, ["cab"]) == ["cab"]
     own_model(tmp_path / "no-template", template=None)
     without = make_experiment(ol.rlvr(tmp_path / "no-template"), task_of(), steps=1, learning_rate=1e-3)
-    assert Trainer(without).texts(["cab"]) == ["cab"]
+    assert without.task.texts(Trainer(without).tokenizer, ["cab"]) == ["cab"]
 
 
 def test_rows_come_from_where_they_are(tmp_path):

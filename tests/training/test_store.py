@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +90,10 @@ def test_a_loss_of_power_costs_no_run(opd, lab, copy_of, tmp_path, monkeypatch):
             lost.append(copy_of(lab, tmp_path / str(len(lost))))
             disk.after_power_loss(lost[-1].runs)
 
+    # A checkpoint takes no time, or on a busy machine few would be written: it is looked at before, and twice at, each.
+    clock = (n // 3 for n in count(2))
     with monkeypatch.context() as patch:
+        patch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
         disk = Disk(there.runs, patch)
         disk.after = after
         assert_same(there.train("opd"), opd)
@@ -138,6 +143,7 @@ def test_what_a_killed_process_half_wrote_goes(lab, copy_of, tmp_path):
 def damaged(opd, lab, copy_of, tmp_path):
     """A laboratory with that run, whose files a test may damage."""
     there = copy_of(lab, tmp_path)
+    # Another test may have measured the run, and what has tables is not read again.
     shutil.copytree(opd.folder, there.run("opd").folder, ignore=shutil.ignore_patterns("tables"))
     return there
 
