@@ -19,6 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import pandas as pd
 
 from opdlab.claims.judging import holm
 from opdlab.errors import OpdlabError
-from opdlab.lab.records import Records, nearest, per_run
+from opdlab.lab.records import MASK_PERCENTS, Records, nearest, per_run
 from opdlab.models.files import read_json
 from opdlab.stats import Estimate, Interval, block_estimate, mean_estimate, ratio_interval
 
@@ -42,6 +43,9 @@ _EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 @dataclass(frozen=True)
 class Metric:
     """A number of each run, or one at each snapshot: the mean of a column over matrices.
+
+    The column "principal_position_a30" is where the overlap principal_overlap_a30 lies between the least and the most
+    that counting allows, from 0 to 1; with _share, _ruler or _noise it is that of the random rate and of the nulls.
 
     The column is one of the records' ``matrices``, or of their ``trajectory`` if ``progress`` is given or ``curve`` is
     set. The columns "sampled" and "greedy" (mean reward), "entropy" and "kl_teacher" are those of their
@@ -72,6 +76,8 @@ class Metric:
             OpdlabError: if the records lack the analysis or the column.
         """
         rows = self._rows(records)
+        if "_position_" in self.column:
+            rows = rows.assign(**_positions(rows))
         if self.column not in rows:
             raise OpdlabError(f"the records have no column {self.column!r}: record them again")
         columns = tuple(filter(None, (self.column, self.minus)))
@@ -97,6 +103,20 @@ class Metric:
         for column, entry in (*self.where, *([("block", self.block)] if self.block else ())):
             table = table[table[column] == entry]
         return table
+
+
+def _positions(matrices: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return where an overlap lies between the least and the most that counting allows, from 0 to 1, and its nulls."""
+    found, d = {}, matrices["density"]
+    for mask, percent in product(("principal", "low"), MASK_PERCENTS):
+        share = percent / 100
+        least, most = ((share + d - 1) / d).clip(lower=0), (share / d).clip(upper=1)
+        overlaps = {f"_{null}": matrices.get(f"{mask}_overlap_a{percent}_{null}") for null in ("ruler", "noise")}
+        overlaps |= {"": matrices[f"{mask}_overlap_a{percent}"], "_share": share}
+        for null, overlap in overlaps.items():
+            if overlap is not None:
+                found[f"{mask}_position_a{percent}{null}"] = (overlap - least) / (most - least).where(most > least)
+    return found
 
 
 @dataclass(frozen=True)

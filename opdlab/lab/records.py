@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -176,23 +175,8 @@ def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
     for percent in MASK_PERCENTS:
         share = (percent / 100 * (m * n)).round() / (m * n)
         derived |= {f"principal_share_a{percent}": share, f"low_share_a{percent}": share}
-    derived |= _positions(matrices)
     rounded = pd.DataFrame(derived, index=matrices.index).map(lambda value: float(f"{value:.7g}"))
     return pd.concat([matrices, described, rounded.astype({"parameters": int})], axis=1)
-
-
-def _positions(matrices: pd.DataFrame) -> dict[str, pd.Series]:
-    """Return where an overlap lies between the least and the most that counting allows, from 0 to 1, and its nulls."""
-    found, d = {}, matrices["density"]
-    for mask, percent in product(("principal", "low"), MASK_PERCENTS):
-        share = percent / 100
-        least, most = ((share + d - 1) / d).clip(lower=0), (share / d).clip(upper=1)
-        overlaps = {f"_{null}": matrices.get(f"{mask}_overlap_a{percent}_{null}") for null in ("ruler", "noise")}
-        overlaps |= {"": matrices[f"{mask}_overlap_a{percent}"], "_share": share}
-        for null, overlap in overlaps.items():
-            if overlap is not None:
-                found[f"{mask}_position_a{percent}{null}"] = (overlap - least) / (most - least).where(most > least)
-    return found
 
 
 #: Shares of the entries in the masks, in percent.
