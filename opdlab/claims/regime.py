@@ -13,7 +13,7 @@ from typing import Any
 
 from opdlab.claims.rules import Claim, Contrast, Metric
 
-#: The margins: of ratios, of shares, and of the KL to the teacher in nats per token.
+#: The margins of ratios, of shares, and of the KL to the teacher in nats per token.
 RATIO, SHARE, NATS = log(1.2), 0.05, 0.02
 _RECIPE, _SIZE, _LOCKED = "SFT's own recipe", "the size of the update", "rounding, on an update that is locked"
 

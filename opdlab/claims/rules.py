@@ -55,7 +55,7 @@ class Metric:
     column: str
     minus: str = ""  #: a column that is subtracted run by run, such as a null
     analysis: str = ""  #: the analysis to read instead (opdlab.lab.analyses.ANALYSES)
-    where: tuple[tuple[str, object], ...] = ()  #: what picks the rows of an analysis: (column, entry)
+    where: tuple[tuple[str, object], ...] = ()  #: pairs of a column and its entry, which pick the rows of an analysis
     progress: float | None = None  #: a share of the training; the nearest snapshot is read
     since: float | None = None  #: a share of the training from which the change is taken, instead of the number itself
     curve: bool = False  #: one number at each snapshot from FROM on

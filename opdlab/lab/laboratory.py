@@ -40,7 +40,7 @@ class Laboratory:
     root: Path  #: holds data/models, data/records and runs
     arms: Mapping[str, NamedArm] = field(default_factory=lambda: dict(ARMS), repr=False)
     tasks: Mapping[str, Task] = field(default_factory=lambda: dict(TASKS), repr=False)
-    #: The digests, by name, of the claims that a record is made to judge: it says which they were at that time.
+    #: The digests of the claims that a record is made to judge, by name, since they may be changed afterwards.
     claims: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod

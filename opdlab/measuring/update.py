@@ -115,7 +115,7 @@ class Update(Shown):
     trajectory: pd.DataFrame  #: one row per step and matrix; empty if there is one checkpoint only
     seed: int  #: of the nulls
     device: str  #: where it was measured
-    left_out: tuple[LeftOut, ...] = ()  #: the tensors that were not measured, or that are in no mean: name, why, share
+    left_out: tuple[LeftOut, ...] = ()  #: what was not measured, or is in no mean, with the reason and its share
     said: tuple[str, ...] = ()  #: of how the checkpoints were chosen and ordered
 
     @property

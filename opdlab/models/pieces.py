@@ -57,7 +57,7 @@ class Checkpoint:
     #: The tensors as stored, with fused projections whole; an adapter is added to these.
     whole: dict[str, Piece] = field(repr=False)
     config: dict = field(repr=False)
-    #: What reading left out, by name: why.
+    #: The reason for each tensor that reading left out, by its name.
     left_out: dict[str, str] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:

@@ -108,7 +108,7 @@ class Experiment:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The steps whose weights are kept: 0, those of ``snapshots``, where a projection begins, and the last.
+        """The steps whose weights are kept, which are 0, those in ``snapshots``, a projection's start and the last.
 
         Of a model that starts from random weights only the last.
         """

@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from opdlab.training.config import Experiment
 
 Model = transformers.PreTrainedModel
-Tokenizer = transformers.PreTrainedTokenizerBase
 #: Of two prompts so many tokens are read, each followed by so many of both.
 PROMPT, COMPLETION = 32, 8
 
 
-def load_student(experiment: Experiment, device: torch.device | str = "cpu") -> tuple[Tokenizer, Model]:
+def load_student(
+    experiment: Experiment, device: torch.device | str = "cpu"
+) -> tuple[transformers.PreTrainedTokenizerBase, Model]:
     """Return the tokenizer and the model that a run starts from."""
     source = experiment.arm.student
     if source.shape:
@@ -47,7 +48,7 @@ def load_student(experiment: Experiment, device: torch.device | str = "cpu") -> 
 
 def open_models(
     experiment: Experiment, prompts: list[str], device: torch.device, dtype: torch.dtype
-) -> tuple[Tokenizer, Model, Any]:
+) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any]:
     """Return tokenizer, student and teacher (or None) of a run, once they have read some prompts of its task rightly.
 
     The student is in float32, and the teacher in ``dtype``, that of the passes: nothing is learned there, so nothing is
@@ -73,8 +74,12 @@ def open_models(
     return tokenizer, student, teacher
 
 
-def encode_alike(experiment: Experiment, tokenizer: Tokenizer, prompts: list[str], room: int) -> list[list[int]]:
-    """Return prompts as the student's token ids (:func:`encode_prompts`), once they are known to be the teacher's too.
+def encode_alike(
+    experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase, prompts: list[str], room: int
+) -> list[list[int]]:
+    """Return prompts as the student's token ids, once they are known to be the teacher's too.
+
+    They are those of :func:`opdlab.training.rollouts.encode_prompts`.
 
     Raises:
         OpdlabError: if the two differ in vocabulary, in ends, or in the tokens that they read a prompt as.

@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 from importlib import import_module
 from operator import add
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from opdlab.models.files import sync, write_text, write_whole
 from opdlab.models.folders import common_tokens, context_length, load_model
 from opdlab.training.config import Experiment
 from opdlab.training.objectives import grpo_advantages
-from opdlab.training.opening import Model, Tokenizer, drop_nothing, encode_alike, load_student
+from opdlab.training.opening import Model, drop_nothing, encode_alike, load_student
 from opdlab.training.rollouts import Rollouts, encode_completions, encode_prompts
 from opdlab.training.store import alone
 from opdlab.training.trainer import random_numbers, score
@@ -105,7 +104,9 @@ def _make_trainer(
     return trainer
 
 
-def _open(experiment: Experiment, taught: bool, dtype: torch.dtype) -> tuple[Tokenizer, Model, Any, Encode]:
+def _open(
+    experiment: Experiment, taught: bool, dtype: torch.dtype
+) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any, Encode]:
     """Return tokenizer, student and teacher (or None), made ready for TRL, and what turns prompts into token ids."""
     arm, task = experiment.arm, experiment.task
     tokenizer, student = load_student(experiment)
@@ -142,7 +143,7 @@ def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
     layer.register_buffer("bias", bias, persistent=False)
 
 
-def library_of(name: str) -> ModuleType:
+def library_of(name: str) -> Any:
     """Return the part of TRL with the trainer called ``name``, a value of :data:`opdlab.training.trl.TRAINERS`."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     return import_module("trl.experimental.iw_opd" if name == "IWOPD" else "trl")
@@ -157,7 +158,7 @@ def _for_vllm(student: Model, folder: Path) -> Path:
     return folder
 
 
-def _trainer_class(library: ModuleType, name: str, experiment: Experiment, encode: Encode) -> type:
+def _trainer_class(library: Any, name: str, experiment: Experiment, encode: Encode) -> type:
     """Return TRL's trainer, with what opdlab must have otherwise."""
     recipe = experiment.recipe
     trainer: Any = getattr(library, f"{name}Trainer")
@@ -247,7 +248,9 @@ class _Steps(transformers.TrainerCallback):
             drop_checkpoints(self.folder, kept=state.global_step)
 
 
-def _rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, encode: Encode, done: int = 0) -> Any:
+def _rows(
+    experiment: Experiment, trainer: str, tokenizer: transformers.PreTrainedTokenizerBase, encode: Encode, done: int = 0
+) -> Any:
     """Return the ``datasets.Dataset``: the prompts of the step after ``done`` as opdlab's loop sees them, and so on.
 
     A row is drawn when it is asked for: a prompt, repeated for all trainers but GRPO as often as it is sampled; or for
@@ -275,7 +278,7 @@ def _rows(experiment: Experiment, trainer: str, tokenizer: Tokenizer, encode: En
     return datasets.Dataset.from_dict({"number": range(done * a_step, recipe.steps * a_step)}).with_transform(draw)
 
 
-def _reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[float]]:
+def _reward(experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase) -> Callable[..., list[float]]:
     """Return the reward function that ``GRPOTrainer`` calls: the task's, and 0 for a completion that did not end."""
 
     def accuracy(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -284,7 +287,9 @@ def _reward(experiment: Experiment, tokenizer: Tokenizer) -> Callable[..., list[
     return accuracy
 
 
-def _collate(tokenizer: Tokenizer, encode: Encode, examples: list[dict[str, str]]) -> dict[str, Tensor]:
+def _collate(
+    tokenizer: transformers.PreTrainedTokenizerBase, encode: Encode, examples: list[dict[str, str]]
+) -> dict[str, Tensor]:
     """Make a batch of rows for ``IWOPDTrainer``, which by itself would write prompts by a chat template."""
     encoded = tokenizer.pad({"input_ids": encode([example["prompt"] for example in examples])}, return_tensors="pt")
     return {"prompts": encoded.input_ids, "prompt_attention_mask": encoded.attention_mask} | dict(encoded)
