@@ -29,7 +29,6 @@ VERDICTS = ("reproduced", "explained", "not reproduced", "inconclusive")
 #: Where the paper's number is from. It is printed, in the paper or in a neighbouring one; or said in words, without a
 #: number; or found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
 KNOWN = ("printed", "words", "draft", "secondary")
-_EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,7 @@ class Metric:
         Raises:
             OpdlabError: if the records lack the analysis, or have no such column of the arm.
         """
-        table = records.matrices if self.progress is None else records.trajectory
-        if self.column in _EVALUATED:
-            table = records.evaluations
-        if self.analysis:
-            if self.analysis not in records.analyses:
-                raise OpdlabError(f"the records were loaded without the analysis {self.analysis!r}")
-            table = records.analyses[self.analysis]
+        table = records.table_of(self.column, self.analysis, self.progress is not None)
         rows = table[table["arm"] == arm] if arm else table
         for column, entry in self.where.items():
             rows = rows[rows[column] == entry]

@@ -27,7 +27,7 @@ import pandas as pd
 
 from opdlab.claims.judging import holm
 from opdlab.errors import OpdlabError
-from opdlab.lab.records import MASK_PERCENTS, Records, nearest, per_run
+from opdlab.lab.records import EVALUATED, MASK_PERCENTS, Records, nearest, per_run
 from opdlab.models.files import read_json
 from opdlab.stats import Estimate, Interval, block_estimate, mean_estimate, ratio_interval
 
@@ -37,7 +37,6 @@ VERDICTS = ("reproduced", "seen", "explained", "uninformative", "not reproduced"
 FROM = 0.05
 #: The level of every test.
 LEVEL = 0.05
-_EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Metric:
             raise OpdlabError(f"the records have no column {self.column!r}: record them again")
         columns = tuple(filter(None, (self.column, self.minus)))
         runs = per_run(rows, columns) if "block" in rows else rows
-        if self.progress is not None or self.column in _EVALUATED:
+        if self.progress is not None or self.column in EVALUATED:
             runs = nearest(runs, 1.0 if self.progress is None else self.progress)
         table = runs.pivot_table(index="seed", columns="arm", values=list(columns))
         if self.log:
@@ -93,13 +92,7 @@ class Metric:
         return found.dropna(axis="columns", how="all")
 
     def _rows(self, records: Records) -> pd.DataFrame:
-        table = records.matrices if self.progress is None else records.trajectory
-        if self.column in _EVALUATED:
-            table = records.evaluations
-        if self.analysis:
-            if self.analysis not in records.analyses:
-                raise OpdlabError(f"the records were loaded without the analysis {self.analysis!r}")
-            table = records.analyses[self.analysis]
+        table = records.table_of(self.column, self.analysis, self.progress is not None)
         for column, entry in (*self.where, *([("block", self.block)] if self.block else ())):
             table = table[table[column] == entry]
         return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -98,16 +99,24 @@ _MAKERS = (
 _arms: dict[str, NamedArm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 
 
-def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
+def vary(arms: dict[str, NamedArm], parent: str, name: str, label: str, **differences: Any) -> None:
     """Add an arm that is like ``parent`` but for some fields, of the arm itself or of what the book says of it."""
     own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
     models: dict[str, Any] = {key: Model(differences[key]) for key in ("student", "teacher") if key in differences}
-    arm = replace(_arms[parent].arm, **differences | models)
-    _arms[name] = replace(_arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
+    arm = replace(arms[parent].arm, **differences | models)
+    arms[name] = replace(arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
 
 
-def _project(parent: str, name: str, label: str, directions_of: str = "", other_seed: bool = False, **how: Any) -> None:
-    _vary(parent, name, label, projection=Projection(**how), directions_of=directions_of, other_seed=other_seed)
+def project(
+    arms: dict[str, NamedArm], parent: str, name: str, label: str, directions_of: str = "", other_seed: bool = False,
+    **how: Any,
+) -> None:  # fmt: skip
+    """Add an arm that is like ``parent`` but projected; ``how`` are the fields of its projection."""
+    projection = Projection(**how)
+    vary(arms, parent, name, label, projection=projection, directions_of=directions_of, other_seed=other_seed)
+
+
+_vary, _project = partial(vary, _arms), partial(project, _arms)
 
 
 # Variants take a fifth of the steps, enough to learn, and so do the arms that they are compared with.

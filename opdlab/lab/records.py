@@ -37,6 +37,8 @@ from opdlab.training.config import config_key
 from opdlab.training.store import REMEDY, Run
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
+#: Columns of ``evaluations``.
+EVALUATED = ("sampled", "greedy", "entropy", "kl_teacher")
 # Columns of hexadecimal digits, which may look like numbers.
 DIGESTS = ("key", "claims", "weights", "student", "teacher", "data", "template", "projection.run")
 
@@ -62,6 +64,20 @@ class Records:
 
         own = {name: getattr(self, name) for name in (*TABLES, "runs")}
         return Records(**kept(own), analyses=kept(self.analyses))
+
+    def table_of(self, column: str, analysis: str = "", over_steps: bool = False) -> pd.DataFrame:
+        """Return the table that a column is read from.
+
+        Raises:
+            OpdlabError: if it is that of an analysis, and the records were loaded without this.
+        """
+        if analysis:
+            if analysis not in self.analyses:
+                raise OpdlabError(f"the records were loaded without the analysis {analysis!r}")
+            return self.analyses[analysis]
+        if column in EVALUATED:
+            return self.evaluations
+        return self.trajectory if over_steps else self.matrices
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""

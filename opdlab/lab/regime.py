@@ -9,15 +9,16 @@ hidden, and is the anchor. What starts from there takes 300 short steps from wei
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from opdlab.lab.grid import NamedArm
+from opdlab.lab.grid import NamedArm, project, vary
 from opdlab.lab.scales import TINY, Budget, Models, RecordPolicy, Scale
 from opdlab.lab.tasks import RUNNING_SUM, SHORT_TASKS, TASKS, TEACHER_MIXTURE, running_demonstration
-from opdlab.training.arms import Arm, Model, Projection, Tokens
+from opdlab.training.arms import Arm, Model, Tokens
 from opdlab.training.config import Recipe
 from opdlab.training.tasks import Task
 
@@ -77,20 +78,11 @@ _arms = {
 }  # fmt: skip
 
 
-def _vary(parent: str, name: str, label: str, **differences: Any) -> None:
-    own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
-    differences |= {key: Model(differences[key]) for key in ("teacher",) if key in differences}
-    arm = replace(_arms[parent].arm, **differences)
-    _arms[name] = replace(_arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
-
-
-def _project(parent: str, name: str, label: str, directions_of: str = "", other_seed: bool = False, **how: Any) -> None:
-    _vary(parent, name, label, projection=Projection(**how), directions_of=directions_of, other_seed=other_seed)
-
+_vary, _project = partial(vary, _arms), partial(project, _arms)
 
 # The same arms from an anchor that has half learned the skill: there the skill is learned, here it is elicited.
 for _name in ("opd", "opd_full", "rlvr", "sft_matched", "random_signs"):
-    _vary(_name, f"young_{_name}", _arms[_name].label, student=Model("young"))
+    _vary(_name, f"young_{_name}", _arms[_name].label, student="young")
     _arms[f"young_{_name}"] = replace(_arms[f"young_{_name}"], parent="")
 # Which tokens count.
 _vary("opd", "opd_top25", "top 25 %", tokens=Tokens("log-ratio", 0.25))
