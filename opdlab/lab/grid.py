@@ -100,7 +100,15 @@ _arms: dict[str, NamedArm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
 
 
 def vary(arms: dict[str, NamedArm], parent: str, name: str, label: str, **differences: Any) -> None:
-    """Add an arm that is like ``parent`` but for some fields, of the arm itself or of what the book says of it."""
+    """Add an arm that is like another but for some fields.
+
+    Args:
+        arms: what it is added to.
+        parent: the other arm.
+        name: in commands and records.
+        label: in figures.
+        differences: fields of the arm itself, or of what the book says of it.
+    """
     own = {key: differences.pop(key) for key in list(differences) if key in NamedArm.__dataclass_fields__}
     models: dict[str, Any] = {key: Model(differences[key]) for key in ("student", "teacher") if key in differences}
     arm = replace(arms[parent].arm, **differences | models)
@@ -111,7 +119,17 @@ def project(
     arms: dict[str, NamedArm], parent: str, name: str, label: str, directions_of: str = "", other_seed: bool = False,
     **how: Any,
 ) -> None:  # fmt: skip
-    """Add an arm that is like ``parent`` but projected; ``how`` are the fields of its projection."""
+    """Add an arm that is like another but projected.
+
+    Args:
+        arms: what it is added to.
+        parent: the other arm.
+        name: in commands and records.
+        label: in figures.
+        directions_of: the arm whose update gives the directions, if not its own.
+        other_seed: take the directions from the run of the next seed.
+        how: fields of its :class:`~opdlab.training.arms.Projection`.
+    """
     projection = Projection(**how)
     vary(arms, parent, name, label, projection=projection, directions_of=directions_of, other_seed=other_seed)
 
