@@ -82,9 +82,12 @@ def encode_alike(
     They are those of :func:`opdlab.training.rollouts.encode_prompts`.
 
     Raises:
-        OpdlabError: if the two differ in vocabulary, in ends, or in the tokens that they read a prompt as.
+        OpdlabError: if the two differ in vocabulary, in ends, or in the tokens that they read a prompt as, or a chat
+            template ends an answer in another way than its tokenizer.
     """
     task, student, teacher = experiment.task, experiment.arm.student, experiment.arm.teacher
+    if task.chat:
+        check_end(tokenizer, student.folder)
     ours = encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
     if teacher:
         check_same_vocabulary(Path(student.folder), Path(teacher.folder))
@@ -97,6 +100,26 @@ def encode_alike(
                 "the sequence, or make the task with chat=False"
             )
     return ours
+
+
+def check_end(tokenizer: transformers.PreTrainedTokenizerBase, folder: str) -> None:
+    """Check that a chat template ends an answer with the token that ends a completion, if with any.
+
+    Raises:
+        OpdlabError: if it ends with another special token, as those of Gemma and Phi do.
+    """
+    talk = [{"role": role, "content": role.upper()} for role in ("user", "assistant")]
+    try:
+        _, answered, after = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition("ASSISTANT")
+    except Exception:  # whatever the template refuses: it says nothing about an end
+        return
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [token for token in special if answered and after.lstrip().startswith(token)]
+    if ends and tokenizer.eos_token not in ends:
+        raise OpdlabError(
+            f"the chat template of {folder} ends an answer with {max(ends, key=len)!r}, and its tokenizer with "
+            f"{tokenizer.eos_token!r}: set eos_token in its tokenizer_config.json, or make the task with chat=False"
+        )
 
 
 def drop_nothing(model: Model) -> None:

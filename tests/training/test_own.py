@@ -468,6 +468,21 @@ def test_both_read_prompts_by_one_chat_template(models, tmp_path):
         assert ol.train(arm, task_of(chat=False), out=tmp_path / f"plain-{name}", **QUICK).run.finished
 
 
+@pytest.mark.parametrize("after", ["<|user|>", "\n<|user|>\n"])
+def test_an_answer_ends_as_a_completion_does(after, models, tmp_path):
+    """Gemma's template ends a turn with <end_of_turn>, where its tokenizer says <eos>."""
+    answered = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}AFTER{% endfor %}"
+    template = TEMPLATE.replace("{% if", f"{answered}{{% if")
+    wrong = own_model(tmp_path / "wrong", template=template.replace("AFTER", after))
+    right = own_model(tmp_path / "right", template=template.replace("AFTER", after.replace("user", "end")))
+    said = r"^the chat template of .*wrong ends an answer with '<\|user\|>', and its tokenizer with '<\|end\|>': set eos"
+    for arm in (ol.rlvr(wrong), ol.sft(wrong), ol.opd(wrong, models / "teacher")):
+        with pytest.raises(OpdlabError, match=said):
+            ol.train(arm, task_of(), out=tmp_path / "run", **QUICK)
+    assert ol.train(ol.rlvr(right), task_of(), out=tmp_path / "run", **QUICK).run.finished
+    assert ol.train(ol.rlvr(wrong), task_of(chat=False), out=tmp_path / "plain", **QUICK).run.finished
+
+
 def test_a_model_ends_as_its_tokenizer_does(models, tmp_path):
     teacher = shutil.copytree(models / "teacher", tmp_path / "teacher")
     for ends, fine in ((1, True), ([3, 1], True), (3, False), ([2, 3], False)):
