@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import nan
+from typing import Any
 
 import pandas as pd
 
+from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS
+from opdlab.lab.scales import get_scale
 from opdlab.stats import mean_interval
+
+
+def states(*said: Any, at: str = "tiny") -> Any:
+    """Return a paragraph of sentences that state results, for a notebook to show; each has to be true of the records.
+
+    >>> states("Two is more than one.", 2 > 1, "Three is more.", 3 > 2, at="").data
+    'Two is more than one. Three is more.'
+
+    Args:
+        said: sentences in Markdown, each followed by the condition under which it is true.
+        at: the scale whose records the sentences are about. At another scale they are shown as what they say of that
+            one, and nothing is checked; "" stands for sentences that are true at all scales.
+
+    Raises:
+        OpdlabError: if a condition does not hold, with its sentence.
+    """
+    from IPython.display import Markdown  # imported late: only notebooks have it
+
+    pairs = list(zip(said[::2], said[1::2], strict=True))
+    paragraph = " ".join(sentence for sentence, _ in pairs)
+    if at and get_scale().name != at:
+        return Markdown(f"*Not at this scale. At {at}:* {paragraph}")
+    for sentence, holds in pairs:
+        if not bool(holds):
+            raise OpdlabError(f"the records do not say that {sentence!r}: rewrite the sentence, or find out why")
+    return Markdown(paragraph)
 
 
 def answer(values: pd.Series, above: float = 0.0, *, yes: str = "yes", no: str = "no", digits: int = 2) -> str:

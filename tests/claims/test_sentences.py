@@ -3,7 +3,21 @@
 import pandas as pd
 import pytest
 
-from opdlab.claims.sentences import answer, effect_table, list_results, name_arms
+from opdlab.claims.sentences import answer, effect_table, list_results, name_arms, states
+from opdlab.errors import OpdlabError
+
+
+def test_sentences_have_to_be_true(monkeypatch):
+    monkeypatch.setenv("OPDLAB_SCALE", "tiny")
+    assert states("It rises.", True, "It ends high.", 2 > 1).data == "It rises. It ends high."
+    with pytest.raises(OpdlabError, match=r"^the records do not say that 'It ends high.': rewrite the sentence"):
+        states("It rises.", True, "It ends high.", False)
+    with pytest.raises(ValueError):
+        states("It rises.")
+    monkeypatch.setenv("OPDLAB_SCALE", "smoke")
+    assert states("It rises.", False).data == "*Not at this scale. At tiny:* It rises."
+    with pytest.raises(OpdlabError):
+        states("One is two.", False, at="")
 
 
 @pytest.mark.parametrize(
