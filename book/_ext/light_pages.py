@@ -22,6 +22,10 @@ EMPTY_HEADER = re.compile(r"<th\b[^>]*>\s*</th>")
 UNSCOPED_HEADER = re.compile(r"<th(?![^>]*\bscope=)(?=[\s>])")
 # A picture written into the page, and what else is said of it; smaller ones are not worth a request.
 INLINE_PICTURE = re.compile(r'<img ([^>]*?)src="data:image/png;base64,([^"]{4096,})"')
+# A picture whose size is in its style only: until it is fetched, a browser gives it no room.
+SIZED_PICTURE = re.compile(
+    r'<img (?![^>]*\b(?:width|height)=)(?=[^>]*style="width: (\d+)px; height: (\d+)px;)'
+)
 # One icon of Font Awesome's script: its name, its other names, and its drawing.
 ICON = re.compile(
     r'"?([\w-]+)"?:\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\["[^"]*","[^"]*"\])\],?'
@@ -88,6 +92,7 @@ def mend_page(
         return f'<img {picture[1]}{size}loading="lazy" src="{context["pathto"](f"_images/{name}", 1)}"'
 
     body = TABLE.sub(with_scopes, INLINE_PICTURE.sub(as_file, context["body"]))
+    body = SIZED_PICTURE.sub(r'<img width="\1" height="\2" ', body)
     # To a screen reader the entries of a bibliography are no items of a list.
     context["body"] = body.replace(
         'role="list" class="citation-list"', 'class="citation-list"'

@@ -46,6 +46,13 @@ def test_a_picture_in_the_page_becomes_a_file_of_its_size(script, app):
     )
 
 
+def test_a_picture_has_its_room_before_it_is_there(script, app):
+    said = 'alt="curves" src="a.png" style="width: 731px; height: 571px;" />'
+    assert mended(script, app, body=f"<img {said}")["body"] == f'<img width="731" height="571" {said}'
+    for body in (f'<img width="1" {said}', '<img src="a.png" style="width: 50%;" />'):
+        assert mended(script, app, body=body)["body"] == body
+
+
 def test_small_pictures_stay(script, app):
     body = '<img src="data:image/png;base64,AAAA" alt="a dot">'
     assert mended(script, app, body=body)["body"] == body

@@ -251,6 +251,19 @@ def test_links_and_anchors_lead_somewhere(seen, site):
     assert [link for link in seen.links if not leads_somewhere(site, link)] == []
 
 
+def test_the_contents_lead_to_their_sections(page, name):
+    """The last section of a page is at the top once it is asked for, though no figure before it has been fetched."""
+    page.goto(f"/{name}")
+    entries = page.query_selector_all(".bd-sidebar-secondary .page-toc a[href^='#']")
+    for entry in entries[-1:]:
+        target = entry.get_attribute("href")
+        entry.click()
+        page.wait_for_timeout(300)
+        top = page.evaluate("target => document.querySelector(target).getBoundingClientRect().top", f"#{target[1:]}")
+        left = page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY")
+        assert 0 <= top <= 100 or left < 2, f"{target} is {top:.0f} px from the top"
+
+
 def test_maths_is_typeset(seen):
     assert seen.maths["typeset"] == seen.maths["written"]
     assert seen.maths["wrong"] == 0
