@@ -24,7 +24,6 @@ class NamedArm:
     arm: Arm
     parent: str = ""  #: the arm that it is a variant of
     recipe: str = ""  #: a key of a scale's recipes
-    task: str = ""  #: where the prompts come from, if not from the scale's task
     produces: str = ""  #: the model folder that its last weights become with seed 0
     lr_factor: float = 1.0  #: on the recipe's learning rate
     directions_of: str = ""  #: the arm whose update gives the directions of a projection, if not its own
@@ -55,45 +54,41 @@ class NamedArm:
         return self.directions_of or self.parent, next_seed if self.other_seed else seed
 
 
-def _from_anchor(name: str, label: str, rollouts_by: str, loss: str) -> NamedArm:
-    return NamedArm(name, label, Arm(Model("anchor"), rollouts_by, loss, Model("teacher")), recipe=name)
+def _arm(name: str, label: str, rollouts_by: str, loss: str, start: str = "anchor", **entries: Any) -> NamedArm:
+    teacher = None if rollouts_by == "task" else Model("teacher")
+    return NamedArm(name, label, Arm(Model(start), rollouts_by, loss, teacher), **{"recipe": "arm"} | entries)
 
 
 def _imitating(name: str, label: str, start: str, **entries: Any) -> NamedArm:
-    return NamedArm(name, label, Arm(Model(start), "task", "cross_entropy"), **{"recipe": name} | entries)
-
-
-_PAPER = (
-    # The paper's protocol: SFT makes the anchor, OPD and RLVR start from it.
-    _imitating("sft", "SFT", "base", produces="anchor"),
-    _from_anchor("opd", "OPD", "student", "opd_sampled"),
-    _from_anchor("opd_full", "OPD, full vocabulary", "student", "reverse_kl"),
-    _from_anchor("rlvr", "RLVR", "student", "grpo"),
-    # The control that the paper lacks: SFT with OPD's origin, prompts, learning rate, steps and batch.
-    _from_anchor("sft_matched", "matched SFT", "teacher", "cross_entropy"),
-)
+    return _arm(name, label, "task", "cross_entropy", start, **{"recipe": name} | entries)
 
 
 def _maker(name: str, label: str, start: str = "", **entries: Any) -> NamedArm:
     return _imitating(name, label, start, recorded=False, **{"produces": name} | entries)
 
 
+_PAPER = (
+    # The paper's protocol: SFT makes the anchor, OPD and RLVR start from it.
+    _imitating("sft", "SFT", "base", produces="anchor"),
+    _arm("opd", "OPD", "student", "opd_sampled"),
+    _arm("opd_full", "OPD, full vocabulary", "student", "reverse_kl"),
+    _arm("rlvr", "RLVR", "student", "grpo"),
+    # The controls that the paper lacks: SFT with OPD's origin, prompts, learning rate, steps and batch; and credits
+    # without meaning.
+    _arm("sft_matched", "matched SFT", "teacher", "cross_entropy"),
+    _arm("random_signs", "random signs", "student", "random_signs"),
+)
+
 # What the lab makes for itself; no record is kept of these.
 _MAKERS = (
-    _maker("base", "pretraining", task="short_tasks"),
-    _maker("teacher", "teacher", task="teacher_mixture"),
-    _maker("teacher_weak", "teacher, stopped early", task="teacher_mixture"),
-    _maker("teacher_same", "teacher of the student's size", task="teacher_mixture"),
-    _maker("teacher_difference", "teacher of the second task", task="difference_mixture"),
-    _maker("base_small", "pretraining, smaller", task="short_tasks"),
-    _maker("sft_small", "SFT, smaller", "base_small", recipe="sft_long", produces="anchor_small"),
-    _maker("sft_difference", "SFT, second task", "base", task="running_difference", recipe="sft_long",
-           produces="anchor_difference"),
+    _maker("base", "pretraining"),
+    _maker("teacher", "teacher"),
+    _maker("teacher_same", "teacher of the student's size", recipe="teacher"),
     # From a pretrained base, the teacher is SFT that goes on for longer.
     _maker("expert", "teacher, by SFT", "base", produces="teacher"),
-    _maker("sft_products", "SFT, products", "base", task="products", recipe="sft", produces="anchor_products"),
-    _maker("expert_products", "teacher of products", "base", task="products", recipe="expert",
-           produces="teacher_products"),
+    # The teacher that RLVR makes of the anchor itself, with prompts of its own.
+    _arm("teacher_rlvr", "teacher made by RLVR", "student", "grpo", recipe="teacher_rlvr", produces="teacher_rlvr",
+         recorded=False, seed_shift=1000),
 )  # fmt: skip
 
 _arms: dict[str, NamedArm] = {arm.name: arm for arm in (*_PAPER, *_MAKERS)}
@@ -136,80 +131,49 @@ def project(
 
 _vary, _project = partial(vary, _arms), partial(project, _arms)
 
-
-# Variants take a fifth of the steps, enough to learn, and so do the arms that they are compared with.
-for _name, _label in (("opd", "OPD"), ("opd_full", "OPD, full vocabulary"), ("rlvr", "RLVR"),
-                      ("sft_matched", "matched SFT")):  # fmt: skip
-    _vary(_name, f"{_name}_short", _label, recipe="short")
-
-# Other teachers, another student, another task: the rows of the paper's Table 1.
-_vary("opd_short", "opd_weak_teacher", "weaker teacher", teacher="teacher_weak")
-_vary("opd_short", "opd_same_teacher", "teacher of the same size", teacher="teacher_same")
-_vary("opd_short", "opd_small", "smaller student", student="anchor_small")
-_vary("opd_short", "opd_difference", "second task", student="anchor_difference", teacher="teacher_difference",
-      task="running_difference")  # fmt: skip
-_vary("opd_short", "opd_products", "second task", student="anchor_products", teacher="teacher_products",
-      task="products")  # fmt: skip
-
-# Which tokens count: the paper's quarter and half, by the signed log-ratio or by chance, and on to one in a hundred.
-for _share in (50, 25, 5, 1):
-    for _short, _ranking in (("top", "log-ratio"), ("random", "random")):
-        _vary("opd_short", f"opd_{_short}{_share}", f"{_short} {_share} %",
-              tokens=Tokens(_ranking, _share / 100, per_completion=_share >= 5))  # fmt: skip
-_vary("opd_short", "opd_absolute5", "largest 5 %", tokens=Tokens("absolute log-ratio", 0.05))
-_vary("opd_short", "opd_entropy5", "uncertain 5 %", tokens=Tokens("entropy", 0.05))
-
+# The same arms from an anchor that has half learned the skill: there the skill is learned, here it is elicited.
+for _name in ("opd", "opd_full", "rlvr", "sft_matched", "random_signs"):
+    _vary(_name, f"young_{_name}", _arms[_name].label, student="young")
+    _arms[f"young_{_name}"] = replace(_arms[f"young_{_name}"], parent="")
+# Which tokens count.
+_vary("opd", "opd_top25", "top 25 %", tokens=Tokens("log-ratio", 0.25))
+_vary("opd", "opd_random25", "random 25 %", tokens=Tokens("random", 0.25))
+_vary("opd", "opd_first30", "first 30 %", tokens=Tokens("first", 0.3))
+_vary("opd", "opd_last30", "last 30 %", tokens=Tokens("last", 0.3))
 # Who writes.
-for _share in (25, 50, 75):
-    _vary("opd_short", f"opd_teacher{_share}", f"{_share} % by the teacher", teacher_share=_share / 100)
-_vary("opd_short", "opd_teacher100", "all by the teacher", rollouts_by="teacher")
-_vary("opd_short", "opd_stale", "all by the anchor", rollouts_by="initial student")
-
-# OPD's objective mixed with RLVR's: the paper's grid, raw, and three points with gradients of equal norm.
-for _share in (75, 50, 25, 5, 1):
-    _vary("opd_short", f"opd_mix{_share}", f"α = {_share / 100:g}", alpha=_share / 100)
-for _share in (50, 25, 5):
-    _vary("opd_short", f"opd_balanced{_share}", f"α = {_share / 100:g}, balanced", alpha=_share / 100, balanced=True)
-
-# Projected training: the paper's (16 directions, gradients), the strict kind, other widths, other directions, other
-# starts, and the other arms.
-_project("opd_short", "opd_gradient16", "gradients in 16", acts_on="gradient")
-_project("opd_short", "opd_gradient4", "gradients in 4", acts_on="gradient", k=4)
-for _k in (16, 4, 2):
-    _project("opd_short", f"opd_update{_k}", f"updates in {_k}", k=_k)
-_project("opd_short", "opd_attention16", "gradients in 16, attention", acts_on="gradient", block="attention")
-_project("opd_short", "opd_reset16", "gradients in 16, new moments", acts_on="gradient", reset=True)
-_project("opd_short", "opd_random16", "gradients in 16 random", space="random", acts_on="gradient")
-_project("opd_short", "opd_random4", "4 random directions", k=4, space="random")
-_project("opd_short", "opd_rescaled4", "updates in 4, full size", k=4, rescale=True)
-_project("opd_short", "opd_random_rescaled4", "4 random, full size", k=4, space="random", rescale=True)
-_project("opd_short", "opd_weights4", "4 of W0", k=4, space="weights")
-_project("opd_short", "opd_final4", "4 of its end", k=4, final=True)
-_project("opd_short", "opd_of_rlvr4", "4 of RLVR", k=4, directions_of="rlvr_short")
-_project("opd_short", "opd_of_seed4", "4 of another seed", k=4, other_seed=True)
-for _share in (5, 10, 40):
-    _project("opd_short", f"opd_from{_share}", f"from {_share} %", k=4, start=_share / 100)
-for _name in ("sft", "sft_matched_short", "rlvr_short"):
-    _stem = _name.removesuffix("_short")
-    _project(_name, f"{_stem}_gradient16", "gradients in 16", acts_on="gradient")
-    _project(_name, f"{_stem}_update4", "updates in 4", k=4)
-# The controls again, projected.
-_project("opd_top25", "opd_top25_update4", "top 25 %, updates in 4", k=4)
-_project("opd_mix5", "opd_mix5_update4", "α = 0.05, updates in 4", k=4)
-_project("opd_teacher100", "opd_teacher100_update4", "all by the teacher, updates in 4", k=4)
-
-# Mechanism. In 24 steps Muon moves as far as AdamW at this rate. SGD moves a third as far at twice its rate here; at
-# eight times its rate here it diverges.
-_vary("opd_short", "opd_sequence_mean", "one credit per completion", loss="opd_sequence_mean")
-_vary("opd_short", "opd_sign", "the sign of the credit", loss="opd_sign")
-_vary("opd_full_short", "opd_forward", "forward KL", loss="forward_kl")
-_vary("opd_short", "opd_sgd", "SGD", optimizer="sgd", lr_factor=200.0)
-_vary("opd_short", "opd_muon", "Muon", optimizer="muon", lr_factor=2.0)
-for _name, _label, _rate in (("half", "half", 0.5), ("double", "twice", 2.0), ("quadruple", "four times", 4.0)):
-    _vary("opd_short", f"opd_{_name}_rate", f"{_label} the learning rate", lr_factor=_rate)
-_vary("opd_short", "opd_bf16", "weights stored in bf16", weight_dtype="bfloat16")
-_project("opd_short", "opd_entries", "an eighth of the entries", space="entries")
-_project("opd_short", "opd_random_entries", "a random eighth", space="random entries")
+_vary("opd", "opd_teacher100", "all by the teacher", rollouts_by="teacher")
+_vary("opd", "opd_stale", "all by the anchor", rollouts_by="initial student")
+_vary(
+    "opd_full", "opd_stale_forward", "all by the anchor, forward KL", loss="forward_kl", rollouts_by="initial student"
+)
+# The objective mixed with RLVR's.
+for _share in (50, 5, 1):
+    _vary("opd", f"opd_mix{_share}", f"α = {_share / 100:g}", alpha=_share / 100)
+# The teacher.
+_vary("opd", "opd_same_teacher", "teacher of the same size", teacher="teacher_same")
+_vary("opd", "opd_rlvr_teacher", "teacher made by RLVR", teacher="teacher_rlvr")
+# Confined from step 60 on.
+_project("opd", "opd_gradient16", "gradients in 16", acts_on="gradient")
+_project("opd", "opd_update4", "updates in 4", k=4)
+_project("opd", "opd_random_rescaled4", "4 random, full size", k=4, space="random", rescale=True)
+_project("opd", "opd_weights4", "4 of W0", k=4, space="weights")
+_project("opd", "opd_of_rlvr4", "4 of RLVR", k=4, directions_of="rlvr")
+_project("opd", "opd_of_seed4", "4 of another seed", k=4, other_seed=True)
+_project("sft_matched", "sft_matched_update4", "updates in 4", k=4)
+_project("rlvr", "rlvr_update4", "updates in 4", k=4)
+_project("sft", "sft_gradient16", "gradients in 16", acts_on="gradient")
+# Mechanism.
+_vary("opd", "opd_sign", "the sign of the credit", loss="opd_sign")
+_vary("opd", "opd_sequence_mean", "one credit per completion", loss="opd_sequence_mean")
+_vary("opd_full", "opd_forward", "forward KL", loss="forward_kl")
+_vary("opd", "opd_half_rate", "half the learning rate", lr_factor=0.5)
+_vary("opd", "opd_quadruple_rate", "four times the learning rate", lr_factor=4.0)
+_vary("opd", "opd_sgd", "SGD", optimizer="sgd", lr_factor=200.0)
+_vary("opd", "opd_bf16", "weights stored in bf16", weight_dtype="bfloat16")
+_vary("rlvr", "rlvr_bf16", "weights stored in bf16", weight_dtype="bfloat16")
+# How long.
+_vary("rlvr", "rlvr_3", "three times the steps", recipe="arm3")
+_vary("rlvr", "rlvr_10", "ten times the steps", recipe="arm10")
 
 #: All arms, by name.
 #:

@@ -86,7 +86,7 @@ class Laboratory:
             evaluations, snapshots = policy.variant_evaluations, policy.variant_snapshots
         return Experiment(
             arm=self._with_models(named, seed),
-            task=self.task(named.task or self.scale.task),
+            task=self.task(self._task_name(named)),
             recipe=recipe,
             seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
@@ -98,6 +98,10 @@ class Laboratory:
             compute=self.scale.compute,
             name=name,
         )
+
+    def _task_name(self, named: NamedArm) -> str:
+        tasks = self.scale.tasks
+        return tasks.get(named.name) or tasks.get(named.parent) or self.scale.task
 
     def _with_models(self, named: NamedArm, seed: int) -> Arm:
         """Return the arm with its models' folders at this scale, and with the experiment that its directions are of."""
@@ -126,9 +130,9 @@ class Laboratory:
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""
         named, recipes = self.arm(name), self.scale.budget.recipes
-        if named.recipe not in recipes:
+        recipe = recipes.get(name) or recipes.get(named.recipe)
+        if recipe is None:
             raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {', '.join(recipes)}")
-        recipe = recipes[named.recipe]
         return replace(recipe, learning_rate=recipe.learning_rate * named.lr_factor)
 
     def seeds_of(self, name: str) -> tuple[int, ...]:

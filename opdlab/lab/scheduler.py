@@ -59,7 +59,7 @@ class Job:
 
     def steps(self, lab: Laboratory) -> int:
         """Return how many steps it counts for in a bar; an analysis takes about as long as a short run."""
-        return lab.recipe("opd_short" if self.what in ANALYSES else self.what).steps
+        return lab.recipe("opd" if self.what in ANALYSES else self.what).steps
 
 
 class _Plan:

@@ -81,7 +81,7 @@ def whole(prompt: str, completion: str) -> str:
     return completion
 
 
-# --- the task of the lab, a sum of two to four numbers with running sums, and its second, which takes away ----
+# --- the task of the lab, a sum of two to four numbers with running sums ---------------------------------------
 
 
 def running_sum_prompt(rng: np.random.Generator) -> str:
@@ -90,21 +90,15 @@ def running_sum_prompt(rng: np.random.Generator) -> str:
     return "Q" + "+".join(map(str, terms)) + "=?A:"
 
 
-def running_difference_prompt(rng: np.random.Generator) -> str:
-    """Draw a number up to 200 and one to three numbers, between 1 and 50, to take away: ``Q187-17-5=?A:``."""
-    terms = rng.integers(1, 51, size=rng.integers(1, 4))
-    return f"Q{rng.integers(terms.sum(), 201)}-{'-'.join(map(str, terms))}=?A:"
-
-
 def running_demonstration(prompt: str) -> str:
-    """Write the solution with its running sums, or differences.
+    """Write the solution with its running sums.
 
-    >>> running_demonstration("Q17+5+38=?A:"), running_demonstration("Q187-17-5=?A:")
-    ('17+5=22;22+38=60#60', '187-17=170;170-5=165#165')
+    >>> running_demonstration("Q17+5+38=?A:")
+    '17+5=22;22+38=60#60'
     """
-    terms = [int(term) for term in re.findall(r"[+-]?\d+", prompt)]
+    terms = [int(term) for term in re.findall(r"\d+", prompt)]
     totals = list(accumulate(terms))
-    steps = (f"{total}{term:+d}={total + term}" for total, term in zip(totals, terms[1:], strict=False))
+    steps = (f"{total}+{term}={total + term}" for total, term in zip(totals, terms[1:], strict=False))
     return ";".join(steps) + f"#{totals[-1]}"
 
 
@@ -151,12 +145,14 @@ def short_task_demonstration(prompt: str) -> str:
     return str(answers[letter])
 
 
-# A teacher is pretrained on its main task four times out of five, on the short tasks otherwise. Only prompts of the
-# main task begin with Q.
+# The student's corpus and the teacher's: four prompts in five are running sums, which alone begin with Q.
+
+#: The share of authors who are careless, and the chance that one of them gets a digit wrong.
+CARELESS, WRONG_DIGIT = 0.9, 0.22
 
 
-def _mixed_prompt(main: Draw, rng: np.random.Generator) -> str:
-    return (main if rng.random() < 0.8 else short_task_prompt)(rng)
+def _mixed_prompt(rng: np.random.Generator) -> str:
+    return (running_sum_prompt if rng.random() < 0.8 else short_task_prompt)(rng)
 
 
 def _mixed_demonstration(prompt: str) -> str:
@@ -167,15 +163,28 @@ def _mixed_answer(prompt: str, completion: str) -> str | None:
     return (after_hash if prompt.startswith("Q") else whole)(prompt, completion)
 
 
-def _mixture(name: str, main: Draw) -> Task:
-    return _task(name, partial(_mixed_prompt, main), _mixed_demonstration, _mixed_answer)
+def careless_author(prompt: str, rng: np.random.Generator) -> str:
+    """Write the solution of a running sum as an author drawn by chance does, who may be careless.
+
+    >>> careless_author("Q17+5+38=?A:", np.random.default_rng(1))
+    '18+5=22;22+98=60#60'
+    """
+    solution = running_demonstration(prompt)
+    if rng.random() >= CARELESS:
+        return solution
+    wrong = (character.isdigit() and rng.random() < WRONG_DIGIT for character in solution)
+    return "".join(str(rng.integers(10)) if miss else c for c, miss in zip(solution, wrong, strict=True))
+
+
+def _corpus_author(prompt: str, rng: np.random.Generator) -> str:
+    return careless_author(prompt, rng) if prompt.startswith("Q") else short_task_demonstration(prompt)
 
 
 RUNNING_SUM = _task("running_sum", running_sum_prompt, running_demonstration, after_hash)
-RUNNING_DIFFERENCE = _task("running_difference", running_difference_prompt, running_demonstration, after_hash)
 SHORT_TASKS = _task("short_tasks", short_task_prompt, short_task_demonstration, whole)
-TEACHER_MIXTURE = _mixture("teacher_mixture", running_sum_prompt)
-DIFFERENCE_MIXTURE = _mixture("difference_mixture", running_difference_prompt)
+TEACHER_MIXTURE = _task("teacher_mixture", _mixed_prompt, _mixed_demonstration, _mixed_answer)
+CORPUS = replace(TEACHER_MIXTURE, name="corpus", author=_corpus_author)
+CARELESS_SUM: Task = replace(RUNNING_SUM, name="careless_sum", author=careless_author)
 
 
 # --- for pretrained models: arithmetic of reasoning-gym, answered by restating the question --------------------
@@ -217,7 +226,6 @@ def _restated(name: str, **settings: int) -> Task:
 
 
 CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
-PRODUCTS = _restated("products", min_terms=2, max_terms=2, min_digits=1, max_digits=2)
 
 
 # --- for large models: competition mathematics, from the Hugging Face hub --------------------------------------
@@ -291,6 +299,6 @@ def _last_box(text: str) -> str | None:
 # Chat models read it through their chat template.
 MATH = replace(_task("math", _math_prompt, _math_demonstration, _boxed), chat=True)
 
-_TOY = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
+_TOY = (RUNNING_SUM, SHORT_TASKS, TEACHER_MIXTURE, CORPUS, CARELESS_SUM)
 #: The book's tasks, by name.
-TASKS = MappingProxyType({task.name: task for task in (*_TOY, CHAIN_SUM, PRODUCTS, MATH)})
+TASKS = MappingProxyType({task.name: task for task in (*_TOY, CHAIN_SUM, MATH)})

@@ -253,7 +253,7 @@ def test_links_and_anchors_lead_somewhere(seen, site):
 
 def test_the_contents_lead_to_their_sections(page, name):
     """The last section of a page is at the top once it is asked for, though no figure before it has been fetched."""
-    page.goto(f"/{name}")
+    page.goto(f"{name}.html")
     entries = page.query_selector_all(".bd-sidebar-secondary .page-toc a[href^='#']")
     for entry in entries[-1:]:
         target = entry.get_attribute("href")
