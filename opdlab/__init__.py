@@ -125,5 +125,4 @@ def judge(records: Records, finding: str = "") -> pd.DataFrame:
 
     if finding and finding not in claims.FINDINGS:
         raise OpdlabError(f"there is no finding {finding!r}; choose one of {', '.join(claims.FINDINGS)}")
-    chosen = [claim for claim in claims.CLAIMS if finding in ("", claim.finding)]
-    return claims.scorecard(claims.judge(claims.judgeable(chosen, records), records))
+    return claims.scorecard(claims.judge(claims.judgeable(records, finding), records))

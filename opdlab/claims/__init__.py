@@ -1,19 +1,9 @@
-"""The paper's claims as data, and the verdict on each of them, computed from the records.
+"""Claims of the paper and of newer ones as data, and the verdict on each of them, computed from the records.
 
-:mod:`~opdlab.claims.judging` defines the verdicts, and :mod:`~opdlab.claims.paper` holds the claims.
+:mod:`~opdlab.claims.rules` says how a claim is judged, :mod:`~opdlab.claims.paper` holds the claims, and
+:mod:`~opdlab.claims.scorecard` shows the verdicts to a reader.
 """
 
-from opdlab.claims.judging import (
-    VERDICTS,
-    Claim,
-    Contrast,
-    Metric,
-    Verdict,
-    contrasts,
-    count_verdicts,
-    holm,
-    judge,
-    judgeable,
-    scorecard,
-)
 from opdlab.claims.paper import CLAIMS, FINDINGS
+from opdlab.claims.rules import VERDICTS, Claim, Contrast, Metric, Runs, Verdict, digests, judge, written_after
+from opdlab.claims.scorecard import badge, judgeable, scorecard

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from opdlab.claims import CLAIMS, Metric, Verdict, judge, judgeable
+from opdlab.claims import Metric, Verdict, judge, judgeable
 from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import Records, load, recorded_analyses, recorded_arms
@@ -48,9 +48,10 @@ def compare_scales(
         if records is None:
             continue
         for (title, metric), arm in product(metrics.items(), arms):
-            if arm in set(records.runs["arm"]):
+            values = metric.values(records)
+            if arm in values:
                 who = (scale, title, arm, ARMS[arm].label)
-                rows += [(*who, seed, value) for seed, value in metric.of(records, arm).items()]
+                rows += [(*who, seed, value) for seed, value in values[arm].dropna().items()]
     return pd.DataFrame(rows, columns=["scale", "title", "arm", "label", "seed", "value"])
 
 
@@ -58,7 +59,7 @@ def judge_at(name: str, root: Path | None = None) -> list[Verdict]:
     """Return the verdicts on the claims that the records of a scale can decide."""
     lab = Laboratory.at(name, root)
     records = records_at(name, lab.scale.policy.arms, root, recorded_analyses(lab))
-    return judge(judgeable(CLAIMS, records), records) if records else []
+    return judge(judgeable(records), records) if records else []
 
 
 def compare_order(table: pd.DataFrame, title: str) -> str:

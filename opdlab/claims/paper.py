@@ -1,9 +1,8 @@
-"""The claims of the paper (2606.07082), as data.
+"""The claims that the laboratory in the regime tests: those of the paper (2606.07082), then those of newer papers.
 
-The criteria were committed before the runs that they judge, as the history of this file shows, with two exceptions.
-Seeds 0 to 2 of the paper's arms and of matched SFT were known when their criteria were written: they are a pilot, and
-the later seeds are the test. And a batch of 16 completions had been seen when the criteria for gradients were
-committed, which are judged on 128.
+They are committed before the runs that they judge, and each record names the claims that it was made under by their
+digests. Margins are the same for all claims of a kind: a factor of 1.2 for sizes and ranks, a twentieth of what is
+possible for sparsity, masks and similarities, and 0.02 nats of KL to the teacher, about a tenth of what OPD gains.
 """
 
 from __future__ import annotations
@@ -12,226 +11,239 @@ from dataclasses import replace
 from math import log
 from typing import Any
 
-from opdlab.claims.judging import Claim, Contrast, Metric
+from opdlab.claims.rules import Claim, Contrast, Metric
 
-#: The findings that claims belong to, with title and page of the chapter on each, in the order of the book.
-FINDINGS = {
-    "regime": ("Where the updates land", "04_where_updates_land"),
-    "rank": ("Rank over time", "05_rank_over_time"),
-    "locking": ("Subspace locking", "06_subspace_locking"),
-    "sufficiency": ("Is the early subspace enough?", "07_sufficiency"),
-    "tokens": ("Which tokens count?", "08_tokens"),
-    "rollouts": ("Who writes the rollouts?", "09_rollouts"),
-    "objectives": ("Mixing OPD with RLVR", "10_objectives"),
-    "mechanism": ("What makes the geometry?", "11_mechanism"),
-    "interpolation": ("Is OPD between SFT and RLVR?", "12_interpolation"),
-}
+#: The margins of ratios, of shares, and of the KL to the teacher in nats per token.
+RATIO, SHARE, NATS = log(1.2), 0.05, 0.02
+_RECIPE, _SIZE, _LOCKED = "SFT's own recipe", "the size of the update", "rounding, on an update that is locked"
 
 _SPARSITY = Metric("sparsity")
-_ANGLE, _DRIFT = Metric("angle_left_mean", log=True), Metric("nss", log=True)
-_END: dict[str, Any] = {"progress": 1.0, "block": "attention"}
-_RISE = Metric("stable_rank", since=0.1, **_END)
-# At 20 % of the training, about the paper's first checkpoint.
-_EARLY = Metric("sim_right_K16", progress=0.2, block="attention")
+_BEYOND_SIZE = Metric("sparsity", minus="sparsity_ruler")
+_KL = Metric("kl_teacher")
+# The paper follows attention between checkpoints in bfloat16; its first one is at a fifth of the training.
+_FOLLOWED: dict[str, Any] = {"block": "attention", "log": True}
+_CURVE = Metric("stable_rank_bf16", curve=True, **_FOLLOWED)
+_NORM = Metric("frobenius", progress=1.0, **_FOLLOWED)
+_END, _EARLY = (Metric("stable_rank_bf16", progress=progress, **_FOLLOWED) for progress in (1.0, 0.2))
+_RISE, _FALL = replace(_END, since=0.2), replace(_EARLY, since=1.0)
+_SIM = Metric("sim_right_K16_bf16", progress=0.2, block="attention")
 
 
-def _matched(metric: Metric) -> Metric:
-    return replace(metric, column=f"{metric.column}_matched")
+def _but_locked(metric: Metric) -> Metric:
+    """Return what a metric between bfloat16 checkpoints has beyond that of the locked null."""
+    return replace(metric, minus=metric.column.replace("_bf16", "_locked"))
 
 
-def _order(name: str, what: str, metric: Metric, high: str, low: str, smallest: float, source: str) -> Claim:
-    """Return the claim that one arm lies above another, with the controls for size and, for SFT, for its recipe."""
-    controls = {"the size of the update": Contrast(_matched(metric), high, low)}
-    if high == "sft":
-        controls["SFT's own recipe"] = Contrast(metric, "sft_matched", low)
-    if low == "sft":
-        controls["SFT's own recipe"] = Contrast(metric, high, "sft_matched")
-    return Claim(name, "regime", what, source, Contrast(metric, high, low), smallest, controls, known="printed")
+def _order(name: str, statement: str, source: str, metric: Metric, at_equal_size: Metric, high: str, low: str,
+           margin: float) -> Claim:  # fmt: skip
+    controls = {_SIZE: Contrast(at_equal_size, high, low)}
+    if "sft" in (high, low):
+        arms = ("sft_matched" if arm == "sft" else arm for arm in (high, low))
+        controls[_RECIPE] = Contrast(metric, *arms)
+    return Claim(name, "regime", statement, source, Contrast(metric, high, low), margin, controls=controls,
+                 known="printed")  # fmt: skip
 
 
-def _masked(arm: str, label: str, star: str, does: str, known: str = "words") -> Claim:
-    """Return the claim that an arm avoids the principal weights, or prefers the small ones, more than chance would."""
+def _sizes(name: str, statement: str, source: str, column: str, high: str, low: str) -> Claim:
+    metric = Metric(column, log=True)
+    return _order(name, statement, source, metric, replace(metric, column=f"{column}_matched"), high, low, RATIO)
 
-    def beyond(chance: str) -> Contrast:
-        low, high = Metric(f"{star}_overlap_a30"), Metric(f"{star}_{chance}")
-        if star == "low":
-            low, high = high, low
-        return Contrast(high, arm, minus=low)
 
-    controls = {
-        "noise of the same density": beyond("overlap_a30_noise"),
-        "the permuted update": beyond("overlap_a30_null"),
-    }
+def _masked(arm: str, label: str, star: str, does: str, known: str) -> Claim:
+    """Return the claim that an arm avoids the principal weights, or prefers the small ones."""
+    column = f"{star}_position_a30"
+
+    def beyond(null: str) -> Contrast:
+        low, high = column, f"{column}_{null}"
+        return Contrast(Metric(high, minus=low) if star == "principal" else Metric(low, minus=high), arm)
+
+    controls = {_SIZE: beyond("ruler"), "noise of the same density": beyond("noise")}
     return Claim(f"{star}-{arm}", "regime", f"{label} {does}", "Figure 3: below and above the random 0.3",
-                 beyond("share_a30"), 0.005, controls, known=known)  # fmt: skip
+                 beyond("share"), SHARE, controls=controls, known=known)  # fmt: skip
 
 
-# --- the variants: a fifth of the steps, against the same arms with as many ---
+_SPARSER: dict[str, Any] = {
+    "source": "Table 1: 8.1, 51.6 and 77.2 %",
+    "metric": _SPARSITY,
+    "at_equal_size": _BEYOND_SIZE,
+}
 
-_SHORT_RANK = Metric("stable_rank", **_END)
-_ACCURACY = Metric("sampled", progress=1.0)
-#: Two points of accuracy, the smallest loss or gain that counts.
-POINTS = 0.02
+_REGIME = (
+    _order("sparsity-opd-sft", "OPD leaves more weights unchanged than SFT", high="opd", low="sft", margin=SHARE,
+           **_SPARSER),
+    _order("sparsity-rlvr-opd", "RLVR leaves more weights unchanged than OPD", high="rlvr", low="opd", margin=SHARE,
+           **_SPARSER),
+    _sizes("rotation-sft-opd", "SFT turns subspaces further than OPD", "Figure 2: above 10 and about 1 degree",
+           "angle_left_mean", "sft", "opd"),
+    _sizes("rotation-opd-rlvr", "OPD turns subspaces further than RLVR", "Figure 2: about 1 and below 0.5 degrees",
+           "angle_left_mean", "opd", "rlvr"),
+    _sizes("drift-sft-opd", "SFT moves the spectrum further than OPD", "Section 4: about 1e-3 and 1e-4",
+           "nss", "sft", "opd"),
+    _sizes("drift-opd-rlvr", "OPD moves the spectrum further than RLVR", "Section 4: about 1e-4 and 1e-5",
+           "nss", "opd", "rlvr"),
+    _masked("opd", "OPD", "principal", "avoids the principal weights", "words"),
+    _masked("opd", "OPD", "low", "prefers the small weights", "printed"),
+    _masked("rlvr", "RLVR", "principal", "avoids the principal weights", "words"),
+    _masked("rlvr", "RLVR", "low", "prefers the small weights", "printed"),
+    Claim("sparsity-same-teacher", "regime", "OPD from a teacher of its own size leaves as many weights unchanged",
+          "Table 1: 48.6 to 57.1 % for all variants of OPD", Contrast(_SPARSITY, "opd_same_teacher", "opd"), SHARE,
+          "near", rivals={"matched SFT": Contrast(_SPARSITY, "sft_matched", "opd")}, known="printed"),
+    Claim("density-rlvr-long", "regime", "Ten times as long as OPD, RLVR changes more weights than OPD",
+          "2609.39405: 1.3 % changed by OPD, 21 % by RL, from one anchor at one rate",
+          Contrast(_SPARSITY, "opd", "rlvr_10"), SHARE,
+          controls={_SIZE: Contrast(_BEYOND_SIZE, "opd", "rlvr_10")}, known="printed",
+          elsewhere="contradicts 2606.07082, where RLVR takes three times the steps and changes fewer weights"),
+    Claim("sparsity-rlvr-teacher", "regime", "Taught by what RLVR made of its anchor, OPD changes fewer weights",
+          "2609.39405 has such a teacher, and far sparser OPD", Contrast(_SPARSITY, "opd_rlvr_teacher", "opd"), SHARE,
+          known="printed"),
+)  # fmt: skip
+
+_RANK = (
+    Claim("rank-rlvr-falls", "rank", "The stable rank of RLVR falls", "Figure 4", Contrast(_FALL, "rlvr"), RATIO,
+          controls={_LOCKED: Contrast(_but_locked(_FALL), "rlvr")}),
+    Claim("rank-sft-rises", "rank", "The stable rank of SFT rises", "Figure 4: from 20 to 75", Contrast(_RISE, "sft"),
+          RATIO, controls={_RECIPE: Contrast(_RISE, "sft", "sft_matched")}, known="secondary"),
+    Claim("rank-opd-flat", "rank", "The stable rank of OPD rises less than that of SFT", "Figure 4: 20 to 30",
+          Contrast(_RISE, "sft", "opd"), RATIO, controls={
+              _RECIPE: Contrast(_RISE, "sft_matched", "opd"),
+              _LOCKED: Contrast(_but_locked(_RISE), "sft", "opd")}, known="secondary"),
+    Claim("rank-opd-low", "rank", "At a fifth of the training OPD's stable rank is below RLVR's", "Figure 4",
+          Contrast(_EARLY, "rlvr", "opd"), RATIO, controls={_LOCKED: Contrast(_but_locked(_EARLY), "rlvr", "opd")}),
+    Claim("rank-opd-rlvr-end", "rank", "In the end RLVR's stable rank is about OPD's", "Figure 4",
+          Contrast(_END, "rlvr", "opd"), RATIO, "near",
+          rivals={"matched SFT": Contrast(_END, "sft_matched", "opd"),
+                  "random signs": Contrast(_END, "random_signs", "opd")}),
+    Claim("norm-opd-rlvr", "rank", "OPD moves further than RLVR", "Figure 4: norms of 0.45 and 0.17",
+          Contrast(_NORM, "opd", "rlvr"), RATIO, known="draft"),
+    Claim("norm-signs", "rank", "OPD moves further than credits without meaning would take it",
+          "2606.07082 has no such control", Contrast(_NORM, "opd", "random_signs"), RATIO,
+          controls={"matched SFT, which moves as far": Contrast(_NORM, "opd", "sft_matched")}),
+)  # fmt: skip
+
+_WALK = Metric("sim_right_K16", minus="sim_right_K16_null", progress=0.2, block="attention")
 
 
-def _near(metric: Metric, arm: str, to: str) -> Contrast:
-    return Contrast(metric, arm, to, size=-1)
+_LOCKING = (
+    Claim("locking-opd", "locking", "OPD's final subspace is there at a fifth of the training", "Figure 5",
+          Contrast(_WALK, "opd"), SHARE, rivals={"matched SFT": Contrast(_WALK, "sft_matched"),
+                                                 "random signs": Contrast(_WALK, "random_signs")}),
+    Claim("locking-opd-rlvr", "locking", "OPD's final subspace is there earlier than RLVR's", "Figure 5",
+          Contrast(_SIM, "opd", "rlvr"), SHARE, controls={_LOCKED: Contrast(_but_locked(_SIM), "opd", "rlvr")}),
+    Claim("locking-opd-sft", "locking", "OPD's final subspace is there earlier than SFT's", "Figure 5",
+          Contrast(_SIM, "opd", "sft"), SHARE, controls={
+              _RECIPE: Contrast(_SIM, "opd", "sft_matched"),
+              _LOCKED: Contrast(_but_locked(_SIM), "opd", "sft")}),
+    Claim("locking-rlvr", "locking", "RLVR's final subspace is there at a fifth of the training, too",
+          "2605.21468: RLVR is of rank one and extrapolates from the first 15 %", Contrast(_WALK, "rlvr"), SHARE,
+          rivals={"random signs": Contrast(_WALK, "random_signs")}),
+)  # fmt: skip
+
+# --- is the early subspace enough? Positive is a lower KL to the teacher ---
 
 
-def _same_sparsity(arm: str, what: str) -> Claim:
-    return Claim(f"sparsity-{arm}", "regime", f"OPD with {what} leaves as many weights unchanged",
-                 "Table 1: 48.6 to 57.1 %", _near(_SPARSITY, arm, "opd_short"), -0.01,
-                 known="printed", negative_controls={
-                     "matched SFT, which is as near": _near(_SPARSITY, "sft_matched_short", "opd_short")})  # fmt: skip
+def _closer(arm: str, than: str) -> Contrast:
+    return Contrast(_KL, than, arm)
 
 
-def _same_rank(arm: str, finding: str, what: str, source: str) -> Claim:
-    others = {"RLVR, whose stable rank is as near": _near(_SHORT_RANK, "rlvr_short", "opd_short")}
-    return Claim(f"rank-{arm}", finding, f"{what} keeps OPD's stable rank", source,
-                 _near(_SHORT_RANK, arm, "opd_short"), -0.25, negative_controls=others)  # fmt: skip
-
-
-def _unharmed(name: str, what: str, arm: str, source: str, others: dict[str, str], known: str = "words") -> Claim:
-    """Return the claim that a variant loses no accuracy; ``others`` names the negative controls, by the reason."""
-    negative = {label: Contrast(_ACCURACY, other, "opd_short") for label, other in others.items()}
-    effect = Contrast(_ACCURACY, arm, "opd_short")
-    return Claim(name, "sufficiency", what, source, effect, -POINTS, negative_controls=negative, known=known)
-
-
-_VARIANTS = (
-    _same_sparsity("opd_weak_teacher", "a weaker teacher"),
-    _same_sparsity("opd_same_teacher", "a teacher of its own size"),
-    _same_sparsity("opd_small", "a smaller student"),
-    _same_sparsity("opd_difference", "a second task"),
-    _unharmed("sufficiency-opd", "OPD with gradients in its early 16 directions loses nothing", "opd_gradient16",
-              "Figure 6: 64.2 against 63.3 %", {"16 random directions, which lose nothing either": "opd_random16"},
-              known="draft"),
-    _unharmed("sufficiency-strict", "OPD with updates in its early 4 directions loses nothing", "opd_update4",
-              "Section 4, made strict", {"4 random directions, which lose nothing either": "opd_random4",
-                                         "4 principal directions of W0": "opd_weights4"}),
-    Claim("sufficiency-own", "sufficiency", "OPD's early directions serve it better than random ones",
-          "Section 4: functionally sufficient", Contrast(_ACCURACY, "opd_update4", "opd_random4"), POINTS,
-          {"the principal directions of W0": Contrast(_ACCURACY, "opd_update4", "opd_weights4"),
-           "RLVR's directions": Contrast(_ACCURACY, "opd_update4", "opd_of_rlvr4"),
-           "the size of the confined updates": Contrast(_ACCURACY, "opd_rescaled4", "opd_random_rescaled4")}),
+_SUFFICIENCY = (
+    Claim("sufficiency-opd", "sufficiency", "OPD with gradients in its early 16 directions loses nothing",
+          "Figure 6: 64.2 against 63.3 %", _closer("opd_gradient16", "opd"), -NATS, known="draft"),
+    Claim("sufficiency-strict", "sufficiency", "OPD with updates in its early 4 directions loses nothing",
+          "Section 4, made strict", _closer("opd_update4", "opd"), -NATS,
+          rivals={"4 random directions": _closer("opd_random_rescaled4", "opd"),
+                  "4 principal directions of W0": _closer("opd_weights4", "opd"),
+                  "4 directions of RLVR": _closer("opd_of_rlvr4", "opd")}),
+    Claim("sufficiency-own", "sufficiency", "OPD's early directions serve it better than random ones of full size",
+          "Section 4: functionally sufficient", _closer("opd_update4", "opd_random_rescaled4"), NATS,
+          controls={"the principal directions of W0": _closer("opd_update4", "opd_weights4"),
+                    "RLVR's directions": _closer("opd_update4", "opd_of_rlvr4"),
+                    "another seed's directions": _closer("opd_update4", "opd_of_seed4")}),
     Claim("sufficiency-sft", "sufficiency", "SFT with gradients in its early 16 directions loses",
-          "Figure 6: 45.6 against 55.5 %", Contrast(_ACCURACY, "sft", "sft_gradient16"), POINTS,
-          {"SFT's own recipe": Contrast(_ACCURACY, "sft_matched_short", "sft_matched_gradient16")}, known="draft"),
-    _same_rank("opd_top50", "tokens", "The half of the tokens with the largest log-ratio", "Figure 7"),
+          "Figure 6: 45.6 against 55.5 %", _closer("sft", "sft_gradient16"), NATS,
+          controls={_RECIPE: _closer("sft_matched", "sft_matched_update4")}, known="draft"),
+)  # fmt: skip
+
+# --- one part of OPD changed at a time ---
+
+_RIVALS = {"RLVR": Contrast(_CURVE, "rlvr", "opd"), "random signs": Contrast(_CURVE, "random_signs", "opd")}
+
+
+def _same_rank(arm: str, finding: str, what: str, source: str, to: str = "opd", **entries: Any) -> Claim:
+    rivals = {name: replace(rival, minus_arm=to) for name, rival in _RIVALS.items()}
+    return Claim(f"rank-{arm}", finding, f"{what} keeps OPD's stable rank", source, Contrast(_CURVE, arm, to), RATIO,
+                 "near", rivals=rivals, **entries)  # fmt: skip
+
+
+_PARTS = (
     _same_rank("opd_top25", "tokens", "The quarter of the tokens with the largest log-ratio", "Figure 7"),
-    _same_rank("opd_random50", "tokens", "A random half of the tokens", "Figure 7"),
     _same_rank("opd_random25", "tokens", "A random quarter of the tokens", "Figure 7"),
+    Claim("tokens-first", "tokens", "The first 30 % of the tokens do as well as all", "2606.22600",
+          _closer("opd_first30", "opd"), -NATS, rivals={"the last 30 %": _closer("opd_last30", "opd")}),
+    Claim("tokens-last", "tokens", "The last 30 % of the tokens do worse than the first", "2606.22600: nearly nothing",
+          _closer("opd_first30", "opd_last30"), NATS),
+    Claim("tokens-random", "tokens", "A random quarter of the tokens does as well as all",
+          "2604.14084: half of them, by entropy",
+          _closer("opd_random25", "opd"), -NATS),
     _same_rank("opd_teacher100", "rollouts", "Learning from the teacher's rollouts", "Section 5.2"),
     Claim("norm-opd_teacher100", "rollouts", "The teacher's rollouts move OPD further", "Section 5.2: modestly",
-          Contrast(Metric("frobenius", log=True, **_END), "opd_teacher100", "opd_short"), log(1.05)),
-    _same_rank("opd_mix75", "objectives", "A quarter of RLVR's objective", "Section 5.3"),
+          Contrast(_NORM, "opd_teacher100", "opd"), log(1.05)),
+    Claim("rollouts-stale", "rollouts", "With stale rollouts, reverse KL does worse", "2606.24143",
+          _closer("opd", "opd_stale"), NATS),
+    Claim("rollouts-stale-forward", "rollouts", "With stale rollouts, forward KL does not", "2606.24143",
+          _closer("opd_stale_forward", "opd_forward"), -NATS,
+          rivals={"reverse KL": _closer("opd_stale", "opd")}),
     _same_rank("opd_mix50", "objectives", "Half of RLVR's objective", "Section 5.3"),
+    _same_rank("opd_mix5", "objectives", "With one part in twenty of OPD, the mixture", "Section 5.3"),
     Claim("rank-opd_mix1", "objectives", "With one part in a hundred of OPD, the stable rank is another",
-          "Section 5.3: a distinct spectral regime", Contrast(_SHORT_RANK, "opd_mix1", "opd_short", size=1), 0.25),
-    Claim("rank-credit", "mechanism", "One credit per completion lowers the stable rank", "Section 6, Gate II",
-          Contrast(_SHORT_RANK, "opd_short", "opd_sequence_mean"), 0.25),
-    Claim("rank-forward", "mechanism", "Forward KL has the stable rank of reverse KL", "Appendix D",
-          _near(_SHORT_RANK, "opd_forward", "opd_full_short"), -0.25,
-          negative_controls={"RLVR, whose stable rank is as near": _near(_SHORT_RANK, "rlvr_short", "opd_full_short")}),
+          "Section 5.3: a distinct spectral regime", Contrast(_CURVE, "opd_mix1", "opd"), RATIO, "apart"),
+    _same_rank("opd_same_teacher", "mechanism", "A teacher of the student's size", "Figure 4, appendix"),
+    _same_rank("opd_rlvr_teacher", "mechanism", "A teacher that RLVR made of the anchor", "2609.39405 has such a one"),
+    _same_rank("opd_forward", "mechanism", "Forward KL", "Appendix D", "opd_full"),
+    Claim("rank-credit", "mechanism", "One credit per completion changes the stable rank", "Section 6, Gate II",
+          Contrast(_CURVE, "opd_sequence_mean", "opd"), RATIO, "apart"),
+    Claim("rank-bf16", "mechanism", "Weights stored in bf16 change the stable rank",
+          "2606.07082 trains in bf16", Contrast(_CURVE, "opd_bf16", "opd"), RATIO, "apart"),
+    Claim("rank-rate", "mechanism", "Four times the learning rate changes the stable rank", "2606.07082 has one rate",
+          Contrast(_CURVE, "opd_quadruple_rate", "opd"), RATIO, "apart"),
+)  # fmt: skip
+# --- learning against eliciting: the same arms from an anchor that has half learned the skill ---
+
+_FLOAT_END, _FLOAT_RISE = (Metric("stable_rank", progress=1.0, since=since, **_FOLLOWED) for since in (None, 0.2))
+_FLOAT_SIM = Metric("sim_right_K16", progress=0.2, block="attention")
+
+
+def _elicited(name: str, statement: str, metric: Metric, high: str, low: str, margin: float) -> Claim:
+    arms = ("sft_matched" if "young" not in arm else "young_sft_matched" for arm in (high, low))
+    return Claim(name, "mechanism", statement, "2606.07082 elicits; no paper compares", Contrast(metric, high, low),
+                 margin, controls={"matched SFT, which shows it as well":
+                                   Contrast(metric, *arms)})  # fmt: skip
+
+
+_ELICITING = (
+    _elicited("elicit-coherent", "Where the skill is elicited, OPD moves further than where it is learned",
+              _NORM, "opd", "young_opd", RATIO),
+    _elicited("elicit-low", "Where the skill is elicited, OPD's stable rank is lower in the end",
+              _FLOAT_END, "young_opd", "opd", RATIO),
+    _elicited("elicit-flat", "Where the skill is elicited, OPD's stable rank rises less",
+              _FLOAT_RISE, "young_opd", "opd", RATIO),
+    _elicited("elicit-early", "Where the skill is elicited, OPD's final subspace is there earlier",
+              _FLOAT_SIM, "opd", "young_opd", SHARE),
 )  # fmt: skip
 
-# --- analyses of finished runs ---
-
-
-def _end_similarity(other: str, minus: str) -> Contrast:
-    """Return how much more of OPD's final subspace one run has than another, both with the next seed."""
-    first, second = (
-        Metric("sim_right_K16", "similarity", {"other": name, "next_seed": True, "block": "attention"})
-        for name in (other, minus)
-    )
-    return Contrast(first, "opd", minus=second)
-
-
-def _outside(basis: str, minus: str = "") -> Contrast:
-    """Return the share of OPD's update outside the span of two others, minus the share outside a second such span."""
-    metric = Metric("residual", "span", {"basis": basis})
-    return Contrast(metric, "opd", minus=replace(metric, where={"basis": minus}) if minus else 0.0)
-
-
-def _gradients(arm: str, minus_arm: str = "") -> Contrast:
-    """Return how much of OPD's gradient subspace a loss shares, beyond chance or beyond what another loss shares."""
-    metric = Metric("sim_right_K16", "gradients", {"block": "attention"})
-    if minus_arm:
-        return Contrast(metric, arm, minus_arm)
-    return Contrast(metric, arm, minus=replace(metric, column="sim_right_random_K16"))
-
-
-def _stretched(arm: str) -> Contrast:
-    where = {"kind": "stretched", "progress": 0.1, "factor": 1.0}
-    return Contrast(Metric("recovered", "extrapolation", where), arm, minus=0.0)
-
-
-_OF_RUNS = (
-    Claim("channel-own", "locking", "Two seeds of OPD share more of their final subspaces than OPD and RLVR do",
-          "Section 4: a channel of OPD's; no two runs are compared", _end_similarity("opd", "rlvr"), 0.05,
-          {"matched SFT, which shares it as well": _end_similarity("opd", "sft_matched")}),
-    Claim("span", "interpolation", "OPD's update lies outside the span of SFT's and RLVR's",
-          "Section 7: more than an interpolation", _outside("SFT and RLVR"), 0.5,
-          {"the chance of a seed": _outside("SFT and RLVR", "two other seeds")}),
-    Claim("span-matched", "interpolation", "OPD's update lies outside the span of matched SFT's and RLVR's",
-          "The same, with OPD's origin and recipe", _outside("matched SFT and RLVR"), 0.5,
-          {"the chance of a seed": _outside("matched SFT and RLVR of another seed", "two other seeds")}),
-    Claim("between", "interpolation", "OPD solves more than the point halfway between matched SFT and RLVR",
-          "Section 7: more than an interpolation",
-          Contrast(Metric("sampled", "landscape", {"path": "opd", "opd": 1.0}), "",
-                   minus=Metric("sampled", "landscape", {"path": "sft_matched to rlvr", "rlvr": 0.5})), POINTS),
-    Claim("gradients-top", "mechanism", "The top quarter of the tokens has gradients in OPD's subspace",
-          "Section 6: a shared dominant subspace", _gradients("opd_top25"), 0.5,
-          negative_controls={"RLVR's gradients, which lie there as well": _gradients("rlvr"),
-                             "random credits, whose gradients lie there as well": _gradients("random signs")}),
-    Claim("gradients-rlvr", "mechanism", "RLVR's gradients lie in another subspace than OPD's",
-          "Section 6: a different source", _gradients("opd, another batch", "rlvr"), 0.1),
-    Claim("entries", "mechanism", "OPD confined to an eighth of the entries, those it moved first, loses nothing",
-          "2505.11711: a small subnetwork", Contrast(_ACCURACY, "opd_entries", "opd_short"), -POINTS,
-          negative_controls={"a random eighth, which loses nothing either":
-                             Contrast(_ACCURACY, "opd_random_entries", "opd_short")}, known="printed"),
-    Claim("stretched", "mechanism", "A tenth of OPD's training, stretched to the final size, has most of its gain",
-          "2605.11739: about 80 % of the score", _stretched("opd"), 0.5,
-          negative_controls={"matched SFT, which has it as well": _stretched("sft_matched"),
-                             "RLVR, which has it as well": _stretched("rlvr")}, known="printed"),
-)  # fmt: skip
-
+#: The findings that claims belong to, with title and page of the chapter on each, in the order of the book.
+#:
+#: :meta hide-value:
+FINDINGS = {
+    "regime": ("How far, and where", "04_size"),
+    "rank": ("Rank, and its shadow in bf16", "06_rank"),
+    "locking": ("Locking", "07_locking"),
+    "sufficiency": ("Is the early subspace enough?", "08_sufficiency"),
+    "tokens": ("Change one part", "09_parts"),
+    "rollouts": ("Change one part", "09_parts"),
+    "objectives": ("Change one part", "09_parts"),
+    "mechanism": ("What makes the geometry?", "10_mechanism"),
+}
 #: All claims.
 #:
 #: :meta hide-value:
-CLAIMS = (
-    _order("sparsity-opd-sft", "OPD leaves more weights unchanged than SFT", _SPARSITY, "opd", "sft", 0.01,
-           "Table 1: 51.6 and 8.1 %"),
-    _order("sparsity-rlvr-opd", "RLVR leaves more weights unchanged than OPD", _SPARSITY, "rlvr", "opd", 0.01,
-           "Table 1: 77.2 and 51.6 %"),
-    _order("rotation-sft-opd", "SFT turns subspaces further than OPD", _ANGLE, "sft", "opd", log(1.5),
-           "Figure 2: above 10 and about 1 degree, the largest angles"),
-    _order("rotation-opd-rlvr", "OPD turns subspaces further than RLVR", _ANGLE, "opd", "rlvr", log(1.2),
-           "Figure 2: about 1 and below 0.5 degrees, the largest angles"),
-    _order("drift-sft-opd", "SFT moves the spectrum further than OPD", _DRIFT, "sft", "opd", log(1.5),
-           "Section 4: about 1e-3 and 1e-4"),
-    _order("drift-opd-rlvr", "OPD moves the spectrum further than RLVR", _DRIFT, "opd", "rlvr", log(1.2),
-           "Section 4: about 1e-4 and 1e-5"),
-    _masked("opd", "OPD", "principal", "avoids the principal weights"),
-    _masked("opd", "OPD", "low", "prefers the small weights", known="printed"),
-    _masked("rlvr", "RLVR", "principal", "avoids the principal weights"),
-    _masked("rlvr", "RLVR", "low", "prefers the small weights", known="printed"),
-    Claim("rank-sft-rises", "rank", "The stable rank of SFT rises", "Figure 4: from 20 to 75",
-          Contrast(_RISE, "sft", minus=0.0), 0.25, known="secondary"),
-    Claim("rank-rlvr-falls", "rank", "The stable rank of RLVR falls", "Figure 4",
-          Contrast(Metric("stable_rank", progress=0.1, block="attention"), "rlvr", minus=Metric("stable_rank", **_END)),
-          0.25),
-    Claim("rank-opd-flat", "rank", "The stable rank of OPD rises less than that of SFT", "Figure 4: 20 to 30",
-          Contrast(_RISE, "sft", "opd"), 0.25,
-          {"SFT's own recipe": Contrast(_RISE, "sft_matched", "opd")}, known="secondary"),
-    Claim("norm-opd-rlvr", "rank", "OPD moves further than RLVR", "Figure 4: norms of 0.45 and 0.17",
-          Contrast(Metric("frobenius", log=True, **_END), "opd", "rlvr"), log(1.2), known="draft"),
-    Claim("locking-opd", "locking", "OPD's final subspace is there at 20 % of the training", "Figure 5",
-          Contrast(_EARLY, "opd", minus=replace(_EARLY, column="sim_right_K16_null")), 0.1,
-          {"matched SFT, which has it as well": Contrast(_EARLY, "opd", "sft_matched")}),
-    Claim("locking-opd-sft", "locking", "OPD's final subspace is there earlier than SFT's", "Figure 5",
-          Contrast(_EARLY, "opd", "sft"), 0.05,
-          {"SFT's own recipe": Contrast(_EARLY, "opd", "sft_matched")}),
-    *_VARIANTS,
-    *_OF_RUNS,
-)  # fmt: skip
+CLAIMS = (*_REGIME, *_RANK, *_LOCKING, *_SUFFICIENCY, *_PARTS, *_ELICITING)

@@ -25,14 +25,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from opdlab.claims.judging import holm
 from opdlab.errors import OpdlabError
 from opdlab.lab.records import EVALUATED, MASK_PERCENTS, Records, nearest, per_run
 from opdlab.models.files import read_json
-from opdlab.stats import Estimate, Interval, block_estimate, mean_estimate, ratio_interval
+from opdlab.stats import Estimate, Interval, block_estimate, holm, mean_estimate, ratio_interval
 
 #: What a verdict can be.
 VERDICTS = ("reproduced", "seen", "explained", "uninformative", "not reproduced", "inconclusive")
+#: Where the paper's number is from. It is printed, in the paper or in a neighbouring one; or said in words, without a
+#: number; or found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
+KNOWN = ("printed", "words", "draft", "secondary")
 #: A trajectory counts from this share of the training on; before, an update is too small to have a shape.
 FROM = 0.05
 #: The level of every test.
@@ -186,7 +188,7 @@ class Claim:
     kind: str = "above"  #: "above", or "near" and "apart", where both signs count and a curve at all its snapshots
     controls: dict[str, Contrast] = field(default_factory=dict)  #: what each simpler explanation leaves of the effect
     rivals: dict[str, Contrast] = field(default_factory=dict)  #: of which the same should not hold
-    known: str = "words"  #: where the paper's number is from, one of opdlab.claims.judging.KNOWN
+    known: str = "words"  #: where the paper's number is from, one of KNOWN
     elsewhere: str = ""  #: what other papers found
 
     @property

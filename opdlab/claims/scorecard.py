@@ -1,0 +1,83 @@
+"""Verdicts as a reader meets them: under plain names, as badges and in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from html import escape
+from typing import NamedTuple
+
+import pandas as pd
+
+from opdlab.claims.paper import CLAIMS
+from opdlab.claims.rules import Claim, Verdict
+from opdlab.lab.records import Records
+
+
+class Plain(NamedTuple):
+    """What a verdict means to a reader."""
+
+    name: str  #: on its badge
+    sentence: str  #: in full
+
+
+#: What each verdict means, from the best for the claim to the worst.
+#:
+#: :meta hide-value:
+PLAIN = {
+    "reproduced": Plain("holds up", "The effect is there, and everything simpler that was tried leaves most of it."),
+    "seen": Plain("seen, not tested further", "The effect is there, and nothing was tried that could explain it."),
+    "explained": Plain("seen, but not OPD's own", "The effect is there, and a run without the paper's cause shows it too."),
+    "uninformative": Plain("tells nothing", "The test passes, and so does another for which it should have failed."),
+    "not reproduced": Plain("not seen", "The effect is too small to count, or goes the other way."),
+    "inconclusive": Plain("undecided", "The seeds scatter too much to tell."),
+}
+
+
+def badge(verdict: str, by: str = "") -> str:
+    """Return a verdict as a coloured badge, in HTML, whose sentence shows when it is pointed at or reached by keyboard.
+
+    >>> badge("inconclusive")
+    '<span class="verdict verdict-inconclusive" tabindex="0" title="The seeds scatter too much to tell.">undecided</span>'
+    """
+    plain = PLAIN[verdict]
+    sentence = f"{plain.sentence} Here: {by}." if by else plain.sentence
+    kind = verdict.replace(" ", "-")
+    return f'<span class="verdict verdict-{kind}" tabindex="0" title="{escape(sentence)}">{escape(plain.name)}</span>'
+
+
+def judgeable(records: Records, finding: str = "", claims: Sequence[Claim] = CLAIMS) -> list[Claim]:
+    """Return the claims that records can decide, of one finding or of all."""
+    return [claim for claim in claims if finding in ("", claim.finding) and claim.judgeable(records)]
+
+
+def scorecard(verdicts: Sequence[Verdict], after: Collection[str] = ()) -> pd.DataFrame:
+    """Return verdicts as a table, one row per claim, under plain names.
+
+    Args:
+        verdicts: of :func:`opdlab.claims.rules.judge`.
+        after: names of the claims that were written after a run (:func:`opdlab.claims.rules.written_after`).
+    """
+    rows = []
+    for found in verdicts:
+        claim = found.claim
+        share = next((share for share in found.share.values() if share), None)
+        rows.append(
+            {
+                "claim": claim.statement,
+                "verdict": PLAIN[found.verdict].name,
+                "why": found.by,
+                "paper": claim.source,
+                "known": claim.known,
+                "effect": f"{found.effect:+.3g}",
+                "margin": f"{claim.margin:.3g}",
+                "left by the controls": f"{share:.0%}" if share else "",
+                "p for": f"{found.p:.2g}",
+                "p against": f"{found.p_against:.2g}",
+                "seeds": found.seeds,
+                "at half the margin": PLAIN[found.at_half].name,
+                "at twice": PLAIN[found.at_twice].name,
+                "written": "after" if claim.name in after else "before",
+                "elsewhere": claim.elsewhere,
+            }
+        )
+    return pd.DataFrame(rows, index=[found.claim.name for found in verdicts])
