@@ -37,6 +37,9 @@ METADATA = {
 }
 # The keys of a cell that the site, the tests and the readers' notebooks use.
 CELL_METADATA = ("mystnb", "tags")
+# The tags of cells whose code is folded on the site; JupyterLab and Colab fold it by entries of their own.
+FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+FOLDS = {"jupyter": {"source_hidden": True}, "cellView": "form"}
 # One state of a bar of tqdm; or the empty line at its end.
 BAR = re.compile(r"\s*|.*(\d+%\|.*\||\d+\w* \[\d\d:\d\d).*")
 COLOURS = 128
@@ -87,6 +90,8 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in CELL_METADATA})
         if cell.cell_type == "code":
+            if FOLDED & set(cell.metadata.get("tags", ())):
+                cell.metadata |= nbformat.from_dict(FOLDS)
             cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
             for output in cell.outputs:
                 if "image/png" in output.get("data", {}):
