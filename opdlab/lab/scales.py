@@ -97,7 +97,7 @@ _OF_TEACHERS = {"teacher": "teacher_mixture", "teacher_same": "teacher_mixture"}
 # careless authors, SFT goes on with the careless ones, and what starts from there takes short steps.
 TINY = Scale(
     name="tiny",
-    summary="0.64 M parameters, a sum with running totals, updates of the paper's sizes; two minutes per run on one CPU core",
+    summary="0.64 M parameters, sums, updates of the paper's sizes; two minutes per run on one CPU core",
     task="running_sum",
     tasks=_OF_TEACHERS | {"base": "corpus", "sft": "careless_sum"},
     models=Models(
@@ -154,7 +154,7 @@ SMOKE = replace(
     TINY,
     name="smoke",
     summary="the models of tiny, six steps per run; seconds, to see that everything works",
-    models=replace(TINY.models, folder="smoke", instead="tiny"),
+    models=replace(TINY.models, folder="smoke", instead="tiny", per_seed=()),
     budget=replace(
         TINY.budget,
         recipes={
