@@ -40,6 +40,27 @@ def states(*said: Any, at: str = "tiny") -> Any:
     return Markdown(paragraph)
 
 
+def check(answer: Any, right: Any, near: float = 0.02, hint: str = "Not yet.") -> str:
+    """Return what there is to say of a reader's answer to an exercise.
+
+    >>> check(None, 1.5)
+    'Not answered yet: put your answer in the place of None, and run both cells.'
+    >>> check(1.51, 1.5), check(1.2, 1.5, hint="Not yet: is the update rounded?")
+    ('Right.', 'Not yet: is the update rounded?')
+
+    Args:
+        answer: the reader's, or None.
+        right: the right one; numbers may differ from it by a share of it.
+        near: that share.
+        hint: for an answer that is not right.
+    """
+    if answer is None:
+        return "Not answered yet: put your answer in the place of None, and run both cells."
+    if isinstance(right, (bool, str)):
+        return "Right." if answer == right else hint
+    return "Right." if abs(float(answer) - float(right)) <= near * abs(float(right)) else hint
+
+
 def answer(values: pd.Series, above: float = 0.0, *, yes: str = "yes", no: str = "no", digits: int = 2) -> str:
     """Say whether the 95 % interval of values, one per seed, lies wholly above a threshold, and give mean and interval.
 
