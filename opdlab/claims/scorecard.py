@@ -36,13 +36,14 @@ PLAIN = {
 def badge(verdict: str, by: str = "") -> str:
     """Return a verdict as a coloured badge, in HTML, whose sentence shows when it is pointed at or reached by keyboard.
 
-    >>> badge("inconclusive").split(" data")[0]
-    '<span class="verdict verdict-inconclusive" tabindex="0"'
+    >>> badge("inconclusive").split(" role")[0]
+    '<span class="verdict verdict-inconclusive"'
     """
     plain = PLAIN[verdict]
     sentence = f"{plain.sentence} Here: {by}." if by else plain.sentence
     kind = verdict.replace(" ", "-")
-    return f'<span class="verdict verdict-{kind}" tabindex="0" data-means="{escape(sentence)}">{escape(plain.name)}</span>'
+    told = f'role="note" tabindex="0" title="{escape(sentence)}" aria-label="{escape(f"{plain.name}: {sentence}")}"'
+    return f'<span class="verdict verdict-{kind}" {told}>{escape(plain.name)}</span>'
 
 
 def judgeable(records: Records, finding: str = "", claims: Sequence[Claim] = CLAIMS) -> list[Claim]:

@@ -14,16 +14,16 @@ from opdlab.lab.laboratory import Laboratory
 
 #: Arms whose runs are compared with each other, with the same seed and with the next.
 WHOLE = ("opd", "opd_full", "rlvr", "sft_matched")
-#: Short arms whose runs are compared with all other short ones.
-BASES = ("opd_short", "rlvr_short", "sft_matched_short")
+#: Those of them whose runs are compared with all others that are as long.
+BASES = ("opd", "rlvr", "sft_matched")
 #: The ``other`` that stands for W_0.
 WEIGHTS = "weights"
 
 
-def short_arms(lab: Laboratory) -> tuple[str, ...]:
-    """Return the recorded arms that start where short OPD does, are as long, and are free to move."""
-    short, arms = lab.arm("opd_short"), map(lab.arm, lab.scale.policy.arms)
-    alike = (of for of in arms if (of.start, of.recipe) == (short.start, short.recipe))
+def others(lab: Laboratory) -> tuple[str, ...]:
+    """Return the recorded arms beside these that start where OPD does, are as long, and are free to move."""
+    opd, arms = lab.arm("opd"), map(lab.arm, lab.scale.policy.arms)
+    alike = (of for of in arms if of.name not in WHOLE and (of.start, of.recipe) == (opd.start, opd.recipe))
     return tuple(of.name for of in alike if not of.arm.projection)
 
 
@@ -33,7 +33,7 @@ def pairs(lab: Laboratory, seed: int) -> list[Part]:
     for arm, other in product(WHOLE, repeat=2):
         found += [(arm, other, later), *([(arm, other, seed)] if other != arm else [])]
     if seed in lab.scale.policy.variant_seeds:
-        found += [(base, other, seed) for base, other in product(BASES, short_arms(lab)) if other != base]
+        found += [(base, other, seed) for base, other in product(BASES, others(lab))]
     found += [(arm, WEIGHTS, seed) for arm in WHOLE]
     return [
         Part(
@@ -74,6 +74,6 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
 
 SIMILARITY = Analysis(
-    "similarity", "whether two runs end in the same subspace", measure, (*WHOLE, *BASES),
+    "similarity", "whether two runs end in the same subspace", measure, WHOLE,
     keys=("arm", "other", "next_seed"), pairs=pairs,
 )  # fmt: skip
