@@ -188,9 +188,9 @@ RECORDED = tuple(name for name, arm in ARMS.items() if arm.recorded)
 
 
 def ancestor(name: str) -> str:
-    """Return the paper's arm that an arm descends from, which gives its colour in figures.
+    """Return the arm whose colour an arm has in figures: the one that it descends from, or is like from another anchor.
 
-    >>> ancestor("opd_top25_update4")
-    'opd'
+    >>> ancestor("opd_update4"), ancestor("young_rlvr")
+    ('opd', 'rlvr')
     """
-    return ancestor(ARMS[name].parent) if ARMS[name].parent else name
+    return ancestor(ARMS[name].parent) if ARMS[name].parent else name.removeprefix("young_")
