@@ -46,6 +46,43 @@ def badge(verdict: str, by: str = "") -> str:
     return f'<span class="verdict verdict-{kind}" {told}>{escape(plain.name)}</span>'
 
 
+class Folded(str):
+    """HTML that a notebook shows, folded until a reader opens it."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def fold(table: pd.DataFrame, summary: str) -> Folded:
+    """Return a table under a line that opens it; cells may hold HTML.
+
+    >>> fold(pd.DataFrame({"arm": ["OPD"]}), "Which arms?")[:55]
+    '<details class="numbers"><summary>Which arms?</summary>'
+    """
+    html = table.to_html(escape=False, border=0)
+    return Folded(f'<details class="numbers"><summary>{escape(summary)}</summary>{html}</details>')
+
+
+def verdict_table(verdicts: Sequence[Verdict], names: Collection[str] = ()) -> pd.DataFrame:
+    """Return what a chapter shows of its verdicts: claim, badge, effect, and what the controls leave of it.
+
+    Only claims in ``names`` are shown, or all.
+    """
+    shown = [found for found in verdicts if not names or found.claim.name in names]
+    columns = {
+        "claim": [found.claim.statement for found in shown],
+        "verdict": [badge(found.verdict, found.by) for found in shown],
+        "effect": [f"{found.effect:+.2g}" for found in shown],
+        "left by the controls": [
+            "; ".join(
+                f"{name}: {'not defined' if share is None else f'{share:.0%}'}" for name, share in found.share.items()
+            )
+            for found in shown
+        ],
+    }
+    return pd.DataFrame(columns).set_index("claim")
+
+
 def judgeable(records: Records, finding: str = "", claims: Sequence[Claim] = CLAIMS) -> list[Claim]:
     """Return the claims that records can decide, of one finding or of all."""
     return [claim for claim in claims if finding in ("", claim.finding) and claim.judgeable(records)]
