@@ -58,7 +58,7 @@ class Job:
         return f"{self.what}-seed{self.seed}"
 
     def steps(self, lab: Laboratory) -> int:
-        """Return how many steps it counts for in a bar; an analysis takes about as long as a short run."""
+        """Return how many steps it counts for in a bar; an analysis takes about as long as a run."""
         return lab.recipe("opd" if self.what in ANALYSES else self.what).steps
 
 

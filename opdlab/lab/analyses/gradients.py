@@ -21,8 +21,8 @@ from opdlab.training.trainer import Trainer, random_numbers, torch_generator
 
 #: The arms whose losses are compared with that of OPD on all tokens.
 LOSSES = (
-    "opd", "opd_full", "rlvr", "sft_matched", "opd_top50", "opd_top25", "opd_top5", "opd_random50", "opd_random25",
-    "opd_random5", "opd_absolute5", "opd_entropy5", "opd_teacher100", "opd_sequence_mean", "opd_sign", "opd_forward",
+    "opd", "opd_full", "rlvr", "sft_matched", "opd_top25", "opd_random25", "opd_first30", "opd_last30",
+    "opd_teacher100", "opd_sequence_mean", "opd_sign", "opd_forward",
 )  # fmt: skip
 Moments = dict[str, Tensor]
 
