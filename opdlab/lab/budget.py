@@ -170,9 +170,10 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     # Weights, gradients and both moments are read, and all but the gradients written.
     seconds["optimizer"] = 28 * student.parameters / device.bandwidth
 
-    count = experiment.evaluation_prompts
-    reading = (student.flops + (teacher.flops if teacher else 0)) * count * (prompt + new) / device.flops
-    evaluating = (1 + len(experiment.evaluations)) * (2 * generation(student, count) + reading)
+    count, samples = experiment.evaluation_prompts, experiment.evaluation_samples
+    reading = (student.flops + (teacher.flops if teacher else 0)) * count * (prompt + samples * new) / device.flops
+    writing = generation(student, count) + generation(student, count * samples)
+    evaluating = (1 + len(experiment.evaluations)) * (writing + reading)
     states = 3 * (1 + len(lab.branch_steps(name)))  # weights and both moments
     return Plan(
         memory,
