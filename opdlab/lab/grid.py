@@ -179,7 +179,7 @@ _vary("rlvr", "rlvr_10", "ten times the steps", recipe="arm10")
 #:
 #: :meta hide-value:
 ARMS: Mapping[str, NamedArm] = MappingProxyType(_arms)
-#: The paper's arms and matched SFT.
+#: The paper's arms and the controls that it lacks.
 PAPER = tuple(arm.name for arm in _PAPER)
 #: The arms that a record can be kept of, which are all but those that only make models.
 #:
