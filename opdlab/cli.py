@@ -253,7 +253,7 @@ def _scales(options: argparse.Namespace) -> None:
     from opdlab.lab.scales import SCALES
 
     for scale in SCALES.values():
-        print(f"{scale.name:10} {scale.summary}")
+        print(f"{scale.name:14} {scale.summary}")
     print()
     for name, named in ARMS.items():
         by, start = named.arm.rollouts_by, named.start or "random weights"

@@ -20,7 +20,7 @@ class Models:
 
     folder: str  #: under data/models, which holds the base, anchor, teacher and so on
     makers: tuple[str, ...]  #: the arms that make them
-    shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that start from random weights
+    shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that are not made from others
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
     per_seed: tuple[str, ...] = ()  #: of which each seed makes its own; that of seed 0 has no number in its name
     dtype: str = "float32"  #: that the made models are stored in
@@ -86,7 +86,7 @@ _SHAPE = {
     "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 384,
     "max_position_embeddings": 128,
 }  # fmt: skip
-_LAYERS = {"base": 3, "teacher": 4, "teacher_same": 3}
+_LAYERS = {"base": 3, "teacher": 4, "teacher_same": 3, "young": 3}
 _PRETRAINING = Recipe(2000, 64, 1, 3e-3, "cosine", 100, (0.9, 0.95))
 # Rate and steps are chosen by OPD's size on seeds from 100 on, which no verdict uses, and by nothing else. No gradient
 # is ever so long that it would be clipped.
