@@ -14,9 +14,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
+from opdlab.lab.grid import ARMS, PAPER, project, vary
 from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import add_run, find_tables, load
 from opdlab.lab.scales import SMOKE
 from opdlab.models.folders import new_model
+from opdlab.training.arms import Tokens
 from opdlab.training.loop import install_model
 
 # Of models that are only stored and measured.
@@ -32,6 +35,28 @@ SMALL_SHAPE = {
 
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: For tests that read the records of tiny.
+needs_tiny = pytest.mark.skipif(
+    not (ROOT / "data/records/tiny/runs.csv").is_file(), reason="the records of tiny are not there"
+)
+
+
+def more_arms():
+    """The arms of the book, and those that have what an arm can have and none of the book's does."""
+    arms = dict(ARMS)
+    vary(arms, "opd", "opd_muon", "Muon", optimizer="muon")
+    vary(arms, "opd", "opd_top1", "top 1 %", tokens=Tokens("log-ratio", 0.01, per_completion=False))
+    vary(arms, "opd", "opd_teacher50", "half by the teacher", teacher_share=0.5)
+    vary(arms, "opd", "opd_mix25", "α = 0.25", alpha=0.25)
+    vary(arms, "opd", "opd_balanced25", "α = 0.25, balanced", alpha=0.25, balanced=True)
+    project(arms, "opd", "opd_update2", "updates in 2", k=2)
+    project(arms, "opd", "opd_rescaled4", "updates in 4, full size", k=4, rescale=True)
+    project(arms, "opd", "opd_reset16", "gradients in 16, new moments", acts_on="gradient", reset=True)
+    project(arms, "opd", "opd_attention16", "gradients in 16, attention", acts_on="gradient", block="attention")
+    project(arms, "opd", "opd_final4", "updates in 4 of its end", k=4, final=True)
+    project(arms, "opd", "opd_entries", "an eighth of the entries", space="entries")
+    return arms
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +79,8 @@ def scale():
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory, scale):
-    """A laboratory whose base, teacher and anchor were trained for six steps."""
-    lab = Laboratory(scale, tmp_path_factory.mktemp("lab"))
+    """A laboratory with more arms than the book, whose base, teacher and anchor were trained for six steps."""
+    lab = Laboratory(scale, tmp_path_factory.mktemp("lab"), more_arms())
     for arm, name in (("base", "base"), ("teacher", "teacher"), ("sft", "anchor")):
         install_model(lab.train(arm), lab.models / name)
     return lab
@@ -71,6 +96,25 @@ def copy_of():
         return replace(lab, root=folder)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def paper(lab, copy_of, tmp_path_factory):
+    """A laboratory with the same models and runs, and records of the paper's arms with two seeds."""
+    policy = replace(lab.scale.policy, arms=PAPER, analyses=(), seeds=(0, 1))
+    root = tmp_path_factory.mktemp("paper") / "root"
+    paper = copy_of(replace(lab, scale=replace(lab.scale, policy=policy)), root)
+    (paper.root / "runs").symlink_to(lab.root / "runs")
+    for arm in PAPER:
+        for seed in policy.seeds:
+            add_run(find_tables(arm, seed, paper), paper)
+    return paper
+
+
+@pytest.fixture(scope="session")
+def of_paper(paper):
+    """The records of the paper's arms."""
+    return load(paper)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from opdlab.lab.analyses.directions import COUNT, WALK, cosines
 from opdlab.lab.analyses.gradients import second_moments
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
 from opdlab.lab.analyses.runset import add
-from opdlab.lab.analyses.similarity import BASES, SIMILARITY, short_arms
+from opdlab.lab.analyses.similarity import BASES, SIMILARITY, WHOLE, others
 from opdlab.lab.analyses.span import SPAN, residual
 from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory
@@ -56,7 +56,7 @@ def made(lab):
         return {name: torch.randn(32, 32, generator=random, dtype=torch.float64) for name in NAMES}
 
     runs = {folder: weights() for folder in ("base", "anchor")}
-    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms, *short_arms(lab)}
+    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms, *others(lab)}
     runs |= {(arm, seed): weights() for arm in sorted(arms) for seed in lab.scale.policy.seeds}
     return Made(lab, runs)
 
@@ -107,7 +107,17 @@ def test_equal_updates_share_everything(made):
 def test_similarity_reads_no_other_runs_than_it_says(made):
     measured(SIMILARITY, made)
     assert set(made.asked) <= read_by(SIMILARITY, made.lab)
-    assert {*BASES, *short_arms(made.lab)} <= {arm for arm, _ in made.asked}
+    assert {*WHOLE, *others(made.lab)} <= {arm for arm, _ in made.asked}
+
+
+def test_each_pair_is_there_once_and_variants_with_what_they_are_like(lab):
+    parts = SIMILARITY.parts(lab, 0)
+    pairs = [tuple(part.entries.values()) for part in parts]
+    assert len(set(pairs)) == len(pairs)
+    assert {(base, "opd_top25", False) for base in BASES} < set(pairs)
+    # Longer, projected, or from another anchor: not comparable.
+    assert not {"rlvr_10", "opd_update4", "young_opd", "sft"} & {other for _, other, _ in pairs}
+    assert "random_signs" in others(lab) and not set(WHOLE) & set(others(lab))
 
 
 def test_a_pair_alone_is_what_it_is_among_all(made):
@@ -289,7 +299,7 @@ def test_a_new_seed_of_an_analysis_leaves_the_rows_of_others_as_they_are(own):
 def test_an_analysis_whose_runs_are_others_now_is_not_read(own):
     record("span", 0, own)
     budget = own.scale.budget
-    recipe = replace(budget.recipes["rlvr"], clip=0.5)
+    recipe = replace(budget.recipes["arm"], clip=0.5)
     other = replace(own, scale=replace(own.scale, budget=replace(budget, recipes=budget.recipes | {"rlvr": recipe})))
     assert missing_parts(SPAN, 0, other) and not missing_parts(SPAN, 0, own)
 
@@ -306,5 +316,5 @@ def test_analyses_wait_for_their_runs(tmp_path):
     jobs = {job.name: job for job in plan(empty, (), (0,), analyses=("span", "gradients"))}
     assert {"opd-seed0", "opd-seed2", "rlvr-seed1", "anchor", "teacher"} <= set(jobs["span-seed0"].needs)
     # The losses at the anchor need no run.
-    assert set(jobs["gradients-seed0"].needs) <= {"anchor", "teacher"}
+    assert jobs["gradients-seed0"].needs == ("anchor", "teacher")
     assert list(jobs)[-1] == "gradients-seed0"
