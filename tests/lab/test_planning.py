@@ -114,13 +114,23 @@ def test_the_memory_of_a_step_is_as_planned(trainer, lab):
 
 
 def test_a_recorded_run_took_about_as_long_as_planned():
-    """SmolLM2 on one CPU core: what plans reckon with was not taken from these runs."""
-    lab = Laboratory.at("small")
-    index = read_index(lab.records).query("seed == 0").set_index("arm")
-    for arm in ("opd", "rlvr", "sft_matched"):
+    """On one CPU core: what plans reckon with was not taken from these runs."""
+    lab = Laboratory.at("tiny-learning")
+    index = read_index(lab.records).query("seed == 0 and device == 'cpu'").set_index("arm")
+    assert set(index.index) == set(lab.scale.policy.arms)
+    for arm in lab.scale.policy.arms:
         plan = plan_run(lab, arm, DEVICES["cpu"])
-        if index.loc[arm, "device"] == "cpu":
-            assert 0.5 < plan.steps * sum(plan.seconds.values()) / index.loc[arm, "seconds"] < 2
+        assert 0.5 < plan.steps * sum(plan.seconds.values()) / index.loc[arm, "seconds"] < 2
+
+
+def test_each_sample_of_an_evaluation_takes_as_long(tmp_path):
+    tiny = Laboratory.at("tiny", tmp_path)
+
+    def hours(samples):
+        budget = replace(tiny.scale.budget, evaluation_samples=samples)
+        return plan_run(replace(tiny, scale=replace(tiny.scale, budget=budget)), "opd", DEVICES["cpu"]).hours
+
+    assert hours(9) - hours(5) == pytest.approx(hours(5) - hours(1)) and hours(5) > hours(1)
 
 
 def test_logits_in_pieces_hold_memory_down(tmp_path):

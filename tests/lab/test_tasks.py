@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from opdlab.errors import OpdlabError
 from opdlab.lab.scales import SMALL, TINY
 from opdlab.lab.tasks import (
+    CARELESS_SUM,
     CHAIN_SUM,
-    DIFFERENCE_MIXTURE,
+    CORPUS,
     MATH,
-    PRODUCTS,
-    RUNNING_DIFFERENCE,
     RUNNING_SUM,
     SHORT_TASKS,
     TASKS,
@@ -20,14 +19,14 @@ from opdlab.lab.tasks import (
     RightAnswer,
     _competition,
     constant_accuracy,
+    running_demonstration,
 )
 from opdlab.models.folders import ALPHABET, EOS, PAD, character_tokenizer
 from opdlab.training.rollouts import Rollouts
 from opdlab.training.tasks import is_evaluation
 from opdlab.training.trainer import score
 
-OF_THE_LAB = (RUNNING_SUM, RUNNING_DIFFERENCE, SHORT_TASKS, TEACHER_MIXTURE, DIFFERENCE_MIXTURE)
-OF_REASONING_GYM = {"chain_sum": CHAIN_SUM, "products": PRODUCTS}
+OF_THE_LAB = (RUNNING_SUM, SHORT_TASKS, TEACHER_MIXTURE, CORPUS, CARELESS_SUM)
 
 
 @pytest.mark.parametrize("task", OF_THE_LAB, ids=lambda task: task.name)
@@ -48,14 +47,13 @@ def test_a_completion_that_does_not_end_earns_nothing():
     assert rewards.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("name", OF_REASONING_GYM)
 @settings(deadline=None, max_examples=30)  # Its import takes seconds.
 @given(seed=st.integers(0, 2**32), wrong=st.integers(-200, 10_000))
-def test_arithmetic_is_that_of_reasoning_gym(name, seed, wrong):
+def test_arithmetic_is_that_of_reasoning_gym(seed, wrong):
     """Its own scorer gives 1.0 to our solution's answer, and to another number exactly if our reward does."""
     import reasoning_gym
 
-    task, dataset = OF_REASONING_GYM[name], reasoning_gym.create_dataset(name, size=1)
+    task, dataset = CHAIN_SUM, reasoning_gym.create_dataset("chain_sum", size=1)
     prompt = task.prompts(1, np.random.default_rng(seed))[0]
     expression = prompt.removeprefix("What is ").removesuffix("?\n")
     solution = task.demonstration(prompt)
@@ -138,24 +136,31 @@ def test_running_sum_rewards_the_sum_and_nothing_else(terms, wrong):
     assert RUNNING_SUM.reward(prompt, f"#{wrong}") == float(wrong == sum(terms))
 
 
-@given(
-    start=st.integers(150, 200), terms=st.lists(st.integers(1, 50), min_size=1, max_size=3), wrong=st.integers(0, 200)
-)
-def test_running_difference_rewards_the_difference_and_nothing_else(start, terms, wrong):
-    prompt = f"Q{start}-{'-'.join(map(str, terms))}=?A:"
-    assert RUNNING_DIFFERENCE.reward(prompt, f"#{wrong}") == float(wrong == start - sum(terms))
+def test_authors_are_mostly_careless_and_write_the_same_with_the_same_chance():
+    random = np.random.default_rng(0)
+    prompts = [RUNNING_SUM.draw(random) for _ in range(2000)]
+    texts = CARELESS_SUM.demonstrations(prompts, np.random.default_rng(1))
+    assert texts == CARELESS_SUM.demonstrations(prompts, np.random.default_rng(1))
+    right = np.mean([text == running_demonstration(prompt) for prompt, text in zip(prompts, texts, strict=True)])
+    # One author in ten is careful; the others get all of some ten digits right with probability 0.8 ** 10 or so.
+    assert 0.1 < right < 0.35
+    rewards = [CARELESS_SUM.reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    assert right < np.mean(rewards) < 0.85, "a wrong digit need not be one of the answer"
+    share = np.mean([CORPUS.draw(random).startswith("Q") for _ in range(2000)])
+    assert share == pytest.approx(0.8, abs=0.03)
+    assert len({RUNNING_SUM.digest, CARELESS_SUM.digest, CORPUS.digest}) == 3
 
 
 def test_training_and_evaluation_prompts_never_overlap():
     rng = np.random.default_rng(0)
     training = set(RUNNING_SUM.prompts(20_000, rng)) | set(TASKS["teacher_mixture"].prompts(20_000, rng))
     evaluation = RUNNING_SUM.prompts(TINY.budget.evaluation_prompts, rng, evaluation=True)
-    assert len(set(evaluation)) == len(evaluation) >= 1000
+    assert len(set(evaluation)) == len(evaluation) >= 500
     assert not training & set(evaluation)
     assert all(map(is_evaluation, evaluation))
 
 
-def test_the_base_never_sees_the_format_of_the_task():
+def test_the_short_tasks_never_have_the_format_of_the_task():
     prompts = SHORT_TASKS.prompts(2000, np.random.default_rng(0))
     assert {prompt[0] for prompt in prompts} == set("SDRMOT")
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from opdlab.errors import OpdlabError
-from opdlab.lab.grid import ARMS, PAPER
+from opdlab.lab.grid import PAPER
 from opdlab.lab.scales import SMOKE
 from opdlab.models.files import tensors_digest, write_json
 from opdlab.training import loop
@@ -23,7 +24,7 @@ from opdlab.training.optimizers import make_optimizers
 from opdlab.training.store import Run
 from opdlab.training.trainer import Trainer
 
-STEPS = SMOKE.budget.recipes["opd"].steps
+STEPS = SMOKE.budget.recipes["arm"].steps
 
 
 def last_weights(run):
@@ -262,14 +263,14 @@ def gradient(subject):
 
 def test_a_mixture_is_the_sum_of_its_gradients(lab):
     found = {}
-    for arm in ("opd_short", "rlvr_short", "opd_mix25", "opd_balanced25"):
+    for arm in ("opd", "rlvr", "opd_mix25", "opd_balanced25"):
         subject = trainer(lab, arm, clip=1e9)
         rollouts, rewards = subject.batch(0)
         rewards = torch.arange(float(len(rewards))) % 3
         subject.batch = lambda step, rollouts=rollouts, rewards=rewards: (rollouts, rewards)
         line = subject.step(0)
         found[arm] = gradient(subject)
-    opd, rlvr = found["opd_short"], found["rlvr_short"]
+    opd, rlvr = found["opd"], found["rlvr"]
     torch.testing.assert_close(found["opd_mix25"], 0.25 * opd + 0.75 * rlvr, rtol=1e-4, atol=1e-6)
     balanced = 0.25 * opd + 0.75 * rlvr * opd.norm() / rlvr.norm()
     torch.testing.assert_close(found["opd_balanced25"], balanced, rtol=1e-4, atol=1e-6)
@@ -278,10 +279,10 @@ def test_a_mixture_is_the_sum_of_its_gradients(lab):
     assert line["grad_cosine"] == pytest.approx(float(opd @ rlvr / opd.norm() / rlvr.norm()), abs=1e-4)
 
 
-@pytest.mark.parametrize("arm", ["opd_reset16", "opd_of_seed4", "rlvr_update4"])
+@pytest.mark.parametrize("arm", ["opd_reset16", "opd_final4", "opd_of_seed4", "rlvr_update4"])
 def test_a_projected_run_branches_off_from_its_free_run_if_that_is_there(arm, lab, copy_of, tmp_path):
     alone, beside, counts = copy_of(lab, tmp_path / "alone"), copy_of(lab, tmp_path / "beside"), []
-    beside.train(ARMS[arm].parent)
+    beside.train(lab.arm(arm).parent)
     begin = beside.train(arm, on_steps=counts.append).experiment.begin
     assert counts[0] == begin and sum(counts) == STEPS
     runs = [at.train(arm) for at in (alone, beside)]
@@ -291,7 +292,7 @@ def test_a_projected_run_branches_off_from_its_free_run_if_that_is_there(arm, la
     assert history[0] == history[1]
     # Another machine's free run is not the same bit for bit, so it is not taken over.
     elsewhere = copy_of(lab, tmp_path / "elsewhere")
-    free = elsewhere.train(ARMS[arm].parent)
+    free = elsewhere.train(lab.arm(arm).parent)
     write_json(free.folder / "provenance.json", {"processor": "another"})
     counts.clear()
     elsewhere.train(arm, on_steps=counts.append)
@@ -300,31 +301,60 @@ def test_a_projected_run_branches_off_from_its_free_run_if_that_is_there(arm, la
 
 @pytest.mark.parametrize("arm", ["opd_update2", "opd_rescaled4", "opd_gradient16", "opd_entries", "opd_attention16"])
 def test_a_projected_run_is_like_its_parent_until_it_begins(arm, lab):
-    run, parent = lab.train(arm), lab.train("opd_short")
+    run, parent = lab.train(arm), lab.train("opd")
     begin = run.experiment.begin
     before, theirs = run.snapshot(begin), parent.snapshot(begin)
     assert all(torch.equal(before[name], theirs[name]) for name in before)
     after = run.snapshot(STEPS)
     for name, weight in before.items():
         step = (after[name] - weight).double()
-        if "self_attn.q_proj" in name and ARMS[arm].arm.projection.acts_on == "update":
+        if "self_attn.q_proj" in name and lab.arm(arm).arm.projection.acts_on == "update":
             values = torch.linalg.svdvals(step)
             if arm == "opd_entries":
                 assert 0 < (step != 0).double().mean() <= 1 / 8 + 1e-3
             else:
-                assert values[ARMS[arm].arm.projection.k] < 1e-3 * values[0]
+                assert values[lab.arm(arm).arm.projection.k] < 1e-3 * values[0]
 
 
 def test_who_writes(lab):
     texts = {}
-    for arm in ("opd_short", "opd_teacher50", "opd_teacher100", "opd_stale"):
+    for arm in ("opd", "opd_teacher50", "opd_teacher100", "opd_stale"):
         rollouts, rewards = trainer(lab, arm).batch(0)
         texts[arm] = rollouts.completions
         assert (rewards is None) == ("teacher" in arm) and len(rollouts.completions) == 16
-    assert texts["opd_stale"] == texts["opd_short"], "before the first step the student is the anchor"
-    assert texts["opd_teacher50"][:8] == texts["opd_teacher100"][:8] != texts["opd_short"][:8]
+    assert texts["opd_stale"] == texts["opd"], "before the first step the student is the anchor"
+    assert texts["opd_teacher50"][:8] == texts["opd_teacher100"][:8] != texts["opd"][:8]
 
 
 def test_weights_can_be_stored_in_bfloat16(lab):
     weights = lab.train("opd_bf16").snapshot(STEPS)
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
+
+
+def test_random_signs_move_the_model_and_have_no_meaning(lab):
+    signs, opd = trainer(lab, "random_signs"), trainer(lab, "opd")
+    assert signs.batch(0)[0].completions == opd.batch(0)[0].completions, "the same prompts and rollouts"
+    moved = [subject.step(0)["update_norm"] for subject in (signs, opd)]
+    assert min(moved) > 0
+    assert signs.step(1)["kl_teacher"] is None, "it reads no teacher"
+    gradients = [gradient(subject) for subject in (signs, opd)]
+    assert abs(float(torch.nn.functional.cosine_similarity(*gradients, dim=0))) < 0.2
+
+
+def test_memory_moves_weights_without_a_gradient(lab):
+    adam, sgd = trainer(lab, "opd"), trainer(lab, "opd_sgd")
+    for subject in (adam, sgd):
+        subject.step(0)
+        before = copy.deepcopy(subject.state())
+        change = subject.memory_change()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in subject.state().items()), "nothing is touched"
+        assert (change > 0) == (subject is adam), "SGD without momentum has no memory"
+
+
+def test_accuracy_over_several_samples(lab):
+    one, several = (Trainer(replace(lab.experiment("opd", 0), evaluation_samples=count)) for count in (1, 3))
+    assert one.experiment.key != several.experiment.key
+    assert one.experiment.key == lab.experiment("opd", 0).key, "one sample is as usual: older records stay valid"
+    prompts = several.held_out(4)
+    assert len(several.answer(several.student, prompts, 1.0, 3).completions) == 12
+    assert {**several.evaluate(1)}.keys() == {**one.evaluate(1)}.keys()

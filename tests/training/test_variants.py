@@ -46,6 +46,14 @@ def test_rankings():
         token_weights(ratio, ratio > -9, 0.0)
 
 
+def test_first_and_last_tokens():
+    tokens, mask = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[True] * 5 + [False]])
+    first, last = (
+        token_weights(token_ranking(ranking, torch.zeros(1, 6, 3), tokens), mask, 0.4) for ranking in ("first", "last")
+    )
+    assert first.tolist() == [[2.5, 2.5, 0, 0, 0, 0]] and last.tolist() == [[0, 0, 0, 2.5, 2.5, 0]]
+
+
 @pytest.fixture
 def weights():
     random = torch.Generator().manual_seed(1)
@@ -93,7 +101,6 @@ def test_every_arm_can_be_told_apart_by_what_decides_it():
             changed_fields(arm.arm),
             arm.models,
             arm.recipe,
-            arm.task,
             arm.lr_factor,
             arm.arm.projection,
             arm.directions(0, 1),
