@@ -13,7 +13,7 @@ from opdlab.lab.grid import ARMS, ancestor
 
 #: The colour of each of the paper's arms.
 COLOURS = {"sft": "#0072B2", "opd": "#D55E00", "opd_full": "#CC79A7", "rlvr": "#009E73", "sft_matched": "#56B4E9",
-           "random_signs": "#777777"}  # fmt: skip
+           "random_signs": "#E69F00"}  # fmt: skip
 #: The marker of each of the paper's arms.
 MARKERS = {"sft": "s", "opd": "o", "opd_full": "D", "rlvr": "^", "sft_matched": "v", "random_signs": "P"}
 
