@@ -3,43 +3,54 @@
 import pandas as pd
 import pytest
 
-from opdlab.claims import CLAIMS, Metric, judge, judgeable
+from opdlab.claims import Metric, judge, judgeable
 from opdlab.claims.across_scales import compare_order, compare_scales, judge_at, records_at
 from opdlab.lab import plots
 from opdlab.lab.laboratory import Laboratory
-from opdlab.lab.scales import SMALL, TINY
+from opdlab.lab.scales import SCALES
 
 METRICS = {"accuracy": Metric("sampled", progress=1.0), "stable rank": Metric("stable_rank", progress=1.0)}
+LEARNING = "tiny-learning"
+
+
+@pytest.fixture
+def smoke(paper, monkeypatch):
+    """The folder with the records of the paper's arms at smoke, which the scale of that name reads."""
+    monkeypatch.setitem(SCALES, "smoke", paper.scale)
+    return paper.root
 
 
 def test_values_at_scales_are_those_of_the_records():
-    table = compare_scales(METRICS, ("opd", "opd_random16"), ("tiny", "small"))
-    of_tiny = table[table["scale"] == "tiny"]
-    assert set(of_tiny["arm"]) == {"opd", "opd_random16"} and list(dict.fromkeys(of_tiny["title"])) == list(METRICS)
-    evaluations = pd.read_csv(Laboratory.at("tiny").records / "opd" / "evaluations.csv").query("seed == 3")
-    row = of_tiny[(of_tiny["title"] == "accuracy") & (of_tiny["arm"] == "opd") & (of_tiny["seed"] == 3)]
+    table = compare_scales(METRICS, ("opd", "opd_top25"), (LEARNING,))
+    # No such run as the second is recorded there, and none is trained for it.
+    assert set(table["arm"]) == {"opd"} and list(dict.fromkeys(table["title"])) == list(METRICS)
+    evaluations = pd.read_csv(Laboratory.at(LEARNING).records / "opd" / "evaluations.csv").query("seed == 3")
+    row = table[(table["title"] == "accuracy") & (table["seed"] == 3)]
     assert row["value"].item() == pytest.approx(evaluations["sampled"].iloc[-1])
-    # At small no such run is recorded, and none is trained for it.
-    assert "opd_random16" not in {*table.loc[table["scale"] == "small", "arm"], *SMALL.policy.arms}
+    assert set(table["scale"]) == {LEARNING} and set(table["label"]) == {"OPD"}
+
+
+def test_a_scale_without_records_is_left_out(smoke):
+    table = compare_scales(METRICS, ("opd", "sft"), ("smoke", LEARNING), smoke)
+    assert set(table["scale"]) == {"smoke"}, "in this folder there are no others"
+    assert table.groupby(["title", "arm"])["seed"].apply(list).tolist() == [[0, 1]] * 4
 
 
 def test_a_scale_without_a_record_of_an_analysis_is_left_out():
-    outside = {"outside": Metric("residual", "span", {"basis": "two other seeds"})}
-    table = compare_scales(outside, ("opd",))
-    assert set(table["scale"]) == {"tiny"} and len(table) == len(TINY.policy.seeds)
-    assert "span" not in SMALL.policy.analyses
+    outside = {"outside": Metric("residual", analysis="span", where=(("basis", "two other seeds"),))}
+    assert compare_scales(outside, ("opd",), (LEARNING,)).empty
 
 
 def test_what_is_not_recorded_is_left_out(tmp_path):
-    assert records_at("small", ("opd",), tmp_path) is None
-    assert compare_scales(METRICS, ("opd",), ("small",), tmp_path).empty
-    assert judge_at("small", tmp_path) == []
+    assert records_at(LEARNING, ("opd",), tmp_path) is None
+    assert compare_scales(METRICS, ("opd",), (LEARNING,), tmp_path).empty
+    assert judge_at(LEARNING, tmp_path) == []
 
 
 def test_panels_by_scale():
-    table = compare_scales(METRICS, ("opd", "rlvr"), ("tiny",))
+    table = compare_scales(METRICS, ("opd", "rlvr"), (LEARNING,))
     figure = plots.draw_scales(table)
-    assert [axis.get_title() for axis in figure.axes] == ["accuracy, tiny", "stable rank, tiny"]
+    assert [axis.get_title() for axis in figure.axes] == [f"accuracy, {LEARNING}", f"stable rank, {LEARNING}"]
 
 
 def test_the_order_of_arms_at_two_scales():
@@ -64,16 +75,22 @@ def test_the_order_of_arms_at_two_scales():
     assert [axis.patches[0].get_y() for axis in figure.axes] == [pytest.approx(2.75), pytest.approx(0.75)]
 
 
-def test_the_claims_that_the_records_can_tell():
-    records = records_at("tiny", ("sft", "opd", "rlvr", "sft_matched"))
-    found = {claim.name: claim for claim in judgeable(CLAIMS, records)}
-    assert "norm-opd-rlvr" in found and "rank-opd_mix1" not in found and "span" not in found
-    (judged,) = judge([found["norm-opd-rlvr"]], records)
-    assert (judged.verdict, judged.text, judged.seeds) == ("reproduced", "reproduced", 5)
+def test_the_claims_that_a_scale_can_decide_are_judged(smoke):
+    records = records_at("smoke", ("opd", "rlvr", "sft_matched"), smoke)
+    assert set(records.runs["arm"]) == {"opd", "rlvr", "sft_matched"}
+    few, found = judgeable(records), judge_at("smoke", smoke)
+    assert 0 < len(few) < len(found)
+    assert {verdict.seeds for verdict in found} <= {0, 2}, "an update that is nothing has no directions"
+    assert [verdict.claim for verdict in judge(few, records)] == few
 
 
-def test_claims_about_runs_variants_and_analyses_are_judged_at_another_scale():
-    found = judge_at("small")
-    assert {"norm-opd-rlvr", "rank-opd_mix50"} <= {verdict.claim.name for verdict in found}
-    # With two, an interval is so wide that hardly any negative control could explain an effect.
-    assert {verdict.seeds for verdict in found} == {len(SMALL.policy.seeds)} == {3}
+def test_the_first_laboratory_s_verdicts_are_kept():
+    """What it found is told, and its records are gone but for five arms: so the table is read, and not computed."""
+    kept = pd.read_csv(Laboratory.at(LEARNING).root / "data" / "verdicts-v1.csv", keep_default_na=False)
+    assert set(kept["scale"]) == {"tiny", "small"} and not kept.duplicated(["scale", "claim"]).any()
+    counts = kept.groupby(["scale", "verdict"]).size().unstack(fill_value=0)
+    assert counts.sum(axis=1).to_dict() == {"small": 23, "tiny": 43}
+    assert set(counts) == {"reproduced", "explained", "not reproduced", "inconclusive"}
+    assert (kept["by"].ne("") == kept["verdict"].eq("explained")).all()
+    assert kept["p"].between(0, 1).all() and kept["seeds"].gt(1).all()
+    assert (kept[["low", "effect", "high"]].dropna().diff(axis=1).dropna(axis=1) >= 0).all(axis=None)

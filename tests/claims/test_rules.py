@@ -114,6 +114,34 @@ def test_noise_is_pooled_over_runs_that_are_alike():
     assert verdict(records, claim(margin=0.0, arms=("opd", "longer"))).p == pytest.approx(alone)
 
 
+def test_only_seeds_on_both_sides_count():
+    records = made({"opd": 1.0, "rlvr": 0.0})
+    lacking = records.trajectory.query("not (arm == 'rlvr' and seed == 4)")
+    found = verdict(replace(records, trajectory=lacking), claim())
+    assert (found.verdict, found.seeds) == ("seen", 4)
+
+
+def test_claims_of_one_finding_are_corrected_together():
+    records, one = made({"opd": 0.3, "rlvr": 0.0}), claim()
+    (alone,) = judge([one], records)
+    assert 0 < alone.p < 0.1
+    assert judge([one] * 4, records)[0].p == pytest.approx(4 * alone.p)
+    others = [replace(one, finding="locking")] * 3
+    assert verdict(records, one, *others).p == pytest.approx(alone.p), "another finding is another family"
+
+
+def test_values_of_an_analysis():
+    pairs = [(seed, "opd", other, seed + len(other)) for seed in (0, 1) for other in ("b", "cc")]
+    table = pd.DataFrame(pairs, columns=["seed", "arm", "other", "x"])
+    records = replace(made({"opd": 1.0, "rlvr": 0.0}), analyses={"pairs": table})
+    metric = Metric("x", analysis="pairs", where=(("other", "cc"),))
+    assert metric.values(records)["opd"].to_dict() == {0: 2, 1: 3}
+    one = replace(claim(), effect=Contrast(metric, "opd"))
+    assert one.judgeable(records) and not one.judgeable(made({"opd": 1.0, "rlvr": 0.0}))
+    with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
+        verdict(made({"opd": 1.0, "rlvr": 0.0}), one)
+
+
 def test_what_is_missing_decides_nothing():
     one = made({"opd": 5.0, "rlvr": 0.0, "sft_matched": 0.0}, seeds=4)
     one = replace(one, trajectory=one.trajectory.query("not (arm == 'opd' and seed > 0)"))

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from opdlab.stats import (
     block_estimate,
+    holm,
     mean_estimate,
     mean_interval,
     prediction_interval,
@@ -85,3 +88,12 @@ def test_a_ratio_to_nothing_is_not_defined():
     assert ratio_interval([1.0, 2.0, 3.0], [-1.0, 0.5, 1.0]) is None
     assert ratio_interval([1.0], [2.0]) is None
     assert mean_estimate([1.0]).above(0) == 1.0 and np.isnan(mean_estimate([1.0]).interval().low)
+
+
+@given(p_values=st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(p_values):
+    """A hypothesis is rejected if Bonferroni rejects every set of hypotheses that it is in."""
+    every = [of for size in range(1, len(p_values) + 1) for of in combinations(range(len(p_values)), size)]
+    together = {of: min(1.0, len(of) * min(p_values[i] for i in of)) for of in every}
+    expected = [max(p for of, p in together.items() if i in of) for i in range(len(p_values))]
+    assert holm(p_values) == pytest.approx(expected)

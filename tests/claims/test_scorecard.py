@@ -1,0 +1,117 @@
+"""The claims are well made, and a reader sees the verdicts on them under plain names."""
+
+from html import unescape
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import needs_tiny
+
+import opdlab
+from opdlab.claims import CLAIMS, FINDINGS, VERDICTS, judge, judgeable, scorecard
+from opdlab.claims.rules import KNOWN, Claim, Contrast, Metric, Verdict
+from opdlab.claims.scorecard import PLAIN, badge, fold, verdict_table
+from opdlab.errors import OpdlabError
+from opdlab.lab.analyses import ANALYSES
+from opdlab.lab.grid import PAPER, RECORDED
+from opdlab.stats import Interval
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_claims_name_arms_and_analyses_that_exist(claim):
+    assert {arm for contrast in claim.contrasts for arm in contrast.weights} <= set(RECORDED)
+    assert {contrast.metric.analysis for contrast in claim.contrasts} <= {"", *ANALYSES}
+    assert claim.known in KNOWN and claim.finding in FINDINGS
+
+
+def test_no_two_claims_are_the_same_and_every_finding_has_one():
+    assert len({claim.name for claim in CLAIMS}) == len({claim.digest for claim in CLAIMS}) == len(CLAIMS)
+    assert {claim.finding for claim in CLAIMS} == set(FINDINGS)
+
+
+@needs_tiny
+def test_every_finding_has_its_chapter():
+    for title, page in FINDINGS.values():
+        assert f"# {title}" in (ROOT / "book" / f"{page}.ipynb").read_text()
+
+
+def test_what_records_can_decide(of_paper):
+    found = {claim.name: claim for claim in judgeable(of_paper)}
+    arms = {name: {arm for contrast in claim.contrasts for arm in contrast.weights} for name, claim in found.items()}
+    assert set().union(*arms.values()) <= set(PAPER)
+    assert "norm-opd-rlvr" in found and "rank-opd_mix1" not in found and "elicit-low" not in found
+    of_rank = [claim for claim in found.values() if claim.finding == "rank"]
+    assert judgeable(of_paper, "rank") == of_rank and 0 < len(of_rank) < len(found)
+    pairs = Claim("pairs", "rank", "", "", Contrast(Metric("cosine", analysis="similarity"), "opd"), 0.1)
+    assert judgeable(of_paper, claims=[pairs, of_rank[0]]) == [of_rank[0]]
+
+
+def test_records_are_judged_through_the_door(of_paper):
+    claims = judgeable(of_paper, "rank")
+    verdicts = judge(claims, of_paper)
+    assert all(found.verdict in VERDICTS for found in verdicts)
+    pd.testing.assert_frame_equal(opdlab.judge(of_paper, "rank"), scorecard(verdicts))
+    everything = opdlab.judge(of_paper)
+    assert set(everything.index) == {claim.name for claim in judgeable(of_paper)}
+    assert everything["verdict"].isin([plain.name for plain in PLAIN.values()]).all()
+    with pytest.raises(OpdlabError, match="there is no finding 'size'; choose one of regime"):
+        opdlab.judge(of_paper, "size")
+
+
+@pytest.fixture
+def verdicts():
+    effect = Contrast(Metric("x"), "opd", "rlvr")
+    left = {"SFT's <own> recipe": Contrast(Metric("x"), "opd", "sft_matched"), "size": effect}
+    claims = [
+        Claim("one", "rank", "It is so.", "Figure 0", effect, 0.25, controls=left, known="printed"),
+        Claim("two", "rank", "It is not.", "Figure 1", effect, 0.5, elsewhere="others agree"),
+    ]
+    interval = Interval(1.0, 0.5, 1.5)
+    shares = {"SFT's <own> recipe": Interval(0.125, 0.1, 0.15), "size": None}
+    return [
+        Verdict(claims[0], "explained", "SFT's <own> recipe", interval, 0.01, 1.0, 5, {}, shares, "seen", "explained"),
+        Verdict(claims[1], "inconclusive", "", interval, 0.4, 0.6, 3, {}, {}, "seen", "not reproduced"),
+    ]
+
+
+def test_a_scorecard_says_what_the_verdicts_do(verdicts):
+    table = scorecard(verdicts, after={"two"})
+    assert table.index.tolist() == ["one", "two"] and list(table["claim"]) == ["It is so.", "It is not."]
+    one, two = table.loc["one"], table.loc["two"]
+    assert (one["verdict"], one["why"]) == ("seen, but not OPD's own", "SFT's <own> recipe")
+    assert (two["verdict"], two["why"]) == ("undecided", "")
+    assert one["effect"] == "+1 [+0.5, +1.5]"
+    assert (one["paper"], one["known"], two["elsewhere"]) == ("Figure 0", "printed", "others agree")
+    assert (one["margin"], one["p for"], two["p against"], two["seeds"]) == ("0.25", "0.01", "0.6", 3)
+    assert (one["left by the controls"], two["left by the controls"]) == ("12% [10%, 15%]", "")
+    assert (two["at half the margin"], two["at twice"]) == ("seen, not tested further", "not seen")
+    assert (one["written"], two["written"]) == ("before", "after")
+
+
+def test_the_table_of_a_chapter_shows_only_what_it_is_about(verdicts):
+    table = verdict_table(verdicts)
+    assert table.index.tolist() == ["It is so.", "It is not."]
+    assert verdict_table(verdicts, ("two",)).index.tolist() == ["It is not."]
+    assert table["left by the controls"].tolist() == ["SFT's <own> recipe: 12% [10%, 15%]; size: not defined", ""]
+    assert table["verdict"]["It is not."] == badge("inconclusive")
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_a_badge_has_a_colour_a_name_and_a_sentence(verdict):
+    assert list(PLAIN) == list(VERDICTS)
+    shown, plain = badge(verdict, 'a "control" <of>'), PLAIN[verdict]
+    assert f'class="verdict verdict-{verdict.replace(" ", "-")}"' in shown
+    assert f">{plain.name}</span>" in unescape(shown)
+    for attribute in ('tabindex="0"', f'title="{plain.sentence}', f'aria-label="{plain.name}: {plain.sentence}'):
+        assert attribute in unescape(shown), "read by keyboard and by screen readers"
+    # What comes from elsewhere cannot end the attribute, nor the tag.
+    assert shown.count("<") == shown.count(">") == 2 and shown.count('"') % 2 == 0
+    assert "Here" not in badge(verdict)
+
+
+def test_a_folded_table_opens_by_its_line():
+    folded = fold(pd.DataFrame({"verdict": [badge("seen")]}), "Which & why?")
+    assert folded._repr_html_() == folded and folded.startswith("<details") and folded.endswith("</details>")
+    assert "<summary>Which &amp; why?</summary>" in folded and badge("seen") in folded
