@@ -145,8 +145,8 @@ class Laboratory:
     def place(self, name: str, seed: int) -> str:
         """Return the folder of a model for a seed: a name, with a number where each seed has its own.
 
-        >>> Laboratory.at("tiny").place("anchor", 3)
-        'anchor'
+        >>> Laboratory.at("tiny").place("anchor", 3), Laboratory.at("tiny").place("teacher", 3)
+        ('anchor-3', 'teacher')
         """
         return f"{name}-{seed}" if seed and name in self.scale.models.per_seed else name
 
