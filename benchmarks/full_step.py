@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choices = [name for name, scale in SCALES.items() if scale.models.pretrained]
     parser.add_argument("--scale", choices=choices, default="full")
-    parser.add_argument("--arms", nargs="+", default=PAPER, help="default: the paper's and matched SFT")
+    parser.add_argument("--arms", nargs="+", default=PAPER, help="default: the paper's and the controls")
     parser.add_argument("--out", type=Path, help="write what was measured to this JSON file too")
     options = parser.parse_args()
     scale = typical(SCALES[options.scale])

@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="repetitions of each row")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    trainer = Trainer(Laboratory.at("tiny").experiment("opd_short"))
+    trainer = Trainer(Laboratory.at("tiny").experiment("opd"))
     print("| what | ms |\n| --- | ---: |")
     for measure in (parts, multiplications, rollout_ideas, compiled):
         for name, value in measure(trainer, options.steps):

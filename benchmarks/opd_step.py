@@ -99,7 +99,7 @@ class Case:
 
 def own(scale: Scale) -> tuple[int, int]:
     """Return the batch that the scale's recipe has."""
-    recipe = scale.budget.recipes["opd_full"]
+    recipe = Laboratory(scale, default_root()).recipe("opd_full")
     return recipe.prompts, recipe.samples
 
 

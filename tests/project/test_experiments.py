@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import needs_tiny
 
 from opdlab.cli import _parser
 from opdlab.lab.analyses import ANALYSES
@@ -58,6 +59,7 @@ def test_the_command_is_one(command):
         assert path is None or path.isupper() or (ROOT / path).is_dir()
 
 
+@needs_tiny
 @pytest.mark.parametrize("command", [command for command in commands() if "reproduce" in command])
 def test_what_is_reproduced_is_recorded(command):
     options = _parser().parse_args(shlex.split(command)[1:])

@@ -98,9 +98,9 @@ def test_six_steps_make_no_models_of_another_scale(tmp_path):
 
 
 def test_an_unknown_task(lab):
-    arms = lab.arms | {"mine": replace(lab.arms["opd"], task="unknown")}
+    scale = replace(lab.scale, tasks={"opd": "unknown"})
     with pytest.raises(OpdlabError, match=r"^there is no task 'unknown'; choose one of running_sum, "):
-        replace(lab, arms=arms).experiment("mine")
+        replace(lab, scale=scale).experiment("opd_update4")
 
 
 def test_a_script_without_a_main_guard_says_so(tmp_path):

@@ -103,10 +103,10 @@ def test_what_it_refuses(lab):
         ("sft_matched", "rollouts by the teacher and the loss cross_entropy"),
         ("opd_sign", "rollouts by the student and the loss opd_sign"),
         ("opd_top25", "tokens"),
-        ("opd_teacher25", "teacher_share"),
+        ("opd_teacher50", "teacher_share"),
         ("opd_update4", "projection"),
         ("opd_mix50", "alpha"),
-        ("opd_balanced50", "alpha, balanced"),
+        ("opd_balanced25", "alpha, balanced"),
         ("opd_sgd", "optimizer"),
         ("opd_bf16", "weight_dtype"),
         ("base", "it starts from random weights"),
@@ -114,8 +114,8 @@ def test_what_it_refuses(lab):
         with pytest.raises(OpdlabError, match=rf"TRL has no trainer for '{arm}' \({message}\): choose sft, opd"):
             trainer_of(lab.experiment(arm))
     opd = lab.experiment("opd")
-    with pytest.raises(OpdlabError, match="paper has no recipe for arm 'opd_short'"):
-        paper("opd_short")
+    with pytest.raises(OpdlabError, match="paper has no recipe for arm 'rlvr_10'"):
+        paper("rlvr_10")
     for processes in (3, 32, 0, -2):
         with pytest.raises(OpdlabError, match=f"^{processes} processes cannot share a batch of 16 completions"):
             configure(opd, processes, gpu=False, vllm=False)
