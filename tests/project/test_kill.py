@@ -18,15 +18,17 @@ from tempfile import TemporaryDirectory
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "data" / "models" / "tiny-learning"
 KILLS = int(os.environ.get("OPDLAB_KILLS", 6))
 #: Kills of one run, before it may end.
 MOST = 4
 
 
 def _home(folder):
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    if not (folder / "data" / "models").exists():
-        (folder / "data" / "models").symlink_to(ROOT / "data" / "models")
+    models = folder / "data" / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    if not (models / "smoke").exists():
+        (models / "smoke").symlink_to(MODELS)
     return ["--scale", "smoke", "--home", str(folder)]
 
 
@@ -83,7 +85,7 @@ class Measure:
     def work(self, folder):
         from opdlab.cli import main
 
-        models = [str(ROOT / "data" / "models" / "tiny" / name) for name in ("base", "anchor")]
+        models = [str(MODELS / name) for name in ("base", "anchor")]
         return main(["measure", *models, "--out", str(folder), "--no-cache", "--processes", "1"])
 
     def outcome(self, folder):
