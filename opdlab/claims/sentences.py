@@ -104,8 +104,8 @@ def list_results(lines: Sequence[str] | Mapping[str, str | pd.Series], about: st
 def effect_table(effects: Mapping[str, pd.DataFrame], arms: Sequence[str] | None = None) -> pd.DataFrame:
     """Return a table of means over seeds with 95 % intervals, one row per arm and one column per effect.
 
-    An effect, by its title, is a table of seeds by arms (:meth:`opdlab.claims.rules.Metric.values`), all of whose arms are
-    shown by default.
+    An effect, by its title, is a table of seeds by arms (:meth:`opdlab.claims.rules.Metric.values`). By default all its
+    arms are shown.
     """
     return pd.DataFrame(
         {
