@@ -1,8 +1,9 @@
 """The claims that the laboratory in the regime tests: those of the paper (2606.07082), then those of newer papers.
 
-They are committed before the runs that they judge, and each record names the claims that it was made under by their
-digests. Margins are the same for all claims of a kind: a factor of 1.2 for sizes and ranks, a twentieth of what is
-possible for sparsity, masks and similarities, and 0.02 nats of KL to the teacher, about a tenth of what OPD gains.
+They are committed before the runs that they judge, or before the analyses of these, and each record names the claims
+that it was made under by their digests. Margins are the same for all claims of a kind: a factor of 1.2 for sizes and
+ranks, a twentieth of what is possible for sparsity, masks and similarities, and 0.02 nats of KL to the teacher, about a
+tenth of what OPD gains.
 """
 
 from __future__ import annotations
@@ -235,13 +236,8 @@ _ELICITING = (
 _ALL: dict[str, Any] = {"block": "all"}
 
 
-def _path(column: str) -> Claim:
-    """Return the claim that the path of RLVR's update is straight, beyond a random walk with the same steps."""
-    name, statement, words = {
-        "r2": ("linear-rlvr", "RLVR's update grows along a straight line in steps", "nearly linear in steps"),
-        "along": ("linear-rank", "RLVR's updates at all times are nearly multiples of one", "of rank one"),
-        "cosine": ("linear-early", "15 % of RLVR's training point to its end", "extrapolates from the first 15 %"),
-    }[column]
+def _path(name: str, column: str, statement: str, words: str) -> Claim:
+    """Return a claim about the path of RLVR's update, beyond a random walk whose intervals have the same norms."""
     metric = Metric(column, f"{column}_null", "linearity", **_ALL)
     rivals = {"OPD": Contrast(metric, "opd"), "random signs": Contrast(metric, "random_signs")}
     return Claim(name, "locking", statement, f"2605.21468: {words}", Contrast(metric, "rlvr"), SHARE, rivals=rivals)
@@ -257,7 +253,9 @@ _TO_NEXT, _TO_SAME = (
 )
 
 _PATHS = (
-    *map(_path, ("r2", "along", "cosine")),
+    _path("linear-rlvr", "r2", "RLVR's update grows along a straight line in steps", "nearly linear in steps"),
+    _path("linear-rank", "along", "RLVR's updates at all times are nearly multiples of one", "of rank one"),
+    _path("linear-early", "cosine", "15 % of RLVR's training point to its end", "extrapolates from the first 15 %"),
     Claim("ahead-opd", "locking", "OPD's leading directions point to their end earlier than RLVR's",
           "2605.11739: most so in the first 30 %", Contrast(_AHEAD, "opd", "rlvr"), SHARE,
           controls={"matched SFT, whose own do so, too": Contrast(_AHEAD, "opd", "sft_matched")}),
@@ -319,7 +317,7 @@ def _gradients(arm: str) -> Contrast:
 
 def _forgotten(name: str, statement: str, high: str, low: str, **controls: Contrast) -> Claim:
     beyond = Contrast(replace(_FORGOTTEN, minus="kl_noise"), high, low)
-    return Claim(name, "mechanism", statement, "2509.04259: who learns from his own samples forgets less",
+    return Claim(name, "mechanism", statement, "2509.04259: who learns from their own samples forgets less",
                  Contrast(_FORGOTTEN, high, low), RATIO, controls={_SIZE: beyond} | controls)  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def regime(tmp_path_factory):
         for name, recipe in REGIME.budget.recipes.items()
     }
     budget = replace(REGIME.budget, recipes=recipes, max_new_tokens=16, evaluation_prompts=8, evaluation_samples=2)
-    policy = replace(REGIME.policy, arms=SHOWN, seeds=(0, 1, 2), variant_seeds=(0,), other_seeds={})
+    kept = {"snapshots": (0.15, 0.5, 1.0), "variant_snapshots": (0.5, 1.0)}
+    policy = replace(REGIME.policy, arms=SHOWN, seeds=(0, 1, 2), variant_seeds=(0,), other_seeds={}, **kept)
     tasks = REGIME_TASKS | {"running_sum": replace(REGIME_TASKS["running_sum"], score=odd)}
     scale = replace(REGIME, budget=budget, policy=policy)
     lab = Laboratory(scale, tmp_path_factory.mktemp("regime"), dict(REGIME_ARMS), tasks, digests(CLAIMS))
