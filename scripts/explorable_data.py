@@ -45,6 +45,10 @@ FROM_ANCHOR = ARMS[1:]
 COLOURS = {**plots.COLOURS, "random_signs": "#E69F00", SHUFFLED: "#888888"}
 MARKERS = {**plots.MARKERS, "random_signs": "P", SHUFFLED: "X"}
 SHUFFLED_LABEL = "OPD, shuffled"
+# What a picture shows, in words that stand on it.
+WHOLE_SHOWN = "the value projection of the middle layer"
+PART_SHOWN = f"the first {BLOCK} rows and columns of the value projection of the middle layer"
+SEED = "seed 0"
 TOP = 5  # tokens that are shown of a distribution
 
 
@@ -123,6 +127,7 @@ def weights_data(runs: Runs) -> dict:
         arms.append(entry)
     return {
         "matrix": runs.matrix,
+        "shown": f"{PART_SHOWN}; {SEED}",
         "block": BLOCK,
         "k": K,
         "alpha": ALPHA,
@@ -217,7 +222,8 @@ def subspace_data(runs: Runs) -> dict:
                 "squares": base64((squares * 255).round().to(torch.uint8).numpy()),
             }
         arms.append(of_arm)
-    return {"matrix": runs.matrix, "k": K, "progress": runs.progress("opd"), "arms": arms}
+    about = {"matrix": runs.matrix, "shown": f"{WHOLE_SHOWN}; {SEED}", "k": K, "progress": runs.progress("opd")}
+    return about | {"arms": arms}
 
 
 DATA = {"weights": weights_data, "token": token_data, "subspace": subspace_data}

@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 from base64 import b64decode
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from execute_book import fewer_colours
 from explorable_data import (
     ALPHA,
     BLOCK,
     COLOURS,
     DATA,
     MARKERS,
+    PART_SHOWN,
+    SEED,
     SHUFFLED,
     SIZES,
+    WHOLE_SHOWN,
     K,
     Runs,
     blocks,
@@ -36,7 +41,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 
-from opdlab.figures.style import to_png
 from opdlab.geometry import (
     bf16_sparsity,
     frobenius,
@@ -68,6 +72,11 @@ def set_shares(axis: plt.Axes, ticks: Sequence[float]) -> None:
     axis.set_xlabel("size of the update")
 
 
+def note_source(figure: Figure, words: str) -> None:
+    """Write at the foot of a figure what it is of."""
+    figure.supxlabel(words, fontsize=9, color="0.35")
+
+
 def show_progress(axis: plt.Axes) -> None:
     """Make the horizontal axis that of the training's progress."""
     axis.set_xlabel("share of the training")
@@ -96,13 +105,13 @@ def size_still(runs: Runs) -> Figure:
 
     figure, axes = plots.panels(3, columns=3)
     sizes = SIZES[::3]
-    for arm, (w0, update, _) in blocks(runs).items():
+    for behind, (arm, (w0, update, _)) in enumerate(blocks(runs).items()):
         course = np.array([measure(w0, update, size) for size in sizes])
         own = frobenius(update) / frobenius(w0)
         for axis, values, end in zip(axes, course.T, measure(w0, update, own), strict=True):
             axis.plot(sizes, values, **line(arm))
-            axis.plot(own, end, MARKERS[arm], color=COLOURS[arm], ms=7, label=look(arm)["label"])
-    titles = ("unchanged in bf16", f"changes on the smallest {100 * ALPHA:g} %", f"top {K} directions turned by, in °")
+            axis.plot(own, end, MARKERS[arm], color=COLOURS[arm], ms=7, label=look(arm)["label"], zorder=20 - behind)
+    titles = ("unchanged in bf16", f"on the smallest {100 * ALPHA:g} %", f"top {K} directions turned by, in °")
     for axis, title in zip(axes, titles, strict=True):
         set_shares(axis, (0.0003, 0.001, 0.003, 0.01, 0.03))
         axis.set_title(title)
@@ -111,6 +120,7 @@ def size_still(runs: Runs) -> Figure:
     plots.set_log(axes[2].yaxis)
     axes[2].yaxis.set_major_locator(FixedLocator([0.03, 0.1, 0.3, 1, 3, 10]))
     figure.legend(*axes[0].get_legend_handles_labels(), **plots.ABOVE)
+    note_source(figure, f"{PART_SHOWN}; {SEED}")
     return figure
 
 
@@ -142,6 +152,7 @@ def bf16_still(runs: Runs) -> Figure:
     axes[2].yaxis.set_minor_locator(NullLocator())
     axes[2].legend()
     axes[3].set_ylim(0, 1.05)
+    note_source(figure, f"{PART_SHOWN}; OPD, {SEED}")
     return figure
 
 
@@ -187,6 +198,7 @@ def subspace_still(runs: Runs) -> Figure:
     axes[0].set_ylabel(f"Sim to the end, K = {K}")
     axes[3].set_ylabel("directions now")
     figure.legend(*axes[0].get_legend_handles_labels(), **plots.ABOVE)
+    note_source(figure, f"{WHOLE_SHOWN}; {SEED}")
     return figure
 
 
@@ -229,7 +241,10 @@ def main() -> None:
     for name in DATA:
         (OUT / f"{name}-data.js").write_text(script_of(name, runs))
     for name, draw in STILLS.items():
-        (OUT / f"{name}.png").write_bytes(to_png(draw(runs)))
+        figure, drawn = draw(runs), BytesIO()
+        figure.savefig(drawn, format="png", dpi=2 * figure.dpi, metadata={"Software": None})
+        plt.close(figure)
+        (OUT / f"{name}.png").write_bytes(fewer_colours(drawn.getvalue()))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from io import BytesIO
 
+import matplotlib.pyplot as plt
 from IPython.display import HTML
 from matplotlib.figure import Figure
+from PIL import Image
 
 from opdlab.errors import OpdlabError
-from opdlab.figures.style import to_png
 
 # The handlers stand in the elements, because not every editor runs the scripts of a notebook's output. All pictures but
 # the one in view are hidden, from screen readers too; the slider says in words which step it is at.
@@ -35,7 +37,7 @@ def slider(frames: Sequence[tuple[Figure, str, str]], caption: str, *, start: in
     if not 0 <= start < len(frames):
         raise OpdlabError(f"start is {start}, but there are {len(frames)} frames")
     pictures = "".join(
-        f'<img src="data:image/png;base64,{b64encode(to_png(figure)).decode()}" alt="{escape(alt)}" '
+        f'<img src="data:image/png;base64,{_png(figure)}" alt="{escape(alt)}" '
         f'style="max-width: 100%;" data-label="{escape(label)}"{"" if i == start else " hidden"}>'
         for i, (figure, label, alt) in enumerate(frames)
     )
@@ -52,3 +54,15 @@ def slider(frames: Sequence[tuple[Figure, str, str]], caption: str, *, start: in
         f'{on}<output style="min-width: 12em;">{label}</output></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _png(figure: Figure) -> str:
+    """Return a figure as PNG at twice its resolution, the same bytes whenever it is drawn, and close it."""
+    drawn, small = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=2 * figure.dpi)
+    plt.close(figure)
+    # A page holds many frames; with 128 colours a figure looks the same and takes a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
+        small, format="png", optimize=True
+    )
+    return b64encode(small.getvalue()).decode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -12,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-from PIL import Image
 
 #: How the line of a null is drawn.
 NULL: dict[str, Any] = {"color": "0.45", "linestyle": "--", "linewidth": 1.2}
@@ -80,15 +78,3 @@ def shades(names: Sequence[str], palette: str = "blend:#16002B,#6A3D9A,#C9B1E4")
     """
     # One colour more than names, so that the last of them is not too pale to be seen.
     return dict(zip(names, sns.color_palette(palette, len(names) + 1).as_hex(), strict=False))
-
-
-def to_png(figure: Figure) -> bytes:
-    """Return a figure as PNG at twice its resolution, the same bytes whenever it is drawn, and close it."""
-    drawn, small = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="png", dpi=2 * figure.dpi)
-    plt.close(figure)
-    # A page holds many pictures; with 128 colours one looks the same and takes a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE).save(
-        small, format="png", optimize=True
-    )
-    return small.getvalue()

@@ -8,14 +8,14 @@ import pytest
 
 from opdlab.errors import OpdlabError
 from opdlab.figures.explorable import explorable
-from opdlab.figures.style import to_png
 
 
 @pytest.fixture
 def still(tmp_path):
     """A small picture on disk."""
     path = tmp_path / "size.png"
-    path.write_bytes(to_png(plt.subplots(figsize=(1, 1))[0]))
+    plt.subplots(figsize=(1, 1))[0].savefig(path)
+    plt.close()
     return path
 
 

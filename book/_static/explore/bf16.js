@@ -3,9 +3,9 @@ explorables.bf16 = (() => {
   "use strict";
   const { add, decode, frobenius, fromBf16, fromFloat16, rounded, shareUnchanged, simK, stableRank, svd, topRight } =
     explorables.linalg;
-  const { PROGRESS, UNIT, choice, html, mount, number, panel, percent, share, slider, squares, svg, teller, worker } =
-    explorables.stage;
-  const { arms: stored, block, k, origins, progress, sizes } = explorables.data.weights;
+  const { PROGRESS, UNIT, choice, html, mount, note, number, panel } = explorables.stage;
+  const { percent, share, slider, squares, svg, teller, ticks, worker } = explorables.stage;
+  const { arms: stored, block, k, origins, progress, shown, sizes } = explorables.data.weights;
 
   const w0 = decode(origins.anchor, fromBf16, block, block);
   const arms = stored
@@ -47,7 +47,7 @@ explorables.bf16 = (() => {
   const at = (name, position, t) => courseOf(arms.find((arm) => arm.name === name), sizes[position]).at(t).numbers;
 
   const draw = (stage) => {
-    const y = { low: 1, high: 32, log: true, ticks: [1, 2, 4, 8, 16, 32].map((rank) => [rank, String(rank)]) };
+    const y = { low: 1, high: 32, log: true, ticks: ticks(String, 1, 2, 4, 8, 16, 32) };
     const panels = {
       rank: panel({ title: "stable rank", x: PROGRESS, y }),
       sim: panel({ title: `similarity to the end, K = ${k}`, x: PROGRESS, y: UNIT }),
@@ -125,6 +125,7 @@ explorables.bf16 = (() => {
       html("div", { class: "explorable-cards" }, ...cards),
       html("div", { class: "explorable-panels two" }, panels.rank.root, panels.sim.root),
       said,
+      note(shown),
     );
     begin();
   };

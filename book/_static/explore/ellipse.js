@@ -105,8 +105,8 @@ explorables.ellipse = (() => {
       const degrees = (angle) => (Number.isNaN(angle) ? "not defined" : `${angle.toFixed(1)}°`);
       said.textContent =
         `The update has ${percent(norm)} of the weights' norm, and the singular values move by ${percent(drift)} of ` +
-        `that norm. The first direction turns by ${degrees(right)} among the inputs and by ${degrees(left)} among the ` +
-        `outputs. The update's stable rank: ${number(rank, 2)}.`;
+        `that norm. The first direction turns by ${degrees(right)} among the inputs and by ${degrees(left)} among ` +
+        `the outputs. The update's stable rank: ${number(rank, 2)}.`;
     };
 
     const sliders = [1, 2].flatMap((output) =>

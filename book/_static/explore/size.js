@@ -3,8 +3,9 @@ explorables.size = (() => {
   "use strict";
   const { add, decode, frobenius, fromBf16, fromFloat16, lowMagnitude, mean, overlap } = explorables.linalg;
   const { principalAngles, shareUnchanged, svd, topRight } = explorables.linalg;
-  const { choice, html, mark, mount, panel, percent, share, sign, slider, teller, worker } = explorables.stage;
-  const { alpha, arms: stored, block, k, origins: texts, sizes } = explorables.data.weights;
+  const { choice, html, mark, mount, note, panel, percent, share } = explorables.stage;
+  const { sign, slider, teller, ticks, worker } = explorables.stage;
+  const { alpha, arms: stored, block, k, origins: texts, shown, sizes } = explorables.data.weights;
 
   const origins = Object.fromEntries(
     Object.entries(texts).map(([name, text]) => {
@@ -38,27 +39,26 @@ explorables.size = (() => {
     high: sizes.at(-1),
     log: true,
     label: "size of the update, in %",
-    ticks: [0.0003, 0.001, 0.003, 0.01, 0.03].map((size) => [size, String(Number((100 * size).toPrecision(1)))]),
+    ticks: ticks((size) => String(Number((100 * size).toPrecision(1))), 0.0003, 0.001, 0.003, 0.01, 0.03),
   };
-  const shares = (...values) => values.map((value) => [value, percent(value)]);
   const VIEWS = [
     {
       key: "unchanged",
       head: "unchanged",
       title: "unchanged in bf16",
-      y: { low: 0, high: 1, ticks: shares(0, 0.25, 0.5, 0.75, 1) },
+      y: { low: 0, high: 1, ticks: ticks(percent, 0, 0.25, 0.5, 0.75, 1) },
     },
     {
       key: "overlap",
       head: "on small",
-      title: `changes on the smallest ${percent(alpha)}`,
-      y: { low: alpha, high: 1, ticks: shares(0.3, 0.5, 0.7, 0.9) },
+      title: `on the smallest ${percent(alpha)}`,
+      y: { low: alpha, high: 1, ticks: ticks(percent, 0.3, 0.5, 0.7, 0.9) },
     },
     {
       key: "angle",
       head: "turned",
       title: `top ${k} directions turned by`,
-      y: { low: 0.005, high: 20, log: true, ticks: [0.01, 0.1, 1, 10].map((angle) => [angle, `${angle}°`]) },
+      y: { low: 0.005, high: 20, log: true, ticks: ticks((angle) => `${angle}°`, 0.01, 0.1, 1, 10) },
     },
   ];
   const angle = (degrees) => `${Number(degrees.toPrecision(2))}°`;
@@ -81,7 +81,8 @@ explorables.size = (() => {
       VIEWS.forEach(({ key }, i) => {
         const { line, place, upright, clear } = panels[i];
         const lines = arms.map((arm) => line(curves.get(arm).map((found) => [found.size, found[key]]), strokeOf(arm)));
-        const marks = arms.map((arm) => mark(arm, ...place(now[arm.name].size, now[arm.name][key])));
+        // What comes first in the table stands in front.
+        const marks = [...arms].reverse().map((arm) => mark(arm, ...place(now[arm.name].size, now[arm.name][key])));
         clear(...lines, ...(position === null ? [] : [upright(sizes[position])]), ...marks);
       });
 
@@ -97,7 +98,7 @@ explorables.size = (() => {
         const values = arms.map(({ name }) => now[name][key]);
         return `${TOLD[key](Math.min(...values))} to ${TOLD[key](Math.max(...values))}`;
       };
-      const where = position === null ? "At the sizes that training made" : `At ${percent(sizes[position])} for all`;
+      const where = position === null ? "As trained" : `At ${percent(sizes[position])} for all`;
       said.textContent =
         `${where}: ${span("unchanged")} unchanged, ${span("overlap")} of the changes on small weights, ` +
         `top directions turned by ${span("angle")}.`;
@@ -130,6 +131,7 @@ explorables.size = (() => {
       html("div", { class: "explorable-panels" }, ...panels.map(({ root }) => root)),
       html("table", { class: "explorable-numbers" }, top, html("tbody", {}, ...rows)),
       said,
+      note(shown),
     );
     move(null);
     // The curves that the marks run along, point by point while the reader does nothing.

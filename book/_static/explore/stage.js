@@ -20,6 +20,8 @@ explorables.stage = (() => {
         figure.querySelector("figcaption").before(stage);
         draw(stage);
         figure.classList.add("moves");
+        // It is hidden, so nothing else would fetch it before the page is printed.
+        figure.querySelector("img").loading = "eager";
       }
     };
     if (document.readyState === "loading") addEventListener("DOMContentLoaded", begin);
@@ -68,6 +70,9 @@ explorables.stage = (() => {
   // What a move has changed, in a sentence that screen readers read out when it has settled.
   const teller = () => html("p", { class: "explorable-said", "aria-live": "polite" });
 
+  // What the picture is of.
+  const note = (shown) => html("p", { class: "explorable-note" }, `Shown: ${shown}.`);
+
   // --- axes ----------------------------------------------------------------------------------------------------------
 
   const MARKS = {
@@ -89,8 +94,8 @@ explorables.stage = (() => {
 
   // A panel with a title and two axes, {low, high, log, ticks: [[value, text], ...], label}; what it shows is told
   // elsewhere in words.
-  const panel = ({ title, x, y, width = 270, height = 210 }) => {
-    const box = { left: 56, right: width - 24, top: 30, bottom: height - 44 };
+  const panel = ({ title, x, y, width = 240, height = 200 }) => {
+    const box = { left: 52, right: width - 24, top: 30, bottom: height - 44 };
     const scale = ({ low, high, log }, from, to) => {
       const on = log ? Math.log : (value) => value;
       return (value) => from + ((on(value) - on(low)) / (on(high) - on(low))) * (to - from);
@@ -175,12 +180,12 @@ explorables.stage = (() => {
   const number = (value, digits) => (Number.isNaN(value) ? "not defined" : value.toFixed(digits));
 
   // The axis of the training's progress, and one from 0 to 1.
-  const quarters = (word) => [0, 0.25, 0.5, 0.75, 1].map((value) => [value, word(value)]);
-  const PROGRESS = { low: 0, high: 1, label: "share of the training", ticks: quarters(percent) };
-  const UNIT = { low: 0, high: 1, ticks: quarters(String) };
+  const ticks = (word, ...values) => values.map((value) => [value, word(value)]);
+  const PROGRESS = { low: 0, high: 1, label: "share of the training", ticks: ticks(percent, 0, 0.5, 1) };
+  const UNIT = { low: 0, high: 1, ticks: ticks(String, 0, 0.25, 0.5, 0.75, 1) };
 
   return {
-    PROGRESS, UNIT, choice, html, mark, mount, number, panel, percent, share, sign, slider, squares, svg, teller,
-    worker,
+    PROGRESS, UNIT, choice, html, mark, mount, note, number, panel, percent, share, sign, slider, squares, svg, teller,
+    ticks, worker,
   };
 })();

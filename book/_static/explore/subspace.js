@@ -1,9 +1,9 @@
 // The subspace of the update over training: in float32, between bf16 checkpoints, and of the locked null between these.
 explorables.subspace = (() => {
   "use strict";
-  const { PROGRESS, UNIT, choice, html, mark, mount, number, panel, percent, slider, squares, teller } =
+  const { PROGRESS, UNIT, choice, html, mark, mount, note, number, panel, percent, slider, squares, teller } =
     explorables.stage;
-  const { arms, k, progress } = explorables.data.subspace;
+  const { arms, k, progress, shown } = explorables.data.subspace;
   const VIEWS = { float32: "in float32", bf16: "through bf16", locked: "locked null, through bf16" };
 
   const ofViews = (tell) => Object.fromEntries(Object.keys(VIEWS).map((view) => [view, tell(view)]));
@@ -70,6 +70,7 @@ explorables.subspace = (() => {
       html("div", { class: "explorable-panels" }, ...cards),
       html("p", {}, key),
       said,
+      note(shown),
     );
     move();
   };

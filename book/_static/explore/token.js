@@ -93,7 +93,9 @@ explorables.token = (() => {
       const row = html("div", { class: "explorable-row", role: "group", "aria-label": label }, ...buttons[i]);
       return [html("div", {}, label), row];
     });
-    const how = "Point at a token, or move with the arrow keys. Blue is credit above zero, red below.";
+    const how =
+      "The student wrote all completions. Point at a token, or move with the arrow keys. Blue is credit above zero, " +
+      "red below.";
     stage.append(
       html("div", { class: "explorable-controls" }, which),
       html("p", {}, "Prompt ", html("code", {}, prompt), ", right answer ", html("code", {}, answer), `. ${how}`),
