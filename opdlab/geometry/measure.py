@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isnan, nan
+from math import nan
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -221,8 +221,7 @@ def measure_matrix(
         noise = noise_mask(w0, round(of_size["density"] * w0.numel()), random)
         row |= _suffixed(_overlaps(masks, noise), "_noise")
         del noise
-        size = row["relative_norm"]
-        chance = torch.full_like(w0, nan) if isnan(size) else change_probability(w0, size)
+        chance = change_probability(w0, row["relative_norm"])
         row |= {"sparsity_ruler": 1 - float(chance.mean())} | _suffixed(_overlaps(masks, chance), "_ruler")
         del chance
         if scale > 0:
