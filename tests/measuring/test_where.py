@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 
 from opdlab import geometry as g
-from opdlab.lab.records import read_index, read_tables
+from opdlab.lab.records import Records, read_index, read_tables
 from opdlab.measuring.said import beside_noise
 from opdlab.measuring.update import measure
-from opdlab.measuring.where import beside_published, of_seeds, published, published_sizes, standing
+from opdlab.measuring.where import of_seeds, published, published_sizes, standing
 from opdlab.training.config import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,9 +72,10 @@ def test_a_straight_line_and_a_walk_are_told_apart():
 @pytest.mark.parametrize("folder", sorted(place.parent for place in (ROOT / "data/records").glob("*/runs.csv")))
 @pytest.mark.parametrize("arm", ["sft", "rlvr"])
 def test_records_of_any_scale_by_other_means(folder, arm):
-    found = beside_published(of_seeds(*recorded(folder, arm)))
+    runs, tables = recorded(folder, arm)
+    found = Records(**tables, evaluations=pd.DataFrame(), runs=runs).where()
     mine = found.table[found.table["update"] == arm].set_index("quantity")
-    by_seed = pd.DataFrame([dict(by_hand(folder / arm, run)) for _, run in recorded(folder, arm)[0].iterrows()])
+    by_seed = pd.DataFrame([dict(by_hand(folder / arm, run)) for _, run in runs.iterrows()])
     for name, values in by_seed.items():
         half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
         expected = [values.mean(), values.mean() - half, values.mean() + half]
