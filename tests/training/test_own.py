@@ -117,6 +117,7 @@ def test_ten_lines(models, tmp_path):
     assert run.history[["loss", "reward", "entropy", "kl_teacher"]].notna().all(axis=None)
     assert run.accuracy == run.evaluations["sampled"].iloc[-1]
     assert run.trajectory.plot("stable_rank").axes
+    assert {"coherence", "growth", "clipped"} <= set(run.where().wide) and run.where().wide["steps"].iloc[-1] == "4"
     assert repr(run).startswith("mine, 4 steps: mean reward ")
 
     said = run.transcripts(2)
