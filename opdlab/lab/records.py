@@ -32,6 +32,7 @@ from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.sources import open_all
 from opdlab.measuring.tensors import Job, measured
+from opdlab.measuring.where import Where, beside_published, of_seeds
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.config import config_key
@@ -79,6 +80,11 @@ class Records:
         if column in EVALUATED:
             return self.evaluations
         return self.trajectory if over_steps else self.matrices
+
+    def where(self) -> Where:
+        """Return where the runs of each arm are, in the mean over seeds, beside updates that were published."""
+        tables = {name: getattr(self, name) for name in ("matrices", "trajectory", "history")}
+        return beside_published(of_seeds(self.runs, tables))
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
