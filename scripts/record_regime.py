@@ -1,7 +1,9 @@
-"""Record the scale in the making: python scripts/record_regime.py [--arm ARM ...] [--seed SEED ...]. It can be stopped.
+"""Record the scale in the making. It can be stopped, and the same command goes on:
 
-The claims that the runs will be judged by are written into the records. A seed from 100 on is a pilot: no verdict uses
-it, and its record lies under runs/pilot.
+    python scripts/record_regime.py [--arm ARM ...] [--analysis ANALYSIS ...] [--seed SEED ...]
+
+The claims that runs and analyses will be judged by are written into the records. A seed from 100 on is a pilot: no
+verdict uses it, and its record lies under runs/pilot.
 """
 
 import argparse
@@ -28,6 +30,7 @@ def main() -> None:
     """Record what was asked for, or everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", action="append", choices=REGIME.policy.arms)
+    parser.add_argument("--analysis", action="append", choices=REGIME.policy.analyses)
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -35,7 +38,9 @@ def main() -> None:
     root = default_root() / "runs/pilot" if pilot else default_root()
     lab = Laboratory(REGIME, root, dict(REGIME_ARMS), dict(REGIME_TASKS), digests(CLAIMS))
     provide_young_anchor(lab.models / "young")
-    jobs = plan(lab, tuple(options.arm or REGIME.policy.arms), tuple(options.seed or ()))
+    everything = not (options.arm or options.analysis)
+    arms, analyses = (REGIME.policy.arms, REGIME.policy.analyses) if everything else (options.arm, options.analysis)
+    jobs = plan(lab, tuple(arms or ()), tuple(options.seed or ()), analyses=tuple(analyses or ()))
     build(jobs, lab, processes=options.processes)
 
 

@@ -46,6 +46,15 @@ ELSEWHERE = {
     "first 30 % of the training (2605.11739, 1.5B to 14B)",
     "locking-rlvr": "agrees: RLVR moves the weights along straight lines, R^2 about 0.9 (2601.04537, 1.5B to 8B); "
     "contradicts: RL's first 20 directions settle late (2605.11739)",
+    "linear-rlvr": "agrees: RLVR moves the weights along straight lines, R^2 about 0.9 (2601.04537, 1.5B to 8B)",
+    "linear-early": "contradicts: RL's first 20 directions settle late (2605.11739, 1.5B to 14B)",
+    "concentrated-opd": "agrees: OPD arrives at a stable rank of 10.0, RLVR at 16.1 (2606.13657, DS-Qwen-1.5B); "
+    "contradicts: RL is more concentrated than OPD at all ranks (2609.39405, SmolLM3-3B)",
+    # --- is OPD between the others, or what its teacher is? ---
+    "taught-norm": "contradicts, from a larger teacher: OPD's update is substantially larger than RLVR's "
+    "(2606.07082, Qwen3-8B)",
+    "taught-energy": "contradicts: the first singular value is 0.33 of RL's norm, 0.37 of that of OPD, whose teacher "
+    "RL made too (2605.11739, 8B)",
     # --- is the early subspace enough? ---
     "sufficiency-opd": "agrees, for entries: OPD of the 17.5 % that OPD moves solves 35.1 %, of all 35.5 % "
     "(2606.13657, DS-Qwen-1.5B)",

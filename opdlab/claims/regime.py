@@ -1,8 +1,9 @@
 """The claims that the laboratory in the regime tests: those of the paper (2606.07082), then those of newer papers.
 
-They are committed before the runs that they judge, and each record names the claims that it was made under by their
-digests. Margins are the same for all claims of a kind: a factor of 1.2 for sizes and ranks, a twentieth of what is
-possible for sparsity, masks and similarities, and 0.02 nats of KL to the teacher, about a tenth of what OPD gains.
+They are committed before the runs that they judge, or before the analyses of these, and each record names the claims
+that it was made under by their digests. Margins are the same for all claims of a kind: a factor of 1.2 for sizes and
+ranks, a twentieth of what is possible for sparsity, masks and similarities, and 0.02 nats of KL to the teacher, about a
+tenth of what OPD gains.
 
 A source without the number of a paper is a place in the third version of 2606.07082, or in the draft of its first.
 """
@@ -267,7 +268,117 @@ _ELICITING = (
               _FLOAT_SIM, "opd", "young_opd", SHARE),
 )  # fmt: skip
 
+# --- analyses of finished runs ---
+
+_ALL: dict[str, Any] = {"block": "all"}
+
+
+def _path(name: str, column: str, statement: str, words: str) -> Claim:
+    """Return a claim about the path of RLVR's update, beyond a random walk whose intervals have the same norms."""
+    metric = Metric(column, f"{column}_null", "linearity", **_ALL)
+    rivals = {"OPD": Contrast(metric, "opd"), "random signs": Contrast(metric, "random_signs")}
+    source = f"2605.21468, abstract: {words}"
+    return Claim(name, "locking", statement, source, Contrast(metric, "rlvr"), SHARE, rivals=rivals)
+
+
+_AHEAD = Metric("cosine_rank1", analysis="linearity", **_ALL)
+_FIRST = Metric("first", analysis="linearity", log=True, **_ALL)
+_STRETCHED = Metric("recovered_kl", analysis="extrapolation",
+                    where=(("kind", "stretched"), ("progress", 0.1), ("factor", 1.0)))  # fmt: skip
+_TO_NEXT, _TO_SAME = (
+    Metric("sim_right_K16", analysis="similarity", where=(("other", "opd"), ("next_seed", later)), block="attention")
+    for later in (True, False)
+)
+
+_PATHS = _told(
+    _path("linear-rlvr", "r2", "RLVR's update grows along a straight line in steps",
+          "the magnitude of this projection evolves near-linearly with training steps"),
+    _path("linear-rank", "along", "RLVR's updates at all times are nearly multiples of one",
+          "the majority of gains are captured by a rank-1 approximation of the parameter deltas"),
+    _path("linear-early", "cosine", "15 % of RLVR's training point to its end",
+          "requiring as few as 15 % steps of full RLVR training"),
+    Claim("ahead-opd", "locking", "OPD's leading directions point to their end earlier than RLVR's",
+          "2605.11739: nearer to the final directions, most of all in the first 30 %",
+          Contrast(_AHEAD, "opd", "rlvr"), SHARE,
+          controls={"matched SFT, whose own do so, too": Contrast(_AHEAD, "opd", "sft_matched")}),
+    Claim("concentrated-opd", "locking", "OPD's update has more of its energy in its first directions than RLVR's",
+          "2605.11739: largest value over norm 39.6 and 33.2 % (1.5B) to 28.1 and 24.4 % (14B)",
+          Contrast(_FIRST, "opd", "rlvr"), RATIO,
+          controls={"matched SFT, which has as much there": Contrast(_FIRST, "opd", "sft_matched")}, known="printed"),
+    Claim("stretched", "locking", "A tenth of OPD's training, stretched to the final size, has most of its gain",
+          "2605.11739: about 80 % of the score", Contrast(_STRETCHED, "opd"), 0.5,
+          rivals={"matched SFT": Contrast(_STRETCHED, "sft_matched"), "RLVR": Contrast(_STRETCHED, "rlvr")},
+          known="printed"),
+    Claim("channel-own", "locking", "OPD's runs from two anchors share more of their final subspaces than OPD and RLVR",
+          "2606.07082: a persistent channel of OPD's; no two runs are compared",
+          Contrast(_TO_NEXT, "opd", "rlvr"), SHARE,
+          controls={"matched SFT, which shares as much": Contrast(_TO_NEXT, "opd", "sft_matched")}),
+    Claim("channel-objective", "locking", "Two estimators of OPD end nearer to one another than RLVR to OPD",
+          "2606.07082: a persistent channel of OPD's; here from one anchor",
+          Contrast(_TO_SAME, "opd_full", "rlvr"), SHARE,
+          controls={"matched SFT, which ends as near": Contrast(_TO_SAME, "opd_full", "sft_matched")}),
+)  # fmt: skip
+
+
+def _outside(name: str, basis: str, what: str, source: str) -> Claim:
+    """Return the claim that some of OPD's update is no combination of two others."""
+    metric = Metric("outside", analysis="span", where=(("basis", basis),))
+    controls = {"the noise of OPD's estimator": Contrast(replace(metric, minus="outside_own"), "opd")}
+    return Claim(name, "interpolation", f"Some of OPD's update lies outside the span of {what}", source,
+                 Contrast(metric, "opd"), SHARE, controls=controls)  # fmt: skip
+
+
+_TAUGHT_NORM = Metric("norm", analysis="taught", log=True, **_ALL)
+_OFF, _ENERGY = (Metric(column, analysis="taught", **_ALL) for column in ("outside", "energy_4"))
+
+_SPANS = _told(
+    _outside("span", "SFT and RLVR", "SFT's and RLVR's",
+             "2606.07082, abstract: not merely an intermediate point between SFT and RLVR"),
+    _outside("span-matched", "matched SFT and RLVR", "matched SFT's and RLVR's",
+             "2606.07082, abstract: the same; here from OPD's anchor, by OPD's recipe"),
+    Claim("taught-norm", "interpolation", "Taught by what RLVR made of its anchor, OPD moves less far than RLVR",
+          "2609.39405: 60 to 69 % of RL's norm", Contrast(_TAUGHT_NORM, "rlvr", "opd_rlvr_teacher"), RATIO,
+          rivals={"OPD from a larger teacher": Contrast(_TAUGHT_NORM, "rlvr", "opd")}, known="printed"),
+    Claim("taught-own", "interpolation", "Most of OPD's update is orthogonal to that of its RL teacher",
+          "2609.39405: 93 to 95 %", Contrast(replace(_OFF, minus="inside"), "opd_rlvr_teacher"), SHARE,
+          controls={"another run of RLVR, which is as orthogonal": Contrast(_OFF, "opd_rlvr_teacher", "rlvr")},
+          known="printed"),
+    Claim("taught-energy", "interpolation", "Taught by what RLVR made of its anchor, OPD spreads its energy more",
+          "2609.39405: less concentrated than RL's at all ranks", Contrast(_ENERGY, "rlvr", "opd_rlvr_teacher"), SHARE,
+          rivals={"OPD from a larger teacher": Contrast(_ENERGY, "rlvr", "opd")}),
+)  # fmt: skip
+
+_SHARED = Metric("sim_right_K16", analysis="gradients", block="attention")
+_FORGOTTEN = Metric("kl", analysis="retention", log=True)
+
+
+def _gradients(arm: str) -> Contrast:
+    """Return how much more of OPD's gradient subspace a loss shares than another batch of OPD does."""
+    return Contrast(_SHARED, arm, "opd, another batch")
+
+
+def _forgotten(name: str, statement: str, high: str, low: str, **controls: Contrast) -> Claim:
+    beyond = Contrast(replace(_FORGOTTEN, minus="kl_noise"), high, low)
+    return Claim(name, "mechanism", statement, "2509.04259: who learns from their own samples forgets less",
+                 Contrast(_FORGOTTEN, high, low), RATIO, controls={_SIZE: beyond} | controls)  # fmt: skip
+
+
+_BY_ANALYSES = (
+    Claim("gradients-top", "mechanism", "The top quarter of the tokens has gradients in OPD's subspace",
+          "2606.07082: where the gradients of tokens share a dominant subspace", _gradients("opd_top25"), -SHARE,
+          rivals={"RLVR": _gradients("rlvr"), "random signs": _gradients("random signs")}),
+    Claim("gradients-rlvr", "mechanism", "RLVR's gradients lie in another subspace than OPD's",
+          "2606.07082: another source of covariance", Contrast(_SHARED, "opd, another batch", "rlvr"), SHARE, controls={
+              "credits without meaning, whose gradients do so, too": Contrast(_SHARED, "random signs", "rlvr")}),
+    _forgotten("forget-sft", "OPD forgets less than SFT", "sft", "opd",
+               **{_RECIPE: Contrast(_FORGOTTEN, "sft_matched", "opd")}),
+    _forgotten("forget-rlvr", "RLVR forgets less than matched SFT", "sft_matched", "rlvr"),
+)  # fmt: skip
+
 #: All claims.
 #:
 #: :meta hide-value:
-CLAIMS = (*_REGIME, *_RANK, *_LOCKING, *_SUFFICIENCY, *_PARTS, *_ELICITING)
+CLAIMS = (
+    *(*_REGIME, *_RANK, *_LOCKING, *_SUFFICIENCY, *_PARTS, *_ELICITING),
+    *(*_PATHS, *_SPANS, *_BY_ANALYSES),
+)
