@@ -35,8 +35,8 @@ from opdlab.lab.records import (
     read_tables,
 )
 from opdlab.models.files import only_process, read_json, write_json
-from opdlab.models.folders import link_model
-from opdlab.processes import CONTEXT, workers
+from opdlab.models.folders import link_model, round_model
+from opdlab.processes import CONTEXT, find_device, processor, workers
 from opdlab.stats import prediction_interval
 from opdlab.training.loop import install_model
 
@@ -145,7 +145,7 @@ def all_models(lab: Laboratory) -> tuple[str, ...]:
 
 
 def provide_pretrained(lab: Laboratory) -> None:
-    """Fetch the pretrained models of a scale, and put links to them among its models."""
+    """Fetch the pretrained models of a scale, and put links to them, or rounded copies, among its models."""
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
     models = lab.scale.models
@@ -156,10 +156,12 @@ def provide_pretrained(lab: Laboratory) -> None:
             fetch(name, default_folder(name), progress=True)
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
             place.parent.mkdir(parents=True, exist_ok=True)
-            if models.tokenizer in ("", folder):
+            if models.tokenizer not in ("", folder):
+                link_model(default_folder(name), lab.models / models.tokenizer, place)
+            elif models.dtype == "float32":
                 place.symlink_to(default_folder(name), target_is_directory=True)
             else:
-                link_model(default_folder(name), lab.models / models.tokenizer, place)
+                round_model(default_folder(name), models.dtype, place)
 
 
 def _note_pretrained(lab: Laboratory) -> None:
@@ -169,6 +171,17 @@ def _note_pretrained(lab: Laboratory) -> None:
     found = {folder: read_json(path, remedy) for folder, path in sources.items() if path.is_file()}
     if found:
         write_json(lab.records / "pretrained.json", found)
+
+
+def _check_processor(lab: Laboratory) -> None:
+    """Raise an OpdlabError if a scale whose passes differ between processors is recorded on another one."""
+    compute, index = lab.scale.compute, read_index(lab.records)
+    others = {*index.get("processor", ())} - {processor()}
+    if others and compute.differs_between_processors(find_device(compute.gpu)):
+        raise OpdlabError(
+            f"{lab.records} was made on {', '.join(sorted(others))}, and passes in bfloat16 give other numbers on "
+            f"{processor()}: go on there, or move that folder away and record all of it here"
+        )
 
 
 _counter: Any = None
@@ -216,6 +229,7 @@ def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> No
     check_device(lab)
     provide_pretrained(lab)
     if record:
+        _check_processor(lab)
         _note_pretrained(lab)
     total, counter = sum(job.steps(lab) for job in jobs), CONTEXT.Value("q", 0)
     waiting, made = list(jobs), set(lab.scale.models.pretrained)
