@@ -3,7 +3,8 @@
     python scripts/record_regime.py [--scale SCALE] [--arm ARM ...] [--analysis ANALYSIS ...] [--seed SEED ...]
 
 The claims that runs and analyses will be judged by are written into the records. A seed from 100 on is a pilot: no
-verdict uses it, and its record lies under runs/pilot. Where one anchor serves all seeds, pilots start from it too. With --steps, arms are only tried for so many steps, at seed 100 by default, and what came of it is printed:
+verdict uses it, and its record lies under runs/pilot. Where one anchor serves all seeds, pilots start from it too. With
+--steps, arms are only tried for so many steps, at seed 100 by default, and what came of it is printed:
 
     python scripts/record_regime.py --scale small-regime --arm opd --steps 40
 """
