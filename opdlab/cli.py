@@ -282,11 +282,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from opdlab.lab.budget import DEVICES, GB, plan_run, plan_table
+    from opdlab.lab.budget import GB, device_of, plan_run, plan_table
 
     lab = _laboratory(options)
     arms = tuple(options.arm or lab.scale.policy.arms)
-    device = DEVICES[options.device or ("h100" if lab.scale.compute.gpu else "cpu")]
+    device = device_of(lab, options.device == "h100" if options.device else lab.scale.compute.gpu)
     table = plan_table(lab, arms, device)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     print(f"\nmemory of arm {arms[0]!r}, in GB:")

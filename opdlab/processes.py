@@ -107,14 +107,30 @@ def find_device(gpu: bool = False) -> torch.device:
         raise OpdlabError(f"the device {wanted!r} cannot be used ({problem}); set OPDLAB_DEVICE=cpu") from problem
 
 
-def _processor() -> str:
-    """Return the processor's name, with family and model on Linux; elsewhere, whatever Python reports."""
+def _cpu_fields() -> dict[str, str]:
+    """Return what Linux says of the first processor; elsewhere nothing."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        fields = dict(line.replace("\t", "").split(":", 1) for line in first.splitlines())
-        return f"{fields['model name'].strip()} (family{fields['cpu family']}, model{fields['model']})"
-    except (OSError, ValueError, KeyError):
-        return platform.processor() or platform.machine()
+        return dict(line.replace("\t", "").split(":", 1) for line in first.splitlines())
+    except (OSError, ValueError):
+        return {}
+
+
+def computes_in_bfloat16() -> bool:
+    """Tell whether the CPU multiplies matrices in bfloat16 at all, and faster than in float32, as Linux tells it."""
+    return "avx512_bf16" in _cpu_fields().get("flags", "").split()
+
+
+def processor() -> str:
+    """Return the processor's name, and the kernels that PyTorch takes for it.
+
+    The name has family and model on Linux; elsewhere it is whatever Python reports.
+    """
+    fields = _cpu_fields()
+    name = platform.processor() or platform.machine()
+    if {"model name", "cpu family", "model"} <= fields.keys():
+        name = f"{fields['model name'].strip()} (family{fields['cpu family']}, model{fields['model']})"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def provenance(device: torch.device | None = None) -> dict:
@@ -127,6 +143,6 @@ def provenance(device: torch.device | None = None) -> dict:
         "transformers": version("transformers"),
         "numpy": numpy.__version__,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "processor": f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": processor(),
         "machine": f"{platform.system()} {platform.machine()}",
     } | gpu

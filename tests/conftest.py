@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
 from opdlab.lab.grid import ARMS, PAPER, project, vary
 from opdlab.lab.laboratory import Laboratory
@@ -115,6 +118,33 @@ def paper(lab, copy_of, tmp_path_factory):
 def of_paper(paper):
     """The records of the paper's arms."""
     return load(paper)
+
+
+@pytest.fixture(scope="session")
+def pretrained():
+    """Writes a Llama model whose tokenizer, like SmolLM2's, has bytes and single digits, and two special tokens."""
+
+    def write(folder, context=128):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet])}
+        tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+        ).save_pretrained(folder)
+        config = transformers.LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True,
+            eos_token_id=2, pad_token_id=2,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+    return write
 
 
 @pytest.fixture(scope="session")

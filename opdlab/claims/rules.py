@@ -76,7 +76,7 @@ class Metric:
         Raises:
             OpdlabError: if the records lack the analysis or the column.
         """
-        rows = self._rows(records)
+        rows = self.rows(records)
         if "_position_" in self.column:
             rows = rows.assign(**_positions(rows))
         if self.column not in rows:
@@ -93,7 +93,8 @@ class Metric:
             found = found - replace(self, progress=self.since, since=None).values(records)
         return found.dropna(axis="columns", how="all")
 
-    def _rows(self, records: Records) -> pd.DataFrame:
+    def rows(self, records: Records) -> pd.DataFrame:
+        """Return the rows of the records that it is read from, of all arms."""
         table = records.table_of(self.column, self.analysis, self.progress is not None)
         for column, entry in (*self.where, *([("block", self.block)] if self.block else ())):
             table = table[table[column] == entry]
@@ -216,11 +217,13 @@ def digests(claims: Sequence[Claim]) -> dict[str, str]:
 
 
 def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> set[str]:
-    """Return the names of the claims that one of the runs they look at was made without, or with another criterion.
+    """Return the names of the claims that a run they look at, or a row of an analysis, was made without.
+
+    A claim with another criterion is another.
 
     Args:
-        claims: of which the records have all arms.
-        records: with the runs, each of which names a set of claims.
+        claims: of which the records have all arms and analyses.
+        records: with the runs and the rows of analyses, each of which names a set of claims.
         folder: the records' folder, whose claims.json says what was in each set.
 
     Raises:
@@ -228,15 +231,17 @@ def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> se
     """
     path = folder / "claims.json"
     sets = read_json(path, "restore it") if path.is_file() else {}
-    known = {
-        (row.arm, row.seed): sets.get(getattr(row, "claims", None), {}) for row in records.runs.itertuples(index=False)
-    }
+
+    def named(contrast: Contrast) -> set[str]:
+        rows = contrast.metric.rows(records) if contrast.metric.analysis else records.runs
+        return set(rows[rows["arm"].isin(list(contrast.weights))].reindex(columns=["claims"])["claims"])
+
     return {
         claim.name
         for claim in claims
         for contrast in claim.contrasts
-        for (arm, _), at_that_time in known.items()
-        if arm in contrast.weights and at_that_time.get(claim.name) != claim.digest
+        for at_that_time in named(contrast)
+        if sets.get(at_that_time, {}).get(claim.name) != claim.digest
     }
 
 

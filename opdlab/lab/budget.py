@@ -37,11 +37,21 @@ class Device(NamedTuple):
 
 
 #: An H100 makes 989e12 operations a second in bf16 at best, and as a rule 35 % of them in models of a billion
-#: parameters; its other two numbers are guesses. The CPU is one core of a server without bf16, measured.
+#: parameters; its other two numbers are guesses. The CPU is one core of a server without bf16, measured, and then of
+#: one with it.
 DEVICES = {
     "h100": Device("one H100", 0.35 * 989e12, 2.5e12, 0.5e-3, half=True),
     "cpu": Device("one CPU core", 40e9, 10e9, 0.3e-3, half=False),
+    "cpu-bf16": Device("one CPU core with bfloat16", 80e9, 10e9, 0.3e-3, half=True),
 }
+
+
+def device_of(lab: Laboratory, gpu: bool) -> Device:
+    """Return the device that a scale is computed on with or without a ``gpu``."""
+    if gpu:
+        return DEVICES["h100"]
+    return DEVICES["cpu" if lab.scale.compute.cpu_dtype == "float32" else "cpu-bf16"]
+
 
 _FIELDS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -206,21 +216,22 @@ def plan_table(lab: Laboratory, arms: tuple[str, ...], device: Device) -> pd.Dat
 
 
 def check_device(lab: Laboratory) -> None:
-    """Raise an OpdlabError if the scale needs a GPU and there is none, before anything is fetched."""
-    scale = lab.scale
-    if scale.gpu_only and find_device(scale.compute.gpu).type == "cpu":
+    """Raise an OpdlabError if the scale needs another device than there is, before anything is fetched."""
+    scale, device = lab.scale, find_device(lab.scale.compute.gpu)
+    if scale.gpu_only and device.type == "cpu":
         needed = max(plan_run(lab, arm, DEVICES["h100"]).peak for arm in scale.policy.arms)
         raise OpdlabError(
             f"the scale {scale.name!r} needs a GPU with about {needed / GB:.0f} GB, and there is none here: use "
             f"--scale small or tiny; 'opdlab plan --scale {scale.name}' says what a run takes"
         )
+    scale.compute.dtype_on(device)
 
 
 def check_room(lab: Laboratory, arm: str) -> None:
     """Raise an OpdlabError if a run needs a device or memory that is not there, before anything is loaded."""
     check_device(lab)
     device = find_device(lab.scale.compute.gpu)
-    needed = plan_run(lab, arm, DEVICES["cpu" if device.type == "cpu" else "h100"]).peak
+    needed = plan_run(lab, arm, device_of(lab, device.type != "cpu")).peak
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if needed > free:
         raise OpdlabError(
@@ -233,7 +244,8 @@ def processes_for(lab: Laboratory) -> int:
     """Return how many runs of a scale go side by side here: one on a GPU, or as many as cores and memory allow."""
     if find_device(lab.scale.compute.gpu).type != "cpu":
         return 1
-    largest = max(plan_run(lab, arm, DEVICES["cpu"]).peak for arm in PAPER)
+    arms = [arm for arm in PAPER if arm in lab.arms]
+    largest = max(plan_run(lab, arm, device_of(lab, gpu=False)).peak for arm in arms)
     return max(1, min(os.cpu_count() or 1, int(_free_memory() // largest)))
 
 

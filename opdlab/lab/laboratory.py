@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -238,9 +238,13 @@ class Laboratory:
 
     def branch_steps(self, name: str) -> set[int]:
         """Return the steps at which the projected runs that the scale records branch off from the runs of an arm."""
-        recorded = map(self.arm, self.scale.policy.arms)
-        starts = {other.arm.projection.start for other in recorded if other.parent == name and other.arm.projection}
-        return set(self.recipe(name).steps_at(tuple(starts)))
+        return {step for other, step in self._projected() if other.parent == name}
+
+    def _projected(self) -> Iterator[tuple[NamedArm, int]]:
+        """Yield the projected arms that the scale records, each with the step at which it begins to be."""
+        for other in map(self.arm, self.scale.policy.arms):
+            if other.arm.projection:
+                yield other, self.recipe(other.name).steps_at((other.arm.projection.start,))[0]
 
     def kept_steps(self, name: str) -> set[int]:
         """Return the steps whose weights a run still has once it is recorded.
@@ -252,8 +256,8 @@ class Laboratory:
             return set(taken)
         last_branch = max(self.branch_steps(name), default=0)
         kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
-        for other in map(self.arm, policy.arms):
+        for other, begin in self._projected():
             source = other.directions(0, 1)  # of which seed makes no difference here
-            if other.arm.projection and source and source[0] == name:
-                kept |= set(recipe.steps_at((other.arm.projection.start,)))
+            if source and source[0] == name:
+                kept.add(begin)
         return kept

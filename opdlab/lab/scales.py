@@ -23,7 +23,7 @@ class Models:
     shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that are not made from others
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
     per_seed: tuple[str, ...] = ()  #: of which each seed makes its own; that of seed 0 has no number in its name
-    dtype: str = "float32"  #: that the made models are stored in
+    dtype: str = "float32"  #: that the models are stored in, also those that are fetched with their own tokenizers
     instead: str = ""  #: the folder of another scale that is taken where all of its models are there
     tokenizer: str = ""  #: the pretrained model whose tokenizer, chat template and ends all take; "" for each its own
 
@@ -122,7 +122,10 @@ TINY = Scale(
     ),
     policy=RecordPolicy(
         arms=RECORDED,
-        analyses=("similarity", "directions", "span", "landscape", "extrapolation", "gradients"),
+        analyses=(
+            *("similarity", "directions", "span", "landscape", "extrapolation", "gradients"),
+            *("linearity", "retention", "taught"),
+        ),
         other_seeds={"opd": tuple(range(8)), "sft": tuple(range(8))},
         evaluations=(0.2, 1.0),
         variant_evaluations=(1.0,),

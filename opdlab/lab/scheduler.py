@@ -34,8 +34,8 @@ from opdlab.lab.records import (
     read_tables,
 )
 from opdlab.models.files import only_process, read_json, write_json
-from opdlab.models.folders import link_model
-from opdlab.processes import CONTEXT, workers
+from opdlab.models.folders import link_model, round_model
+from opdlab.processes import CONTEXT, find_device, processor, workers
 from opdlab.stats import prediction_interval
 from opdlab.training.loop import install_model
 
@@ -144,7 +144,7 @@ def all_models(lab: Laboratory) -> tuple[str, ...]:
 
 
 def provide_pretrained(lab: Laboratory) -> None:
-    """Fetch the pretrained models of a scale, and put links to them among its models."""
+    """Fetch the pretrained models of a scale, and put links to them, or rounded copies, among its models."""
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
     models = lab.scale.models
@@ -155,10 +155,12 @@ def provide_pretrained(lab: Laboratory) -> None:
             fetch(name, default_folder(name), progress=True)
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
             place.parent.mkdir(parents=True, exist_ok=True)
-            if models.tokenizer in ("", folder):
+            if models.tokenizer not in ("", folder):
+                link_model(default_folder(name), lab.models / models.tokenizer, place)
+            elif models.dtype == "float32":
                 place.symlink_to(default_folder(name), target_is_directory=True)
             else:
-                link_model(default_folder(name), lab.models / models.tokenizer, place)
+                round_model(default_folder(name), models.dtype, place)
 
 
 def _note_pretrained(lab: Laboratory) -> None:
@@ -168,6 +170,17 @@ def _note_pretrained(lab: Laboratory) -> None:
     found = {folder: read_json(path, remedy) for folder, path in sources.items() if path.is_file()}
     if found:
         write_json(lab.records / "pretrained.json", found)
+
+
+def _check_processor(lab: Laboratory) -> None:
+    """Raise an OpdlabError if a scale whose passes differ between processors is recorded on another one."""
+    compute, index = lab.scale.compute, read_index(lab.records)
+    others = {*index.get("processor", ())} - {processor()}
+    if others and compute.differs_between_processors(find_device(compute.gpu)):
+        raise OpdlabError(
+            f"{lab.records} was made on {', '.join(sorted(others))}, and passes in bfloat16 give other numbers on "
+            f"{processor()}: go on there, or move that folder away and record all of it here"
+        )
 
 
 _counter: Any = None
@@ -215,6 +228,7 @@ def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> No
     check_device(lab)
     provide_pretrained(lab)
     if record:
+        _check_processor(lab)
         _note_pretrained(lab)
     total, counter = sum(job.steps(lab) for job in jobs), CONTEXT.Value("q", 0)
     waiting, made = list(jobs), set(lab.scale.models.pretrained)
@@ -280,7 +294,7 @@ class _Recorded(NamedTuple):
     """What is recorded of a run or an analysis: its figures, what tells it apart bit for bit, and the machine."""
 
     figures: dict[str, float]
-    identity: str
+    identity: dict[str, str]
     machine: dict[str, Any]
 
 
@@ -297,9 +311,10 @@ def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, _Re
         row, own = index.loc[seed], {name: table[table["seed"] == seed] for name, table in tables.items()}
         if what in ANALYSES:
             figures = own[what].drop(columns="seed").select_dtypes("number").mean().to_dict()
-            identity = own[what].drop(columns="key").to_csv(index=False)
+            identity = {name: column.to_csv() for name, column in own[what].reset_index(drop=True).items()}
+            identity = {name: text for name, text in identity.items() if name not in ("key", "claims")}
         else:
-            figures, identity = end_figures(own), row["weights"]
+            figures, identity = end_figures(own), {"weights": row["weights"]}
         found[seed] = _Recorded(figures, identity, {name: row[name] for name in MACHINE if name in row})
     return found
 
@@ -315,7 +330,8 @@ def missing_records(names: tuple[str, ...], seeds: tuple[int, ...], lab: Laborat
 def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
     """Compare repeated arms and analyses with the record, one row for each figure of each that has one of the seeds.
 
-    A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is. Elsewhere
+    A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is, where new
+    columns do not count. Elsewhere
     (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
     ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``, or with a
     single recorded seed, which has no spread, ``one seed``.
@@ -328,9 +344,11 @@ def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], 
         for seed, here in again.items():
             there = records[seed]
             for figure, value in here.figures.items():
+                if figure not in there.figures:
+                    continue
                 spread = prediction_interval([other.figures[figure] for other in records.values()])
                 verdict = "one seed" if len(records) == 1 else "outside"
-                if here.identity == there.identity:
+                if there.identity.items() <= here.identity.items():
                     verdict = "bit for bit"
                 elif spread.low <= value <= spread.high:
                     verdict = "within the spread"

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.metadata import version
 from itertools import accumulate, chain
 from threading import current_thread, main_thread
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -191,23 +193,52 @@ CARELESS_SUM: Task = replace(RUNNING_SUM, name="careless_sum", author=careless_a
 
 
 @cache
-def _questions(name: str, **settings: int) -> Sequence[dict]:
+def _questions(name: str, pinned: str = "", **settings: int) -> Sequence[dict]:
     import reasoning_gym  # Only who draws prompts needs it.
 
+    found = version("reasoning-gym")
+    if pinned not in ("", found):
+        raise OpdlabError(
+            f"the questions are those of reasoning-gym {pinned}, and {found} is installed, which may ask others: "
+            f"pip install reasoning-gym=={pinned}"
+        )
     # Every item is made when it is asked for, from its number.
     return reasoning_gym.create_dataset(name, seed=0, size=2**31, **settings)
 
 
-def _expression_prompt(questions: Callable[[], Sequence[dict]], rng: np.random.Generator) -> str:
-    item = questions()[int(rng.integers(2**31))]
-    return f"What is {item['metadata']['expression']}?\n"
+def draw_question(rng: np.random.Generator, name: str, pinned: str = "", **settings: int) -> dict:
+    """Draw a question of a dataset of reasoning-gym, with its metadata.
+
+    Args:
+        rng: the source of randomness.
+        name: of the dataset.
+        pinned: the version of the package that asks it, if no other will do.
+        settings: of the dataset.
+
+    Raises:
+        OpdlabError: if another version of the package is installed.
+    """
+    return _questions(name, pinned, **settings)[int(rng.integers(2**31))]
 
 
-def _restated_demonstration(prompt: str) -> str:
-    first, sign, second = prompt.removeprefix("What is ").removesuffix("?\n").split(" ")
-    value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](int(first), int(second))
-    # Small models answer better when they say what they were asked.
-    return f"{first} {sign} {second} = {value}"
+def _expression_prompt(rng: np.random.Generator, name: str, **settings: Any) -> str:
+    return f"What is {draw_question(rng, name, **settings)['metadata']['expression']}?\n"
+
+
+def restated_demonstration(prompt: str) -> str:
+    """Write an expression with its value, each operation for itself.
+
+    >>> restated_demonstration("What is 58 + 26?"), restated_demonstration("What is 17 - 25 + 38?")
+    ('58 + 26 = 84', '17 - 25 = -8; -8 + 38 = 30')
+    """
+    first, *rest = prompt.removeprefix("What is ").strip().removesuffix("?").split(" ")
+    steps, total = [], int(first)
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](total, int(term))
+        # Small models answer better when they say what they were asked.
+        steps.append(f"{total} {sign} {term} = {value}")
+        total = value
+    return "; ".join(steps)
 
 
 def after_equals(prompt: str, completion: str) -> str | None:
@@ -219,13 +250,16 @@ def after_equals(prompt: str, completion: str) -> str | None:
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
 
 
-def _restated(name: str, **settings: int) -> Task:
-    """Return the task of a dataset of reasoning-gym whose question is one expression."""
-    draw = partial(_expression_prompt, partial(_questions, name, **settings))
-    return _task(name, draw, _restated_demonstration, after_equals)
+def restated(dataset: str, **settings: Any) -> Task:
+    """Return the task of a dataset of reasoning-gym whose question is one expression, worked out step by step.
+
+    The settings are those of :func:`draw_question`.
+    """
+    draw = partial(_expression_prompt, name=dataset, **settings)
+    return _task(dataset, draw, restated_demonstration, after_equals)
 
 
-CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+CHAIN_SUM = restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
 
 
 # --- for large models: competition mathematics, from the Hugging Face hub --------------------------------------

@@ -141,6 +141,16 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
+def round_model(source: Path, dtype: str, folder: Path) -> None:
+    """Make ``folder`` a copy of a model whose weights are rounded to ``dtype``."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    save_model(load_model(source, dtype=getattr(torch, dtype)), load_tokenizer(source), part)
+    if (source / "source.json").is_file():
+        shutil.copy(source / "source.json", part)
+    part.rename(folder)
+
+
 def link_model(weights: Path, tokenizer: Path, folder: Path) -> None:
     """Make ``folder`` a model of links: the weights of one, and tokenizer, chat template and ends of another."""
     part = folder.with_name(f"{folder.name}.part")

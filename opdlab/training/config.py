@@ -15,8 +15,11 @@ from math import cos, inf, pi
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
+from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, Projection, changed_fields
 from opdlab.training.tasks import Task
 
@@ -72,11 +75,31 @@ class Compute:
     """How a run is computed. None of it is meant to change a result by more than rounding."""
 
     dtype: str = "float32"  #: of the passes on a GPU; weights and moments stay float32
+    cpu_dtype: str = "float32"  #: of the passes without a GPU; few CPUs gain by less, those with avx512_bf16 do
     micro_batch: int = 32  #: completions in one pass, about; like lengths go together, whatever the loss
     threads: int = 1  #: of the CPU; with one, sums keep their order, and small matrices gain nothing from a second
     gpu: bool = False  #: use a GPU where there is one
     tokens_at_once: int = 0  #: completion tokens whose logits are held at once; 0 for those of a whole micro-batch
     recompute: bool = False  #: compute the activations of a layer again instead of keeping them
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return what the passes compute in on a device.
+
+        Raises:
+            OpdlabError: if that is bfloat16, and the CPU does not compute in it.
+        """
+        if device.type == "cuda":
+            return getattr(torch, self.dtype)
+        if self.cpu_dtype == "bfloat16" and not computes_in_bfloat16():
+            raise OpdlabError(
+                "the passes are to be in bfloat16, and this CPU has no avx512_bf16: take one that has it, or another "
+                "scale, or for an experiment of your own cpu_dtype='float32'"
+            )
+        return getattr(torch, self.cpu_dtype)
+
+    def differs_between_processors(self, device: torch.device) -> bool:
+        """Tell whether passes differ between processors by more than rounding in float32."""
+        return device.type != "cuda" and self.cpu_dtype != "float32"
 
 
 @dataclass(frozen=True)
@@ -142,6 +165,8 @@ class Experiment:
             config["evaluation_samples"] = self.evaluation_samples
         if self.compute.dtype != "float32":
             config["compute"] = self.compute.dtype
+        if self.compute.cpu_dtype != "float32":
+            config["cpu_compute"] = self.compute.cpu_dtype
         if arm.projection:
             config["projection"] = self._projection(arm.projection)
         return json.loads(json.dumps(config))

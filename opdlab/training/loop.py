@@ -58,6 +58,8 @@ def train(
                 run.checkpoint.unlink(missing_ok=True)  # left by a call that was stopped right after the last step
                 on_steps(run.steps)
                 return run
+            if run.checkpoint.exists() and experiment.compute.differs_between_processors(trainer.device):
+                run.leave_if_elsewhere()
             if not run.checkpoint.exists():
                 run.begin(trainer.device)
                 if branch_from and experiment.begin:

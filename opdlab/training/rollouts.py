@@ -185,10 +185,17 @@ def _has_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 
+#: So many rows choose their next tokens at once.
+ROWS = 128
+
+
 def _choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """Return one token for each row of ``logits`` (B, V), given uniform numbers (B,) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
+    if len(logits) > ROWS:  # in float64 all of an evaluation's would take gigabytes
+        parts = zip(logits.split(ROWS), uniform.split(ROWS), strict=True)
+        return torch.cat([_choose(part, temperature, drawn) for part, drawn in parts])
     cumulative = torch.softmax(_float64(logits, logits.device) / temperature, -1).cumsum(-1)
     # Scaled by the last entry, which rounding may leave a hair under 1.
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)

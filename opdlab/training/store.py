@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ from opdlab.models.files import (
     write_json,
     write_text,
 )
-from opdlab.processes import provenance
+from opdlab.processes import processor, provenance
 from opdlab.training.config import Experiment, config_key
 
 REMEDY = "delete its run folder and train again"
@@ -116,6 +117,18 @@ class Run:
         write_json(self.folder / "config.json", self.config)
         write_json(self.folder / "provenance.json", provenance(device))
         self.truncate_after(-1)
+
+    def leave_if_elsewhere(self) -> None:
+        """Forget what was computed of an unfinished run on another processor, so that it begins anew, and say so."""
+        there = read_json(self.folder / "provenance.json", REMEDY)["processor"]
+        if there != processor():
+            warnings.warn(
+                f"{self.folder.name} was begun on {there}, and passes in bfloat16 give other numbers on {processor()}: "
+                "it begins anew",
+                stacklevel=3,
+            )
+            self.drop_states()
+            self.checkpoint.unlink()
 
     def branch_from(self, other: Run, step: int, device: torch.device) -> None:
         """Take over the first ``step`` steps of a run that is the same until then, if it kept its state there.

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,8 +85,7 @@ class Trainer:
         self.experiment = experiment
         self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
         self.device = find_device(experiment.compute.gpu)
-        # What the passes compute in. Without a GPU that is float32: few CPUs gain by less.
-        self.dtype = getattr(torch, experiment.compute.dtype) if self.device.type == "cuda" else torch.float32
+        self.dtype = experiment.compute.dtype_on(self.device)
         prompts = self.task.prompts(min(2, self.recipe.prompts), random_numbers(experiment.seed, "prompts", 0))
         self.tokenizer, self.student, self.teacher = open_models(experiment, prompts, self.device, self.dtype)
         self.round_weights()
@@ -208,9 +208,11 @@ class Trainer:
             return self.losses(piece, logits, teacher, tokens, None if noise is None else noise[rows])
 
         totals: tuple[dict, dict] = {}, {}
-        for rows, piece in part.pieces(at_once):
-            # The logits of a piece are made again when its gradient is due, so those of two are never there together.
-            found = checkpoint(look, piece, rows, ours[rows], use_reentrant=False, preserve_rng_state=False)
+        pieces = list(part.pieces(at_once))
+        # The logits of a piece are made again when its gradient is due, so those of two are never there together.
+        read = look if len(pieces) == 1 else partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
+        for rows, piece in pieces:
+            found = read(piece, rows, ours[rows])
             for total, values in zip(totals, found, strict=True):
                 total |= {name: total.get(name, 0.0) + value for name, value in values.items()}
         return totals
@@ -238,13 +240,19 @@ class Trainer:
             if chosen := self.arm.tokens:
                 key = token_ranking(chosen.ranking, logits, part.tokens, teacher, noise)
                 weights = token_weights(key, part.mask, chosen.share, chosen.per_completion)
-            kl = logits.new_zeros(()) if teacher is None else objectives.reverse_kl(logits, teacher)[part.mask].sum()
-            sums = {"entropy": objectives.entropy(logits)[part.mask].sum(), "kl": kl}
+            sums = self._sums(part, logits, teacher)
         losses = {}
         for name in self.arm.losses:
             per_token = LOSSES[name](logits, part.tokens, teacher, part.advantages, part.mask)
             losses[name] = objectives.token_mean(per_token * weights, part.mask, normalizer=tokens)
         return losses, sums
+
+    def _sums(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+        """Return the entropy, and KL(student || teacher) if there is one, summed over the tokens of a micro-batch."""
+        found = {"entropy": objectives.in_pieces(objectives.entropy, logits), "kl": logits.new_zeros(part.mask.shape)}
+        if teacher is not None:
+            found["kl"] = objectives.in_pieces(objectives.reverse_kl, logits, teacher)
+        return {name: values[part.mask].sum() for name, values in found.items()}
 
     def _accumulate(self, losses: dict[str, Tensor], gradients: Gradients) -> None:
         """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
@@ -367,9 +375,9 @@ class Trainer:
         for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device):
             with self.precision():
                 logits = part.logits(self.student)
-            entropy += float(objectives.entropy(logits)[part.mask].sum()) / rollouts.tokens
-            if self.teacher is not None:
-                kl += float(objectives.reverse_kl(logits, part.logits(self.teacher))[part.mask].sum()) / rollouts.tokens
+            sums = self._sums(part, logits, part.logits(self.teacher) if self.teacher is not None else None)
+            entropy += float(sums["entropy"]) / rollouts.tokens
+            kl += float(sums["kl"]) / rollouts.tokens
         return {"entropy": entropy, "kl_teacher": kl if self.teacher is not None else None}
 
     # --- stopping and going on ----------------------------------------------------------------------------------------

@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.budget import DEVICES, plan_run, shape_of
@@ -38,29 +35,8 @@ SCALE = replace(
 )
 
 
-def pretrained(folder):
-    """Write a Llama model whose tokenizer, like SmolLM2's, has bytes and single digits, and two special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet])}
-    tokenizer = Tokenizer(tokenizer_models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    ).save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(tmp_path_factory, pretrained):
     """A laboratory whose anchor and teacher were made from a pretrained model."""
     real = Laboratory(SCALE, tmp_path_factory.mktemp("real"))
     pretrained(real.models / "base")
@@ -172,7 +148,7 @@ def test_the_disk_holds_what_is_planned_and_then_what_others_need(real, copy_of,
     assert left == {"opd": [0, 1, 4], "rlvr": [0, 1, 4], "opd_of_rlvr4": [0, 4]}
 
 
-def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(tmp_path, monkeypatch):
+def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(pretrained, tmp_path, monkeypatch):
     """A base model ends a sequence with another token than one that was trained for chats, and knows no template."""
     monkeypatch.setenv("OPDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching, "HfApi", lambda: type("Api", (), {"model_info": lambda *a, **k: Revision})())
@@ -206,7 +182,7 @@ def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(tmp_path, monkey
     check_same_vocabulary(own.models / "anchor", teacher)
 
 
-def test_a_pretrained_model_is_fetched_once_and_linked(tmp_path, monkeypatch):
+def test_a_pretrained_model_is_fetched_once_and_linked(pretrained, tmp_path, monkeypatch):
     monkeypatch.setenv("OPDLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetching, "HfApi", lambda: type("Api", (), {"model_info": lambda *a, **k: Revision})())
     calls = []

@@ -7,6 +7,7 @@ moment E[g gᵀ] stays what it was when tokens are left out (2606.07082, section
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -19,10 +20,10 @@ from opdlab.training import objectives
 from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches
 from opdlab.training.trainer import Trainer, random_numbers, torch_generator
 
-#: The arms whose losses are compared with that of OPD on all tokens.
+#: The arms whose losses are compared with that of OPD on all tokens, where a scale records them.
 LOSSES = (
     "opd", "opd_full", "rlvr", "sft_matched", "opd_top25", "opd_random25", "opd_first30", "opd_last30",
-    "opd_teacher100", "opd_sequence_mean", "opd_sign", "opd_forward", "random_signs",
+    "opd_teacher100", "opd_sequence_mean", "opd_sign", "opd_forward",
 )  # fmt: skip
 Moments = dict[str, Tensor]
 
@@ -45,9 +46,9 @@ def second_moments(losses: Iterator[Tensor], matrices: dict[str, Tensor]) -> tup
     return {n: s / count for n, s in squares.items()}, {n: m / count for n, m in means.items()}
 
 
-def _completions(trainer: Trainer, batch: int, loss: Callable[[MicroBatch], Tensor]) -> Iterator[Tensor]:
-    """Yield the loss of each completion of a batch."""
-    rollouts, rewards = trainer.batch(batch)
+def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iterator[Tensor]:
+    """Yield the loss of each completion of the first batch."""
+    rollouts, rewards = trainer.batch(0)
     advantages = None
     if trainer.arm.reads_rewards and rewards is not None:
         advantages = objectives.grpo_advantages(rewards, rollouts.samples)
@@ -58,17 +59,23 @@ def _completions(trainer: Trainer, batch: int, loss: Callable[[MicroBatch], Tens
         yield loss(part)
 
 
-def _moments(runs: RunSet, arm: str, batch: int = 0) -> tuple[Moments, Moments]:
-    trainer = Trainer(runs.lab.experiment(arm, runs.seed))
-    random = torch_generator(random_numbers(runs.seed, "tokens", 0))
+def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
+    # Another seed is another batch, at the anchor of this one.
+    trainer = Trainer(replace(runs.lab.experiment(arm, runs.seed), seed=seed))
+    random = torch_generator(random_numbers(seed, "tokens", 0))
 
     def own(part: MicroBatch) -> Tensor:
         losses, _ = trainer.read(part, int(part.mask.sum()), random)
         (loss,) = losses.values()
         return loss
 
+    def signs(part: MicroBatch) -> Tensor:
+        logps = objectives.token_logps(part.logits(trainer.student), part.tokens)
+        credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
+        return objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
+
     matrices = weight_matrices(dict(trainer.student.named_parameters()))
-    return second_moments(_completions(trainer, batch, own), matrices)
+    return second_moments(_completions(trainer, signs if random_signs else own), matrices)
 
 
 def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
@@ -76,9 +83,12 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
     The gradients are those of single completions of the first batch, at the anchor. Columns: ``arm``, Sim_K of the top
     right subspaces of E[gᵀ g], the share of its trace in OPD's top-K subspace (``energy_K``), both at random, and the
-    cosine of the mean gradients. Besides the losses of arms there is "opd, another batch".
+    cosine of the mean gradients. Besides the losses of arms: "opd, another batch", that of the next seed at the same
+    anchor, and "random signs", OPD with each token's credit drawn from {-1, 1}.
     """
-    found = {arm: _moments(runs, arm) for arm in LOSSES} | {"opd, another batch": _moments(runs, "opd", 1)}
+    names = {arm: (arm, runs.seed, False) for arm in GRADIENTS.arms_at(runs.lab)}
+    names |= {"opd, another batch": ("opd", runs.later(), False), "random signs": ("opd", runs.seed, True)}
+    found = {name: _moments(runs, *of) for name, of in names.items()}
     squares, means = found["opd"]
     bases = {name: _directions(square) for name, square in squares.items()}
     rows = []
@@ -104,5 +114,5 @@ def _directions(square: Tensor) -> Tensor:
 
 GRADIENTS = Analysis(
     "gradients", "whether the gradients of other tokens and losses share OPD's directions", measure, LOSSES,
-    keys=("arm",), trained=False,
+    later=(("opd", 1),), keys=("arm",), trained=False,
 )  # fmt: skip
