@@ -35,7 +35,7 @@ def weights_of(path, dtype=None):
 @pytest.fixture(scope="module")
 def anchor():
     """The update from the toy model's base to its anchor, measured with nothing but their folders."""
-    return measure(DATA / "models/tiny/base", DATA / "models/tiny/anchor")
+    return measure(DATA / "models/tiny-learning/base", DATA / "models/tiny-learning/anchor")
 
 
 def test_the_toy_model_has_the_resolution_of_its_records():
@@ -47,7 +47,7 @@ def test_the_toy_model_has_the_resolution_of_its_records():
 
 def test_measure_finds_the_record_to_the_last_digit(anchor):
     """The matched principal overlap is 0.1593 here and there, where the command line once said 0.1330."""
-    recorded = read_tables(DATA / "records/tiny/sft")["matrices"]
+    recorded = read_tables(DATA / "records/tiny-learning/sft")["matrices"]
     record = recorded[recorded["seed"] == 0].drop(columns=["arm", "seed"]).reset_index(drop=True)
     assert round(record["principal_overlap_a30_matched"].mean(), 4) == 0.1593
     written = io.StringIO(anchor.table.to_csv(index=False, float_format="%.7g"))
@@ -153,7 +153,7 @@ def test_what_an_update_shows(anchor, tmp_path):
     assert summary["groups"]["overall"]["stable_rank"]["value"] == anchor.means.loc["stable_rank", "value"]
     assert repr(load_update(tmp_path / "summary.json")) == text
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
-        anchor.save(DATA / "models/tiny/anchor")
+        anchor.save(DATA / "models/tiny-learning/anchor")
 
 
 def test_a_trajectory_is_a_table_and_a_figure(pair, tmp_path):
