@@ -1,8 +1,8 @@
 """Sentences of the book that state results: each is true of the records, and would be found out if they said otherwise.
 
-Every chapter is run three times: with the records as they are, with OPD and matched SFT exchanged in them, and with
-every effect reversed. What a chapter states must hold in the first, and fail in one of the others at least, so that no
-condition is one that always holds.
+Every chapter is run four times: with the records as they are, with OPD and matched SFT exchanged in them, with every
+effect reversed, and with what is alike made unlike. What a chapter states must hold in the first, and fail in one of
+the others at least, so that no condition is one that always holds.
 """
 
 import re
@@ -64,6 +64,15 @@ def reversed_(table: pd.DataFrame) -> pd.DataFrame:
     return turned
 
 
+def spread(table: pd.DataFrame) -> pd.DataFrame:
+    """Multiply all quantities, but for their nulls, by a factor of each arm's own: what was near is not any more."""
+    if "arm" not in table:
+        return table
+    factors = table["arm"].map({arm: 1.6**i for i, arm in enumerate(sorted(table["arm"].unique()))})
+    numbers = [name for name in table.select_dtypes("number") if name not in KEYS and not VIEW.search(name)]
+    return table.assign(**{name: table[name] * factors for name in numbers})
+
+
 def changed(found: records.Records, change) -> records.Records:
     parts = {name: change(getattr(found, name)) for name in TABLES if name != "runs"}
     return replace(found, **parts, analyses={name: change(table) for name, table in found.analyses.items()})
@@ -106,7 +115,7 @@ def unchanged(table: pd.DataFrame) -> pd.DataFrame:
 def faults(path: Path, monkeypatch) -> list[str]:
     """Return the sentences that are false, or that no change of the records would make false."""
     told = run(path, unchanged, monkeypatch)
-    others = [run(path, change, monkeypatch) for change in (exchanged, reversed_)]
+    others = [run(path, change, monkeypatch) for change in (exchanged, reversed_, spread)]
     found = []
     for where, (sentence, holds) in told.items():
         # A cell that cannot be run on changed records states nothing any more.
