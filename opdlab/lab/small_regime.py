@@ -26,7 +26,7 @@ from opdlab.training.tasks import Task
 #: The version of reasoning-gym that the tasks are drawn by, which is part of their identity.
 REASONING_GYM = "0.1.25"
 
-#: The target: three numbers of two digits, added and taken away with running sums.
+#: The target task, three numbers of two digits that are added and taken away with running sums.
 THREE_TERMS: Task = replace(
     restated("chain_sum", pinned=REASONING_GYM, min_terms=3, max_terms=3, min_digits=2, max_digits=2),
     name="three_terms",
@@ -86,7 +86,7 @@ def _mixed_answer(asked: str, completion: str) -> str | None:
     return (after_equals if asked.startswith("What is") else whole)(asked, completion)
 
 
-#: What SFT is on: the families, and rarely the target.
+#: The task of SFT, which asks for the families, and rarely for the target.
 RARELY_THREE_TERMS = Task(
     "rarely_three_terms", _mixed_question, _mixed_demonstration, RightAnswer(_mixed_answer, _mixed_demonstration),
     content=REASONING_GYM,
