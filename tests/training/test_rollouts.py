@@ -49,6 +49,14 @@ def test_a_row_does_not_depend_on_its_neighbours(writer):
     assert together != sample(model, tokenizer, prompts, generator=generator(1), **settings)
 
 
+def test_rows_choose_in_parts_what_they_choose_together(writer, monkeypatch):
+    model, tokenizer, prompts = writer
+    settings = {"max_new_tokens": 24, "samples": 3}
+    together = sample(model, tokenizer, prompts, generator=generator(), **settings)
+    monkeypatch.setattr(rollouts, "ROWS", 5)
+    assert together == sample(model, tokenizer, prompts, generator=generator(), **settings)
+
+
 def test_samples_follow_the_model(writer):
     model, tokenizer, prompts = writer
     rollouts = sample(model, tokenizer, prompts[:1], max_new_tokens=1, samples=20_000, generator=generator())
