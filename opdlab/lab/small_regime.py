@@ -2,7 +2,8 @@
 
 Its SFT is on a mixture of families of reasoning-gym in which the target task is rare, so that the anchor shows the
 skill seldom. Passes are in bfloat16 on a CPU, and the optimizer works on float32. One anchor serves all seeds: to make
-it takes a tenth of all that is recorded here.
+it takes two hours of a core, a tenth of all that is recorded here. Cut for ten hours on two cores: random signs have
+one seed, the confined arms go on for sixty steps, 256 prompts are held out, and solutions are without blanks.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ SMALL_REGIME = Scale(
         },
         max_new_tokens=24,
         typical_tokens=(15, 19),
-        evaluation_prompts=512,
+        evaluation_prompts=256,
         evaluation_samples=4,
     ),
     policy=RecordPolicy(

@@ -178,7 +178,7 @@ def test_a_cpu_without_bfloat16_is_told_so(half, monkeypatch):
 
 
 def test_what_no_pass_computes_in_is_refused(lab):
-    with pytest.raises(OpdlabError, match="^cpu_dtype is 'bf16': give float32 or bfloat16$"):
+    with pytest.raises(OpdlabError, match=r"^cpu_dtype is 'bf16': give float32 or bfloat16$"):
         config.with_fields(lab.experiment("opd"), {"cpu_dtype": "bf16"})
 
 
