@@ -45,7 +45,7 @@ def running_sums(asked: str) -> str:
     return restated_demonstration(asked).replace(" ", "")
 
 
-#: The target: three numbers of two digits, added and taken away.
+#: The target task, three numbers of two digits that are added and taken away.
 THREE_TERMS = Task(
     "three_terms",
     partial(
@@ -109,7 +109,7 @@ def _mixed_answer(asked: str, completion: str) -> str | None:
     return (after_equals if asked.startswith("What is") else whole)(asked, completion)
 
 
-#: What SFT is on: the families, and rarely the target.
+#: The task of SFT, which asks for the families, and rarely for the target.
 RARELY_THREE_TERMS = Task(
     "rarely_three_terms", _mixed_question, _mixed_demonstration, RightAnswer(_mixed_answer, _mixed_demonstration),
     content=REASONING_GYM,

@@ -242,7 +242,7 @@ def after_equals(prompt: str, completion: str) -> str | None:
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
 
 
-def _restated(name: str, **settings: int) -> Task:
+def _restated(name: str, **settings: Any) -> Task:
     """Return the task of a dataset of reasoning-gym whose question is one expression."""
     return _task(name, partial(expression_prompt, name=name, **settings), restated_demonstration, after_equals)
 
