@@ -1,8 +1,10 @@
-"""Record a scale in the making: python scripts/record_regime.py [--scale SCALE] [--arm ARM ...] [--seed SEED ...].
+"""Record a scale in the making. It can be stopped, and the same command goes on:
 
-It can be stopped. The claims that the runs will be judged by are written into the records. A seed from 100 on is a
-pilot: no verdict uses it, and its record lies under runs/pilot. Where one anchor serves all seeds, pilots start from it
-too. With --steps, arms are only tried for so many steps, at seed 100 by default, and what came of it is printed:
+    python scripts/record_regime.py [--scale SCALE] [--arm ARM ...] [--analysis ANALYSIS ...] [--seed SEED ...]
+
+The claims that runs and analyses will be judged by are written into the records. A seed from 100 on is a pilot: no
+verdict uses it, and its record lies under runs/pilot. Where one anchor serves all seeds, pilots start from it too. With
+--steps, arms are only tried for so many steps, at seed 100 by default, and what came of it is printed:
 
     python scripts/record_regime.py --scale small-regime --arm opd --steps 40
 """
@@ -91,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=IN_THE_MAKING, default=REGIME.name)
     parser.add_argument("--arm", action="append")
+    parser.add_argument("--analysis", action="append")
     parser.add_argument("--seed", action="append", type=int)
     parser.add_argument("--steps", type=int, help="try the arms for so many steps, and record nothing")
     parser.add_argument("--processes", type=int, default=2)
@@ -103,7 +106,9 @@ def main() -> None:
         lab = pilots_of(lab)
     if any(arm.start == "young" for arm in lab.arms.values()):
         provide_young_anchor(lab.models / "young")
-    arms = tuple(options.arm or lab.scale.policy.arms)
+    arms, analyses = tuple(options.arm or ()), tuple(options.analysis or ())
+    if not (arms or analyses):
+        arms, analyses = lab.scale.policy.arms, lab.scale.policy.analyses
     if options.steps:
         asked = list(product(arms, seeds))
         models = tuple(dict.fromkeys(folder for arm, seed in asked for folder in lab.models_of(arm, seed)))
@@ -111,7 +116,7 @@ def main() -> None:
         for arm, seed in asked:
             print(f"{arm}, seed {seed}\n{tried(lab, arm, seed, options.steps).to_string(index=False)}")
     else:
-        build(plan(lab, arms, seeds), lab, processes=options.processes)
+        build(plan(lab, arms, seeds, analyses=analyses), lab, processes=options.processes)
 
 
 if __name__ == "__main__":

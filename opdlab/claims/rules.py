@@ -74,7 +74,7 @@ class Metric:
         Raises:
             OpdlabError: if the records lack the analysis or the column.
         """
-        rows = self._rows(records)
+        rows = self.rows(records)
         if "_position_" in self.column:
             rows = rows.assign(**_positions(rows))
         if self.column not in rows:
@@ -91,7 +91,8 @@ class Metric:
             found = found - replace(self, progress=self.since, since=None).values(records)
         return found.dropna(axis="columns", how="all")
 
-    def _rows(self, records: Records) -> pd.DataFrame:
+    def rows(self, records: Records) -> pd.DataFrame:
+        """Return the rows of the records that it is read from, of all arms."""
         table = records.table_of(self.column, self.analysis, self.progress is not None)
         for column, entry in (*self.where, *([("block", self.block)] if self.block else ())):
             table = table[table[column] == entry]
@@ -129,9 +130,9 @@ class Contrast:
 class Runs:
     """The numbers of records, each computed once."""
 
-    def __init__(self, records: Records, pool: Sequence[str] = ()):
-        """Keep the records, and the arms whose noise is pooled."""
-        self.records, self.pool = records, pool
+    def __init__(self, records: Records):
+        """Keep the records."""
+        self.records = records
         self.values = lru_cache(maxsize=None)(lambda metric: metric.values(records))
         self.estimates = lru_cache(maxsize=None)(self._estimates)
 
@@ -152,12 +153,25 @@ class Runs:
 
     def _estimate(self, contrast: Contrast) -> Estimate:
         by_seed, values = self.by_seed(contrast), self.values(contrast.metric)
-        pooled = [arm for arm in self.pool if arm in values]
-        if len(by_seed) < 2:  # One seed decides nothing, however little others scatter.
-            return mean_estimate(by_seed)
-        if contrast.minus_arm and contrast.weights.keys() <= set(pooled):
+        pooled = [arm for arm in self._peers(*contrast.weights) if arm in values]
+        # One seed decides nothing, however little others scatter.
+        if len(by_seed) > 1 and contrast.minus_arm and contrast.weights.keys() <= set(pooled):
             return block_estimate(values[pooled], contrast.weights)
         return mean_estimate(by_seed)
+
+    def _peers(self, *arms: str) -> list[str]:
+        """Return the arms whose noise is that of all these: in each seed the same start, as many steps, and one rate.
+
+        They are none if these arms differ in that themselves.
+        """
+        alike = ["seed", "student", "recipe.steps", "recipe.learning_rate"]
+        how = {arm: set(rows[alike].itertuples(index=False)) for arm, rows in self.records.runs.groupby("arm")}
+
+        def fits(one: set, other: set) -> bool:
+            seeds = {row[0] for row in one} & {row[0] for row in other}
+            return bool(seeds) and all(row in other for row in one if row[0] in seeds)
+
+        return [arm for arm, rows in how.items() if all(fits(rows, how.get(other, set())) for other in arms)]
 
 
 @dataclass(frozen=True)
@@ -201,11 +215,13 @@ def digests(claims: Sequence[Claim]) -> dict[str, str]:
 
 
 def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> set[str]:
-    """Return the names of the claims that one of the runs they look at was made without, or with another criterion.
+    """Return the names of the claims that a run they look at, or a row of an analysis, was made without.
+
+    A claim with another criterion is another.
 
     Args:
-        claims: of which the records have all arms.
-        records: with the runs, each of which names a set of claims.
+        claims: of which the records have all arms and analyses.
+        records: with the runs and the rows of analyses, each of which names a set of claims.
         folder: the records' folder, whose claims.json says what was in each set.
 
     Raises:
@@ -213,15 +229,17 @@ def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> se
     """
     path = folder / "claims.json"
     sets = read_json(path, "restore it") if path.is_file() else {}
-    known = {
-        (row.arm, row.seed): sets.get(getattr(row, "claims", None), {}) for row in records.runs.itertuples(index=False)
-    }
+
+    def named(contrast: Contrast) -> set[str]:
+        rows = contrast.metric.rows(records) if contrast.metric.analysis else records.runs
+        return set(rows[rows["arm"].isin(list(contrast.weights))].reindex(columns=["claims"])["claims"])
+
     return {
         claim.name
         for claim in claims
         for contrast in claim.contrasts
-        for (arm, _), at_that_time in known.items()
-        if arm in contrast.weights and at_that_time.get(claim.name) != claim.digest
+        for at_that_time in named(contrast)
+        if sets.get(at_that_time, {}).get(claim.name) != claim.digest
     }
 
 
@@ -259,19 +277,18 @@ class _Tests:
     rivals: dict[str, float]
 
 
-def judge(claims: Sequence[Claim], records: Records, pool: Sequence[str] = ()) -> list[Verdict]:
+def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     """Return the verdicts on claims.
 
     Args:
         claims: all that are judged together, since the tests of one finding are corrected together.
         records: with the arms and analyses that the claims need (:meth:`Claim.judgeable`).
-        pool: the arms whose noise is pooled, which start from the anchors of the seeds.
 
     Raises:
         OpdlabError: if the records lack an arm, an analysis or a column, which it names.
     """
 
-    runs = Runs(records, pool)
+    runs = Runs(records)
     half, once, twice = (_words(claims, runs, factor) for factor in (0.5, 1.0, 2.0))
     verdicts = []
     for claim, (word, by, tests), (at_half, *_), (at_twice, *_) in zip(claims, once, half, twice, strict=True):

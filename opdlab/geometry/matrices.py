@@ -11,7 +11,6 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
-from opdlab.geometry.spectrum import Svd, svd
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
 # Parts of a model beside its language model, by what a name has before its layer.
@@ -133,16 +132,6 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not matrices:
         raise OpdlabError(f"state_dict has no matrix named ...layers.<i>... among its {len(state_dict)} weights")
     return matrices
-
-
-def decompose(w0s: Mapping[str, Tensor]) -> dict[str, Svd]:
-    """Decompose the :func:`weight_matrices` of an origin, once for all the updates that start from it.
-
-    >>> import torch
-    >>> decompose({"layers.0.mlp.up_proj.weight": torch.eye(2)})["layers.0.mlp.up_proj.weight"].rank
-    2
-    """
-    return {name: svd(w0, name) for name, w0 in weight_matrices(w0s).items()}
 
 
 def float64_matrices(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isnan, nan
+from math import nan
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -106,7 +106,6 @@ def measure_pair(
     w1s: Mapping[str, Tensor],
     resolution: Resolution | None = None,
     seed: int = 0,
-    base_svds: Mapping[str, Svd] | None = None,
 ) -> DataFrame:
     """Measure one update: every static diagnostic, with its nulls, one row per matrix.
 
@@ -117,11 +116,10 @@ def measure_pair(
         w1s: state dict after, with the same matrices.
         resolution: the same for all matrices; by default that of each, :meth:`Resolution.of` its shape.
         seed: of the permutations. A null is one draw, the same whatever else is measured.
-        base_svds: :func:`~opdlab.geometry.decompose` of ``w0s``, if it is already known.
 
     Raises:
         OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is smaller than the
-            resolution asks for, or if ``base_svds`` belongs to other weights.
+            resolution asks for.
 
     Source: 2606.07082, Appendices C.3 and E; the nulls are additions.
 
@@ -136,10 +134,10 @@ def measure_pair(
 
     w0s = float64_matrices(w0s, "w0s")
     w1s = float64_matrices(w1s, "w1s", like=w0s)
-    rows = []
-    for name, w0 in w0s.items():
-        svd0 = None if base_svds is None else _base_svd(name, w0, base_svds)
-        rows.append(identity(name, tuple(w0.shape)) | measure_matrix(name, w0, w1s[name], resolution, seed, svd0))
+    rows = [
+        identity(name, tuple(w0.shape)) | measure_matrix(name, w0, w1s[name], resolution, seed)
+        for name, w0 in w0s.items()
+    ]
     return DataFrame(rows)
 
 
@@ -223,8 +221,7 @@ def measure_matrix(
         noise = noise_mask(w0, round(of_size["density"] * w0.numel()), random)
         row |= _suffixed(_overlaps(masks, noise), "_noise")
         del noise
-        size = row["relative_norm"]
-        chance = torch.full_like(w0, nan) if isnan(size) else change_probability(w0, size)
+        chance = change_probability(w0, row["relative_norm"])
         row |= {"sparsity_ruler": 1 - float(chance.mean())} | _suffixed(_overlaps(masks, chance), "_ruler")
         del chance
         if scale > 0:
@@ -314,14 +311,6 @@ def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, at: Resolution) -
 
 def _suffixed(row: dict[str, float], suffix: str) -> dict[str, float]:
     return {f"{key}{suffix}": value for key, value in row.items()}
-
-
-def _base_svd(name: str, w0: Tensor, base_svds: Mapping[str, Svd]) -> Svd:
-    found = base_svds.get(name)
-    # The norms tell an Svd of other weights apart at no cost; equal weights agree to rounding.
-    if found is None or abs(frobenius(found.s) - frobenius(w0)) > 1e-9 * frobenius(w0):
-        raise OpdlabError(f"base_svds does not hold the Svd of {name} in w0s; expected decompose(w0s)")
-    return found
 
 
 def generator_of(seed: int, name: str) -> Generator:

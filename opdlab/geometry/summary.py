@@ -1,7 +1,8 @@
 """Summaries: what a table of measurements says about a whole model, a block or a module, as means over its matrices.
 
 By the paper's rule (2606.07082, Appendix C.3) sparsity weighs a matrix by its parameters, and every other diagnostic
-weighs all matrices alike. A mean stands beside that of its null or, where size explains it, of the norm-matched update.
+weighs all matrices alike. A mean stands beside that of its null or, where size explains it, of the norm-matched update
+and of the ruler.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MASKS = [f"{star}_overlap_a{alpha}" for alpha in (30, 50) for star in ("princip
 # The columns that a summary is about, each with its null.
 SUMMARY: dict[str, str | None] = {
     **dict.fromkeys(("sparsity", "sparsity_absolute", "sparsity_relative", "density")),
-    **dict.fromkeys(("frobenius", "relative_norm", "nss")),
+    **dict.fromkeys(("frobenius", "relative_norm", "relative_operator_norm", "nss")),
     **dict.fromkeys(f"angle_{side}_{value}" for value in ("mean", "max") for side in ("left", "right")),
     **{column: f"{column}_null" for column in _RANKS},
     **{f"energy_{side}": f"energy_{side}_random" for side in ("left", "right", "both")},
@@ -93,9 +94,10 @@ def summarise(table: pd.DataFrame) -> dict[str, dict]:
     """Return the summary of a table of measurements (one row per tensor): overall, by block and by module.
 
     Each entry has its value, the null, their ratio, the z-score of their difference over the matrices of this one
-    model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; an overlap also has
-    that of noise at its density, its enrichment, and what counting allows (feasible). *Overall* is attention and MLP
-    of the language model, as in the paper (:func:`of_layers`); everything else stands apart.
+    model, the value and the null at equal norm, how matrices are weighed, and the k it depends on; sparsity and
+    overlaps have the ruler, what noise of the same norm gives; an overlap also has that of noise at its density, its
+    enrichment, and what counting allows (feasible). *Overall* is attention and MLP of the language model, as in the
+    paper (:func:`of_layers`); everything else stands apart.
     """
     layers = of_layers(table)
     groups = {"overall": layers}
@@ -110,7 +112,7 @@ def overall_means(table: pd.DataFrame) -> pd.DataFrame:
     for entry in rows.values():
         if "feasible" in entry:
             entry["feasible"] = "{:.3f} to {:.3f}".format(*entry["feasible"])
-    columns = ["value", "null", "noise", "ratio", "z", "enrichment", "feasible"]
+    columns = ["value", "ruler", "null", "noise", "ratio", "z", "enrichment", "feasible"]
     columns += ["at equal norm", "null at equal norm", "weighting"]
     return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns).dropna(axis="columns", how="all")
 
@@ -119,14 +121,23 @@ def trajectory_means(trajectory: pd.DataFrame) -> pd.DataFrame:
     """Return one row per step: the means of a trajectory over the matrices in :func:`of_layers`, with their nulls.
 
     The similarities are on the right side at the largest K: to the end, that of a random walk, to the rest of the
-    update, between consecutive intervals, and at random.
+    update, between consecutive intervals, and at random. Stable rank and similarity to the end are seen in all
+    :func:`views`.
     """
+    seen = views(trajectory)
     columns = ["frobenius", "relative_norm", "interval_norm", "interval_stable_rank", "sparsity"]
-    columns += [f"{column}{null}" for column in ("stable_rank", "effective_rank", "hill") for null in ("", "_null")]
+    columns += [f"stable_rank{view}" for view in (*seen, "_null")]
+    columns += [f"{column}{null}" for column in ("effective_rank", "hill") for null in ("", "_null")]
     k = largest_k(trajectory)
     if k:
-        columns += [f"sim_right_K{k}{kind}" for kind in ("", "_null", "_rest", "_interval")] + [f"sim_random_K{k}"]
+        columns += [f"sim_right_K{k}{kind}" for kind in (*seen, "_null", "_rest", "_interval")] + [f"sim_random_K{k}"]
     return means(of_layers(trajectory), ["step"], columns).set_index("step")[columns]
+
+
+def views(trajectory: pd.DataFrame) -> tuple[str, ...]:
+    """Return how the columns of a trajectory's views end: as stored, in bfloat16 if that is another, locked null."""
+    one = trajectory["stable_rank"].equals(trajectory["stable_rank_bf16"])
+    return ("", "_locked") if one else ("", "_bf16", "_locked")
 
 
 def largest_k(table: pd.DataFrame) -> int | None:
@@ -180,6 +191,8 @@ def _entry(known: pd.DataFrame, column: str, null: str | None) -> dict:
         entry["z"] = float(difference.mean() / error) if error > 0 else None
     if column == "stable_rank" and "stable_rank_gaussian" in known:
         entry["gaussian"] = _mean(known, "stable_rank_gaussian")
+    if (ruler := f"{column}_ruler") in known and known[ruler].notna().any():
+        entry["ruler"] = _mean(known.dropna(subset=ruler), ruler)
     matched = {"at equal norm": f"{column}_matched", "null at equal norm": f"{null}_matched"}
     matched = {kind: name for kind, name in matched.items() if name in known and known[name].notna().any()}
     # A matrix that did not move has nothing to scale.

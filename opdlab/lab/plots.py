@@ -7,6 +7,7 @@ and a marker of its own, which tells it apart in grey. A variant has those of th
 from opdlab.figures.arms import ArmFigures, Look
 
 # What needs no arm is here too, so that a chapter draws all its figures by one name.
+from opdlab.figures.ruler import draw_ruler  # noqa: F401
 from opdlab.figures.style import ABOVE, NULL, note_null, panels, set_log, shades, use_style  # noqa: F401
 from opdlab.lab.grid import ARMS, ancestor
 

@@ -8,6 +8,7 @@ The records of a scale are one folder::
         opd/...
         analyses.csv            one row per analysis and seed: where and how long it was made
         analyses/span.csv       the table of an analysis, with the columns seed and key
+        claims.json             the claims that runs and analyses were made under, by the digest in their column claims
 
 A row counts only if its key is that of the experiment asked for, or of all the experiments that an analysis read.
 Columns that follow from others are not stored: :func:`read_tables` adds them.
@@ -31,6 +32,7 @@ from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.laboratory import Laboratory
 from opdlab.measuring.sources import open_all
 from opdlab.measuring.tensors import Job, measured
+from opdlab.measuring.where import Where, beside_published, of_seeds
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.config import config_key
@@ -78,6 +80,11 @@ class Records:
         if column in EVALUATED:
             return self.evaluations
         return self.trajectory if over_steps else self.matrices
+
+    def where(self) -> Where:
+        """Return where the runs of each arm are, in the mean over seeds, beside updates that were published."""
+        tables = {name: getattr(self, name) for name in ("matrices", "trajectory", "history")}
+        return beside_published(of_seeds(self.runs, tables))
 
     def colophon(self) -> str:
         """Return one line on how many runs these are, how long they trained, and on what."""
@@ -307,10 +314,15 @@ def add_run(folder: Path, lab: Laboratory) -> None:
     for name in TABLES:
         _replace_rows(lab.records / arm / f"{name}.csv", read_table(folder / f"{name}.csv"), seed=seed)
     _replace_rows(lab.records / "runs.csv", pd.DataFrame([description]), arm=arm, seed=seed)
-    if description.get("claims") == config_key(dict(lab.claims)):
+    _keep_claims([description.get("claims")], lab)
+
+
+def _keep_claims(named: Sequence[str | None], lab: Laboratory) -> None:
+    """Write down what is in the laboratory's set of claims, if new records name it."""
+    if (own := config_key(dict(lab.claims))) in named:
         path = lab.records / "claims.json"
         known = read_json(path, REMEDY) if path.is_file() else {}
-        write_json(path, known | {description["claims"]: dict(lab.claims)})
+        write_json(path, known | {own: dict(lab.claims)})
 
 
 def analyse(name: str, seed: int, lab: Laboratory) -> Path:
@@ -327,6 +339,8 @@ def analyse(name: str, seed: int, lab: Laboratory) -> Path:
     of_rows = [keys[tuple(row[name] for name in parts[0].entries)] for row in table.to_dict("records")]
     table.insert(0, "seed", seed)
     table.insert(1, "key", of_rows)
+    if lab.claims:  # row by row, for a part may come later than another
+        table.insert(2, "claims", config_key(dict(lab.claims)))
     write_table(folder / f"{name}.csv", table)
     write_json(folder / "record.json", {"analysis": name, "seed": seed, "seconds": seconds, **provenance()})
     return folder
@@ -343,6 +357,7 @@ def add_analysis(folder: Path, lab: Laboratory) -> None:
     stale = (before["seed"] == seed) & (~before["key"].isin(valid) | before["key"].isin(added["key"]))
     write_table(path, pd.concat([before[~stale], added], ignore_index=True).sort_values("seed", kind="stable"))
     _replace_rows(lab.records / "analyses.csv", pd.DataFrame([description]), analysis=name, seed=seed)
+    _keep_claims(list(added.get("claims", ())), lab)
 
 
 def _replace_rows(path: Path, rows: pd.DataFrame, **which: Any) -> None:

@@ -157,6 +157,10 @@ REGIME = Scale(
     ),
     policy=RecordPolicy(
         arms=tuple(name for name, arm in _arms.items() if arm.recorded),
+        analyses=(
+            *("similarity", "directions", "span", "landscape", "extrapolation", "gradients"),
+            *("linearity", "retention", "taught"),
+        ),
         seeds=(0, 1, 2, 3, 4),
         other_seeds={"opd": tuple(range(8)), "sft": tuple(range(8))},
         evaluations=(0.2, 1.0),

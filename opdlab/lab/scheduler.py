@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
+from opdlab.lab.analyses.runset import as_variants
 from opdlab.lab.budget import check_device, check_room, processes_for
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import (
@@ -58,8 +59,8 @@ class Job:
         return f"{self.what}-seed{self.seed}"
 
     def steps(self, lab: Laboratory) -> int:
-        """Return how many steps it counts for in a bar; an analysis takes about as long as a short run."""
-        return lab.recipe("opd_short" if self.what in ANALYSES else self.what).steps
+        """Return how many steps it counts for in a bar; an analysis takes about as long as a variant."""
+        return lab.recipe(as_variants(lab, "opd") if self.what in ANALYSES else self.what).steps
 
 
 class _Plan:
@@ -294,7 +295,7 @@ class _Recorded(NamedTuple):
     """What is recorded of a run or an analysis: its figures, what tells it apart bit for bit, and the machine."""
 
     figures: dict[str, float]
-    identity: str
+    identity: dict[str, str]
     machine: dict[str, Any]
 
 
@@ -311,9 +312,10 @@ def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, _Re
         row, own = index.loc[seed], {name: table[table["seed"] == seed] for name, table in tables.items()}
         if what in ANALYSES:
             figures = own[what].drop(columns="seed").select_dtypes("number").mean().to_dict()
-            identity = own[what].drop(columns="key").to_csv(index=False)
+            identity = {name: column.to_csv() for name, column in own[what].reset_index(drop=True).items()}
+            identity = {name: text for name, text in identity.items() if name not in ("key", "claims")}
         else:
-            figures, identity = end_figures(own), row["weights"]
+            figures, identity = end_figures(own), {"weights": row["weights"]}
         found[seed] = _Recorded(figures, identity, {name: row[name] for name in MACHINE if name in row})
     return found
 
@@ -329,7 +331,8 @@ def missing_records(names: tuple[str, ...], seeds: tuple[int, ...], lab: Laborat
 def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
     """Compare repeated arms and analyses with the record, one row for each figure of each that has one of the seeds.
 
-    A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is. Elsewhere
+    A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is, where new
+    columns do not count. Elsewhere
     (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
     ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``, or with a
     single recorded seed, which has no spread, ``one seed``.
@@ -342,9 +345,11 @@ def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], 
         for seed, here in again.items():
             there = records[seed]
             for figure, value in here.figures.items():
+                if figure not in there.figures:
+                    continue
                 spread = prediction_interval([other.figures[figure] for other in records.values()])
                 verdict = "one seed" if len(records) == 1 else "outside"
-                if here.identity == there.identity:
+                if there.identity.items() <= here.identity.items():
                     verdict = "bit for bit"
                 elif spread.low <= value <= spread.high:
                     verdict = "within the spread"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.core_model_loading import revert_weight_conversion
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import Svd, bf16_sparsity, relative_norm, sim_k, stable_rank, svd, top_left, top_right
+from opdlab.geometry import Svd, bf16_sparsity, noise_curve, relative_norm, sim_k, stable_rank, svd, top_left, top_right
 from opdlab.geometry.matrices import LAYERS, identity
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.files import save_tensors, write_text
@@ -36,11 +36,11 @@ class GeometryCallback(TrainerCallback):
     """Log rank, size, sparsity and direction of the update at regular intervals.
 
     Logged are, each as the mean over the chosen matrices, geometry/stable_rank and geometry/relative_norm of the update
-    since the start; geometry/sparsity (bf16); geometry/sim_right_K16 and geometry/sim_left_K16, the similarity of its
-    leading subspaces to those at the previous measurement (unrelated subspaces have geometry/sim_random_K16 on the
-    right; a shared history raises it for any run); and geometry/seconds, which the measurement took: 3 for the 120
-    attention matrices of a 135 M model on one CPU core, so 0.06 per step at the default. The CPU's memory holds a copy
-    of the chosen matrices.
+    since the start; geometry/sparsity (bf16), and geometry/sparsity_ruler, what noise of the same norm would leave
+    unchanged; geometry/sim_right_K16 and geometry/sim_left_K16, the similarity of its leading subspaces to those at the
+    previous measurement (unrelated subspaces have geometry/sim_random_K16 on the right; a shared history raises it for
+    any run); and geometry/seconds, which the measurement took: 3 for the 120 attention matrices of a 135 M model on one
+    CPU core, so 0.06 per step at the default. The CPU's memory holds a copy of the chosen matrices.
 
     It works with transformers' Trainer and trainers derived from it, as all of TRL's are, and gathers sharded weights
     (DTensor). Fused projections and stacked experts are followed one matrix at a time, as ``opdlab measure`` takes
@@ -193,6 +193,7 @@ class GeometryCallback(TrainerCallback):
         last, self._last[name] = self._last.get(name), delta
         row = {"stable_rank": stable_rank(delta)}
         row |= {"relative_norm": relative_norm(w0, weight), "sparsity": bf16_sparsity(w0, weight)}
+        row["sparsity_ruler"] = noise_curve(w0, [row["relative_norm"]])["sparsity"][0]
         if last is not None:
             row[f"sim_right_K{self.k}"] = sim_k(top_right(last, self.k), top_right(delta, self.k))
             row[f"sim_left_K{self.k}"] = sim_k(top_left(last, self.k), top_left(delta, self.k))

@@ -43,7 +43,7 @@ from opdlab.models.files import write_json
 from opdlab.models.pieces import Checkpoint
 
 # The means of an update that stand beside those of others.
-_KINDS = ["value", "null", "noise", "at equal norm", "null at equal norm"]
+_KINDS = ["value", "ruler", "null", "noise", "at equal norm", "null at equal norm"]
 # An update as a process needs it: its label, base and tuned checkpoint, and norm by matrix, as measured.
 _Measured = tuple[str, tuple[Checkpoint, Checkpoint], Mapping[str, float]]
 

@@ -19,18 +19,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opdlab.errors import OpdlabError
+from opdlab.figures.ruler import draw_ruler
 from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.matrices import TOWERS
-from opdlab.geometry.summary import apart, largest_k, means, means_over, of_layers, trajectory_means
+from opdlab.geometry.summary import apart, largest_k, means, means_over, of_layers, trajectory_means, views
+from opdlab.measuring.said import beside_noise, on_views
 from opdlab.measuring.update import Update, as_html
+from opdlab.measuring.where import published_sizes
 from opdlab.models.files import write_text
 
 if TYPE_CHECKING:
     from opdlab.measuring.compare import Comparison
 
 _COLOURS = {"attention": "#0072B2", "mlp": "#D55E00"}
-_BLUE, _GREEN = _COLOURS["attention"], "#009E73"
+_BLUE, _ORANGE, _GREEN = *_COLOURS.values(), "#009E73"
 _DOTTED: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
 # Inches. A panel is a picture of its own, which a phone shows alone: as small as this its letters can still be read.
 _WIDTH, _HEIGHT = 4.2, 2.9
@@ -44,6 +47,7 @@ def write_report(path: Path, update: Update) -> None:
     dashes = " Dashes: the permuted null." if "stable_rank_null" in update.table else ""
     layers, steps, figures = _moved(of_layers(update.table)), update.trajectory, []
     if len(layers):
+        figures.append(_ruler(update))
         figures.append(_by_layer(layers, "Sparsity, rotation and size of each matrix, by layer"))
         caption = "Stable rank of each module's updates: one dot per matrix, and the mean."
         figures.append(_drawn(caption + dashes, lambda axis: _column(axis, layers, "stable_rank", over_steps=False)))
@@ -58,15 +62,15 @@ def write_report(path: Path, update: Update) -> None:
             figures.append(_by_layer(rows, f"Apart from the means, {tower}: sparsity, rotation and size, by layer"))
     if len(steps) and (steps := _moved(of_layers(steps))).size:
         caption = (
-            "The update at each checkpoint, means over the matrices of each block: stable rank, norm, and similarity "
-            "of the leading right subspace to the last one. Dashes: the null, of permuted updates for the rank and of "
-            "a random walk for the similarity."
+            "The update at each checkpoint, means over the matrices of each block: norm, stable rank, and similarity "
+            "of the leading right subspace to the last one. Dashes are nulls: blue of permuted updates for the rank "
+            f"and of a random walk for the similarity, orange the locked null. {' '.join(on_views(steps))}"
         )
         figures.append(_drawn(caption, *_trajectory(steps)))
     tables = [update.means.drop(columns="weighting", errors="ignore"), apart(update.table)]
     tables += [trajectory_means(update.trajectory).T] if len(update.trajectory) else []
     parts = {"title": update.title, "notes": update.notes, "over": means_over(update.table), "figures": figures}
-    _write_page(path, tables=[table for table in tables if len(table)], **parts)
+    _write_page(path, tables=[table for table in tables if len(table)], where=update.where(), **parts)
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
@@ -140,6 +144,28 @@ def _drawn(caption: str, *draw: _Panel) -> dict[str, Any]:
     return {"caption": caption, "pictures": pictures}
 
 
+def _ruler(update: Update) -> dict[str, Any]:
+    """Draw what noise of any size does to these weights, with the update and those that were published."""
+    found, others = means(of_layers(update.table), []).iloc[0], published_sizes()
+
+    def draw(axis: Axes, column: str, title: str) -> None:
+        draw_ruler(axis, update.ruler, column, others)
+        if f"{column}_ruler" in found:
+            axis.plot(found["relative_norm"], found[f"{column}_ruler"], "o", ms=9, mfc="none", mec="0.3", zorder=3)
+        axis.plot(found["relative_norm"], found[column], "o", ms=6, color=_BLUE, zorder=4)
+        axis.set_title(title)
+
+    views = {"sparsity": "unchanged in bfloat16", "low_overlap_a30": "of what changes, among the smallest 30 %"}
+    listed = "; ".join(f"{number} {name}" for number, name in others["update"].items())
+    caption = (
+        f"The ruler: how much of an update's sparsity and masks is its size. {' '.join(beside_noise(update.table))} "
+        "Blue: the update; circle: noise of its own norm in each matrix; dashes: noise of one relative norm in all "
+        f"matrices of this base. Grey: published updates, {listed} (arXiv 2606.13657; those of Qwen3-8B 2606.07082, "
+        "where bars are the sizes that noise needs for their sparsity)."
+    )
+    return _drawn(caption, *(partial(draw, column=column, title=title) for column, title in views.items()))
+
+
 def _by_layer(rows: pd.DataFrame, caption: str) -> dict[str, Any]:
     """Draw a line per module over the layers; where a layer has several such matrices, their mean and range."""
     modules = dict(zip(rows["module"].unique(), sns.color_palette("colorblind", rows["module"].nunique()), strict=True))
@@ -202,15 +228,29 @@ def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
 
 
 def _trajectory(trajectory: pd.DataFrame) -> list[_Panel]:
-    k = largest_k(trajectory)
-    views = {"stable_rank": "stable rank", "frobenius": "Frobenius norm"}
-    views |= {f"sim_right_K{k}": f"similarity to the end, K = {k}"} if k else {}
+    """Return a panel for the norm, and one per block for rank and similarity, as stored and in bfloat16."""
+    k, seen = largest_k(trajectory), views(trajectory)
+    titles = {"stable_rank": "stable rank"} | ({f"sim_right_K{k}": f"similarity to the end, K = {k}"} if k else {})
+    looks = {"": {"color": _BLUE, "marker": "o", "ms": 4, "label": "as stored"}, "_null": NULL | {"color": _BLUE}}
+    looks |= {"_bf16": {"color": _ORANGE, "marker": "s", "ms": 4, "label": "between bf16 checkpoints"}}
+    looks |= {"_locked": NULL | {"color": _ORANGE, "label": "locked null"}}
 
-    def draw(axis: Axes, column: str) -> None:
-        _column(axis, trajectory, column, over_steps=True)
-        axis.set_title(views[column])
+    def size(axis: Axes) -> None:
+        _column(axis, trajectory, "frobenius", over_steps=True)
+        axis.set_title("Frobenius norm")
 
-    return [partial(draw, column=column) for column in views]
+    def draw(axis: Axes, column: str, block: str, rows: pd.DataFrame) -> None:
+        over_steps = means(rows, ["step"]).set_index("step")
+        for view in (*seen, "_null"):
+            axis.plot(over_steps[f"{column}{view}"], **looks[view])
+        axis.set(title=f"{titles[column]}, {block}", xlabel="step")
+        if column == "stable_rank":
+            set_log(axis.yaxis)
+        axis.legend()
+
+    blocks = list(trajectory.groupby("block"))
+    drawn = [partial(draw, column=column, block=block, rows=rows) for column in titles for block, rows in blocks]
+    return [size, *drawn]
 
 
 def _pairs(pairs: pd.DataFrame) -> list[_Panel]:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import pandas as pd
 
-from opdlab.geometry.summary import means_over, of_layers
+from opdlab.geometry.summary import means, means_over, of_layers, views
 from opdlab.measuring.common import LeftOut
 
 _WHOLE = {
@@ -25,6 +25,33 @@ def left_out_of_means(table: pd.DataFrame) -> list[LeftOut]:
         LeftOut(name, f"{_WHOLE[block]}, so it is in no mean", share)
         for name, block, share in zip(whole["matrix"], whole["block"], shares, strict=True)
     ]
+
+
+def beside_noise(table: pd.DataFrame) -> list[str]:
+    """Return a sentence on how much of an update's sparsity, and of its preference for small weights, is its size."""
+    layers = of_layers(table)
+    if "sparsity_ruler" not in layers or layers["sparsity_ruler"].isna().all():
+        return []
+    columns = [f"{column}{of}" for column in ("sparsity", "low_overlap_a30") for of in ("_ruler", "")]
+    found = means(layers, [], columns)[columns].iloc[0]
+    noise, update, low_noise, low_update = map(_percent, found)
+    said = f"Noise of this size would leave {noise} of the weights unchanged in bfloat16; this update leaves {update}."
+    if found.notna().all():
+        said += (
+            f" Of what such noise changes, {low_noise} is among the smallest 30 % of the weights; of what this update"
+        )
+        said += f" changes, {low_update}."
+    return [said]
+
+
+def on_views(trajectory: pd.DataFrame) -> list[str]:
+    """Return a sentence on how a trajectory is seen, if there is one."""
+    if trajectory.empty:
+        return []
+    said = "Rank and similarity are seen as stored, and between bfloat16 checkpoints (_bf16)"
+    if "_bf16" not in views(trajectory):
+        said = "The checkpoints hold bfloat16 numbers, so there is this one view of rank and similarity"
+    return [f"{said}, beside the locked null (_locked): what size and rounding make of directions that never change."]
 
 
 def notes(table: pd.DataFrame, left_out: Iterable[LeftOut]) -> list[str]:

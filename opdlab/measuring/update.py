@@ -7,16 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from html import escape
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry.summary import apart, overall_means, summarise, trajectory_means
+from opdlab.geometry import noise_curve
+from opdlab.geometry.summary import apart, means, of_layers, overall_means, summarise, trajectory_means
 from opdlab.measuring.common import LeftOut
-from opdlab.measuring.said import notes
+from opdlab.measuring.said import beside_noise, notes, on_views
 from opdlab.measuring.sources import check_apart, in_order, name_of, open_all, place_of
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
@@ -26,6 +30,9 @@ from opdlab.processes import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from opdlab.measuring.where import Where
+    from opdlab.training.config import Recipe
 
 _FOUR_DIGITS = "{:.4g}".format
 
@@ -131,15 +138,47 @@ class Update(Shown):
     @property
     def notes(self) -> list[str]:
         """What was measured, what was left out and why, and what to keep in mind when reading the results."""
-        tuned, said = self.path[-1], [*self.said, *notes(self.table, self.left_out)]
+        tuned = self.path[-1]
+        said = [*self.said, *notes(self.table, self.left_out), *beside_noise(self.table), *on_views(self.trajectory)]
         # An adapter is added in float64.
         adapter = (Path(tuned.path) / "adapter_config.json").is_file()
         if {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")) and not adapter:
             said.append(
-                f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update. It adds "
-                "directions to a small one, and permuting it is no null for masks: compare overlaps with the noise."
+                f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update and of all "
+                "that is seen of it. It adds directions to a small one, and permuting it is no null for masks: compare "
+                "overlaps with the noise."
             )
         return said
+
+    @cached_property
+    def ruler(self) -> pd.DataFrame:
+        """What noise on the base's weights gives (:func:`~opdlab.geometry.noise_curve`), one row per relative norm.
+
+        The noise has this norm in each matrix of the layers; its columns are means, as in :attr:`means`.
+
+        Raises:
+            OpdlabError: if there is no such matrix.
+        """
+        layers = of_layers(self.table)
+        if layers.empty:
+            raise OpdlabError(f"{self.title}: no matrix is in a layer, so there is nothing to lay the ruler on")
+        # Minimum and maximum leave out a size that is zero or undefined.
+        size = layers["relative_norm"].mean() or nan
+        sizes = np.geomspace(min(2e-4, size / 2), max(0.3, size * 2), 24).tolist()
+        curves = [
+            pd.DataFrame(noise_curve(self.base.read(row.matrix), sizes) | {"parameters": row.parameters})
+            for row in layers.itertuples()
+        ]
+        return means(pd.concat(curves), ["relative_norm"])
+
+    def where(self, history: pd.DataFrame | None = None, recipe: Recipe | None = None) -> Where:
+        """Return where the update is, beside those that were published (:func:`opdlab.measuring.where.standing`).
+
+        ``history`` and ``recipe`` are of the run that made it: :meth:`opdlab.training.trained.Trained.where` has them.
+        """
+        from opdlab.measuring.where import beside_published, standing
+
+        return beside_published({name_of(self.path[-1]): [standing(self.table, self.trajectory, history, recipe)]})
 
     def plot(self, column: str) -> Figure:
         """Draw a column: over the steps of the trajectory if it has it, otherwise matrix by matrix; dashes are nulls.

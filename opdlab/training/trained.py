@@ -197,6 +197,11 @@ class Trained:
         path = [self.run.snapshot_path(step) for step in steps]
         return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)
 
+    def where(self) -> Any:
+        """Return where the run is, beside updates that were published, an :class:`opdlab.measuring.where.Where`."""
+        adam = self.run.experiment.arm.optimizer == "adamw"  # whose steps are as long as its learning rate
+        return self.trajectory.where(self.history, self.run.experiment.recipe if adam else None)
+
     def transcripts(self, count: int = 3) -> pd.DataFrame:
         """Return what the model writes on the first prompts of an evaluation before and after the training, graded.
 

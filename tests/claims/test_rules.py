@@ -29,7 +29,9 @@ def made(arms: dict[str, float], seeds: int = 5, noise: float = 0.05, seed: int 
         for i, progress in enumerate(PROGRESS) for block in ("attention", "mlp")
     ]  # fmt: skip
     trajectory = pd.DataFrame(lines)
-    runs = trajectory[["arm", "label", "seed"]].drop_duplicates()
+    alike = {"recipe.steps": 100, "recipe.learning_rate": 1e-6}
+    runs = trajectory[["arm", "label", "seed"]].drop_duplicates().assign(**alike)
+    runs["student"] = "anchor " + runs["seed"].astype(str)
     nothing = pd.DataFrame(columns=["arm", "seed"])
     return Records(nothing, nothing, nothing, trajectory, runs)
 
@@ -38,8 +40,8 @@ def claim(kind: str = "above", metric: Metric = END, margin: float = 0.2, arms=(
     return Claim("it", "rank", "It is so.", "Figure 0", Contrast(metric, *arms), margin, kind, **others)
 
 
-def verdict(records: Records, *claims: Claim, pool=("opd", "rlvr", "sft_matched")):
-    return judge(claims, records, pool)[0]
+def verdict(records: Records, *claims: Claim):
+    return judge(claims, records)[0]
 
 
 def test_each_verdict():
@@ -98,6 +100,20 @@ def test_values_are_the_records():
         verdict(records, claim(arms=("opd", "sft")))
 
 
+def test_noise_is_pooled_over_runs_that_are_alike():
+    """What other arms scatter counts where they start alike and are as long; else the two arms stand alone."""
+    records = made({"opd": 0.2, "rlvr": 0.0, "sft_matched": 0.0, "longer": 0.0}, seeds=3)
+    a, b, c, d = (END.values(records)[arm] for arm in ("opd", "rlvr", "sft_matched", "longer"))
+    table = np.array([a, b, c])
+    left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    error = ((left**2).sum() / 4 * 2 / 3) ** 0.5
+    p = scipy.stats.t.sf((a - b).mean() / error, 4)
+    records.runs.loc[records.runs["arm"] == "longer", "recipe.steps"] = 1000
+    assert verdict(records, claim(margin=0.0)).p == pytest.approx(p)
+    alone = scipy.stats.ttest_rel(a, d, alternative="greater").pvalue
+    assert verdict(records, claim(margin=0.0, arms=("opd", "longer"))).p == pytest.approx(alone)
+
+
 def test_what_is_missing_decides_nothing():
     one = made({"opd": 5.0, "rlvr": 0.0, "sft_matched": 0.0}, seeds=4)
     one = replace(one, trajectory=one.trajectory.query("not (arm == 'opd' and seed > 0)"))
@@ -118,7 +134,7 @@ def test_verdicts_are_wrong_no_more_often_than_they_say():
         records = made(arms, seeds=4, seed=trial)
         for kind, metric in (("above", END), ("near", END)):
             claims = [claim(kind, metric, arms=("opd", arm)) for arm in arms if arm != "opd"]
-            wrong[kind] += any(found.verdict != "inconclusive" for found in judge(claims, records, tuple(arms)))
+            wrong[kind] += any(found.verdict != "inconclusive" for found in judge(claims, records))
     assert wrong["above"] < 60 * 0.2 and wrong["near"] < 60 * 0.2, wrong
 
 

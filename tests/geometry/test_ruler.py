@@ -29,6 +29,17 @@ def test_noise_of_this_size_changes_as_much_as_the_ruler_says(kind, size):
         assert g.noise_overlap(low, chance) == pytest.approx(g.overlap(low, visible), abs=4e-3)
 
 
+def test_a_curve_of_some_entries_is_that_of_all():
+    w0, sizes = gaussian() * torch.linspace(0.5, 2, 500), [3e-4, 3e-3, 0.03]
+    curve, low = g.noise_curve(w0, sizes), g.low_magnitude_mask(w0, 0.3)
+    assert curve["relative_norm"] == sizes
+    assert curve["sparsity"] == pytest.approx([g.noise_sparsity(w0, size) for size in sizes], abs=0.01)
+    overlaps = [g.noise_overlap(low, g.change_probability(w0, size)) for size in sizes]
+    assert curve["low_overlap_a30"] == pytest.approx(overlaps, abs=0.01)
+    small = w0[:80, :100]
+    assert g.noise_curve(small, sizes, 0.5)["sparsity"] == [g.noise_sparsity(small, size) for size in sizes]
+
+
 def test_published_sparsities_follow_from_published_sizes():
     # Relative norm in percent, then what Gaussian, Laplace and t3 noise leave unchanged in percent, drawn once by hand
     # on Gaussian weights in bfloat16.
@@ -48,6 +59,7 @@ def test_a_sparsity_is_read_as_a_size():
 def test_edges():
     assert g.change_probability(gaussian(), 0.0).count_nonzero() == 0
     assert g.noise_sparsity(torch.zeros(3, 3), 0.1) == 1
+    assert g.change_probability(torch.zeros(3, 3), float("nan")).isnan().all()
     assert torch.tensor(g.noise_overlap(torch.ones(2, dtype=torch.bool), torch.zeros(2))).isnan()
     with pytest.raises(OpdlabError, match="no noise 'uniform'"):
         g.change_probability(gaussian(), 0.1, "uniform")

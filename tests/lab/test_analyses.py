@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,11 +15,12 @@ from opdlab.lab.analyses.directions import COUNT, WALK, cosines
 from opdlab.lab.analyses.gradients import second_moments
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
 from opdlab.lab.analyses.runset import add
-from opdlab.lab.analyses.similarity import BASES, SIMILARITY, short_arms
+from opdlab.lab.analyses.similarity import BASES, SIMILARITY, alike
 from opdlab.lab.analyses.span import SPAN, residual
 from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import add_analysis, add_run, analyse, find_tables, load, missing_parts, recorded_analyses
+from opdlab.lab.regime import REGIME_ARMS
 from opdlab.lab.scales import TINY
 from opdlab.lab.scheduler import plan
 
@@ -56,7 +58,7 @@ def made(lab):
         return {name: torch.randn(32, 32, generator=random, dtype=torch.float64) for name in NAMES}
 
     runs = {folder: weights() for folder in ("base", "anchor")}
-    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms, *short_arms(lab)}
+    arms = {*SIMILARITY.arms, *SPAN.arms, *LANDSCAPE.arms, *alike(lab)}
     runs |= {(arm, seed): weights() for arm in sorted(arms) for seed in lab.scale.policy.seeds}
     return Made(lab, runs)
 
@@ -79,7 +81,7 @@ def test_the_next_seed_comes_round_again():
 @pytest.mark.parametrize("analysis", ANALYSES.values(), ids=lambda analysis: analysis.name)
 def test_every_analysis_names_arms_that_exist(analysis):
     tiny = Laboratory.at("tiny")
-    assert set(analysis.arms) <= set(ARMS)
+    assert {*analysis.arms, *analysis.controls} <= {*ARMS, *REGIME_ARMS}
     for seed in analysis.seeds(tiny):
         for arm, other in read_by(analysis, tiny, seed):
             assert other in TINY.policy.seeds and arm in ARMS
@@ -107,7 +109,7 @@ def test_equal_updates_share_everything(made):
 def test_similarity_reads_no_other_runs_than_it_says(made):
     measured(SIMILARITY, made)
     assert set(made.asked) <= read_by(SIMILARITY, made.lab)
-    assert {*BASES, *short_arms(made.lab)} <= {arm for arm, _ in made.asked}
+    assert {*(f"{arm}_short" for arm in BASES), *alike(made.lab)} <= {arm for arm, _ in made.asked}
 
 
 def test_a_pair_alone_is_what_it_is_among_all(made):
@@ -133,6 +135,18 @@ def test_span_finds_a_combination(made):
     assert found.loc[("opd", "two random updates"), "residual"] == pytest.approx(1, abs=0.01)
     assert (found["residual_by_matrix"] <= found["residual"] + 1e-12).all()
     assert set(made.asked) <= read_by(SPAN, made.lab)
+
+
+def test_what_the_other_estimator_leaves_outside(made):
+    found = measured(SPAN, made).set_index(["arm", "basis"])
+    assert found["outside"].to_numpy() == pytest.approx(found["residual"].to_numpy() ** 2)
+    target, *basis = (
+        np.concatenate([made.runs[arm, 0][name].numpy().ravel() for name in NAMES])
+        for arm in ("opd", "opd_full", "rlvr")
+    )
+    missed = np.linalg.lstsq(np.stack(basis, 1), target, rcond=None)[1].item()
+    own = found.loc["opd"].loc[["SFT and RLVR", "matched SFT and RLVR"], "outside_own"]
+    assert own.to_numpy() == pytest.approx(missed / (target @ target))
 
 
 def test_residual_agrees_with_a_projection():
@@ -201,6 +215,19 @@ def test_extrapolation_stretches_to_the_norm_of_the_end(made):
             assert rows.loc[("stretched", 0.1, 1.0), "recovered"] == pytest.approx(1)
             # From 0.1 by 10 times (0.1 - 0.05) more: 0.6 of the way.
             assert rows.loc[("leap", 0.1, 10.0), "recovered"] == pytest.approx(0.6)
+
+
+def test_what_is_recovered_of_the_kl(made, monkeypatch):
+    def evaluate(weights):
+        return {"sampled": 0.0, "kl_teacher": 9 - float(weights[NAMES[0]][0, 0])}
+
+    monkeypatch.setattr(made, "evaluate", evaluate)
+    made.runs["opd", 0][NAMES[0]][0, 0], made.runs["rlvr", 0][NAMES[0]][0, 0] = 2.0, -2.0
+    found = measured(EXTRAPOLATION, made).set_index(["arm", "kind", "progress", "factor"]).sort_index()
+    start = float(made.runs["anchor"][NAMES[0]][0, 0])
+    half = found.loc[("opd", "stretched", 0.1, 0.5)]
+    assert half["kl_teacher"] == pytest.approx(9 - start - 1) and half["recovered_kl"] == pytest.approx(0.5)
+    assert found["recovered"].isna().all() and found.loc["rlvr", "recovered_kl"].isna().all(), "nothing was gained"
 
 
 def test_add_is_exact():

@@ -326,6 +326,20 @@ def test_a_second_laboratory_built_from_nothing_agrees_bit_for_bit(tmp_path):
     assert set(table[table["run"] != "opd seed 0"]["verdict"]) == {"bit for bit"}
 
 
+def test_a_new_column_of_an_analysis_is_nothing_to_compare(lab, tmp_path):
+    recorded, repeated = (replace(lab, root=tmp_path / name) for name in ("recorded", "repeated"))
+    index = pd.DataFrame({"analysis": "span", "seed": lab.scale.policy.seeds, "torch": "2"})
+    table = pd.DataFrame({"seed": lab.scale.policy.seeds, "key": "1", "arm": "opd", "residual": [0.5, 0.6, 0.7]})
+    new = table.assign(key="2", claims="3", outside=[0.25, 0.36, 0.49])
+    for at, found in ((recorded, table), (repeated, new)):
+        write_table(at.records / "analyses.csv", index)
+        write_table(at.records / "analyses" / "span.csv", found)
+    found = compare(recorded, repeated, ("span",), (0, 1))
+    assert set(found["figure"]) == {"residual"} and set(found["verdict"]) == {"bit for bit"}
+    write_table(repeated.records / "analyses" / "span.csv", new.assign(residual=[0.5, 0.61, 0.7]))
+    assert list(compare(recorded, repeated, ("span",), (0, 1))["verdict"]) == ["bit for bit", "within the spread"]
+
+
 def test_end_figures_are_means_over_matrices(lab):
     tables = read_tables(find_tables("sft", 0, lab))
     figures = end_figures(tables)

@@ -45,6 +45,7 @@ def test_it_logs_what_the_functions_say(trainer):
         "stable_rank": [g.stable_rank(now[name].double() - origin[name].double()) for name in names],
         "relative_norm": [g.relative_norm(origin[name], now[name]) for name in names],
         "sparsity": [g.bf16_sparsity(origin[name], now[name]) for name in names],
+        "sparsity_ruler": [g.noise_sparsity(origin[name], g.relative_norm(origin[name], now[name])) for name in names],
     }
     for key, values in expected.items():
         assert logged[-1][f"geometry/{key}"] == pytest.approx(sum(values) / len(values), rel=1e-5)

@@ -47,7 +47,7 @@ def test_tables_are_those_of_the_functions(pair, measured):
     assert written["stable_rank"].tolist() == pytest.approx(table["stable_rank"].tolist(), nan_ok=True)
     assert not (out / "rows.jsonl").exists()
     report = (out / "report.html").read_text()
-    assert report.count("<figure>") == 3 and "stable_rank" in report and "http" not in report
+    assert report.count("<figure>") == 4 and "stable_rank" in report and "http" not in report
 
 
 def test_the_summary_names_its_weighting(measured):
@@ -168,7 +168,7 @@ def test_a_trajectory_adds_the_way_there(pair, measured, tmp_path):
     expected = g.measure_matrix_trajectory(name, base.read(name), [halfway[name], tuned.read(name)])
     for column, values in expected.items():
         assert rows[column].tolist() == pytest.approx(values, nan_ok=True)
-    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 4
+    assert (tmp_path / "out" / "report.html").read_text().count("<figure>") == 5
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [line["step"] for line in summary["trajectory"]] == [50, 200]
     assert summary["trajectory"][0]["sim_right_K16_interval"] is None, "there is no interval before the first"

@@ -1,4 +1,4 @@
-"""The built site, served on this computer, and Chromium. Without either the tests are skipped, or fail if required."""
+"""The built site, served on this computer, and Chromium. What needs a missing one is skipped, or fails if required."""
 
 import os
 import sys
@@ -59,7 +59,7 @@ def host(site):
 
 
 @pytest.fixture(scope="session")
-def browser(site):
+def browser():
     """Chromium, without a window."""
     path = site_browser.chromium()
     if not path:

@@ -22,7 +22,7 @@ def test_a_report_is_readable(browser, report, width):
     page.goto(report)
     assert page.evaluate("document.documentElement.scrollWidth") == width, "the page itself never scrolls sideways"
     pictures = page.evaluate("[...document.images].map(image => image.clientWidth)")
-    assert len(pictures) == 7 and min(pictures) * SMALLEST / 72 / WIDTH >= 9, "letters of 9 pixels"
+    assert len(pictures) == 9 and min(pictures) * SMALLEST / 72 / WIDTH >= 9, "letters of 9 pixels"
     tables = page.query_selector_all(".table")
     for table in tables:
         if table.evaluate("table => table.scrollWidth > table.clientWidth"):

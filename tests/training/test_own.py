@@ -117,6 +117,7 @@ def test_ten_lines(models, tmp_path):
     assert run.history[["loss", "reward", "entropy", "kl_teacher"]].notna().all(axis=None)
     assert run.accuracy == run.evaluations["sampled"].iloc[-1]
     assert run.trajectory.plot("stable_rank").axes
+    assert {"coherence", "growth", "clipped"} <= set(run.where().wide) and run.where().wide["steps"].iloc[-1] == "4"
     assert repr(run).startswith("mine, 4 steps: mean reward ")
 
     said = run.transcripts(2)
@@ -475,7 +476,9 @@ def test_an_answer_ends_as_a_completion_does(after, models, tmp_path):
     template = TEMPLATE.replace("{% if", f"{answered}{{% if")
     wrong = own_model(tmp_path / "wrong", template=template.replace("AFTER", after))
     right = own_model(tmp_path / "right", template=template.replace("AFTER", after.replace("user", "end")))
-    said = r"^the chat template of .*wrong ends an answer with '<\|user\|>', and its tokenizer with '<\|end\|>': set eos"
+    said = (
+        r"^the chat template of .*wrong ends an answer with '<\|user\|>', and its tokenizer with '<\|end\|>': set eos"
+    )
     for arm in (ol.rlvr(wrong), ol.sft(wrong), ol.opd(wrong, models / "teacher")):
         with pytest.raises(OpdlabError, match=said):
             ol.train(arm, task_of(), out=tmp_path / "run", **QUICK)

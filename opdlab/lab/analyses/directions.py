@@ -12,8 +12,6 @@ from opdlab.geometry import describe, frobenius, random_walk, svd, top_right, we
 from opdlab.geometry.measure import generator_of
 from opdlab.lab.analyses.runset import Analysis, Part, RunSet
 
-#: Arms that are looked at.
-ARMS_SHOWN = ("opd", "rlvr", "sft_matched")
 #: Directions at each time, few enough to see them one by one.
 COUNT = 8
 #: What stands in the column ``arm`` for the random walk whose steps are as large as those of the first arm.
@@ -45,7 +43,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     and the absolute ``cosine`` between them.
     """
     rows = []
-    for arm in ARMS_SHOWN:
+    for arm in parts[0].arms:
         run = runs.run(arm)
         origin = weight_matrices(run.snapshot(0))
         values = [name for name in origin if describe(name).module == "v_proj"]
@@ -53,7 +51,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
         w0, steps = origin[matrix].double(), run.experiment.kept[1:]
         updates = [run.snapshot(step)[matrix].double() - w0 for step in steps]
         paths = {arm: updates}
-        if arm == ARMS_SHOWN[0]:
+        if arm == parts[0].arms[0]:
             lengths = map(frobenius, (updates[0], *(after - before for before, after in pairwise(updates))))
             paths[WALK] = list(random_walk(list(lengths), w0.shape, generator_of(runs.seed, matrix)))
         for name, path in paths.items():
@@ -67,4 +65,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-DIRECTIONS = Analysis("directions", "how the directions of an update come to be", measure, ARMS_SHOWN, how_many="one")
+DIRECTIONS = Analysis(
+    "directions", "how the directions of an update come to be", measure, ("opd", "rlvr", "sft_matched"),
+    ("opd_full", "random_signs"), how_many="one",
+)  # fmt: skip

@@ -7,6 +7,7 @@ moment E[g gᵀ] stays what it was when tokens are left out (2606.07082, section
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -19,10 +20,11 @@ from opdlab.training import objectives
 from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches
 from opdlab.training.trainer import Trainer, random_numbers, torch_generator
 
-#: The arms whose losses are compared with that of OPD on all tokens.
+#: The arms whose losses are compared with that of OPD on all tokens, where a scale records them.
 LOSSES = (
     "opd", "opd_full", "rlvr", "sft_matched", "opd_top50", "opd_top25", "opd_top5", "opd_random50", "opd_random25",
     "opd_random5", "opd_absolute5", "opd_entropy5", "opd_teacher100", "opd_sequence_mean", "opd_sign", "opd_forward",
+    "opd_first30", "opd_last30",
 )  # fmt: skip
 Moments = dict[str, Tensor]
 
@@ -59,7 +61,8 @@ def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iter
 
 
 def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
-    trainer = Trainer(runs.lab.experiment(arm, seed))
+    # Another seed is another batch, at the anchor of this one.
+    trainer = Trainer(replace(runs.lab.experiment(arm, runs.seed), seed=seed))
     random = torch_generator(random_numbers(seed, "tokens", 0))
 
     def own(part: MicroBatch) -> Tensor:
@@ -81,10 +84,10 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
     The gradients are those of single completions of the first batch, at the anchor. Columns: ``arm``, Sim_K of the top
     right subspaces of E[gᵀ g], the share of its trace in OPD's top-K subspace (``energy_K``), both at random, and the
-    cosine of the mean gradients. Besides the losses of arms: "opd, another batch", and "random signs", OPD with each
-    token's credit drawn from {-1, 1}.
+    cosine of the mean gradients. Besides the losses of arms: "opd, another batch", that of the next seed at the same
+    anchor, and "random signs", OPD with each token's credit drawn from {-1, 1}.
     """
-    names = {arm: (arm, runs.seed, False) for arm in LOSSES}
+    names = {arm: (arm, runs.seed, False) for arm in GRADIENTS.arms_at(runs.lab)}
     names |= {"opd, another batch": ("opd", runs.later(), False), "random signs": ("opd", runs.seed, True)}
     found = {name: _moments(runs, *of) for name, of in names.items()}
     squares, means = found["opd"]
@@ -112,5 +115,5 @@ def _directions(square: Tensor) -> Tensor:
 
 GRADIENTS = Analysis(
     "gradients", "whether the gradients of other tokens and losses share OPD's directions", measure, LOSSES,
-    (("opd", 1),), keys=("arm",), trained=False,
+    later=(("opd", 1),), keys=("arm",), trained=False,
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from opdlab.geometry import permute
-from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights, add
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet, add, to_norms
 
 _FIFTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ARMS = ("opd", "rlvr", "sft_matched")
@@ -33,7 +33,8 @@ def measure_landscape(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     The paths: each arm's own straight way from the anchor and beyond its end ("sft" is the way from the base to the
     anchor, whose share is counted from the anchor), the straight ways between the ends, and the plane through the
     anchor, which is SFT's end, and the ends of OPD and RLVR; and the point halfway between OPD's end and that of its
-    run with the next seed ("opd_next"), which shows what averaging does to two runs of one arm.
+    run with the next seed ("opd_next"), which shows what averaging does to two runs of one arm. Where that run started
+    from another anchor, its update is added to this one, which shows as well whether an update serves elsewhere.
     """
     anchor, base = runs.model("anchor"), runs.model("base")
     updates = {arm: runs.update(arm) for arm in _ARMS} | {"sft": add(anchor, (-1.0, base))}
@@ -52,7 +53,8 @@ def measure_extrapolation(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     Kinds: "anchor" and "end"; "stretched", W_0 plus the update at ``progress``, every tensor of it scaled to ``factor``
     times its norm at the end; "permuted", the same with the entries of the final update shuffled; "leap", W_t plus
     ``factor`` times the update since half of ``progress``, the candidates of EffOPD (2605.11739). ``recovered`` is the
-    share of the gain in sampled accuracy from the anchor to the end.
+    share of the gain in sampled accuracy from the anchor to the end, and ``recovered_kl`` that of the fall of the KL to
+    the teacher; neither is there where nothing was gained.
     """
     anchor, random, rows = runs.model("anchor"), torch.Generator().manual_seed(runs.seed), []
     for arm in _ARMS:
@@ -61,27 +63,24 @@ def measure_extrapolation(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
         candidates = [("anchor", 0.0, 0.0, anchor), ("end", 1.0, 1.0, add(anchor, (1.0, end)))]
         candidates.append(("permuted", 1.0, 1.0, add(anchor, (1.0, shuffled))))
         for progress in (0.05, 0.1, 0.2):
-            stretched = _to_norm(runs.update(arm, progress), end)
+            stretched = to_norms(runs.update(arm, progress), end)
             candidates += [("stretched", progress, f, add(anchor, (f, stretched))) for f in (0.5, 1.0, 1.5)]
         for progress in (0.1, 0.2):
             before, now = runs.update(arm, progress / 2), runs.update(arm, progress)
             for f in (2.0, 4.0, 6.0, 8.0, 10.0):
                 candidates.append(("leap", progress, f, add(anchor, (1.0 + f, now), (-f, before))))
         found = [runs.evaluate(weights) for *_, weights in candidates]
-        low, high = found[0]["sampled"], found[1]["sampled"]
         for (kind, progress, factor, _), scores in zip(candidates, found, strict=True):
             row = {"arm": arm, "kind": kind, "progress": progress, "factor": factor, **scores}
-            rows.append(row | {"recovered": (scores["sampled"] - low) / (high - low) if high > low else None})
+            for column, score, sign in (("recovered", "sampled", 1), ("recovered_kl", "kl_teacher", -1)):
+                gained, in_all = (sign * (of[score] - found[0][score]) for of in (scores, found[1]))
+                row[column] = gained / in_all if in_all > 0 else None
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _to_norm(update: Weights, like: Weights) -> Weights:
-    """Scale every tensor to the norm that it has in ``like``."""
-    return {name: w * (like[name].norm() / w.norm()) if w.any() else w for name, w in update.items()}
-
-
 LANDSCAPE = Analysis(
-    "landscape", "how well the weights between the ends of runs do", measure_landscape, _ARMS, (("opd", 1),),
+    "landscape", "how well the weights between the ends of runs do", measure_landscape, _ARMS, later=(("opd", 1),),
     how_many="few",
 )  # fmt: skip
 EXTRAPOLATION = Analysis(

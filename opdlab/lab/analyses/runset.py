@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from opdlab.geometry import describe
 from opdlab.lab.laboratory import Laboratory
 from opdlab.models.folders import load_model
 from opdlab.training.config import config_key
@@ -21,9 +22,37 @@ Weights = dict[str, Tensor]
 SIM_KS = (4, 8, 16)
 
 
+def as_variants(lab: Laboratory, arm: str) -> str:
+    """Return the arm that is as long as its variants: itself, or where these are shorter its short form."""
+    short = f"{arm}_short"
+    return short if short in lab.arms else arm
+
+
+def blocks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group the names of matrices: "all" of them, and those of each block.
+
+    >>> blocks(["layers.0.mlp.up_proj.weight"])
+    {'all': ['layers.0.mlp.up_proj.weight'], 'mlp': ['layers.0.mlp.up_proj.weight']}
+    """
+    groups: dict[str, list[str]] = {"all": list(names)}
+    for name in groups["all"]:
+        groups.setdefault(describe(name).block, []).append(name)
+    return groups
+
+
+@torch.no_grad()
+def put(weights: Mapping[str, Tensor], trainer: Trainer) -> None:
+    """Give the student of a trainer other weights."""
+    for name, weight in trainer.student.named_parameters():
+        weight.copy_(weights[name])
+
+
 @dataclass
 class RunSet:
-    """The runs of one seed at a scale; what is not trained yet is trained when it is asked for."""
+    """The runs of one seed at a scale; what is not trained yet is trained when it is asked for.
+
+    Where each seed has an anchor of its own, so has a run set: a run of another seed starts from another anchor.
+    """
 
     lab: Laboratory
     seed: int
@@ -53,13 +82,15 @@ class RunSet:
 
     @cached_property
     def _judge(self) -> Trainer:
-        return Trainer(self.lab.experiment("opd", self.seed))
+        return Trainer(replace(self.lab.experiment("opd", self.seed), evaluation_samples=1))
 
-    @torch.no_grad()
     def evaluate(self, weights: Mapping[str, Tensor]) -> dict:
-        """Return greedy and sampled accuracy, entropy and KL to the teacher of any weights of the student's shape."""
-        for name, weight in self._judge.student.named_parameters():
-            weight.copy_(weights[name])
+        """Return greedy and sampled accuracy, entropy and KL to the teacher of any weights of the student's shape.
+
+        Each prompt is sampled once, since many weights are looked at. All take the same random numbers, so that weights
+        which are near write nearly the same, and their differences are surer than the numbers.
+        """
+        put(weights, self._judge)
         found = self._judge.evaluate(0)
         return {key: found[key] for key in ("greedy", "sampled", "entropy", "kl_teacher")}
 
@@ -69,6 +100,11 @@ def add(weights: Mapping[str, Tensor], *terms: tuple[float, Mapping[str, Tensor]
     return {name: weight.double() + sum(c * update[name] for c, update in terms) for name, weight in weights.items()}
 
 
+def to_norms(update: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Weights:
+    """Scale every tensor of an update to the norm that it has in another."""
+    return {name: w * (like[name].norm() / w.norm()) if w.any() else w for name, w in update.items()}
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of an analysis, which is recorded by itself."""
@@ -76,6 +112,11 @@ class Part:
     analysis: str
     runs: tuple[tuple[str, int], ...]  #: that it reads, as arms and seeds
     entries: dict[str, object] = field(default_factory=dict)  #: what all of its rows have in common, by column
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms of its runs, each once."""
+        return tuple(dict.fromkeys(arm for arm, _ in self.runs))
 
     def key(self, lab: Laboratory) -> str:
         """Return the hash of everything that decides its rows."""
@@ -91,7 +132,10 @@ class Analysis:
     what: str  #: it finds out
     #: Turns runs, and the parts that are wanted, into a table with a row per thing compared (and matrix).
     measure: Callable[[RunSet, Sequence[Part]], pd.DataFrame]
-    arms: tuple[str, ...]  #: whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses
+    #: Whose runs it reads, with the seed of the run set; or, if not ``trained``, whose losses. Those that a scale does
+    #: not record are left out; "()" is all that it records and that are no variants.
+    arms: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()  #: arms whose runs it reads too, at scales that record all of them
     later: tuple[tuple[str, int], ...] = ()  #: arms whose runs of later seeds it reads too, and how many seeds on
     keys: tuple[str, ...] = ()  #: columns that tell apart what is compared by matrix; its record has means by block
     trained: bool = True  #: whether it needs the runs, or only what they start from
@@ -105,10 +149,17 @@ class Analysis:
         policy = lab.scale.policy
         return {"all": policy.seeds, "few": policy.variant_seeds, "one": policy.seeds[:1]}[self.how_many]
 
+    def arms_at(self, lab: Laboratory) -> tuple[str, ...]:
+        """Return the arms whose runs it reads at a scale."""
+        recorded = lab.scale.policy.arms
+        listed = self.arms or tuple(arm for arm in recorded if not lab.arm(arm).parent)
+        controls = self.controls if set(self.controls) <= set(recorded) else ()
+        return tuple(arm for arm in (*listed, *controls) if arm in recorded)
+
     def parts(self, lab: Laboratory, seed: int) -> list[Part]:
         """Return what of it is recorded by itself."""
         if self.pairs:
             return self.pairs(lab, seed)
-        here = [(arm, seed) for arm in self.arms if seed in lab.seeds_of(arm)]
+        here = [(arm, seed) for arm in self.arms_at(lab) if seed in lab.seeds_of(arm)]
         later = [(arm, lab.scale.later_seed(seed, count)) for arm, count in self.later]
         return [Part(self.name, (*here, *later))]

@@ -9,39 +9,44 @@ from itertools import product
 import pandas as pd
 
 from opdlab.geometry import Svd, cosine, describe, sim_k, svd, top_left, top_right, weight_matrices
-from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet, Weights
+from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet, Weights, as_variants
 from opdlab.lab.laboratory import Laboratory
 
-#: Arms whose runs are compared with each other, with the same seed and with the next.
-WHOLE = ("opd", "opd_full", "rlvr", "sft_matched")
-#: Short arms whose runs are compared with all other short ones.
-BASES = ("opd_short", "rlvr_short", "sft_matched_short")
+#: Arms whose runs are compared with each other, with the same seed and with the next, where a scale records them.
+WHOLE = ("opd", "opd_full", "rlvr", "sft_matched", "random_signs")
+#: Arms whose runs, as long as the variants, are compared with all that are alike.
+BASES = ("opd", "rlvr", "sft_matched")
 #: The ``other`` that stands for W_0.
 WEIGHTS = "weights"
 
 
-def short_arms(lab: Laboratory) -> tuple[str, ...]:
-    """Return the recorded arms that start where short OPD does, are as long, and are free to move."""
-    short, arms = lab.arm("opd_short"), map(lab.arm, lab.scale.policy.arms)
-    alike = (of for of in arms if (of.start, of.recipe) == (short.start, short.recipe))
-    return tuple(of.name for of in alike if not of.arm.projection)
+def alike(lab: Laboratory) -> tuple[str, ...]:
+    """Return the recorded arms that start where OPD's variants do, are as long, and are free to move."""
+    opd, arms = lab.arm(as_variants(lab, "opd")), map(lab.arm, lab.scale.policy.arms)
+    found = (of for of in arms if (of.start, of.recipe) == (opd.start, opd.recipe))
+    return tuple(of.name for of in found if not of.arm.projection)
 
 
 def pairs(lab: Laboratory, seed: int) -> list[Part]:
-    """Return the pairs of runs that are compared, each a part of its own: a new arm adds pairs and changes none."""
+    """Return the pairs of runs that are compared, each a part of its own: a new arm adds pairs and changes none.
+
+    Where each seed has its own anchor, two runs with the same seed share it, and one with the next seed has another.
+    """
     later, found = lab.scale.later_seed(seed), []
-    for arm, other in product(WHOLE, repeat=2):
+    whole = SIMILARITY.arms_at(lab)
+    for arm, other in product(whole, repeat=2):
         found += [(arm, other, later), *([(arm, other, seed)] if other != arm else [])]
     if seed in lab.scale.policy.variant_seeds:
-        found += [(base, other, seed) for base, other in product(BASES, short_arms(lab)) if other != base]
-    found += [(arm, WEIGHTS, seed) for arm in WHOLE]
+        bases = [as_variants(lab, base) for base in BASES]
+        found += [(base, other, seed) for base, other in product(bases, alike(lab)) if other != base]
+    found += [(arm, WEIGHTS, seed) for arm in whole]
     return [
         Part(
             "similarity",
             tuple((name, of_seed) for name, of_seed in ((arm, seed), (other, other_seed)) if name != WEIGHTS),
             {"arm": arm, "other": other, "next_seed": other_seed != seed},
         )
-        for arm, other, other_seed in found
+        for arm, other, other_seed in dict.fromkeys(found)
     ]
 
 
@@ -74,6 +79,6 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
 
 SIMILARITY = Analysis(
-    "similarity", "whether two runs end in the same subspace", measure, (*WHOLE, *BASES),
+    "similarity", "whether two runs end in the same subspace", measure, WHOLE,
     keys=("arm", "other", "next_seed"), pairs=pairs,
 )  # fmt: skip

@@ -35,7 +35,10 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
     Columns: ``arm``, ``basis``, the ``residual`` with one pair of coefficients for the whole model and
     ``residual_by_matrix`` with a pair for each matrix, shares of the norm; the coefficients; and the cosines of the
-    update with each of the two, and between these.
+    update with each of the two, and between these. ``outside`` is what is left as a share of the squared norm, and
+    ``outside_own`` the same with the other of the two estimators of OPD in the place of the first of the pair: it has
+    the same objective and the same anchor, so what is left of it is noise. Where each seed has its own anchor, "another
+    seed" and "two other seeds" are runs from other anchors.
     """
     sizes = [weight.numel() for _, weight in sorted(weight_matrices(runs.model("anchor")).items())]
     random = torch.Generator().manual_seed(runs.seed)
@@ -51,7 +54,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
         return torch.cat([torch.randn(size, generator=random, dtype=torch.float64) for size in sizes])
 
     rows = []
-    for arm in TARGETS:
+    for arm, estimator in zip(TARGETS, reversed(TARGETS), strict=True):
         whole = end(arm)
         # Made one pair at a time, as of a real model each update takes a gigabyte.
         bases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
@@ -72,6 +75,8 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
                     "basis": basis,
                     "residual": left,
                     "residual_by_matrix": float(squares.sqrt() / whole.norm()),
+                    "outside": left**2,
+                    "outside_own": residual(whole, (end(estimator), second))[0] ** 2,
                     "coefficient_first": c_first,
                     "coefficient_second": c_second,
                     "cosine_first": cosine(whole, first),
@@ -89,5 +94,5 @@ def _flat(update: Weights) -> Tensor:
 
 SPAN = Analysis(
     "span", "what is left of OPD's update outside the span of two others", measure, (*TARGETS, "rlvr", "sft_matched"),
-    (*((arm, later) for arm in TARGETS for later in (1, 2)), ("rlvr", 1), ("sft_matched", 1)),
+    later=(*((arm, later) for arm in TARGETS for later in (1, 2)), ("rlvr", 1), ("sft_matched", 1)),
 )  # fmt: skip
