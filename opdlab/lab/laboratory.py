@@ -91,7 +91,7 @@ class Laboratory:
             seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
             temperature=budget.temperature,
-            evaluations=recipe.steps_at(evaluations),
+            evaluations=recipe.steps_at(policy.other_evaluations.get(name, evaluations)),
             evaluation_prompts=budget.evaluation_prompts,
             evaluation_samples=budget.evaluation_samples,
             snapshots=recipe.steps_at(snapshots),
