@@ -13,7 +13,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 FOLDER = "explore"
-PLACEHOLDER = re.compile(r'class="explorable" data-name="([^"]*)"')
+PLACEHOLDER = re.compile(r'class="explorable" data-name="([a-z0-9]+)"')
 #: Which data each picture shows, by the names of the scripts; and what all of them need.
 DATA = {
     "size": ["weights-data"],

@@ -42,7 +42,7 @@ class Device(NamedTuple):
 DEVICES = {
     "h100": Device("one H100", 0.35 * 989e12, 2.5e12, 0.5e-3, half=True),
     "cpu": Device("one CPU core", 40e9, 10e9, 0.3e-3, half=False),
-    "cpu-bf16": Device("one CPU core with bfloat16", 80e9, 10e9, 0.3e-3, half=True),
+    "cpu-bf16": Device("one CPU core with bfloat16", 105e9, 10e9, 0.3e-3, half=True),
 }
 
 

@@ -91,7 +91,7 @@ class Laboratory:
             seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
             temperature=budget.temperature,
-            evaluations=recipe.steps_at(evaluations),
+            evaluations=recipe.steps_at(policy.other_evaluations.get(name, evaluations)),
             evaluation_prompts=budget.evaluation_prompts,
             evaluation_samples=budget.evaluation_samples,
             snapshots=recipe.steps_at(snapshots),
@@ -238,12 +238,12 @@ class Laboratory:
 
     def branch_steps(self, name: str) -> set[int]:
         """Return the steps at which the projected runs that the scale records branch off from the runs of an arm."""
-        return {step for other, step in self._projected() if other.parent == name}
+        return {begin for other, begin in self._projected(lambda other: other.parent == name)}
 
-    def _projected(self) -> Iterator[tuple[NamedArm, int]]:
-        """Yield the projected arms that the scale records, each with the step at which it begins to be."""
+    def _projected(self, wanted: Callable[[NamedArm], bool]) -> Iterator[tuple[NamedArm, int]]:
+        """Yield the projected arms that the scale records and that are wanted, each with the step where it begins."""
         for other in map(self.arm, self.scale.policy.arms):
-            if other.arm.projection:
+            if other.arm.projection and wanted(other):
                 yield other, self.recipe(other.name).steps_at((other.arm.projection.start,))[0]
 
     def kept_steps(self, name: str) -> set[int]:
@@ -256,8 +256,9 @@ class Laboratory:
             return set(taken)
         last_branch = max(self.branch_steps(name), default=0)
         kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
-        for other, begin in self._projected():
+
+        def points_here(other: NamedArm) -> bool:
             source = other.directions(0, 1)  # of which seed makes no difference here
-            if source and source[0] == name:
-                kept.add(begin)
-        return kept
+            return source is not None and source[0] == name
+
+        return kept | {begin for _, begin in self._projected(points_here)}

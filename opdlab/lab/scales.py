@@ -55,6 +55,7 @@ class RecordPolicy:
     other_seeds: dict[str, tuple[int, ...]] = field(default_factory=dict)  #: by arm, where it has others than these
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     evaluations: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    other_evaluations: dict[str, tuple[float, ...]] = field(default_factory=dict)  #: by arm, as other seeds
     variant_snapshots: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
     variant_evaluations: tuple[float, ...] = (0.2, 1.0)
     trajectory_block: str = ""  #: the block that is followed over training, as the paper follows attention; "" for all

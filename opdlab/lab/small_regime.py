@@ -2,7 +2,8 @@
 
 Its SFT is on a mixture of families of reasoning-gym in which the target task is rare, so that the anchor shows the
 skill seldom. Passes are in bfloat16 on a CPU, and the optimizer works on float32. One anchor serves all seeds: to make
-it takes a tenth of all that is recorded here.
+it takes two hours of a core, a tenth of all that is recorded here. Cut for ten hours on two cores: random signs have
+one seed, the confined arms go on for sixty steps, 256 prompts are held out, and solutions are without blanks.
 """
 
 from __future__ import annotations
@@ -11,25 +12,46 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from opdlab.lab.grid import NamedArm
-from opdlab.lab.regime import REGIME_ARMS
+from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import SMALL, Budget, RecordPolicy, Scale
-from opdlab.lab.tasks import RightAnswer, after_equals, draw_question, restated, restated_demonstration, whole
+from opdlab.lab.tasks import (
+    RightAnswer,
+    after_equals,
+    draw_question,
+    expression_prompt,
+    restated_demonstration,
+    whole,
+)
 from opdlab.training.config import Compute, Recipe
 from opdlab.training.tasks import Task
 
 #: The version of reasoning-gym that the tasks are drawn by, which is part of their identity.
 REASONING_GYM = "0.1.25"
 
-#: The target: three numbers of two digits, added and taken away with running sums.
-THREE_TERMS: Task = replace(
-    restated("chain_sum", pinned=REASONING_GYM, min_terms=3, max_terms=3, min_digits=2, max_digits=2),
-    name="three_terms",
+
+def running_sums(asked: str) -> str:
+    """Write the solution of the target with its running sums, and without blanks, which cost a quarter of the tokens.
+
+    >>> running_sums("What is 17 - 25 + 38?")
+    '17-25=-8;-8+38=30'
+    """
+    return restated_demonstration(asked).replace(" ", "")
+
+
+#: The target task, three numbers of two digits that are added and taken away.
+THREE_TERMS = Task(
+    "three_terms",
+    partial(
+        expression_prompt, name="chain_sum", pinned=REASONING_GYM, min_terms=3, max_terms=3, min_digits=2, max_digits=2
+    ),
+    running_sums,
+    RightAnswer(after_equals, running_sums),
     content=REASONING_GYM,
 )
 #: One question in so many of the mixture is the target's.
@@ -79,14 +101,14 @@ def _mixed_question(rng: np.random.Generator) -> str:
 
 def _mixed_demonstration(asked: str) -> str:
     answers = (str(family.answer(asked)) for family in FAMILIES.values() if asked.startswith(family.begins))
-    return next(answers, None) or restated_demonstration(asked)
+    return next(answers, None) or running_sums(asked)
 
 
 def _mixed_answer(asked: str, completion: str) -> str | None:
     return (after_equals if asked.startswith("What is") else whole)(asked, completion)
 
 
-#: What SFT is on: the families, and rarely the target.
+#: The task of SFT, which asks for the families, and rarely for the target.
 RARELY_THREE_TERMS = Task(
     "rarely_three_terms", _mixed_question, _mixed_demonstration, RightAnswer(_mixed_answer, _mixed_demonstration),
     content=REASONING_GYM,
@@ -95,21 +117,21 @@ SMALL_REGIME_TASKS = MappingProxyType({task.name: task for task in (THREE_TERMS,
 
 
 def _confined(name: str) -> NamedArm:
-    """Return an arm of the other laboratory that is confined, here for two thirds of a shorter training."""
-    named = REGIME_ARMS[name]
+    """Return an arm of the other laboratory that is confined, here in the second half of a shorter training."""
+    named = ARMS[name]
     assert named.arm.projection, "it is confined"
     return replace(
-        named, recipe="confined", arm=replace(named.arm, projection=replace(named.arm.projection, start=1 / 3))
+        named, recipe="confined", arm=replace(named.arm, projection=replace(named.arm.projection, start=0.5))
     )
 
 
 _FREE = ("opd", "rlvr", "sft_matched", "random_signs")
 _arms = {
-    "sft": replace(REGIME_ARMS["sft"], task=RARELY_THREE_TERMS.name),
+    "sft": ARMS["sft"],
     # SFT on nothing but the target.
-    "teacher": replace(REGIME_ARMS["sft"], name="teacher", label="teacher", task=THREE_TERMS.name, recipe="teacher",
-                       produces="teacher", recorded=False),
-    **{name: REGIME_ARMS[name] for name in _FREE},
+    "teacher": replace(ARMS["sft"], name="teacher", label="teacher", recipe="teacher", produces="teacher",
+                       recorded=False),
+    **{name: ARMS[name] for name in _FREE},
     **{name: _confined(name) for name in ("opd_update4", "opd_random_rescaled4", "opd_of_rlvr4")},
 }  # fmt: skip
 SMALL_REGIME_ARMS = MappingProxyType(_arms)
@@ -122,29 +144,33 @@ SMALL_REGIME = Scale(
     name="small-regime",
     summary="SmolLM2-135M-Instruct, updates of the paper's sizes; an hour per run on one CPU core that has bfloat16",
     task=THREE_TERMS.name,
+    tasks={"sft": RARELY_THREE_TERMS.name},
     models=replace(SMALL.models, folder="small-regime", makers=("sft", "teacher"), dtype="bfloat16"),
     budget=Budget(
         {
             "sft": Recipe(1000, 32, 1, 1e-4, "cosine", 100, (0.9, 0.95)),
             "teacher": Recipe(120, 32, 1, 3e-4, "cosine", 12, (0.9, 0.95)),
             "arm": _FROM_ANCHOR,
-            "confined": replace(_FROM_ANCHOR, steps=180),
+            "confined": replace(_FROM_ANCHOR, steps=120),
         },
-        max_new_tokens=32,
-        typical_tokens=(15, 24),
-        evaluation_prompts=512,
+        max_new_tokens=24,
+        typical_tokens=(15, 19),
+        evaluation_prompts=256,
         evaluation_samples=4,
     ),
     policy=RecordPolicy(
         arms=tuple(name for name, arm in _arms.items() if arm.recorded),
         seeds=(0, 1, 2),
-        other_seeds={"sft": (0,)},
+        other_seeds={"sft": (0,), "random_signs": (0,)},
         snapshots=(0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
-        evaluations=(0.6, 1.0),
-        variant_snapshots=(1 / 3, 2 / 3, 1.0),
+        evaluations=(1.0,),
+        # After two fifths it is compared with the arms that were confined halfway there.
+        other_evaluations={"opd": (0.4, 1.0)},
+        variant_snapshots=(0.5, 0.75, 1.0),
         variant_evaluations=(1.0,),
         trajectory_block="attention",
         keep_snapshots=False,
     ),
-    compute=Compute(dtype="bfloat16", cpu_dtype="bfloat16"),
+    # Logits of the tokens of completions only, which are few beside those of the mixture's questions.
+    compute=Compute(dtype="bfloat16", cpu_dtype="bfloat16", tokens_at_once=4096),
 )

@@ -221,7 +221,8 @@ def draw_question(rng: np.random.Generator, name: str, pinned: str = "", **setti
     return _questions(name, pinned, **settings)[int(rng.integers(2**31))]
 
 
-def _expression_prompt(rng: np.random.Generator, name: str, **settings: Any) -> str:
+def expression_prompt(rng: np.random.Generator, name: str, **settings: Any) -> str:
+    """Ask for the value of an expression, drawn as by :func:`draw_question`."""
     return f"What is {draw_question(rng, name, **settings)['metadata']['expression']}?\n"
 
 
@@ -250,16 +251,12 @@ def after_equals(prompt: str, completion: str) -> str | None:
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
 
 
-def restated(dataset: str, **settings: Any) -> Task:
-    """Return the task of a dataset of reasoning-gym whose question is one expression, worked out step by step.
-
-    The settings are those of :func:`draw_question`.
-    """
-    draw = partial(_expression_prompt, name=dataset, **settings)
-    return _task(dataset, draw, restated_demonstration, after_equals)
+def _restated(name: str, **settings: Any) -> Task:
+    """Return the task of a dataset of reasoning-gym whose question is one expression."""
+    return _task(name, partial(expression_prompt, name=name, **settings), restated_demonstration, after_equals)
 
 
-CHAIN_SUM = restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
 
 
 # --- for large models: competition mathematics, from the Hugging Face hub --------------------------------------

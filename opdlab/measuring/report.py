@@ -160,8 +160,9 @@ def _ruler(update: Update) -> dict[str, Any]:
     caption = (
         f"The ruler: how much of an update's sparsity and masks is its size. {' '.join(beside_noise(update.table))} "
         "Blue: the update; circle: noise of its own norm in each matrix; dashes: noise of one relative norm in all "
-        f"matrices of this base. Grey: published updates, {listed} (arXiv 2606.13657; those of Qwen3-8B 2606.07082, "
-        "where bars are the sizes that noise needs for their sparsity)."
+        f"matrices of this base. Grey: published updates, {listed}. Those of Qwen3-8B are from arXiv 2606.07082, which "
+        "prints no sizes: a bar is the size that noise needs for the printed sparsity. The others are from 2606.13657, "
+        "at second hand, which calls unchanged what moved by 1e-5 at most, and not what bfloat16 leaves as it was."
     )
     return _drawn(caption, *(partial(draw, column=column, title=title) for column, title in views.items()))
 

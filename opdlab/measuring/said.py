@@ -28,20 +28,20 @@ def left_out_of_means(table: pd.DataFrame) -> list[LeftOut]:
 
 
 def beside_noise(table: pd.DataFrame) -> list[str]:
-    """Return a sentence on how much of an update's sparsity, and of its preference for small weights, is its size."""
+    """Return sentences on how much of an update's sparsity, and of its preference for small weights, is its size."""
     layers = of_layers(table)
     if "sparsity_ruler" not in layers or layers["sparsity_ruler"].isna().all():
         return []
     columns = [f"{column}{of}" for column in ("sparsity", "low_overlap_a30") for of in ("_ruler", "")]
     found = means(layers, [], columns)[columns].iloc[0]
     noise, update, low_noise, low_update = map(_percent, found)
-    said = f"Noise of this size would leave {noise} of the weights unchanged in bfloat16; this update leaves {update}."
+    said = [f"Noise of this size leaves {noise} of the weights unchanged in bfloat16. This update leaves {update}."]
     if found.notna().all():
-        said += (
-            f" Of what such noise changes, {low_noise} is among the smallest 30 % of the weights; of what this update"
-        )
-        said += f" changes, {low_update}."
-    return [said]
+        said += [
+            f"Of the weights that such noise changes, {low_noise} are among the smallest 30 %. Of those that this "
+            f"update changes, {low_update} are."
+        ]
+    return said
 
 
 def on_views(trajectory: pd.DataFrame) -> list[str]:

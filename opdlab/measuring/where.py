@@ -40,8 +40,8 @@ _READ = (
 class Where(Shown):
     """Updates beside those that were published; shown by itself, it is one row per update."""
 
-    #: One row per update and quantity: value (or mean), low, high; and of what was published source, a key of the
-    #: bibliography, arxiv, and place in the paper.
+    #: One row per update and quantity, with value (or mean), low and high; what was published also has source, a key of
+    #: the bibliography, arxiv, and place in the paper.
     table: pd.DataFrame
     notes: tuple[str, ...] = _READ  #: how to read it
 

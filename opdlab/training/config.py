@@ -82,6 +82,12 @@ class Compute:
     tokens_at_once: int = 0  #: completion tokens whose logits are held at once; 0 for those of a whole micro-batch
     recompute: bool = False  #: compute the activations of a layer again instead of keeping them
 
+    def __post_init__(self) -> None:
+        """Refuse what no pass computes in."""
+        for name in ("dtype", "cpu_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise OpdlabError(f"{name} is {getattr(self, name)!r}: give float32 or bfloat16")
+
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Return what the passes compute in on a device.
 

@@ -56,7 +56,8 @@ def make_experiment(
         seed: of prompts and rollouts.
         name: of the run, in messages.
         settings: any other field of an experiment, its recipe, arm or compute, such as ``prompts`` and ``samples`` of
-            a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``.
+            a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``
+            (of the passes on a GPU; ``cpu_dtype`` on a CPU).
 
     Raises:
         OpdlabError: if a field is unknown, or a model or a number cannot be used.

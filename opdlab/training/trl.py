@@ -125,7 +125,7 @@ def _common(experiment: Experiment, trainer: str, processes: int, gpu: bool) -> 
         "adam_epsilon": 1e-15 if trainer == "GRPO" else 1e-8,
         "seed": experiment.seed, "use_cpu": not gpu, "gradient_checkpointing": compute.recompute,
         # Passes in bf16; weights and moments stay float32, as TRL loads a model unless it is told otherwise.
-        "bf16": gpu and compute.dtype == "bfloat16",
+        "bf16": compute.dtype_on(torch.device("cuda" if gpu else "cpu")) == torch.bfloat16,
         # Checkpoints are written when trl_process says so, and the data of a run that goes on begin where it stopped.
         "save_strategy": "no", "ignore_data_skip": True, "logging_steps": 1, "report_to": "none",
     }  # fmt: skip

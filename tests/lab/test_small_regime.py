@@ -52,8 +52,8 @@ def test_the_target_is_worked_out_step_by_step():
     for item in items:
         asked = f"What is {item['metadata']['expression']}?\n"
         written = THREE_TERMS.demonstration(asked)
-        assert written.count("; ") == 1 and written.endswith(f" = {item['answer']}")
-        assert all(eval(left) == int(right) for left, right in (step.split(" = ") for step in written.split("; ")))
+        assert written.count(";") == 1 and written.endswith(f"={item['answer']}") and " " not in written
+        assert all(eval(left) == int(right) for left, right in (step.split("=") for step in written.split(";")))
         assert THREE_TERMS.reward(asked, written) == RARELY_THREE_TERMS.reward(asked, written) == 1
         assert THREE_TERMS.reward(asked, written + "1") == 0
     terms = THREE_TERMS.draw(np.random.default_rng(0)).split()
@@ -105,7 +105,7 @@ def test_the_confined_arms_branch_off_from_a_longer_run(tmp_path, pretrained):
     assert len(confined) == 3 and {lab.arm(name).parent for name in confined} == {"opd"}
     for name in confined:
         experiment = lab.experiment(name)
-        assert (experiment.begin, experiment.recipe.steps) == (60, 180)
+        assert (experiment.begin, experiment.recipe.steps) == (60, 120)
         # What it takes over is there, and so is what it is compared with.
         assert {step for step in experiment.kept if step <= 60} <= set(lab.experiment("opd").kept)
         assert experiment.recipe.steps in lab.experiment("opd").evaluations
@@ -115,17 +115,17 @@ def test_the_confined_arms_branch_off_from_a_longer_run(tmp_path, pretrained):
     rescaled = {name: lab.arm(name).arm.projection.rescale for name in confined}
     assert rescaled == {"opd_update4": False, "opd_random_rescaled4": True, "opd_of_rlvr4": False}
     free = lab.recipe("opd")
-    assert all(free.learning_rate_at(i) == lab.recipe("opd_update4").learning_rate_at(i) for i in range(180))
+    assert all(free.learning_rate_at(i) == lab.recipe("opd_update4").learning_rate_at(i) for i in range(120))
 
 
 def small(lab, steps=6):
     """The laboratory with runs of six steps or so, on passes that any CPU makes."""
     budget, policy = lab.scale.budget, lab.scale.policy
     recipes = {name: replace(recipe, steps=steps, prompts=4, warmup=1) for name, recipe in budget.recipes.items()}
-    recipes |= {"confined": replace(recipes["arm"], steps=3)}
+    recipes |= {"confined": replace(recipes["arm"], steps=4)}
     budget = replace(budget, recipes=recipes, evaluation_prompts=8, evaluation_samples=2)
     compute = lab.scale.compute if computes_in_bfloat16() else replace(lab.scale.compute, cpu_dtype="float32")
-    policy = replace(policy, snapshots=(1 / 6, 0.5, 1.0), evaluations=(0.5, 1.0))
+    policy = replace(policy, snapshots=(1 / 6, 2 / 6, 4 / 6, 1.0), other_evaluations={"opd": (4 / 6, 1.0)})
     return replace(lab, scale=replace(lab.scale, budget=budget, policy=policy, compute=compute))
 
 
@@ -161,7 +161,7 @@ def test_every_arm_is_recorded(tmp_path, fetched):
     assert set(records.runs["processor"]) == {processor()}
     assert set(records.trajectory["block"]) == {"attention"}
     assert records.evaluations.groupby("arm")["step"].apply(list).to_dict() == {
-        arm: [0, 3] if lab.arm(arm).parent else [0, 3, 6] for arm in lab.scale.policy.arms
+        arm: [0, 4] if lab.arm(arm).parent else [0, 4, 6] if arm == "opd" else [0, 6] for arm in lab.scale.policy.arms
     }
     origin = load_model(lab.models / "anchor")
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in origin.parameters())
@@ -169,16 +169,18 @@ def test_every_arm_is_recorded(tmp_path, fetched):
     left = {
         arm: [step for step in range(7) if lab.run(arm).snapshot_path(step).exists()] for arm in lab.scale.policy.arms
     }
-    assert left["opd"] == left["rlvr"] == [0, 1, 6] and left["opd_update4"] == [0, 3] and left["random_signs"] == [0, 6]
+    assert left["opd"] == [0, 1, 2, 6] and left["rlvr"] == [0, 2, 6]
+    assert left["opd_update4"] == [0, 4] and left["random_signs"] == [0, 6]
     assert not any(lab.runs.glob("*/states")), "none branches off any more"
-    # The first step was taken over from the free run.
-    first = [lab.run(arm).lines("history")[0] for arm in ("opd", "opd_update4")]
+    # The first steps were taken over from the free run, seconds and all.
+    first = [lab.run(arm).lines("history")[:2] for arm in ("opd", "opd_update4")]
     assert first[0] == first[1]
 
 
 def test_a_pilot_says_how_far_an_arm_came(tmp_path, fetched, script):
     lab = small(at_full_size(tmp_path))
     build(plan(lab, (), models=all_models(lab)), lab, record=False, processes=1)
+    assert script.laboratory("small-regime", tmp_path).scale is SMALL_REGIME
     pilots = script.pilots_of(lab)
     assert pilots.models.resolve() == lab.models.resolve() and pilots.runs != lab.runs
     assert script.pilots_of(lab).models.is_symlink(), "again"

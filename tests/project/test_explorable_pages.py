@@ -29,6 +29,7 @@ def test_scripts_come_in_the_order_in_which_they_run_and_none_twice(script):
 
 
 def test_a_picture_without_a_script_is_named(script):
+    assert script.scripts_of('the source: class="explorable" data-name="<span>{name}</span>"') == []
     with pytest.raises(KeyError, match="sizes"):
         script.scripts_of(PLACEHOLDER.format("sizes"))
 

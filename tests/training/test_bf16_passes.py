@@ -177,6 +177,11 @@ def test_a_cpu_without_bfloat16_is_told_so(half, monkeypatch):
         build([], half, processes=1)
 
 
+def test_what_no_pass_computes_in_is_refused(lab):
+    with pytest.raises(OpdlabError, match=r"^cpu_dtype is 'bf16': give float32 or bfloat16$"):
+        config.with_fields(lab.experiment("opd"), {"cpu_dtype": "bf16"})
+
+
 def test_the_passes_dtype_is_part_of_the_key_only_where_it_is_not_as_usual(lab, half):
     usual, other = lab.experiment("opd").config, half.experiment("opd").config
     assert other == usual | {"cpu_compute": "bfloat16"}

@@ -274,6 +274,15 @@ def test_entropy_between_its_bounds():
     close(obj.entropy(logits(2, 3, V)), np.log(V) - obj.reverse_kl(logits(2, 3, V), uniform))
 
 
+def test_pieces_give_the_same_bits(monkeypatch):
+    student, teacher = logits(7, 3, V), logits(7, 3, V, seed=1)
+    whole = obj.entropy(student), obj.reverse_kl(student, teacher)
+    for piece in (1, 6 * V, 2**20):
+        monkeypatch.setattr(obj, "PIECE", piece)
+        assert torch.equal(obj.in_pieces(obj.entropy, student), whole[0])
+        assert torch.equal(obj.in_pieces(obj.reverse_kl, student, teacher), whole[1])
+
+
 def test_bf16_logits_are_worked_on_in_float32():
     student, teacher = logits(2, 3, V).bfloat16(), logits(2, 3, V, seed=1).bfloat16()
     loss = obj.reverse_kl(student, teacher)

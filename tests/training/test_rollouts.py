@@ -49,6 +49,29 @@ def test_a_row_does_not_depend_on_its_neighbours(writer):
     assert together != sample(model, tokenizer, prompts, generator=generator(1), **settings)
 
 
+def test_rows_choose_in_parts_what_they_choose_together(writer, monkeypatch):
+    model, tokenizer, prompts = writer
+    settings = {"max_new_tokens": 24, "samples": 3}
+    together = sample(model, tokenizer, prompts, generator=generator(), **settings)
+    monkeypatch.setattr(rollouts, "ROWS", 5)
+    assert together == sample(model, tokenizer, prompts, generator=generator(), **settings)
+
+
+def test_a_body_that_someone_wrapped_stays_wrapped(writer):
+    model, tokenizer, prompts = writer
+    [part] = micro_batches(rollouts.Rollouts(tokenizer(prompts[:2]).input_ids, [[1, 2], [3]]), 2, model.device)
+    body = model.get_decoder()
+    with torch.no_grad():
+        hidden = part.hidden(model)
+        expected = rollouts.logits_of(model, hidden)
+        assert "forward" not in vars(body)
+        body.forward = wrapper = lambda *given, **named: type(body).forward(body, *given, **named)
+        try:
+            assert torch.equal(rollouts.logits_of(model, hidden), expected) and vars(body)["forward"] is wrapper
+        finally:
+            del body.forward
+
+
 def test_samples_follow_the_model(writer):
     model, tokenizer, prompts = writer
     rollouts = sample(model, tokenizer, prompts[:1], max_new_tokens=1, samples=20_000, generator=generator())

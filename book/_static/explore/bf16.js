@@ -4,7 +4,7 @@ explorables.bf16 = (() => {
   const { add, decode, frobenius, fromBf16, fromFloat16, rounded, shareUnchanged, simK, stableRank, svd, topRight } =
     explorables.linalg;
   const { PROGRESS, UNIT, choice, html, mount, note, number, panel } = explorables.stage;
-  const { percent, share, slider, squares, svg, teller, ticks, worker } = explorables.stage;
+  const { percent, share, slider, squares, svg, teller, ticks, timeline, worker } = explorables.stage;
   const { arms: stored, block, k, origins, progress, shown, sizes } = explorables.data.weights;
 
   const w0 = decode(origins.anchor, fromBf16, block, block);
@@ -101,12 +101,7 @@ explorables.bf16 = (() => {
       start: position,
       moved: (to) => { position = to; begin(); },
     });
-    const time = slider({
-      label: "how far the training is",
-      positions: progress.map(percent),
-      start: t,
-      moved: (to) => { t = to; move(); },
-    });
+    const time = timeline(progress, t, (to) => { t = to; move(); });
     const which = choice({
       label: "whose update, and its size as trained",
       options: arms.map((one) => ({ value: one.name, text: `${one.label}, ${percent(one.trained)}`, arm: one })),

@@ -184,8 +184,12 @@ explorables.stage = (() => {
   const PROGRESS = { low: 0, high: 1, label: "share of the training", ticks: ticks(percent, 0, 0.5, 1) };
   const UNIT = { low: 0, high: 1, ticks: ticks(String, 0, 0.25, 0.5, 0.75, 1) };
 
+  // A slider over the training, of which each position is a share.
+  const timeline = (progress, start, moved) =>
+    slider({ label: "how far the training is", positions: progress.map(percent), start, moved });
+
   return {
     PROGRESS, UNIT, choice, html, mark, mount, note, number, panel, percent, share, sign, slider, squares, svg, teller,
-    ticks, worker,
+    ticks, timeline, worker,
   };
 })();

@@ -1,7 +1,7 @@
 // The subspace of the update over training: in float32, between bf16 checkpoints, and of the locked null between these.
 explorables.subspace = (() => {
   "use strict";
-  const { PROGRESS, UNIT, choice, html, mark, mount, note, number, panel, percent, slider, squares, teller } =
+  const { PROGRESS, UNIT, choice, html, mark, mount, note, number, panel, percent, squares, teller, timeline } =
     explorables.stage;
   const { arms, k, progress, shown } = explorables.data.subspace;
   const VIEWS = { float32: "in float32", bf16: "through bf16", locked: "locked null, through bf16" };
@@ -47,12 +47,7 @@ explorables.subspace = (() => {
         `${chosen.label} at ${percent(progress[t])} of the training: similarity to the end ${float32} in float32, ` +
         `${bf16} through bf16, and ${locked} for the locked null.`;
     };
-    const time = slider({
-      label: "how far the training is",
-      positions: progress.map(percent),
-      start: t,
-      moved: (to) => { t = to; move(); },
-    });
+    const time = timeline(progress, t, (to) => { t = to; move(); });
     const which = choice({
       label: "squares and thick line",
       options: arms.map((arm) => ({ value: arm.name, text: arm.label, arm })),
