@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -227,7 +228,7 @@ def _imported(place: str) -> Callable[[str, str, str], float]:
 
 
 def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
-    from opdlab.lab.scheduler import provide_pretrained
+    from opdlab.lab.scheduler import provide_given
     from opdlab.measuring.callback import callback_for
     from opdlab.processes import find_device
     from opdlab.training.config import with_fields
@@ -239,7 +240,7 @@ def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
     config = configure(change(lab.experiment(*asked)), options.processes, gpu=gpu, vllm=engine)
     if not options.dry_run:
         check_ready(config)
-        provide_pretrained(lab)
+        provide_given(lab)
     # As in opdlab's loop, the run with seed 0 makes the model that other arms start from.
     produces = lab.models / named.produces if named.produces and options.seed == 0 else None
     launch(change(lab.experiment(*asked)), config, lab.runs, callback_for, produces=produces, dry_run=options.dry_run)
@@ -304,14 +305,14 @@ _add_models = _add_scale
 
 
 def _models(options: argparse.Namespace) -> None:
-    from opdlab.lab.scheduler import all_models, build, plan, provide_pretrained
+    from opdlab.lab.scheduler import all_models, build, plan, provide_given
 
     lab = _for_own_loop(_laboratory(options))
     jobs = plan(lab, (), models=all_models(lab))
     if jobs:
         build(jobs, lab, record=False)
     else:
-        provide_pretrained(lab)
+        provide_given(lab)
     print(f"the models are in {lab.models}; delete a folder to make it again")
 
 
@@ -335,9 +336,10 @@ def _asked(options: argparse.Namespace, lab: Laboratory) -> tuple[tuple[str, ...
 
 
 def _record(options: argparse.Namespace) -> None:
+    from opdlab.claims import CLAIMS, digests
     from opdlab.lab.scheduler import build, plan
 
-    lab = _for_own_loop(_laboratory(options))
+    lab = replace(_for_own_loop(_laboratory(options)), claims=digests(CLAIMS))
     arms, analyses = _asked(options, lab)
     jobs = plan(lab, arms, tuple(options.seed or ()), analyses=analyses)
     build(jobs, lab, processes=options.processes)

@@ -28,8 +28,8 @@ from opdlab.geometry import (
 )
 from opdlab.geometry.measure import generator_of
 from opdlab.lab import plots
-from opdlab.lab.laboratory import Laboratory, default_root
-from opdlab.lab.regime import REGIME, REGIME_ARMS, REGIME_TASKS
+from opdlab.lab.grid import ARMS as GRID
+from opdlab.lab.laboratory import Laboratory
 from opdlab.models.folders import load_model, load_tokenizer
 from opdlab.training.objectives import grpo_advantages, token_logps
 from opdlab.training.rollouts import sample
@@ -42,8 +42,8 @@ SIZES = [float(f"{10 ** (i / 20 - 4):.3g}") for i in range(6, 54)]
 SHUFFLED = "opd_shuffled"
 ARMS = ("sft", "opd", "rlvr", "sft_matched", "random_signs")
 FROM_ANCHOR = ARMS[1:]
-COLOURS = {**plots.COLOURS, "random_signs": "#E69F00", SHUFFLED: "#888888"}
-MARKERS = {**plots.MARKERS, "random_signs": "P", SHUFFLED: "X"}
+COLOURS = {**plots.COLOURS, SHUFFLED: "#888888"}
+MARKERS = {**plots.MARKERS, SHUFFLED: "X"}
 SHUFFLED_LABEL = "OPD, shuffled"
 # What a picture shows, in words that stand on it.
 WHOLE_SHOWN = "the value projection of the middle layer"
@@ -60,7 +60,7 @@ class Runs:
         self.lab = lab
         for arm in ARMS:
             if not lab.run(arm).finished:
-                raise OpdlabError(f"there is no run of {arm} at {lab.scale.name}: run scripts/record_regime.py first")
+                raise OpdlabError(f"there is no run of {arm} at {lab.scale.name}: run opdlab record first")
         values = [name for name in weight_matrices(lab.run("opd").snapshot(0)) if describe(name).module == "v_proj"]
         self.matrix = values[len(values) // 2]
 
@@ -81,7 +81,7 @@ class Runs:
 
 def look(arm: str) -> dict[str, str]:
     """Return how an arm is drawn."""
-    label = SHUFFLED_LABEL if arm == SHUFFLED else REGIME_ARMS[arm].label
+    label = SHUFFLED_LABEL if arm == SHUFFLED else GRID[arm].label
     return {"name": arm, "label": label, "colour": COLOURS[arm], "marker": MARKERS[arm]}
 
 
@@ -229,9 +229,9 @@ def subspace_data(runs: Runs) -> dict:
 DATA = {"weights": weights_data, "token": token_data, "subspace": subspace_data}
 
 
-def regime_runs() -> Runs:
+def recorded_runs() -> Runs:
     """Return the runs in the repository, or in OPDLAB_HOME."""
-    return Runs(Laboratory(REGIME, default_root(), dict(REGIME_ARMS), dict(REGIME_TASKS)))
+    return Runs(Laboratory.at("tiny"))
 
 
 def script_of(name: str, runs: Runs) -> str:

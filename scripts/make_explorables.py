@@ -1,7 +1,7 @@
 """Write what the pictures that move are made from: data as scripts, and the stills that stand in their place on paper.
 
 They lie in book/_static/explore. The stills are computed by opdlab.geometry, from the same data as the pictures. The
-runs must be there: scripts/record_regime.py trains them. Usage: make_explorables.py
+runs must be there: opdlab record trains them. Usage: make_explorables.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from explorable_data import (
     Runs,
     blocks,
     look,
-    regime_runs,
+    recorded_runs,
     rounded,
     script_of,
     subspace_data,
@@ -236,7 +236,7 @@ STILLS = {
 
 def main() -> None:
     """Write everything."""
-    runs = regime_runs()
+    runs = recorded_runs()
     plots.use_style()
     for name in DATA:
         (OUT / f"{name}-data.js").write_text(script_of(name, runs))

@@ -17,26 +17,17 @@ from pathlib import Path
 from statistics import mean
 
 import pandas as pd
-import torch
 
-from opdlab.claims.regime import CLAIMS
+from opdlab.claims.paper import CLAIMS
 from opdlab.claims.rules import digests
 from opdlab.errors import exit_status
 from opdlab.geometry import bf16_sparsity, frobenius, relative_norm, weight_matrices
 from opdlab.lab.laboratory import Laboratory, default_root
-from opdlab.lab.regime import REGIME, REGIME_ARMS, REGIME_TASKS
 from opdlab.lab.scheduler import all_models, build, plan
 from opdlab.lab.small_regime import SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS
-from opdlab.models.folders import load_model, load_tokenizer, save_model
 from opdlab.training.config import Experiment
 
-IN_THE_MAKING = {
-    scale.name: (scale, arms, tasks)
-    for scale, arms, tasks in (
-        (REGIME, REGIME_ARMS, REGIME_TASKS),
-        (SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS),
-    )
-}
+IN_THE_MAKING = {SMALL_REGIME.name: (SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS)}
 
 
 def laboratory(name: str, root: Path) -> Laboratory:
@@ -53,13 +44,6 @@ def pilots_of(lab: Laboratory) -> Laboratory:
         pilots.models.parent.mkdir(parents=True, exist_ok=True)
         pilots.models.symlink_to(lab.models, target_is_directory=True)
     return pilots
-
-
-def provide_young_anchor(folder: Path) -> None:
-    """Put the anchor of the first laboratory, which has half learned the skill, among the models, in bfloat16."""
-    first = default_root() / "data/models/tiny/anchor"
-    if not folder.is_dir():
-        save_model(load_model(first, dtype=torch.bfloat16), load_tokenizer(first), folder)
 
 
 def tried(lab: Laboratory, arm: str, seed: int, steps: int) -> pd.DataFrame:
@@ -91,7 +75,7 @@ def tried(lab: Laboratory, arm: str, seed: int, steps: int) -> pd.DataFrame:
 def main() -> None:
     """Record what was asked for, or everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=IN_THE_MAKING, default=REGIME.name)
+    parser.add_argument("--scale", choices=IN_THE_MAKING, default=SMALL_REGIME.name)
     parser.add_argument("--arm", action="append")
     parser.add_argument("--analysis", action="append")
     parser.add_argument("--seed", action="append", type=int)
@@ -104,8 +88,6 @@ def main() -> None:
         if not lab.scale.models.per_seed:  # where the record will find them, too
             build(plan(lab, (), models=all_models(lab)), lab, record=False, processes=options.processes)
         lab = pilots_of(lab)
-    if any(arm.start == "young" for arm in lab.arms.values()):
-        provide_young_anchor(lab.models / "young")
     arms, analyses = tuple(options.arm or ()), tuple(options.analysis or ())
     if not (arms or analyses):
         arms, analyses = lab.scale.policy.arms, lab.scale.policy.analyses

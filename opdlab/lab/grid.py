@@ -86,6 +86,8 @@ _MAKERS = (
     _maker("teacher_same", "teacher of the student's size", recipe="teacher"),
     # From a pretrained base, the teacher is SFT that goes on for longer.
     _maker("expert", "teacher, by SFT", "base", produces="teacher"),
+    # The anchor that has half learned the skill, where no other scale has one.
+    _maker("young", "young anchor", "base", recipe="sft"),
     # The teacher that RLVR makes of the anchor itself, with prompts of its own.
     _arm("teacher_rlvr", "teacher made by RLVR", "student", "grpo", recipe="teacher_rlvr", produces="teacher_rlvr",
          recorded=False, seed_shift=1000),

@@ -22,10 +22,16 @@ class Models:
     makers: tuple[str, ...]  #: the arms that make them
     shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that are not made from others
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
+    taken: dict[str, str] = field(default_factory=dict)  #: what is another scale's, by folder: its own, or rounded
     per_seed: tuple[str, ...] = ()  #: of which each seed makes its own; that of seed 0 has no number in its name
     dtype: str = "float32"  #: that the models are stored in, also those that are fetched with their own tokenizers
     instead: str = ""  #: the folder of another scale that is taken where all of its models are there
     tokenizer: str = ""  #: the pretrained model whose tokenizer, chat template and ends all take; "" for each its own
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The folders of the models that no arm of the scale makes."""
+        return (*self.pretrained, *self.taken)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ TINY = Scale(
         folder="tiny",
         makers=("base", "sft", "teacher", "teacher_same", "teacher_rlvr"),
         shapes={name: _SHAPE | {"num_hidden_layers": layers} for name, layers in _LAYERS.items()},
+        taken={"young": "tiny-learning/anchor"},
         per_seed=("anchor", "teacher_rlvr"),
         dtype="bfloat16",
     ),
@@ -140,7 +147,12 @@ TINY_LEARNING = replace(
     summary="the first laboratory, as it was: updates twenty times larger, of a model that half has the skill",
     tasks=_OF_TEACHERS | {"base": "short_tasks"},
     models=replace(
-        TINY.models, folder="tiny-learning", makers=("base", "sft", "teacher"), per_seed=(), dtype="float32"
+        TINY.models,
+        folder="tiny-learning",
+        makers=("base", "sft", "teacher"),
+        taken={},
+        per_seed=(),
+        dtype="float32",
     ),
     budget=Budget(
         {
@@ -158,7 +170,9 @@ SMOKE = replace(
     TINY,
     name="smoke",
     summary="the models of tiny, six steps per run; seconds, to see that everything works",
-    models=replace(TINY.models, folder="smoke", instead="tiny", per_seed=()),
+    models=replace(
+        TINY.models, folder="smoke", makers=(*TINY.models.makers, "young"), taken={}, instead="tiny", per_seed=()
+    ),
     budget=replace(
         TINY.budget,
         recipes={

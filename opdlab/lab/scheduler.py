@@ -71,7 +71,7 @@ class _Plan:
     def need_model(self, folder: str) -> list[str]:
         if (self.lab.models / folder).is_dir():
             return []
-        if folder not in self.lab.scale.models.pretrained:  # which build fetches
+        if folder not in self.lab.scale.models.given:  # which build provides
             maker, seed = self.lab.maker_of(folder)
             self.need_run(maker.name, seed)
         return [folder]
@@ -139,12 +139,19 @@ def plan(
 
 
 def all_models(lab: Laboratory) -> tuple[str, ...]:
-    """Return the names of all model folders that a scale makes."""
-    return tuple(lab.arm(name).produces for name in lab.scale.models.makers)
+    """Return the names of all model folders that a scale makes, and of those that its records need for their seeds."""
+    made = [lab.arm(name).produces for name in lab.scale.models.makers]
+    needed = (
+        folder for arm in lab.scale.policy.arms for seed in lab.seeds_of(arm) for folder in lab.models_of(arm, seed)
+    )
+    return tuple(dict.fromkeys([*made, *needed]))
 
 
-def provide_pretrained(lab: Laboratory) -> None:
-    """Fetch the pretrained models of a scale, and put links to them, or rounded copies, among its models."""
+def provide_given(lab: Laboratory) -> None:
+    """Fetch the pretrained models of a scale, and put links to them, or rounded copies, among its models.
+
+    Those that are taken from another scale are rounded copies, too; raises an OpdlabError if one is not there.
+    """
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
     models = lab.scale.models
@@ -161,6 +168,14 @@ def provide_pretrained(lab: Laboratory) -> None:
                 place.symlink_to(default_folder(name), target_is_directory=True)
             else:
                 round_model(default_folder(name), models.dtype, place)
+    for folder, name in models.taken.items():
+        if not (lab.models / folder).exists():
+            source = lab.models.parent / name
+            if not source.is_dir():
+                scale = source.parent.name
+                raise OpdlabError(f"there is no model in {source}: run 'opdlab models --scale {scale}' first")
+            lab.models.mkdir(parents=True, exist_ok=True)
+            round_model(source, models.dtype, lab.models / folder)
 
 
 def _note_pretrained(lab: Laboratory) -> None:
@@ -226,12 +241,12 @@ def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: i
 
 def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> None:
     check_device(lab)
-    provide_pretrained(lab)
+    provide_given(lab)
     if record:
         _check_processor(lab)
         _note_pretrained(lab)
     total, counter = sum(job.steps(lab) for job in jobs), CONTEXT.Value("q", 0)
-    waiting, made = list(jobs), set(lab.scale.models.pretrained)
+    waiting, made = list(jobs), set(lab.scale.models.given)
     running: dict[Future[Path | None], Job] = {}
     with (
         tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {lab.scale.name}") as bar,

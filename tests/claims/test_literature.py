@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opdlab.claims.literature import ELSEWHERE
-from opdlab.claims.regime import CLAIMS
+from opdlab.claims.paper import CLAIMS
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")

@@ -20,7 +20,6 @@ from opdlab.lab.analyses.span import SPAN, residual
 from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import add_analysis, add_run, analyse, find_tables, load, missing_parts, recorded_analyses
-from opdlab.lab.regime import REGIME_ARMS
 from opdlab.lab.scales import TINY
 from opdlab.lab.scheduler import plan
 
@@ -81,7 +80,7 @@ def test_the_next_seed_comes_round_again():
 @pytest.mark.parametrize("analysis", ANALYSES.values(), ids=lambda analysis: analysis.name)
 def test_every_analysis_names_arms_that_exist(analysis):
     tiny = Laboratory.at("tiny")
-    assert {*analysis.arms, *analysis.controls} <= {*ARMS, *REGIME_ARMS}
+    assert {*analysis.arms, *analysis.controls} <= set(ARMS)
     for seed in analysis.seeds(tiny):
         for arm, other in read_by(analysis, tiny, seed):
             assert other in TINY.policy.seeds and arm in ARMS

@@ -13,7 +13,7 @@ from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import add_run, find_tables, load, read_index
 from opdlab.lab.scales import SMALL
-from opdlab.lab.scheduler import build, plan, provide_pretrained
+from opdlab.lab.scheduler import build, plan, provide_given
 from opdlab.models import fetch as fetching
 from opdlab.models.fetch import fetch
 from opdlab.models.folders import check_same_vocabulary, load_model, load_tokenizer
@@ -167,7 +167,7 @@ def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(pretrained, tmp_
     own = Laboratory(replace(SCALE, models=models), tmp_path / "own")
     assert own.model("base").folder == str(own.models / "base"), "the hub's own would end with another token"
     assert own.model("teacher").folder == "someone/chats"
-    provide_pretrained(own)
+    provide_given(own)
     base, teacher = own.models / "base", own.models / "teacher"
     check_same_vocabulary(base, teacher)
     assert (
@@ -196,11 +196,11 @@ def test_a_pretrained_model_is_fetched_once_and_linked(pretrained, tmp_path, mon
     scale = replace(SCALE, models=replace(SCALE.models, pretrained={"base": "someone/model"}))
     own = Laboratory(scale, tmp_path / "own")
     for _ in range(2):
-        provide_pretrained(own)
+        provide_given(own)
     assert calls == [("someone/model", "abc")]
     # A cache may be cleared, and the link then leads nowhere.
     shutil.rmtree(tmp_path / "cache")
-    provide_pretrained(own)
+    provide_given(own)
     assert len(calls) == 2
     assert load_model(own.models / "base").config.hidden_size == 32
     assert not (own.models / "base" / ".cache").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from opdlab.claims.regime import CLAIMS
+from opdlab.claims.paper import CLAIMS
 from opdlab.claims.rules import digests, judge, written_after
 from opdlab.geometry import random_walk
 from opdlab.geometry.measure import generator_of
@@ -19,16 +18,16 @@ from opdlab.lab.analyses.linearity import of_matrix, straightness
 from opdlab.lab.analyses.retention import RETENTION, Exam
 from opdlab.lab.analyses.similarity import SIMILARITY, WEIGHTS, WHOLE
 from opdlab.lab.analyses.taught import PUPIL, TAUGHT, TEACHER
+from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory, default_root
 from opdlab.lab.records import add_analysis, add_run, analyse, find_tables, load, read_index
-from opdlab.lab.regime import REGIME, REGIME_ARMS, REGIME_TASKS
-from opdlab.lab.scales import TINY
+from opdlab.lab.scales import TINY, TINY_LEARNING
+from opdlab.lab.tasks import TASKS
 from opdlab.models.files import read_json
-from opdlab.models.folders import load_model, load_tokenizer, save_model
+from opdlab.models.folders import load_model, load_tokenizer, round_model
 from opdlab.training.loop import install_model
 
-SCRIPT = "scripts/record_regime.py"
-WHOLE_MODEL = Laboratory(REGIME, default_root(), dict(REGIME_ARMS), dict(REGIME_TASKS))
+WHOLE_MODEL = Laboratory.at("tiny")
 SHOWN = ("sft", "opd", "opd_full", "rlvr", "sft_matched", "random_signs", "young_opd", "opd_top25", PUPIL)
 
 
@@ -42,19 +41,18 @@ def regime(tmp_path_factory):
     """The laboratory in the regime with six steps a run, a few arms, and models of two seeds."""
     recipes = {
         name: replace(recipe, steps=6, prompts=8, samples=min(recipe.samples, 4), warmup=2)
-        for name, recipe in REGIME.budget.recipes.items()
+        for name, recipe in TINY.budget.recipes.items()
     }
-    budget = replace(REGIME.budget, recipes=recipes, max_new_tokens=16, evaluation_prompts=8, evaluation_samples=2)
+    budget = replace(TINY.budget, recipes=recipes, max_new_tokens=16, evaluation_prompts=8, evaluation_samples=2)
     kept = {"snapshots": (0.15, 0.5, 1.0), "variant_snapshots": (0.5, 1.0)}
-    policy = replace(REGIME.policy, arms=SHOWN, seeds=(0, 1, 2), variant_seeds=(0,), other_seeds={}, **kept)
-    tasks = REGIME_TASKS | {"running_sum": replace(REGIME_TASKS["running_sum"], score=odd)}
-    scale = replace(REGIME, budget=budget, policy=policy)
-    lab = Laboratory(scale, tmp_path_factory.mktemp("regime"), dict(REGIME_ARMS), tasks, digests(CLAIMS))
+    policy = replace(TINY.policy, arms=SHOWN, seeds=(0, 1, 2), variant_seeds=(0,), other_seeds={}, **kept)
+    tasks = TASKS | {"running_sum": replace(TASKS["running_sum"], score=odd)}
+    scale = replace(TINY, budget=budget, policy=policy)
+    lab = Laboratory(scale, tmp_path_factory.mktemp("regime"), dict(ARMS), tasks, digests(CLAIMS))
     made = (("base", 0), ("teacher", 0), ("sft", 0), ("sft", 1), ("sft", 2), ("teacher_rlvr", 0))
     for arm, seed in made:
         install_model(lab.train(arm, seed), lab.models / lab.place(lab.arm(arm).produces, seed), scale.models.dtype)
-    young = load_model(lab.models / "base", dtype=torch.bfloat16)
-    save_model(young, load_tokenizer(lab.models / "base"), lab.models / "young")
+    round_model(lab.models / "base", "bfloat16", lab.models / "young")
     return lab
 
 
@@ -75,21 +73,16 @@ def test_pairs_of_the_regime_are_of_arms_that_are_as_long():
     assert later < {pair[:2] for pair in told}, "variants have fewer seeds"
 
 
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [("directions", {"opd_full", "random_signs"}), ("gradients", {"opd_first30", "opd_last30"}), ("landscape", set())],
-)
-def test_what_the_regime_has_beside_the_older_scales(name, more):
-    analysis, tiny = ANALYSES[name], Laboratory.at("tiny")
-    here, there = analysis.arms_at(WHOLE_MODEL), analysis.arms_at(tiny)
-    assert set(here) <= set(REGIME.policy.arms) and set(here) - set(there) == more
-    assert there == analysis.arms or name == "gradients"
-
-
 def test_arms_that_are_no_variants_are_all_there():
     arms = ANALYSES["linearity"].arms_at(WHOLE_MODEL)
     assert {"sft", "opd", "random_signs", "young_opd", "young_random_signs"} <= set(arms) and len(arms) == 11
-    assert ANALYSES["retention"].arms_at(Laboratory.at("tiny")) == ("sft", "opd", "opd_full", "rlvr", "sft_matched")
+    assert ANALYSES["retention"].arms_at(Laboratory.at("tiny-learning")) == (
+        "sft",
+        "opd",
+        "opd_full",
+        "rlvr",
+        "sft_matched",
+    )
 
 
 def test_each_seed_has_its_own_anchor_and_another_batch_stays_there(regime, monkeypatch):
@@ -202,8 +195,8 @@ def test_paths_of_runs_agree_with_numpy(regime):
 
 @pytest.fixture(scope="module")
 def schooled():
-    """Runs of a model that knows the short tasks: from tiny's base to its anchor, with 32 prompts."""
-    scale = replace(TINY, budget=replace(TINY.budget, evaluation_prompts=32))
+    """Runs of a model that knows the short tasks: from the first base to its anchor, with 32 prompts."""
+    scale = replace(TINY_LEARNING, budget=replace(TINY_LEARNING.budget, evaluation_prompts=32))
     lab = Laboratory(scale, default_root())
     base, anchor = (dict(load_model(lab.models / name).named_parameters()) for name in ("base", "anchor"))
     before, after = ({name: w.detach() for name, w in of.items()} for of in (base, anchor))
@@ -331,14 +324,14 @@ def recorded(regime):
     """The same laboratory with one seed of everything recorded, and the records."""
     for arm in SHOWN:
         add_run(find_tables(arm, 0, regime), regime)
-    for name in REGIME.policy.analyses:
+    for name in TINY.policy.analyses:
         add_analysis(analyse(name, 0, regime), regime)
-    return regime, load(regime, SHOWN, seeds=(0,), analyses=REGIME.policy.analyses)
+    return regime, load(regime, SHOWN, seeds=(0,), analyses=TINY.policy.analyses)
 
 
 def test_every_analysis_of_the_regime_is_recorded_under_its_claims(recorded):
     lab, records = recorded
-    assert tuple(records.analyses) == REGIME.policy.analyses == tuple(ANALYSES)
+    assert tuple(records.analyses) == TINY.policy.analyses == tuple(ANALYSES)
     sets = read_json(lab.records / "claims.json", "")
     assert list(sets.values()) == [digests(CLAIMS)]
     for name, table in records.analyses.items():
@@ -376,17 +369,3 @@ def test_a_claim_that_came_after_an_analysis_is_found(recorded):
     assert rows.any() and found(others) == set(), "rows that it does not look at"
     assert found(table["claims"].mask(rows & table["next_seed"], "others")) == {"channel-own"}
     assert found(None) == {"channel-own"}, "rows that name no claims"
-
-
-def test_the_script_plans_what_it_is_asked_for(script, tmp_path, monkeypatch):
-    planned = []
-    monkeypatch.setattr(script, "default_root", lambda: tmp_path)
-    monkeypatch.setattr(script, "provide_young_anchor", lambda folder: folder.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(script, "build", lambda jobs, lab, processes: planned.append([job.name for job in jobs]))
-    for asked in (["--analysis", "taught", "--seed", "0"], ["--arm", "opd", "--seed", "0"], []):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *asked])
-        script.main()
-    taught, opd, everything = planned
-    assert taught[-1] == "taught-seed0" and "opd_rlvr_teacher-seed0" in taught and "teacher_rlvr-seed0" in taught
-    assert opd[-1] == "opd-seed0" and "taught-seed0" not in opd
-    assert {"taught-seed0", "opd-seed7", "linearity-seed4", "directions-seed0"} <= set(everything)

@@ -14,7 +14,7 @@ from opdlab.errors import OpdlabError
 from opdlab.lab import tasks
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import load
-from opdlab.lab.scheduler import all_models, build, plan, provide_pretrained
+from opdlab.lab.scheduler import all_models, build, plan, provide_given
 from opdlab.lab.small_regime import (
     FAMILIES,
     RARE,
@@ -140,14 +140,14 @@ def fetched(tmp_path, pretrained, monkeypatch):
 
 def test_the_base_lies_on_the_grid(tmp_path, fetched):
     lab = small(at_full_size(tmp_path))
-    provide_pretrained(lab)
+    provide_given(lab)
     assert not (lab.models / "base").is_symlink() and (lab.models / "base/source.json").is_file()
     rounded, whole = load_model(lab.models / "base"), load_model(default_folder("smollm2"))
     for one, other in zip(rounded.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other.bfloat16().float())
         assert one.dim() == 1 or not torch.equal(one, other), "all but norms lay off the grid"
     shutil.rmtree(default_folder("smollm2"))
-    provide_pretrained(lab)  # What is there is not fetched again.
+    provide_given(lab)  # What is there is not fetched again.
 
 
 def test_every_arm_is_recorded(tmp_path, fetched):

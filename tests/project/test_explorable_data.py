@@ -13,7 +13,7 @@ EXPLORE = Path(__file__).resolve().parents[2] / "book" / "_static" / "explore"
 @pytest.fixture
 def runs(script):
     try:
-        return script.regime_runs()
+        return script.recorded_runs()
     except OpdlabError as missing:
         pytest.skip(str(missing))
 

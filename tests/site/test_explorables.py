@@ -38,8 +38,7 @@ from opdlab.geometry import (
     top_right,
     update_mask,
 )
-from opdlab.lab.laboratory import Laboratory, default_root
-from opdlab.lab.regime import REGIME, REGIME_ARMS, REGIME_TASKS
+from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.tasks import RUNNING_SUM
 from opdlab.training.objectives import grpo_advantages
 
@@ -226,7 +225,7 @@ def test_subspace_shows_what_the_library_measures(page_of):
 
 def test_subspace_is_what_a_trajectory_of_the_runs_is(page_of):
     told = data("subspace")
-    lab = Laboratory(REGIME, default_root(), dict(REGIME_ARMS), dict(REGIME_TASKS))
+    lab = Laboratory.at("tiny")
     page = page_of("subspace")
     found = page.evaluate("told => told.progress.map((_, t) => explorables.subspace.at(t))", told)
     on = Resolution(k=8, sim_ks=(told["k"],), mask_rank=8, alphas=())
