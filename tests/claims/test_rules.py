@@ -138,6 +138,8 @@ def test_values_of_an_analysis():
     assert metric.values(records)["opd"].to_dict() == {0: 2, 1: 3}
     one = replace(claim(), effect=Contrast(metric, "opd"))
     assert one.judgeable(records) and not one.judgeable(made({"opd": 1.0, "rlvr": 0.0}))
+    lacks = replace(one, effect=Contrast(replace(metric, column="another"), "opd"))
+    assert not lacks.judgeable(records), "older records have fewer columns"
     with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
         verdict(made({"opd": 1.0, "rlvr": 0.0}), one)
 

@@ -12,8 +12,8 @@ from opdlab.lab.budget import DEVICES, plan_run, shape_of
 from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import add_run, find_tables, load, read_index
-from opdlab.lab.scales import SMALL
-from opdlab.lab.scheduler import build, plan, provide_given
+from opdlab.lab.scales import SMALL, TINY
+from opdlab.lab.scheduler import all_models, build, plan, provide_given
 from opdlab.models import fetch as fetching
 from opdlab.models.fetch import fetch
 from opdlab.models.folders import check_same_vocabulary, load_model, load_tokenizer
@@ -180,6 +180,25 @@ def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(pretrained, tmp_
     # What SFT makes of it ends so too.
     install_model(own.train("sft"), own.models / "anchor")
     check_same_vocabulary(own.models / "anchor", teacher)
+
+
+def test_a_model_of_another_scale_is_taken_as_a_rounded_copy(lab, tmp_path):
+    own = Laboratory(TINY, tmp_path)
+    with pytest.raises(OpdlabError, match=r"tiny-learning/anchor: run 'opdlab models --scale tiny-learning' first"):
+        provide_given(own)
+    shutil.copytree(lab.models / "anchor", own.models.parent / "tiny-learning" / "anchor")
+    assert "young" in all_models(own)
+    assert all(job.what != "young" for job in plan(own, (), models=all_models(own))), "no arm makes it"
+    for _ in range(2):
+        provide_given(own)
+    source, copy = (load_model(path).state_dict() for path in (lab.models / "anchor", own.models / "young"))
+    assert all(torch.equal(copy[name], weight.bfloat16().float()) for name, weight in source.items())
+
+
+def test_all_models_of_all_seeds_are_made():
+    made = all_models(Laboratory.at("tiny"))
+    assert {"base", "teacher", "teacher_same", "young", "anchor", "anchor-7", "teacher_rlvr-2"} <= set(made)
+    assert "anchor-8" not in made and len(set(made)) == len(made)
 
 
 def test_a_pretrained_model_is_fetched_once_and_linked(pretrained, tmp_path, monkeypatch):
