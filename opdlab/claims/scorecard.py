@@ -6,11 +6,13 @@ from collections.abc import Collection, Sequence
 from html import escape
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from opdlab.claims.paper import CLAIMS
 from opdlab.claims.rules import Claim, Verdict
 from opdlab.lab.records import Records
+from opdlab.stats import Interval
 
 
 class Plain(NamedTuple):
@@ -26,7 +28,7 @@ class Plain(NamedTuple):
 PLAIN = {
     "reproduced": Plain("holds up", "The effect is there, and everything simpler that was tried leaves most of it."),
     "seen": Plain("seen, not tested further", "The effect is there, and nothing was tried that could explain it."),
-    "explained": Plain("seen, but not OPD's own", "The effect is there, and something simpler is enough for it."),
+    "explained": Plain("seen, but explained", "The effect is there, and a simpler cause is enough for it."),
     "uninformative": Plain("tells nothing", "The test passes, and so does another for which it should have failed."),
     "not reproduced": Plain("not seen", "The effect is too small to count, or goes the other way."),
     "inconclusive": Plain("undecided", "The seeds scatter too much to tell."),
@@ -54,13 +56,42 @@ class Folded(str):
 
 
 def fold(table: pd.DataFrame, summary: str) -> Folded:
-    """Return a table under a line that opens it; cells may hold HTML.
+    """Return a table under a line that opens it; cells may hold HTML, and ``table.attrs["note"]`` comes before it.
 
     >>> fold(pd.DataFrame({"arm": ["OPD"]}), "Which arms?")[:55]
     '<details class="numbers"><summary>Which arms?</summary>'
     """
     html = table.to_html(escape=False, border=0)
-    return Folded(f'<details class="numbers"><summary>{escape(summary)}</summary>{html}</details>')
+    note = f"<p>{table.attrs['note']}</p>" if "note" in table.attrs else ""
+    return Folded(f'<details class="numbers"><summary>{escape(summary)}</summary>{note}{html}</details>')
+
+
+#: How the columns of a chapter's verdicts are read.
+_NOTE = (
+    "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
+    "or ranks are compared, else in the units of the quantity. A simpler cause is a control that could make the effect "
+    "without the paper's reason, and the last column says how much of the effect is left when that is taken into "
+    "account. Matched SFT stands for SFT without SFT's own recipe."
+)
+
+
+def _claimed(claim: Claim) -> str:
+    """Return a claim with the view that it is about, where a run has several."""
+    between = claim.effect.metric.column.endswith("_bf16")
+    return f"{claim.statement} (between bf16 checkpoints)" if between else claim.statement
+
+
+def _effect(found: Verdict) -> str:
+    if found.claim.effect.metric.log:
+        return f"a factor of {Interval(*np.exp(found.effect)):.2f}"
+    return f"{found.effect:+.2g}"
+
+
+def _left(share: Interval | None) -> str:
+    """Say how much of an effect a simpler cause leaves."""
+    if share is None or share.high - share.low > 2:
+        return "cannot be told"
+    return f"{share:.0%}" if share.high > 0 else "nothing"
 
 
 def verdict_table(verdicts: Sequence[Verdict], names: Collection[str] = ()) -> pd.DataFrame:
@@ -70,17 +101,16 @@ def verdict_table(verdicts: Sequence[Verdict], names: Collection[str] = ()) -> p
     """
     shown = [found for found in verdicts if not names or found.claim.name in names]
     columns = {
-        "claim": [found.claim.statement for found in shown],
+        "claim": [_claimed(found.claim) for found in shown],
         "verdict": [badge(found.verdict, found.by) for found in shown],
-        "effect": [f"{found.effect:+.2g}" for found in shown],
-        "left by the controls": [
-            "; ".join(
-                f"{name}: {'not defined' if share is None else f'{share:.0%}'}" for name, share in found.share.items()
-            )
-            for found in shown
+        "effect": [_effect(found) for found in shown],
+        "left by a simpler cause": [
+            "; ".join(f"{name}: {_left(share)}" for name, share in found.share.items()) for found in shown
         ],
     }
-    return pd.DataFrame(columns).set_index("claim")
+    table = pd.DataFrame(columns).set_index("claim")
+    table.attrs["note"] = _NOTE
+    return table
 
 
 def judgeable(records: Records, finding: str = "", claims: Sequence[Claim] = CLAIMS) -> list[Claim]:

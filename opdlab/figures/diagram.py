@@ -20,9 +20,10 @@ class Diagram(str):
     """A picture in SVG, which a notebook shows and which takes the page's own text colour."""
 
     def _repr_html_(self) -> str:
-        return f'<figure class="diagram">{self}</figure>'
+        return f'<figure class="diagram">{self}<figcaption>{_CAPTION}</figcaption></figure>'
 
 
+_CAPTION = "Where each run starts, who writes its texts and who grades them. What this page is about is lit."
 _WIDTH, _CARD, _GAP, _TOP = 480, 112, 10.7, 196
 
 

@@ -1,8 +1,10 @@
 """The claims are well made, and a reader sees the verdicts on them under plain names."""
 
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import needs_tiny
@@ -21,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
 def test_claims_name_arms_and_analyses_that_exist(claim):
-    assert {arm for contrast in claim.contrasts for arm in contrast.weights} <= set(RECORDED)
+    # Analyses have names of their own for what they measure besides.
+    of_runs = [contrast for contrast in claim.contrasts if not contrast.metric.analysis]
+    assert {arm for contrast in of_runs for arm in contrast.weights} <= set(RECORDED)
     assert {contrast.metric.analysis for contrast in claim.contrasts} <= {"", *ANALYSES}
     assert claim.known in KNOWN and claim.finding in FINDINGS
 
@@ -80,7 +84,7 @@ def test_a_scorecard_says_what_the_verdicts_do(verdicts):
     table = scorecard(verdicts, after={"two"})
     assert table.index.tolist() == ["one", "two"] and list(table["claim"]) == ["It is so.", "It is not."]
     one, two = table.loc["one"], table.loc["two"]
-    assert (one["verdict"], one["why"]) == ("seen, but not OPD's own", "SFT's <own> recipe")
+    assert (one["verdict"], one["why"]) == ("seen, but explained", "SFT's <own> recipe")
     assert (two["verdict"], two["why"]) == ("undecided", "")
     assert one["effect"] == "+1 [+0.5, +1.5]"
     assert (one["paper"], one["known"], two["elsewhere"]) == ("Figure 0", "printed", "others agree")
@@ -94,8 +98,26 @@ def test_the_table_of_a_chapter_shows_only_what_it_is_about(verdicts):
     table = verdict_table(verdicts)
     assert table.index.tolist() == ["It is so.", "It is not."]
     assert verdict_table(verdicts, ("two",)).index.tolist() == ["It is not."]
-    assert table["left by the controls"].tolist() == ["SFT's <own> recipe: 12% [10%, 15%]; size: not defined", ""]
+    left = ["SFT's <own> recipe: 12% [10%, 15%]; size: cannot be told", ""]
+    assert table["left by a simpler cause"].tolist() == left
+    assert table["effect"].tolist() == ["+1 [+0.5, +1.5]"] * 2
+    assert "simpler cause" in table.attrs["note"] and table.attrs["note"] in fold(table, "Verdicts")
     assert table["verdict"]["It is not."] == badge("inconclusive")
+
+
+def test_the_table_of_a_chapter_gives_ratios_as_factors_and_says_what_was_looked_at(verdicts):
+    one = verdicts[0]
+    metric = Metric("stable_rank_bf16", log=True)
+    ratio = replace(
+        one,
+        claim=replace(one.claim, effect=Contrast(metric, "opd", "rlvr")),
+        effect=Interval(*np.log([2.0, 1.5, 3.0])),
+        share={"size": Interval(-0.3, -0.4, -0.2), "recipe": Interval(5.0, 1.0, 9.0)},
+    )
+    (row,) = verdict_table([ratio]).reset_index().to_dict("records")
+    assert row["claim"] == "It is so. (between bf16 checkpoints)"
+    assert row["effect"] == "a factor of 2.00 [1.50, 3.00]"
+    assert row["left by a simpler cause"] == "size: nothing; recipe: cannot be told"
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)

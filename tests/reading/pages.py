@@ -1,6 +1,6 @@
 """What a reader of a page is given: its text, with tables and what its figures show, and nothing of its code's bulk.
 
-    python tests/reading/pages.py 04_size
+python tests/reading/pages.py 04_size
 """
 
 import hashlib
@@ -17,6 +17,7 @@ BOOK = Path(__file__).resolve().parents[2] / "book"
 def _plain(text: str) -> str:
     """Return Markdown or HTML as somebody sees it who unfolds all that is folded."""
     text = re.sub(r"</(td|th)>", " | ", text)
+    text = re.sub(r"</text>", "; ", text)
     text = re.sub(r"<[a-z/!][^>]*>", "", text)
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
     return re.sub(r"\n\s*\n\s*", "\n\n", html.unescape(text)).strip()
