@@ -253,8 +253,7 @@ _FLOAT_SIM = Metric("sim_right_K16", progress=0.2, block="attention")
 def _elicited(name: str, statement: str, metric: Metric, high: str, low: str, margin: float) -> Claim:
     arms = ("sft_matched" if "young" not in arm else "young_sft_matched" for arm in (high, low))
     return Claim(name, "mechanism", statement, "A question of this book; 2606.07082 has one anchor",
-                 Contrast(metric, high, low), margin, controls={"matched SFT, which shows it as well":
-                                   Contrast(metric, *arms)})  # fmt: skip
+                 Contrast(metric, high, low), margin, rivals={"matched SFT": Contrast(metric, *arms)})  # fmt: skip
 
 
 _ELICITING = (

@@ -71,7 +71,9 @@ _NOTE = (
     "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
     "or ranks are compared, else in the units of the quantity. A simpler cause is a control that could make the effect "
     "without the paper's reason, and the last column says how much of the effect is left when that is taken into "
-    "account. Matched SFT stands for SFT without SFT's own recipe."
+    "account. SFT's own recipe is its start, rate and number of steps, and matched SFT, which has OPD's, is SFT "
+    "without it. How many changes lie in a group of weights is counted from the least that is possible, 0, to the most, "
+    "which is 1."
 )
 
 
@@ -91,7 +93,15 @@ def _left(share: Interval | None) -> str:
     """Say how much of an effect a simpler cause leaves."""
     if share is None or share.high - share.low > 2:
         return "cannot be told"
-    return f"{share:.0%}" if share.high > 0 else "nothing"
+    if share.high <= 0:
+        return "nothing"
+    return "all" if share.mean >= 1 else f"{share:.0%}"
+
+
+def _causes(found: Verdict) -> str:
+    """Say what simpler causes leave of an effect, and what passes a test that it should fail."""
+    passes = [f"{found.by} passes the test as well"] if found.verdict == "uninformative" else []
+    return "; ".join([*passes, *(f"{name}: {_left(share)}" for name, share in found.share.items())])
 
 
 def verdict_table(verdicts: Sequence[Verdict], names: Collection[str] = ()) -> pd.DataFrame:
@@ -104,9 +114,7 @@ def verdict_table(verdicts: Sequence[Verdict], names: Collection[str] = ()) -> p
         "claim": [_claimed(found.claim) for found in shown],
         "verdict": [badge(found.verdict, found.by) for found in shown],
         "effect": [_effect(found) for found in shown],
-        "left by a simpler cause": [
-            "; ".join(f"{name}: {_left(share)}" for name, share in found.share.items()) for found in shown
-        ],
+        "left by a simpler cause": [_causes(found) for found in shown],
     }
     table = pd.DataFrame(columns).set_index("claim")
     table.attrs["note"] = _NOTE
