@@ -37,6 +37,13 @@ KEYS = {
     "matrices",
     "direction",
     "final",
+    # shares of updates, in the landscape
+    "opd",
+    "rlvr",
+    "sft_matched",
+    "sft",
+    "opd_next",
+    "factor",
 }
 TABLES = ("history", "evaluations", "matrices", "trajectory", "runs")
 
