@@ -72,8 +72,10 @@ _NOTE = (
     "or ranks are compared, else in the units of the quantity. A simpler cause is a control that could make the effect "
     "without the paper's reason, and the last column says how much of the effect is left when that is taken into "
     "account. SFT's own recipe is its start, rate and number of steps, and matched SFT, which has OPD's, is SFT "
-    "without it. How many changes lie in a group of weights is counted from the least that is possible, 0, to the "
-    "most, which is 1."
+    "without it."
+)
+_POSITIONS = (
+    " How many changes lie in a group of weights is counted from the least that is possible, 0, to the most, 1."
 )
 
 
@@ -94,8 +96,8 @@ def _left(share: Interval | None) -> str:
     if share is None or share.high - share.low > 2:
         return "cannot be told"
     if share.high <= 0:
-        return "nothing"
-    return "all" if share.mean >= 1 else f"{share:.0%}"
+        return "nothing left"
+    return "all of it left" if share.mean >= 1 else f"{share:.0%} left"
 
 
 def _causes(found: Verdict) -> str:
@@ -117,7 +119,8 @@ def verdict_table(verdicts: Sequence[Verdict], names: Collection[str] = ()) -> p
         "left by a simpler cause": [_causes(found) for found in shown],
     }
     table = pd.DataFrame(columns).set_index("claim")
-    table.attrs["note"] = _NOTE
+    positions = any("_position_" in found.claim.effect.metric.column for found in shown)
+    table.attrs["note"] = _NOTE + (_POSITIONS if positions else "")
     return table
 
 

@@ -98,7 +98,7 @@ def test_the_table_of_a_chapter_shows_only_what_it_is_about(verdicts):
     table = verdict_table(verdicts)
     assert table.index.tolist() == ["It is so.", "It is not."]
     assert verdict_table(verdicts, ("two",)).index.tolist() == ["It is not."]
-    left = ["SFT's <own> recipe: 12% [10%, 15%]; size: cannot be told", ""]
+    left = ["SFT's <own> recipe: 12% [10%, 15%] left; size: cannot be told", ""]
     assert table["left by a simpler cause"].tolist() == left
     assert table["effect"].tolist() == ["+1 [+0.5, +1.5]"] * 2
     assert "simpler cause" in table.attrs["note"] and table.attrs["note"] in fold(table, "Verdicts")
@@ -117,7 +117,7 @@ def test_the_table_of_a_chapter_gives_ratios_as_factors_and_says_what_was_looked
     (row,) = verdict_table([ratio]).reset_index().to_dict("records")
     assert row["claim"] == "It is so. (between bf16 checkpoints)"
     assert row["effect"] == "a factor of 2.00 [1.50, 3.00]"
-    assert row["left by a simpler cause"] == "size: nothing; recipe: cannot be told"
+    assert row["left by a simpler cause"] == "size: nothing left; recipe: cannot be told"
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)

@@ -18,13 +18,17 @@ def _plain(text: str) -> str:
     """Return Markdown or HTML as somebody sees it who unfolds all that is folded."""
     text = re.sub(r"</(td|th)>", " | ", text)
     text = re.sub(r"</text>", "; ", text)
+    text = re.sub(r'<span class="verdict[^>]* aria-label="([^"]+)">[^<]*', r"\1", text)
     text = re.sub(r"<[a-z/!][^>]*>", "", text)
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
     return re.sub(r"\n\s*\n\s*", "\n\n", html.unescape(text)).strip()
 
 
-def page_text(name: str) -> str:
-    """Return the text of a page of the book: prose, the code in view, tables, and the alternative texts of figures."""
+def page_text(name: str, folded: bool = True) -> str:
+    """Return the text of a page of the book: prose, the code in view, tables, and the alternative texts of figures.
+
+    Tables that are folded in the page are left out if ``folded`` is not set.
+    """
     parts = []
     for cell in nbformat.read(BOOK / f"{name}.ipynb", as_version=4).cells:
         tags = cell.metadata.get("tags", ())
@@ -40,13 +44,14 @@ def page_text(name: str) -> str:
                     shown = f"[Figure: {cell.metadata.get('mystnb', {}).get('image', {}).get('alt', '')}]"
                 elif not shown:
                     shown = data.get("text/plain", "")
-                parts.append(_plain(shown))
+                if folded or not shown.startswith('<details class="numbers">'):
+                    parts.append(_plain(shown))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def page_hash(name: str) -> str:
-    """Return 12 hex digits of a page's text without its numbers, which may change with a seed more."""
-    return hashlib.sha256(re.sub(r"\d+(\.\d+)?", "0", page_text(name)).encode()).hexdigest()[:12]
+    """Return 12 hex digits of a page's text without folded tables, and without numbers: a seed more may change them."""
+    return hashlib.sha256(re.sub(r"\d+(\.\d+)?", "0", page_text(name, folded=False)).encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":
