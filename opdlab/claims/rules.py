@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -63,12 +63,14 @@ class Metric:
     block: str = ""  #: "attention" leaves the MLP out, as the paper does for trajectories
     log: bool = False  #: take the natural logarithm, for quantities that are compared by their ratio
 
-    def points(self, records: Records) -> list[Metric]:
-        """Return the metric itself, or of a curve its metrics at the snapshots."""
+    def points(self, records: Records, arms: Collection[str]) -> list[Metric]:
+        """Return the metric itself, or of a curve its metrics at the snapshots that all these arms have."""
         if not self.curve:
             return [self]
-        shares = sorted(set(records.trajectory["progress"].dropna().round(3)))
-        return [replace(self, curve=False, progress=share) for share in shares if share >= FROM]
+        rows = records.trajectory[records.trajectory["arm"].isin(arms)].dropna(subset=["progress"])
+        # Curves bend: the snapshot nearest to another arm's would make a difference of its own.
+        shares = set.intersection(*(set(of_arm.round(3)) for _, of_arm in rows.groupby("arm")["progress"]))
+        return [replace(self, curve=False, progress=share) for share in sorted(shares) if share >= FROM]
 
     def values(self, records: Records) -> pd.DataFrame:
         """Return the numbers of all runs that have one, seeds by arms.
@@ -155,7 +157,8 @@ class Runs:
 
     def _estimates(self, contrast: Contrast) -> tuple[Estimate, ...]:
         """Return the mean of a contrast over seeds, at each snapshot if it is one of curves."""
-        return tuple(self._estimate(replace(contrast, metric=m)) for m in contrast.metric.points(self.records))
+        points = contrast.metric.points(self.records, contrast.weights)
+        return tuple(self._estimate(replace(contrast, metric=point)) for point in points)
 
     def _estimate(self, contrast: Contrast) -> Estimate:
         by_seed, values = self.by_seed(contrast), self.values(contrast.metric)
@@ -302,7 +305,8 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
         left = {name: _farthest(runs.estimates(other)).interval() for name, other in others.items()}
         farthest = _farthest(runs.estimates(claim.effect))
         shares = {name: _share(other, claim.effect, runs) for name, other in claim.controls.items()}
-        seeds = len(runs.by_seed(replace(claim.effect, metric=claim.effect.metric.points(records)[0])))
+        first = claim.effect.metric.points(records, claim.effect.weights)[0]
+        seeds = len(runs.by_seed(replace(claim.effect, metric=first)))
         verdicts.append(
             Verdict(
                 claim,

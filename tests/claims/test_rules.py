@@ -70,6 +70,16 @@ def test_a_curve_counts_at_all_its_snapshots_but_the_first():
     assert verdict(middle, claim("near", END)).verdict == "seen", "at the end they are near"
 
 
+def test_curves_are_compared_where_both_have_a_snapshot():
+    steep = [0.0, 3.0, 1.0, 0.0]
+    records = made({"opd": 0.0, "opd_top25": 0.0}, opd=steep, opd_top25=steep)
+    path = records.trajectory
+    fewer = replace(records, trajectory=path[(path["arm"] == "opd") | (path["progress"] != 0.5)])
+    near = claim("near", RANK, arms=("opd_top25", "opd"))
+    assert verdict(fewer, near).verdict == verdict(records, near).verdict == "seen"
+    assert [point.progress for point in RANK.points(fewer, ("opd", "opd_top25"))] == [0.1, 1.0]
+
+
 def test_margins_at_half_and_twice():
     found = verdict(made({"opd": 0.3, "rlvr": 0.0}, noise=0.02), claim())
     assert (found.at_half, found.verdict, found.at_twice) == ("seen", "seen", "not reproduced")
