@@ -1,4 +1,4 @@
-"""Build book/NAME.ipynb from NAME.txt: cells begin with a line '%% md' or '%% code [tag ...] [| alt text of its figure]'."""
+"""Build book/NAME.ipynb from NAME.txt: cells begin with a line '%% md' or '%% code [tag ...] [|| what its fold says] [| alt text of its figure]'."""
 import json, re, sys
 from pathlib import Path
 src=Path(sys.argv[1]); out=Path(sys.argv[2])
@@ -6,11 +6,13 @@ SETUP=[c for c in json.loads(Path("/work/main/book/index.ipynb").read_text())["c
 cells=[]
 for part in re.split(r"^%% ", src.read_text(), flags=re.M)[1:]:
     head,_,body=part.partition("\n"); body=body.strip("\n")
-    head,_,alt=head.partition("|"); kind,*tags=head.split()
+    head,_,fold=head.partition("||"); fold,_,alt=fold.partition("|") if _ else ("","",head.partition("|")[2])
+    kind,*tags=head.partition("|")[0].split()
     if kind=="code" and ("states(" in body or "check(" in body) and "import" not in body: tags.append("nbval-check-output")
     meta={}
     if tags: meta["tags"]=tags
-    if alt.strip(): meta["mystnb"]={"image":{"alt":alt.strip()}}
+    if fold.strip(): meta["mystnb"]={"code_prompt_show":fold.strip()}
+    if alt.strip(): meta["mystnb"]=meta.get("mystnb",{})|{"image":{"alt":alt.strip()}}
     lines=body.splitlines(keepends=True)
     cell={"cell_type":"markdown" if kind=="md" else "code","id":f"c{len(cells)}","metadata":meta,"source":lines}
     if kind!="md": cell|={"execution_count":None,"outputs":[]}
