@@ -71,8 +71,8 @@ _NOTE = (
     "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
     "or ranks are compared, else in the units of the quantity. A simpler cause is a control that could make the effect "
     "without the paper's reason, and the last column says how much of the effect is left when that is taken into "
-    "account. If it is less than half for sure, the effect is explained. SFT's own recipe is its start, rate and number "
-    "of steps, and matched SFT, which has OPD's, is SFT without it."
+    "account. If it is less than half for sure, the effect is explained. SFT's own recipe is its start, rate and "
+    "number of steps, and matched SFT, which has OPD's, is SFT without it."
 )
 _POSITIONS = (
     " How many changes lie in a group of weights is counted from the least that is possible, 0, to the most, 1."
