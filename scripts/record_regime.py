@@ -1,4 +1,4 @@
-"""Record a scale in the making. It can be stopped, and the same command goes on:
+"""Record a scale whose updates have the paper's sizes. It can be stopped, and the same command goes on:
 
     python scripts/record_regime.py [--scale SCALE] [--arm ARM ...] [--analysis ANALYSIS ...] [--seed SEED ...]
 
@@ -19,29 +19,31 @@ from statistics import mean
 import pandas as pd
 import torch
 
-from opdlab.claims.regime import CLAIMS
+from opdlab.claims import CLAIMS
 from opdlab.claims.rules import digests
 from opdlab.errors import exit_status
 from opdlab.geometry import bf16_sparsity, frobenius, relative_norm, weight_matrices
+from opdlab.lab.grid import ARMS
 from opdlab.lab.laboratory import Laboratory, default_root
-from opdlab.lab.regime import REGIME, REGIME_ARMS, REGIME_TASKS
+from opdlab.lab.scales import TINY
 from opdlab.lab.scheduler import all_models, build, plan
 from opdlab.lab.small_regime import SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS
+from opdlab.lab.tasks import TASKS
 from opdlab.models.folders import load_model, load_tokenizer, save_model
 from opdlab.training.config import Experiment
 
-IN_THE_MAKING = {
+SCALES = {
     scale.name: (scale, arms, tasks)
     for scale, arms, tasks in (
-        (REGIME, REGIME_ARMS, REGIME_TASKS),
+        (TINY, ARMS, TASKS),
         (SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS),
     )
 }
 
 
 def laboratory(name: str, root: Path) -> Laboratory:
-    """Return the laboratory of a scale in the making."""
-    scale, arms, tasks = IN_THE_MAKING[name]
+    """Return the laboratory of a scale, with the claims that its runs will be judged by."""
+    scale, arms, tasks = SCALES[name]
     return Laboratory(scale, root, dict(arms), dict(tasks), digests(CLAIMS))
 
 
@@ -57,7 +59,7 @@ def pilots_of(lab: Laboratory) -> Laboratory:
 
 def provide_young_anchor(folder: Path) -> None:
     """Put the anchor of the first laboratory, which has half learned the skill, among the models, in bfloat16."""
-    first = default_root() / "data/models/tiny/anchor"
+    first = default_root() / "data/models/tiny-learning/anchor"
     if not folder.is_dir():
         save_model(load_model(first, dtype=torch.bfloat16), load_tokenizer(first), folder)
 
@@ -91,7 +93,7 @@ def tried(lab: Laboratory, arm: str, seed: int, steps: int) -> pd.DataFrame:
 def main() -> None:
     """Record what was asked for, or everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=IN_THE_MAKING, default=REGIME.name)
+    parser.add_argument("--scale", choices=SCALES, default=TINY.name)
     parser.add_argument("--arm", action="append")
     parser.add_argument("--analysis", action="append")
     parser.add_argument("--seed", action="append", type=int)

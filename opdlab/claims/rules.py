@@ -76,12 +76,10 @@ class Metric:
         Raises:
             OpdlabError: if the records lack the analysis or the column.
         """
-        rows = self.rows(records)
-        if "_position_" in self.column:
-            rows = rows.assign(**_positions(rows))
-        if self.column not in rows:
-            raise OpdlabError(f"the records have no column {self.column!r}: record them again")
-        columns = tuple(filter(None, (self.column, self.minus)))
+        rows, columns = self.rows(records), tuple(filter(None, (self.column, self.minus)))
+        for column in columns:
+            if column not in rows:
+                raise OpdlabError(f"the records have no column {column!r}: record them again")
         runs = per_run(rows, columns) if "block" in rows else rows
         if self.progress is not None or self.column in EVALUATED:
             runs = nearest(runs, 1.0 if self.progress is None else self.progress)
@@ -95,10 +93,16 @@ class Metric:
 
     def rows(self, records: Records) -> pd.DataFrame:
         """Return the rows of the records that it is read from, of all arms."""
-        table = records.table_of(self.column, self.analysis, self.progress is not None)
+        table = records.table_of(self.column, self.analysis, self.curve or self.progress is not None)
         for column, entry in (*self.where, *([("block", self.block)] if self.block else ())):
             table = table[table[column] == entry]
-        return table
+        return table.assign(**_positions(table)) if "_position_" in self.column else table
+
+    def is_in(self, records: Records) -> bool:
+        """Tell whether the records have the columns that it is computed from, and the analysis."""
+        if self.analysis and self.analysis not in records.analyses:
+            return False
+        return {self.column, self.minus} - {""} <= set(self.rows(records))
 
 
 def _positions(matrices: pd.DataFrame) -> dict[str, pd.Series]:
@@ -205,10 +209,10 @@ class Claim:
         return self.effect, *self.controls.values(), *self.rivals.values()
 
     def judgeable(self, records: Records) -> bool:
-        """Tell whether the records have the arms and analyses that it needs."""
-        analyses = {contrast.metric.analysis for contrast in self.contrasts} - {""}
+        """Tell whether the records have the arms, analyses and columns that it needs."""
         arms = {arm for contrast in self.contrasts if not contrast.metric.analysis for arm in contrast.weights}
-        return analyses <= set(records.analyses) and arms <= set(records.runs["arm"])
+        there = all(contrast.metric.is_in(records) for contrast in self.contrasts)
+        return there and arms <= set(records.runs["arm"])
 
 
 def digests(claims: Sequence[Claim]) -> dict[str, str]:

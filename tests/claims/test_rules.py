@@ -138,6 +138,18 @@ def test_values_of_an_analysis():
     assert metric.values(records)["opd"].to_dict() == {0: 2, 1: 3}
     one = replace(claim(), effect=Contrast(metric, "opd"))
     assert one.judgeable(records) and not one.judgeable(made({"opd": 1.0, "rlvr": 0.0}))
+
+
+def test_older_records_can_decide_less():
+    """Records that lack a column, of the effect or of a control, decide what needs none of it."""
+    records = made({"opd": 1.0, "rlvr": 0.0})
+    older = replace(records, trajectory=records.trajectory.drop(columns="stable_rank"))
+    assert claim().judgeable(records) and not claim().judgeable(older)
+    assert not claim("near", RANK).judgeable(older)
+    controlled = claim(controls={"noise": Contrast(replace(END, minus="noise"), "opd", "rlvr")})
+    assert not controlled.judgeable(records)
+    with pytest.raises(OpdlabError, match="no column 'noise'"):
+        judge([controlled], records)
     with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
         verdict(made({"opd": 1.0, "rlvr": 0.0}), one)
 
