@@ -138,6 +138,8 @@ def test_values_of_an_analysis():
     assert metric.values(records)["opd"].to_dict() == {0: 2, 1: 3}
     one = replace(claim(), effect=Contrast(metric, "opd"))
     assert one.judgeable(records) and not one.judgeable(made({"opd": 1.0, "rlvr": 0.0}))
+    with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
+        verdict(made({"opd": 1.0, "rlvr": 0.0}), one)
 
 
 def test_older_records_can_decide_less():
@@ -150,8 +152,6 @@ def test_older_records_can_decide_less():
     assert not controlled.judgeable(records)
     with pytest.raises(OpdlabError, match="no column 'noise'"):
         judge([controlled], records)
-    with pytest.raises(OpdlabError, match="without the analysis 'pairs'"):
-        verdict(made({"opd": 1.0, "rlvr": 0.0}), one)
 
 
 def test_what_is_missing_decides_nothing():
