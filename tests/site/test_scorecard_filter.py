@@ -30,15 +30,15 @@ REAL = {found.claim.name: verdict(found.claim, "seen") for found in TOY[::7][:3]
 def address(tmp_path_factory):
     """The address of a page with the table, written as Sphinx would."""
     themes = (pydata_sphinx_theme, "pydata-sphinx-theme"), (sphinx_book_theme, "sphinx-book-theme")
-    sheets = [
-        sheet for package, name in themes for sheet in Path(package.__file__).parent.glob(f"theme/*/static/styles/{name}.css")
-    ]  # fmt: skip
-    sheets += [STATIC / "custom.css", STATIC / "scorecard" / "filter.css"]
+    sheets = [STATIC / "custom.css", STATIC / "scorecard" / "filter.css"]
+    for package, name in reversed(themes):
+        sheets = [*Path(package.__file__).parent.glob(f"theme/*/static/styles/{name}.css"), *sheets]
     styles = "".join(f'<link rel="stylesheet" href="{sheet.as_uri()}">' for sheet in sheets)
     script = f'<script defer src="{(STATIC / "scorecard" / "filter.js").as_uri()}"></script>'
     page = tmp_path_factory.mktemp("pages") / "scorecard.html"
     page.write_text(
-        f'<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8"><title>Test</title>{styles}{script}'
+        f'<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8"><title>Test</title>'
+        f"{styles}{script}"
         '</head><body><main class="bd-content"><article class="bd-article"><h1>Scorecard</h1><div class="cell_output">'
         f'<div class="text_html">{claims_table(TOY, REAL)}</div></div></article></main></body></html>'
     )
