@@ -164,7 +164,8 @@ def note_status(path: Path, scale: str, seconds: float) -> None:
     status = json.loads(STATUS.read_text()) if STATUS.exists() else {}
     when = {"executed": date.today().isoformat(), "seconds": round(seconds, 1), "scale": scale}
     status[path.name] = when | provenance()
-    write_json(STATUS, dict(sorted(status.items())))
+    # What is no page any more has no status.
+    write_json(STATUS, {name: status[name] for name in sorted(status) if (BOOK / name).is_file()})
 
 
 def export_hero() -> None:

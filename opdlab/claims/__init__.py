@@ -6,4 +6,4 @@
 
 from opdlab.claims.paper import CLAIMS, FINDINGS
 from opdlab.claims.rules import VERDICTS, Claim, Contrast, Metric, Runs, Verdict, digests, judge, written_after
-from opdlab.claims.scorecard import badge, fold, judgeable, scorecard, verdict_table
+from opdlab.claims.scorecard import badge, claims_table, fold, judgeable, scorecard, verdict_table

@@ -78,10 +78,10 @@ class Metric:
         Raises:
             OpdlabError: if the records lack the analysis or the column.
         """
-        rows = self.rows(records)
-        if self.column not in rows:
-            raise OpdlabError(f"the records have no column {self.column!r}: record them again")
-        columns = tuple(filter(None, (self.column, self.minus)))
+        rows, columns = self.rows(records), tuple(filter(None, (self.column, self.minus)))
+        for column in columns:
+            if column not in rows:
+                raise OpdlabError(f"the records have no column {column!r}: record them again")
         runs = per_run(rows, columns) if "block" in rows else rows
         if self.progress is not None or self.column in EVALUATED:
             runs = nearest(runs, 1.0 if self.progress is None else self.progress)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from opdlab.claims.paper import CLAIMS
+from opdlab.claims.paper import CLAIMS, FINDINGS
 from opdlab.claims.rules import Claim, Verdict
 from opdlab.lab.records import Records
 from opdlab.stats import Interval
@@ -48,14 +48,14 @@ def badge(verdict: str, by: str = "") -> str:
     return f'<span class="verdict verdict-{kind}" {told}>{escape(plain.name)}</span>'
 
 
-class Folded(str):
-    """HTML that a notebook shows, folded until a reader opens it."""
+class Html(str):
+    """HTML that a notebook shows."""
 
     def _repr_html_(self) -> str:
         return str(self)
 
 
-def fold(table: pd.DataFrame, summary: str) -> Folded:
+def fold(table: pd.DataFrame, summary: str) -> Html:
     """Return a table under a line that opens it; cells may hold HTML, and ``table.attrs["note"]`` comes before it.
 
     >>> fold(pd.DataFrame({"arm": ["OPD"]}), "Which arms?")[:55]
@@ -63,7 +63,7 @@ def fold(table: pd.DataFrame, summary: str) -> Folded:
     """
     html = table.to_html(escape=False, border=0)
     note = f"<p>{table.attrs['note']}</p>" if "note" in table.attrs else ""
-    return Folded(f'<details class="numbers"><summary>{escape(summary)}</summary>{note}{html}</details>')
+    return Html(f'<details class="numbers"><summary>{escape(summary)}</summary>{note}{html}</details>')
 
 
 #: How the columns of a chapter's verdicts are read.
@@ -160,3 +160,47 @@ def scorecard(verdicts: Sequence[Verdict], after: Collection[str] = ()) -> pd.Da
             }
         )
     return pd.DataFrame(rows, index=[found.claim.name for found in verdicts])
+
+
+# What is in the open of a row; the rest of the scorecard is unfolded on demand.
+_OPEN = ("claim", "verdict", "elsewhere")
+_HEADS = ("claim", "verdict", "other papers", "details")
+
+
+def claims_table(
+    verdicts: Sequence[Verdict], real: Mapping[str, Verdict] | None = None, after: Collection[str] = ()
+) -> Html:
+    """Return every claim as a row of four columns, in HTML; a script of the site lets a reader filter the rows.
+
+    They are the claim with its finding, the verdict as a badge, what other papers found, and all else, folded.
+
+    Args:
+        verdicts: of the toy model.
+        real: verdicts of the real model on the same claims, by name, where it can decide them.
+        after: names of the claims that were written after a run.
+    """
+    real, table = real or {}, scorecard(verdicts, after)
+    rows = [_row(found, real.get(found.claim.name), table.loc[found.claim.name]) for found in verdicts]
+    heads = "".join(f'<th scope="col">{head}</th>' for head in _HEADS)
+    return Html(f'<table class="scorecard"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
+
+
+def _row(toy: Verdict, real: Verdict | None, written: pd.Series) -> str:
+    title, _ = FINDINGS[toy.claim.finding]
+    names = {"toy": PLAIN[toy.verdict].name, "real": PLAIN[real.verdict].name if real else ""}
+    data = {"finding": title} | names
+    shown, more = badge(toy.verdict, toy.by), dict(written.drop(list(_OPEN)))
+    if real:
+        shown += f'<br><span class="beside">real model:</span> {badge(real.verdict, real.by)}'
+        more["effect in the real model"] = f"{real.effect:+.3g}"
+    told = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in more.items() if value != ""
+    )
+    summary = f'<summary aria-label="Details of: {escape(toy.claim.statement)}">details</summary>'
+    marks = " ".join(f'data-{key}="{escape(value)}"' for key, value in data.items())
+    return (
+        f"<tr {marks}>"
+        f'<th scope="row">{escape(toy.claim.statement)}<br><span class="beside">{escape(title)}</span></th>'
+        f"<td>{shown}</td><td>{escape(toy.claim.elsewhere)}</td>"
+        f"<td><details>{summary}<dl>{told}</dl></details></td></tr>"
+    )

@@ -154,6 +154,18 @@ def test_values_of_an_analysis():
         verdict(made({"opd": 1.0, "rlvr": 0.0}), one)
 
 
+def test_older_records_can_decide_less():
+    """Records that lack a column, of the effect or of a control, decide what needs none of it."""
+    records = made({"opd": 1.0, "rlvr": 0.0})
+    older = replace(records, trajectory=records.trajectory.drop(columns="stable_rank"))
+    assert claim().judgeable(records) and not claim().judgeable(older)
+    assert not claim("near", RANK).judgeable(older)
+    controlled = claim(controls={"noise": Contrast(replace(END, minus="noise"), "opd", "rlvr")})
+    assert not controlled.judgeable(records)
+    with pytest.raises(OpdlabError, match="no column 'noise'"):
+        judge([controlled], records)
+
+
 def test_what_is_missing_decides_nothing():
     one = made({"opd": 5.0, "rlvr": 0.0, "sft_matched": 0.0}, seeds=4)
     one = replace(one, trajectory=one.trajectory.query("not (arm == 'opd' and seed > 0)"))

@@ -1,5 +1,6 @@
 """The claims are well made, and a reader sees the verdicts on them under plain names."""
 
+import re
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import needs_tiny
 import opdlab
 from opdlab.claims import CLAIMS, FINDINGS, VERDICTS, judge, judgeable, scorecard
 from opdlab.claims.rules import KNOWN, Claim, Contrast, Metric, Verdict
-from opdlab.claims.scorecard import PLAIN, badge, fold, verdict_table
+from opdlab.claims.scorecard import PLAIN, badge, claims_table, fold, verdict_table
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.grid import PAPER, RECORDED
@@ -137,3 +138,22 @@ def test_a_folded_table_opens_by_its_line():
     folded = fold(pd.DataFrame({"verdict": [badge("seen")]}), "Which & why?")
     assert folded._repr_html_() == folded and folded.startswith("<details") and folded.endswith("</details>")
     assert "<summary>Which &amp; why?</summary>" in folded and badge("seen") in folded
+
+
+def test_the_table_of_all_claims_has_four_columns_and_the_rest_folded(verdicts):
+    real = {"two": replace(verdicts[1], verdict="seen", effect=Interval(2.0, 1.5, 2.5))}
+    html = claims_table(verdicts, real, after={"two"})
+    assert html._repr_html_() == html and html.startswith('<table class="scorecard">')
+    head, one, two = re.findall("<tr.*?</tr>", html)
+    assert re.findall('scope="col">(.*?)<', head) == ["claim", "verdict", "other papers", "details"]
+    for row in (one, two):
+        assert row.count("<td") == 3 and row.count("<th") == 1 and row.count("<details>") == 1
+    assert 'data-finding="Rank, and its shadow in bf16" data-toy="seen, but not OPD&#x27;s own" data-real=""' in one
+    assert 'data-toy="undecided" data-real="seen, not tested further"' in two
+    assert badge("explained", "SFT's <own> recipe") in one and "<own>" not in html
+    assert badge("seen") in two and "<dt>effect in the real model</dt><dd>+2 [+1.5, +2.5]</dd>" in two
+    assert "<td>others agree</td>" in two and "<dt>elsewhere</dt>" not in html
+    assert "<dt>paper</dt><dd>Figure 0</dd>" in one and "<dt>written</dt><dd>after</dd>" in two
+    assert "<dt>left by the controls</dt><dd>12% [10%, 15%]</dd>" in one
+    assert "left by the controls" not in two, "what is empty is left out"
+    assert 'aria-label="Details of: It is not."' in two
