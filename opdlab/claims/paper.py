@@ -378,15 +378,15 @@ _BY_ANALYSES = (
 #:
 #: :meta hide-value:
 FINDINGS = {
-    "regime": ("How far, and where", "04_size"),
-    "rank": ("Rank, and its shadow in bf16", "06_rank"),
+    "regime": ("How far each update goes", "04_size"),
+    "rank": ("Rank, and its shadow in bfloat16", "06_rank"),
     "locking": ("Locking", "07_locking"),
     "sufficiency": ("Is the early subspace enough?", "08_sufficiency"),
     "tokens": ("Change one part", "09_parts"),
     "rollouts": ("Change one part", "09_parts"),
     "objectives": ("Change one part", "09_parts"),
     "mechanism": ("What makes the geometry?", "10_mechanism"),
-    "interpolation": ("Is it between?", "11_between"),
+    "interpolation": ("Is OPD between SFT and RLVR?", "11_between"),
 }
 #: All claims.
 #:

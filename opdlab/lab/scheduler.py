@@ -21,7 +21,7 @@ from tqdm import tqdm
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.budget import check_device, check_room, processes_for
-from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.laboratory import Laboratory, default_root
 from opdlab.lab.records import (
     add_analysis,
     add_run,
@@ -170,10 +170,12 @@ def provide_given(lab: Laboratory) -> None:
                 round_model(default_folder(name), models.dtype, place)
     for folder, name in models.taken.items():
         if not (lab.models / folder).exists():
-            source = lab.models.parent / name
-            if not source.is_dir():
-                scale = source.parent.name
-                raise OpdlabError(f"there is no model in {source}: run 'opdlab models --scale {scale}' first")
+            # Who repeats the training elsewhere takes it from where it was.
+            sources = [root / "data" / "models" / name for root in (lab.root, default_root())]
+            source = next((folder for folder in sources if folder.is_dir()), None)
+            if source is None:
+                scale = name.partition("/")[0]
+                raise OpdlabError(f"there is no model in {sources[0]}: run 'opdlab models --scale {scale}' first")
             lab.models.mkdir(parents=True, exist_ok=True)
             round_model(source, models.dtype, lab.models / folder)
 

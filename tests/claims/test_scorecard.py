@@ -148,7 +148,7 @@ def test_the_table_of_all_claims_has_four_columns_and_the_rest_folded(verdicts):
     assert re.findall('scope="col">(.*?)<', head) == ["claim", "verdict", "other papers", "details"]
     for row in (one, two):
         assert row.count("<td") == 3 and row.count("<th") == 1 and row.count("<details>") == 1
-    assert 'data-finding="Rank, and its shadow in bf16" data-toy="seen, but not OPD&#x27;s own" data-real=""' in one
+    assert 'data-finding="Rank, and its shadow in bfloat16" data-toy="seen, but explained" data-real=""' in one
     assert 'data-toy="undecided" data-real="seen, not tested further"' in two
     assert badge("explained", "SFT's <own> recipe") in one and "<own>" not in html
     assert badge("seen") in two and "<dt>effect in the real model</dt><dd>+2 [+1.5, +2.5]</dd>" in two

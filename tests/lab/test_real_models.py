@@ -182,11 +182,12 @@ def test_a_base_takes_the_tokenizer_and_the_ends_of_its_teacher(pretrained, tmp_
     check_same_vocabulary(own.models / "anchor", teacher)
 
 
-def test_a_model_of_another_scale_is_taken_as_a_rounded_copy(lab, tmp_path):
-    own = Laboratory(TINY, tmp_path)
+def test_a_model_of_another_scale_is_taken_as_a_rounded_copy(lab, tmp_path, monkeypatch):
+    own = Laboratory(TINY, tmp_path / "own")
+    monkeypatch.setenv("OPDLAB_HOME", str(tmp_path / "home"))
     with pytest.raises(OpdlabError, match=r"tiny-learning/anchor: run 'opdlab models --scale tiny-learning' first"):
         provide_given(own)
-    shutil.copytree(lab.models / "anchor", own.models.parent / "tiny-learning" / "anchor")
+    shutil.copytree(lab.models / "anchor", tmp_path / "home/data/models/tiny-learning/anchor")
     assert "young" in all_models(own)
     assert all(job.what != "young" for job in plan(own, (), models=all_models(own))), "no arm makes it"
     for _ in range(2):
