@@ -129,11 +129,15 @@ class Laboratory:
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""
-        named, recipes = self.arm(name), self.scale.budget.recipes
-        recipe = recipes.get(name) or recipes.get(named.recipe)
+        named, recipe = self.arm(name), self._recipe(name)
         if recipe is None:
-            raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {', '.join(recipes)}")
+            recipes = ", ".join(self.scale.budget.recipes)
+            raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {recipes}")
         return replace(recipe, learning_rate=recipe.learning_rate * named.lr_factor)
+
+    def _recipe(self, name: str) -> Recipe | None:
+        recipes = self.scale.budget.recipes
+        return recipes.get(name) or recipes.get(self.arm(name).recipe)
 
     def seeds_of(self, name: str) -> tuple[int, ...]:
         """Return the seeds that an arm is recorded with."""
@@ -243,7 +247,7 @@ class Laboratory:
     def _projected(self, wanted: Callable[[NamedArm], bool]) -> Iterator[tuple[NamedArm, int]]:
         """Yield the projected arms that the scale records and that are wanted, each with the step where it begins."""
         for other in map(self.arm, self.scale.policy.arms):
-            if other.arm.projection and wanted(other):
+            if other.arm.projection and wanted(other) and self._recipe(other.name):
                 yield other, self.recipe(other.name).steps_at((other.arm.projection.start,))[0]
 
     def kept_steps(self, name: str) -> set[int]:
