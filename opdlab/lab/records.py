@@ -245,7 +245,14 @@ def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
     if not path.exists():
         return parts
     known = set(read_table(path).query("seed == @seed")["key"])
-    return [part for part in parts if part.key(lab) not in known]
+    return [part for part in parts if not _is_in(known, part, lab)]
+
+
+def _is_in(known: set[str], part: Part, lab: Laboratory) -> bool:
+    try:
+        return part.key(lab) in known
+    except OpdlabError:  # A run of it starts from a model that is yet to be made.
+        return False
 
 
 # --- making -----------------------------------------------------------------------------------------------------------
