@@ -10,7 +10,7 @@ SCRIPT = "book/_ext/light_pages.py"
 
 @pytest.fixture
 def app(tmp_path):
-    part = SimpleNamespace(caption="Findings", items=["book/06_subspace_locking"])
+    part = SimpleNamespace(caption="Findings", items=["book/06_rank"])
     site_map = SimpleNamespace(root=SimpleNamespace(subtrees=[part]))
     return SimpleNamespace(
         outdir=tmp_path, builder=SimpleNamespace(format="html"), env=SimpleNamespace(external_site_map=site_map)
@@ -19,7 +19,7 @@ def app(tmp_path):
 
 def mended(script, app, **context):
     context = {"script_files": [], "css_files": [], "pathto": lambda path, _: f"../{path}", **context}
-    script.mend_page(app, "book/06_subspace_locking", "page.html", context, None)
+    script.mend_page(app, "book/06_rank", "page.html", context, None)
     return context
 
 

@@ -316,7 +316,7 @@ def test_the_theme_can_be_changed_and_is_kept(page):
 
 
 def test_search_finds_a_term_of_the_glossary(page):
-    page.goto("book/04_where_updates_land.html")
+    page.goto("book/04_size.html")
     page.click(".sidebar-primary__section .search-button__button")
     page.keyboard.type("stable rank")
     page.keyboard.press("Enter")
@@ -325,7 +325,7 @@ def test_search_finds_a_term_of_the_glossary(page):
 
 
 def test_search_and_text_are_reached_by_keyboard(page):
-    page.goto("book/04_where_updates_land.html")
+    page.goto("book/04_size.html")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent").strip() == "Skip to main content"
     page.wait_for_function("document.activeElement.getBoundingClientRect().top >= 0")
@@ -339,37 +339,44 @@ def test_search_and_text_are_reached_by_keyboard(page):
     assert page.is_visible("#pst-search-dialog input")
 
 
-def test_the_steppable_figure_steps(page):
-    page.goto("book/06_subspace_locking.html")
-    figure = page.locator(".steppable").first
-    slider = figure.locator("input[type=range]")
+def test_the_code_behind_figures_is_shown_by_one_switch(page):
+    page.goto("book/06_rank.html")
+    code, switch = (
+        page.locator(".tag_hide-input > details"),
+        page.get_by_label("Show the code behind figures and tables"),
+    )
+    assert code.count() > 5 and not any(one.is_visible() for one in code.all())
+    switch.focus()
+    page.keyboard.press("Space")
+    assert all(one.is_visible() for one in code.all())
+    page.keyboard.press("Space")
+    assert not code.first.is_visible()
 
-    def in_view():
-        return figure.evaluate("box => [...box.querySelectorAll('img')].map(frame => frame.checkVisibility())")
 
-    slider.focus()
-    page.keyboard.press("Home")
-    first = in_view()
-    page.keyboard.press("ArrowRight")
-    second = in_view()
-    assert [sum(first), sum(second)] == [1, 1]
-    assert first.index(True) + 1 == second.index(True)
-    # Nothing jumps, and the frame is there.
-    frame = figure.locator("img").nth(second.index(True))
-    frame.evaluate("frame => frame.decode()")
-    assert frame.evaluate("frame => frame.naturalWidth") > 0
+def test_without_scripts_the_code_can_be_opened_cell_by_cell(browser, host):
+    with browser.new_context(java_script_enabled=False) as context:
+        page = context.new_page()
+        page.goto(f"{host}book/06_rank.html")
+        assert page.locator(".tag_hide-input > details > summary").first.is_visible()
+
+
+def test_the_diagram_is_of_the_page_in_the_dark(page):
+    page.goto("book/06_rank.html")
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    card = "getComputedStyle(document.querySelector('figure.diagram').closest('.text_html')).backgroundColor"
+    assert page.evaluate(card) == "rgba(0, 0, 0, 0)"
 
 
 def test_what_is_hidden_opens_by_keyboard(page):
-    page.goto("book/06_subspace_locking.html")
-    code = page.locator("details:has(summary)").first
+    page.goto("book/06_rank.html")
+    code = page.locator("details.predict").first
     code.locator("summary").focus()
     page.keyboard.press("Enter")
     assert code.evaluate("details => details.open")
 
 
 def test_paper_gets_the_text_alone_in_black_on_white(page):
-    page.goto("book/06_subspace_locking.html")
+    page.goto("book/06_rank.html")
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 720, "height": 1000})
