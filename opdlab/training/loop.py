@@ -107,8 +107,9 @@ def _go_on(
     for step in range(done, run.steps):
         if projection and trainer.projector is None and step >= run.config["projection"]["begin"]:
             whose = train(projection.source, run.root) if projection.source else run
-            directions = whose.snapshot(run.config["projection"]["step"])
-            trainer.project(directions, at_start=step == run.config["projection"]["begin"])
+            weights = whose.snapshot(run.config["projection"]["step"])
+            start = whose.snapshot(0) if projection.source else None  # another run may have begun elsewhere
+            trainer.project(weights, at_start=step == run.config["projection"]["begin"], start=start)
         line = trainer.step(step)
         done = step + 1
         run.append("history", line)

@@ -23,9 +23,16 @@ class Projector:
     """The subspaces of a projection, one per matrix, found once at the start of projected training."""
 
     def __init__(
-        self, projection: Projection, origin: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int = 0
+        self,
+        projection: Projection,
+        origin: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        seed: int = 0,
+        start: Mapping[str, Tensor] | None = None,
     ):
         """Find the subspaces from the state dicts of W_0 and W_t; ``seed`` is of random ones.
+
+        If W_t is of another run, ``start`` is that of its own W_0, which the update is taken from.
 
         Raises:
             OpdlabError: if the kind of space is unknown, or k exceeds a matrix.
@@ -39,8 +46,10 @@ class Projector:
                     raise OpdlabError(
                         f"k is {projection.k}; expected {min(matrix.shape)} at most, as {name} is smaller"
                     )
-                w0, w1 = (tensor.detach().cpu().double() for tensor in (matrix, weights[name]))
-                found = self._find(projection, w0, w1 - w0)
+                mine, begun, reached = (
+                    tensor.detach().cpu().double() for tensor in (matrix, (start or origin)[name], weights[name])
+                )
+                found = self._find(projection, mine, reached - begun)
                 self.of[name] = found.to(matrix.device if found.dtype == torch.bool else matrix)
 
     def _find(self, projection: Projection, w0: Tensor, delta: Tensor) -> Tensor:

@@ -304,13 +304,13 @@ class Trainer:
         """Return the context in which the student's passes compute in their dtype, from weights in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def project(self, weights: Mapping[str, Tensor], at_start: bool) -> None:
-        """Project training from now on; the update from the origin to ``weights`` gives the directions.
+    def project(self, weights: Mapping[str, Tensor], at_start: bool, start: Mapping[str, Tensor] | None = None) -> None:
+        """Project training from now on; the update from ``start``, or the origin, to ``weights`` gives the directions.
 
         A stopped run that goes on is not ``at_start``, and keeps its moments in any case.
         """
         projection = self.arm.projection
-        self.projector = Projector(projection, self.origin, weights, self.experiment.seed)
+        self.projector = Projector(projection, self.origin, weights, self.experiment.seed, start)
         if projection.reset and at_start:
             for optimizer in self.optimizers:
                 optimizer.state.clear()

@@ -25,7 +25,9 @@ from opdlab.lab.scales import TINY, TINY_LEARNING
 from opdlab.lab.tasks import TASKS
 from opdlab.models.files import read_json
 from opdlab.models.folders import load_model, load_tokenizer, round_model
+from opdlab.training import trainer as trainers
 from opdlab.training.loop import install_model
+from opdlab.training.projection import Projector
 
 WHOLE_MODEL = Laboratory.at("tiny")
 SHOWN = ("sft", "opd", "opd_full", "rlvr", "sft_matched", "random_signs", "young_opd", "opd_top25", PUPIL)
@@ -83,6 +85,25 @@ def test_arms_that_are_no_variants_are_all_there():
         "rlvr",
         "sft_matched",
     )
+
+
+def test_the_directions_of_another_seed_are_of_its_own_update(regime, monkeypatch):
+    found = {}
+
+    class Kept(Projector):
+        def __init__(self, *args):
+            super().__init__(*args)
+            found.update(self.of)
+
+    monkeypatch.setattr(trainers, "Projector", Kept)
+    regime.train("opd_of_seed4", 0)
+    other = regime.run("opd", 1)
+    begin = regime.run("opd_of_seed4", 0).config["projection"]["begin"]
+    before, after = other.snapshot(0), other.snapshot(begin)
+    assert len(found) > 10
+    for name, basis in found.items():
+        rows = np.linalg.svd(after[name].double().numpy() - before[name].double().numpy())[2][:4]
+        assert np.square(rows @ basis.double().numpy()).sum() / 4 == pytest.approx(1, abs=1e-6)
 
 
 def test_each_seed_has_its_own_anchor_and_another_batch_stays_there(regime, monkeypatch):
