@@ -339,27 +339,6 @@ def test_search_and_text_are_reached_by_keyboard(page):
     assert page.is_visible("#pst-search-dialog input")
 
 
-def test_the_steppable_figure_steps(page):
-    page.goto("book/06_subspace_locking.html")
-    figure = page.locator(".steppable").first
-    slider = figure.locator("input[type=range]")
-
-    def in_view():
-        return figure.evaluate("box => [...box.querySelectorAll('img')].map(frame => frame.checkVisibility())")
-
-    slider.focus()
-    page.keyboard.press("Home")
-    first = in_view()
-    page.keyboard.press("ArrowRight")
-    second = in_view()
-    assert [sum(first), sum(second)] == [1, 1]
-    assert first.index(True) + 1 == second.index(True)
-    # Nothing jumps, and the frame is there.
-    frame = figure.locator("img").nth(second.index(True))
-    frame.evaluate("frame => frame.decode()")
-    assert frame.evaluate("frame => frame.naturalWidth") > 0
-
-
 def test_what_is_hidden_opens_by_keyboard(page):
     page.goto("book/06_subspace_locking.html")
     code = page.locator("details:has(summary)").first
