@@ -5,13 +5,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import needs_tiny
 
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
-from opdlab.geometry import Resolution, overall_sparsity
+from opdlab.geometry import Resolution
 from opdlab.lab import grid, scheduler
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.analyses.similarity import BASES, WHOLE
@@ -92,7 +93,7 @@ def test_per_run_averages_over_matrices_and_weighs_sparsity(records):
     for (arm, seed), part in records.matrices.groupby(["arm", "seed"]):
         row = runs.loc[(arm, seed)]
         assert row["nss"] == pytest.approx(part["nss"].mean())
-        assert row["sparsity"] == pytest.approx(overall_sparsity(part))
+        assert row["sparsity"] == pytest.approx(np.average(part["sparsity"], weights=part["parameters"]))
         assert row["matrices"] == 21
     steps = per_run(records.trajectory)
     assert len(steps) == len(records.trajectory) / 2 and set(steps["matrices"]) == {21}
