@@ -28,16 +28,6 @@ class Interval(NamedTuple):
         return f"{self.mean:{spec}}{ends}"
 
 
-def proportion_interval(share: float, count: int) -> Interval:
-    """Return Wilson's 95 % interval for a proportion of ``count`` independent trials, such as accuracy on prompts.
-
-    >>> proportion_interval(0.5, 1024)
-    Interval(mean=0.5, low=0.4694..., high=0.5305...)
-    """
-    ends = stats.binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
-    return Interval(share, float(ends.low), float(ends.high))
-
-
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Return Student's t interval for the mean of a few values, one per seed; from a single value its ends are NaN.
 

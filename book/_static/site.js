@@ -1,21 +1,6 @@
-// Nothing here is needed for reading: it spares a reader waits and dark paper.
+// Nothing here is needed for reading: it spares a reader code in the way and dark paper.
 (() => {
   "use strict";
-
-  // All frames of a figure that is stepped through are fetched when it comes near, so that no step waits for one.
-  const coming = new IntersectionObserver(
-    (entries) => {
-      for (const { isIntersecting, target } of entries) {
-        if (!isIntersecting) continue;
-        coming.unobserve(target);
-        for (const frame of target.querySelectorAll("img[loading=lazy]")) frame.loading = "eager";
-      }
-    },
-    { rootMargin: "600px" },
-  );
-  addEventListener("DOMContentLoaded", () => {
-    for (const figure of document.querySelectorAll(".steppable")) coming.observe(figure);
-  });
 
   // The code behind figures and tables is a reader's to ask for, by one switch for the page.
   const root = document.documentElement;

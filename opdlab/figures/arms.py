@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -20,11 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from opdlab.errors import OpdlabError
-from opdlab.figures.style import ABOVE, NULL, panels, set_log
+from opdlab.figures.style import NULL, set_log
 from opdlab.stats import mean_interval
 
-# The matrices of a layer, in the order in which they are applied.
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The smallest distance between two labels at the right of a panel, as a share of its height.
 _GAP = 0.075
 
@@ -43,16 +41,15 @@ class ArmFigures:
 
     looks: Mapping[str, Look]  #: by the arm's name in the column ``arm`` of the tables
 
-    def look_of(self, arm: str, colours: Mapping[str, str] | None = None) -> Look:
-        """Return the look of an arm; here and below ``colours`` replaces the colours of some arms.
+    def look_of(self, arm: str) -> Look:
+        """Return the look of an arm.
 
         Raises:
             OpdlabError: if the arm has no look.
         """
         if arm not in self.looks:
             raise OpdlabError(f"looks has no entry for the arm {arm!r}: add its label, colour and marker")
-        look = self.looks[arm]
-        return look._replace(colour=(colours or {}).get(arm, look.colour))
+        return self.looks[arm]
 
     def colour_of(self, arm: str) -> str:
         """Return the colour of an arm."""
@@ -71,10 +68,8 @@ class ArmFigures:
         *,
         null: str | None = None,
         labels: bool = True,
-        smooth: int = 1,
         log: bool = False,
         bands: Sequence[str] | None = None,
-        colours: Mapping[str, str] | None = None,
     ) -> None:
         """Draw ``y`` against ``x`` for each arm: every seed, the mean with its interval, and the mean of the null.
 
@@ -85,10 +80,8 @@ class ArmFigures:
             y: the column of the vertical axis; rows where it is missing are left out.
             null: the column that holds the null of each row.
             labels: whether to write each arm's label at the end of its curve.
-            smooth: the width of a running mean over rows, for noisy histories.
             log: whether the vertical axis is logarithmic; it then makes room for the null, too.
             bands: the arms whose interval is drawn; by default all, but many bands hide the curves.
-            colours: colours that replace those of some arms.
         """
         ends, drawn = [], []
         # An undefined value has no curve: an arm that gained nothing has no share of its gain, for instance.
@@ -96,15 +89,13 @@ class ArmFigures:
         if table.empty:
             return
         for arm, rows in table.groupby("arm", sort=False):
-            look = self.look_of(arm, colours)
+            look = self.look_of(arm)
             wide = rows.pivot_table(index=x, columns="seed", values=y)
-            if smooth > 1:
-                wide = wide.rolling(smooth, min_periods=1).mean()
             drawn.append(wide.to_numpy().ravel())
-            mean, marker = wide.mean(axis=1), look.marker if smooth == 1 else None
+            mean = wide.mean(axis=1)
             axis.plot(wide.index, wide, color=look.colour, linewidth=0.7, alpha=0.5)
-            axis.plot(wide.index, mean, color=look.colour, linewidth=2, marker=marker, ms=4)
-            if smooth == 1 and wide.shape[1] > 1 and (bands is None or arm in bands):
+            axis.plot(wide.index, mean, color=look.colour, linewidth=2, marker=look.marker, ms=4)
+            if wide.shape[1] > 1 and (bands is None or arm in bands):
                 _, low, high = zip(*map(mean_interval, wide.to_numpy()), strict=True)
                 axis.fill_between(wide.index, low, high, color=look.colour, alpha=0.12, linewidth=0)
             if null:
@@ -115,11 +106,9 @@ class ArmFigures:
             ends.append((float(mean.iloc[-1]), arm))
         _fit(axis, np.concatenate(drawn), log)
         if labels:
-            self.label_ends(axis, ends, colours=colours)
+            self.label_ends(axis, ends)
 
-    def label_ends(
-        self, axis: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[str, str] | None = None
-    ) -> None:
+    def label_ends(self, axis: Axes, ends: Sequence[tuple[float, str]]) -> None:
         """Write the arms' labels to the right of their curves, pushed apart where they would overlap.
 
         ``ends`` holds for each curve the height of its end, in data units, and its arm. The labels follow their curves
@@ -127,7 +116,7 @@ class ArmFigures:
         """
         ends = sorted(ends)
         style: dict[str, Any] = {"xycoords": "axes fraction", "annotation_clip": False, "fontsize": 9, "va": "center"}
-        looks = [self.look_of(arm, colours) for _, arm in ends]
+        looks = [self.look_of(arm) for _, arm in ends]
         names = [axis.annotate(look.label, (1.02, 0.0), color=look.colour, **style) for look in looks]
 
         def place(axis: Axes) -> None:
@@ -170,65 +159,6 @@ class ArmFigures:
         if log:
             set_log(axis.yaxis)
 
-    def draw_modules(self, table: pd.DataFrame, views: Sequence[tuple[str, str, str | None, bool]]) -> Figure:
-        """Draw every matrix of a model: a row of panels per view, a column per module, and in each panel the layers.
-
-        A view is a column of the table, its title, the column of its null or None, and whether its axis is logarithmic.
-        The table has one row per run and matrix, with the columns ``arm``, ``seed``, ``module`` and ``layer``.
-        """
-        present = set(table["module"])
-        modules = [name for name in MODULES if name in present] + sorted(present - set(MODULES))
-        size = (1.15 * len(modules), 1.75 * len(views) + 0.8)
-        figure, axes = plt.subplots(len(views), len(modules), figsize=size, squeeze=False, sharex=True, sharey="row")
-        for row, (column, title, null, log) in zip(axes, views, strict=True):
-            limits = []
-            for axis, module in zip(row, modules, strict=True):
-                of_module = table[table["module"] == module]
-                self.draw_curves(axis, of_module, "layer", column, null=null, labels=False, log=log)
-                axis.xaxis.get_major_locator().set_params(integer=True)
-                limits.append(axis.get_ylim())
-            low, high = np.array(limits).T
-            row[0].set_ylim(low.min(), high.max())
-            row[0].set_ylabel(title)
-        for axis, module in zip(axes[0], modules, strict=True):
-            axis.set_title(module.removesuffix("_proj"), loc="center")
-        axes[0, 0].margins(x=0.15)
-        figure.supxlabel("layer", fontsize=10)
-        arms, nulls = list(dict.fromkeys(table["arm"])), any(null for _, _, null, _ in views)
-        self.arm_legend(figure, arms, null="permuted null" if nulls else None, **ABOVE)
-        return figure
-
-    def draw_scales(
-        self,
-        table: pd.DataFrame,
-        width: float = 4.2,
-        height: float = 2.3,
-        *,
-        null: str | None = None,
-        near: Mapping[str, float] | None = None,
-        wrap: int = 11,
-    ) -> Figure:
-        """Draw quantities at several scales: a row of panels per quantity, a panel per scale, and a dot per seed.
-
-        Args:
-            table: one row per scale, quantity, arm and seed: the columns ``scale``, ``title``, ``arm`` and ``value``.
-            width: the width of a panel in inches.
-            height: the height of a panel in inches.
-            null: the column that holds the null of each row; none is drawn where it is missing.
-            near: by title, the distance from the first arm's mean that is shaded as near enough.
-            wrap: the number of characters after which a label is broken.
-        """
-        titles, scales = table["title"].unique(), table["scale"].unique()
-        figure, axes = panels(len(titles) * len(scales), len(scales), width, height)
-        for axis, (title, scale) in zip(axes, product(titles, scales), strict=True):
-            rows = table[(table["title"] == title) & (table["scale"] == scale)]
-            self.draw_dots(axis, rows, "value", null=null, wrap=wrap)
-            axis.set_title(f"{title}, {scale}")
-            if near and title in near:
-                middle = rows.loc[rows["arm"] == rows["arm"].iloc[0], "value"].mean()
-                axis.axhspan(middle - near[title], middle + near[title], color="0.93", zorder=0, linewidth=0)
-        return figure
-
     def draw_points(self, axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
         """Draw one point per row in the plane of ``x`` and ``y``, both logarithmic."""
         for arm, rows in table.groupby("arm", sort=False):
@@ -237,64 +167,36 @@ class ArmFigures:
         set_log(axis.xaxis)
         set_log(axis.yaxis)
 
-    def draw_paths(self, axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
-        """Draw the path of each run in the plane of ``x`` (logarithmic) and ``y``, its rows joined in their order."""
-        for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
-            look = self.look_of(arm)
-            axis.plot(rows[x], rows[y], color=look.colour, marker=look.marker, ms=3.5, linewidth=0.9, alpha=0.8)
-        set_log(axis.xaxis)
-
-    def draw_rows(
-        self,
-        axis: Axes,
-        table: pd.DataFrame,
-        *,
-        names: bool = True,
-        counts: float = 0.0,
-        colours: Mapping[str, str] | None = None,
-    ) -> None:
+    def draw_rows(self, axis: Axes, table: pd.DataFrame, *, names: bool = True) -> None:
         """Draw one row per arm: a small dot per seed, the mean and its 95 % interval, and a dashed line at zero.
 
         Args:
             axis: the panel.
             table: one column per arm, named after it, and one row per seed.
             names: whether to write the arms' labels at the left.
-            counts: the smallest effect that counts; what lies closer to zero is shaded.
-            colours: colours that replace those of some arms.
         """
         for row, (arm, values) in enumerate(table.items()):
-            look, values = self.look_of(arm, colours), values.dropna()
+            look, values = self.look_of(arm), values.dropna()
             found = mean_interval(values)
             axis.plot(values, np.full(len(values), row), "o", color=look.colour, ms=3, alpha=0.5)
             axis.plot([found.low, found.high], [row, row], color=look.colour, linewidth=2)
             axis.plot(found.mean, row, look.marker, color=look.colour, ms=6)
         axis.axvline(0, **NULL)
-        if counts:
-            axis.axvspan(-counts, counts, color="0.93", zorder=0, linewidth=0)
         axis.set_yticks(range(table.shape[1]), [self.look_of(arm).label for arm in table] if names else [])
         axis.set_ylim(table.shape[1] - 0.5, -0.5)
         axis.tick_params(axis="y", length=0)
         axis.locator_params(axis="x", nbins=4)
 
-    def arm_legend(
-        self,
-        place: Axes | Figure,
-        arms: Sequence[str],
-        *,
-        null: str | None = None,
-        colours: Mapping[str, str] | None = None,
-        **options: Any,
-    ) -> None:
+    def arm_legend(self, place: Axes | Figure, arms: Sequence[str], *, null: str | None = None, **options: Any) -> None:
         """Add a legend of arms; a panel without data is given over to it.
 
         Args:
             place: a panel, or the whole figure.
             arms: the arms, in order.
             null: what to call the null, if there is one.
-            colours: colours that replace those of some arms.
             options: further arguments of Matplotlib's ``legend``, such as :data:`opdlab.figures.style.ABOVE`.
         """
-        looks = [self.look_of(arm, colours) for arm in arms]
+        looks = [self.look_of(arm) for arm in arms]
         line = partial(plt.Line2D, [], [])
         handles = [line(label=label, color=colour, marker=marker, linewidth=2, ms=5) for label, colour, marker in looks]
         if null:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -62,19 +61,3 @@ def set_log(axis: XAxis | YAxis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_minor_locator(NullLocator())
-
-
-def note_null(axis: Axes, value: float) -> None:
-    """Write the value of a permuted null above a panel, at its top right, so that the panel need not stretch to it."""
-    style = {"color": NULL["color"], "fontsize": 9, "ha": "right", "va": "bottom"}
-    axis.annotate(f"permuted: {value:.3g} ↑", (1.0, 1.0), xycoords="axes fraction", annotation_clip=False, **style)
-
-
-def shades(names: Sequence[str], palette: str = "blend:#16002B,#6A3D9A,#C9B1E4") -> dict[str, str]:
-    """Return a colour for each name, the darkest first, from a seaborn palette that begins dark; by default purples.
-
-    >>> shades(["three quarters", "half"])
-    {'three quarters': '#16002b', 'half': '#6a3d9a'}
-    """
-    # One colour more than names, so that the last of them is not too pale to be seen.
-    return dict(zip(names, sns.color_palette(palette, len(names) + 1).as_hex(), strict=False))

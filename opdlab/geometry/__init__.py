@@ -30,8 +30,8 @@ from opdlab.geometry.masks import (
     smallest_entries,
 )
 from opdlab.geometry.matrices import Description, describe, weight_matrices
-from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair, overall_sparsity
-from opdlab.geometry.nulls import noise_mask, norm_matched, permute, permuted_update, random_walk, random_walk_sim
+from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair
+from opdlab.geometry.nulls import noise_mask, norm_matched, permute, random_walk
 from opdlab.geometry.rows import measure_rows
 from opdlab.geometry.ruler import change_probability, noise_curve, noise_norm, noise_overlap, noise_sparsity
 from opdlab.geometry.sparsity import (

@@ -231,23 +231,6 @@ def measure_matrix(
     return row | of_size | _suffixed(matched, "_matched")
 
 
-def overall_sparsity(table: DataFrame) -> float:
-    """Return the sparsity of all measured weights together: the mean over matrices, weighted by their parameters.
-
-    Raises:
-        OpdlabError: if a matrix occurs twice: then the rows are of several updates, or of several steps.
-
-    Source: 2606.07082, Appendix C.3 and Table 1. All other columns are averaged without weights.
-
-    >>> from pandas import DataFrame
-    >>> overall_sparsity(DataFrame({"matrix": ["a", "b"], "sparsity": [1.0, 0.5], "parameters": [100, 300]}))
-    0.625
-    """
-    if table["matrix"].duplicated().any():
-        raise OpdlabError("table has a matrix in several rows; expected those of one update, for example of one step")
-    return float((table["sparsity"] * table["parameters"]).sum() / table["parameters"].sum())
-
-
 def visible_shares(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
     """Return how much of an update is visible, by the three rules."""
     return {

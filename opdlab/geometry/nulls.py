@@ -17,7 +17,6 @@ from torch import Generator, Tensor
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.masks import smallest_entries
-from opdlab.geometry.subspaces import Similarity, similarity_to_end
 
 
 def permute(delta: Tensor, generator: Generator) -> Tensor:
@@ -31,21 +30,6 @@ def permute(delta: Tensor, generator: Generator) -> Tensor:
     dtype = torch.int32 if delta.numel() < 2**31 else torch.int64
     places = torch.randperm(delta.numel(), generator=generator, dtype=dtype).to(delta.device)
     return delta.flatten().index_select(0, places).reshape(delta.shape)
-
-
-def permuted_update(w0: Tensor, w1: Tensor, generator: Generator) -> Tensor:
-    """Return w0 plus the permuted update w1 - w0, in float64: the null for mask overlaps.
-
-    Small weights have small bfloat16 steps, so an update shows on them more often without any geometry. Rounding this
-    tensor to bfloat16 and computing the overlaps again, as ``overlap(m, update_mask(w0, permuted))``, tells how often.
-    The weights are of any shape, and unrounded, as a trainer keeps them.
-
-    >>> w0, w1 = torch.zeros(4), torch.arange(4.0)
-    >>> permuted_update(w0, w1, torch.Generator().manual_seed(0)).sort().values
-    tensor([0., 1., 2., 3.], dtype=torch.float64)
-    """
-    w0, w1 = _checks.pair(w0, w1)
-    return w0 + permute(w1 - w0, generator)
 
 
 def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
@@ -87,18 +71,6 @@ def random_walk(norms: Sequence[float], shape: Sequence[int], generator: Generat
     m, n = (_checks.whole(side, f"shape[{i}]", 1) for i, side in enumerate(shape))
     steps = (torch.randn(m, n, dtype=torch.float64, generator=generator) for _ in sizes)
     return accumulate(step * (size / torch.linalg.vector_norm(step)) for size, step in zip(sizes, steps, strict=True))
-
-
-def random_walk_sim(norms: Sequence[float], shape: Sequence[int], k: int, generator: Generator) -> Similarity:
-    """Return Sim_K(t, t_end) of a :func:`random_walk`: what a shared history gives without any preferred direction.
-
-    The last of the T similarities a side is 1; they are NaN as long as the walk has not left w0.
-
-    >>> walk = random_walk_sim([1.0, 1.0, 0.0], (64, 64), 2, torch.Generator().manual_seed(0))
-    >>> [round(sim, 2) for sim in walk.right]  # the last step is nothing
-    [0.26, 1.0, 1.0]
-    """
-    return similarity_to_end(list(random_walk(norms, shape, generator)), k)
 
 
 def norm_matched(w0: Tensor, w1: Tensor, norm: float) -> Tensor:

@@ -179,7 +179,7 @@ def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
     """Return Sim_K(t, t_end) of T cumulative updates w_t - w0, in order, to the last of them: T numbers a side.
 
     Successive updates share their history, so the similarity climbs to 1 for any process; compare with
-    :func:`opdlab.geometry.random_walk_sim`. NaN where this update or the last has a rank below k.
+    :func:`opdlab.geometry.random_walk`. NaN where this update or the last has a rank below k.
 
     Raises:
         OpdlabError: if there is no update.

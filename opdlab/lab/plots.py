@@ -9,7 +9,7 @@ from opdlab.figures.diagram import Diagram, Lane, draw_experiment
 
 # What needs no arm is here too, so that a chapter draws all its figures by one name.
 from opdlab.figures.ruler import draw_ruler  # noqa: F401
-from opdlab.figures.style import ABOVE, NULL, note_null, panels, set_log, shades, use_style  # noqa: F401
+from opdlab.figures.style import ABOVE, NULL, panels, set_log, use_style  # noqa: F401
 from opdlab.lab.grid import ARMS, ancestor
 
 #: The colour of each of the paper's arms.
@@ -32,11 +32,8 @@ arm_legend = _FIGURES.arm_legend
 label_ends = _FIGURES.label_ends
 draw_curves = _FIGURES.draw_curves
 draw_dots = _FIGURES.draw_dots
-draw_modules = _FIGURES.draw_modules
-draw_paths = _FIGURES.draw_paths
 draw_points = _FIGURES.draw_points
 draw_rows = _FIGURES.draw_rows
-draw_scales = _FIGURES.draw_scales
 
 # Who writes and who grades, of the arms that start from the anchor.
 _LANES = {

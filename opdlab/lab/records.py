@@ -58,15 +58,6 @@ class Records:
     runs: pd.DataFrame  #: one row per run, with key, what decides it, versions, seconds
     analyses: dict[str, pd.DataFrame] = field(default_factory=dict)  #: tables of analyses by name, with a column seed
 
-    def of_seeds(self, seeds: Sequence[int]) -> Records:
-        """Return only what is of these seeds."""
-
-        def kept(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-            return {name: table[table["seed"].isin(seeds)] for name, table in tables.items()}
-
-        own = {name: getattr(self, name) for name in (*TABLES, "runs")}
-        return Records(**kept(own), analyses=kept(self.analyses))
-
     def table_of(self, column: str, analysis: str = "", over_steps: bool = False) -> pd.DataFrame:
         """Return the table that a column is read from.
 

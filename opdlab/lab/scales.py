@@ -131,7 +131,7 @@ TINY = Scale(
     policy=RecordPolicy(
         arms=RECORDED,
         analyses=(
-            *("similarity", "directions", "span", "landscape", "extrapolation", "gradients"),
+            *("similarity", "span", "landscape", "extrapolation", "gradients"),
             *("linearity", "retention", "taught"),
         ),
         other_seeds={"opd": tuple(range(8)), "sft": tuple(range(8))},

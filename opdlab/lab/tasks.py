@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -56,17 +55,6 @@ Draw = Callable[[np.random.Generator], str]
 
 def _task(name: str, draw: Draw, demonstration: Callable[[str], str], answer: Callable[[str, str], str | None]) -> Task:
     return Task(name, draw, demonstration, RightAnswer(answer, demonstration))
-
-
-def constant_accuracy(task: Task, prompts: Sequence[str]) -> float:
-    """Return the accuracy of the one answer that is right most often, whatever the prompt: what a gain must beat.
-
-    >>> constant_accuracy(RUNNING_SUM, ["Q1+2=?A:", "Q2+1=?A:", "Q2+2=?A:", "Q3+4=?A:"])
-    0.5
-    """
-    assert isinstance(task.score, RightAnswer), "of the book's tasks only"
-    answers = Counter(map(task.score.right, prompts))
-    return max(answers.values()) / len(prompts)
 
 
 def after_hash(prompt: str, completion: str) -> str | None:

@@ -8,7 +8,6 @@ splitting it into micro-batches changes nothing. OPD, RLVR and their mixtures di
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -97,31 +96,6 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return _kl(teacher, student)
 
 
-def generalised_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
-    """Return β KL(T || m) + (1 - β) KL(S || m), with m = (1 - β) p_S + β p_T (B, T); logits (B, T, V).
-
-    GKD's divergence (2306.13649, Eq. 1) in TRL's convention: at β = 0 it is KL(T || S) and at β = 1 it is KL(S || T).
-    It jumps at both ends: just inside, it is β KL(T || S) near 0 and (1 - β) KL(S || T) near 1, to first order. So
-    a sweep over β sweeps the size of the gradient too, and digits cancel: at β = 0.001 four can be left in float32.
-
-    Raises:
-        OpdlabError: if β is outside [0, 1], or the two logits differ in shape.
-
-    >>> student, teacher = torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log()
-    >>> [round(float(generalised_jsd(student, teacher, beta)), 4) for beta in (0, 0.001, 0.5, 0.999, 1)]
-    [0.1308, 0.0001, 0.0338, 0.0001, 0.1438]
-    """
-    if not 0 <= beta <= 1:
-        raise OpdlabError(f"beta must lie between 0 and 1, not {beta}")
-    if beta == 0:
-        return forward_kl(student_logits, teacher_logits)
-    if beta == 1:
-        return reverse_kl(student_logits, teacher_logits)
-    student, teacher = _both_logps(student_logits, teacher_logits)
-    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-
-
 def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> Tensor:
     """Return KL(S || T) (B, T) on k + 1 outcomes: the student's k likeliest tokens, and all others as one.
 
@@ -157,20 +131,6 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> T
 LARGEST = 20.0
 
 
-def kl_estimators(logratio: Tensor) -> dict[str, Tensor]:
-    """Return the estimators k1 = r, k2 = r²/2 and k3 = exp(-r) - 1 + r of KL(S || T), each of ``logratio``'s shape.
-
-    r = log p_S(a) - log p_T(a) for a drawn from S (J. Schulman, "Approximating KL divergence", 2020). As *values*, k1
-    and k3 are unbiased and k3 is never negative. As *losses*, in expectation over a, k1 gives the gradient 0, k2 that
-    of KL(S || T) and k3 that of KL(T || S); k1 held fixed gives that of KL(S || T), see :func:`opd_advantages`. In the
-    exponent, -r ends at 20, as in other libraries: no float overflows.
-
-    >>> kl_estimators(torch.tensor(0.5).log())  # log 1/2, (log 2)² / 2, and 2 - 1 - log 2
-    {'k1': tensor(-0.6931), 'k2': tensor(0.2402), 'k3': tensor(0.3069)}
-    """
-    return {"k1": logratio, "k2": logratio.square() / 2, "k3": torch.expm1(-logratio.clamp(min=-LARGEST)) + logratio}
-
-
 # --- advantages: OPD, RLVR and mixtures -------------------------------------------------------------------------------
 
 
@@ -192,26 +152,20 @@ def opd_advantages(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     return (teacher_logps - student_logps).detach()
 
 
-def grpo_advantages(rewards: Tensor, group_size: int, scale: str = "std", eps: float = 1e-4) -> Tensor:
+def grpo_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4) -> Tensor:
     """Return A_RLVR (B,) of ``rewards`` (B,), where each ``group_size`` successive rewards answer one prompt.
 
     A = (reward - group mean) / (group standard deviation + eps), of GRPO (2402.03300, section 4.1.2), with the sample
-    standard deviation (n - 1) as in TRL; ``scale="none"`` leaves the division out, as Dr. GRPO does (2503.20783). The
-    mean of each group is 0; a group without variance gets exactly 0.
+    standard deviation (n - 1) as in TRL. The mean of each group is 0; a group without variance gets exactly 0.
 
     Raises:
-        OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, one is not finite, or ``scale`` is
-            neither of the two.
+        OpdlabError: if groups of ``group_size`` >= 2 do not fill ``rewards``, or one is not finite.
 
-    >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2, scale="none")
-    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
+    tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
-    if scale not in ("std", "none"):
-        raise OpdlabError(f"scale must be 'std' or 'none', not {scale!r}")
     groups = _groups(rewards, group_size)
-    advantages = groups - groups.mean(1, keepdim=True)
-    if scale == "std":
-        advantages = advantages / (groups.std(1, keepdim=True) + eps)
+    advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + eps)
     # Rounding in the mean must not make a signal out of equal rewards.
     return advantages.where(has_reward_variance(rewards, group_size)[:, None], 0.0).flatten()
 
@@ -226,23 +180,6 @@ def has_reward_variance(rewards: Tensor, group_size: int) -> Tensor:
     """
     groups = _groups(rewards, group_size)
     return groups.amax(1) != groups.amin(1)
-
-
-def mix_advantages(opd: Tensor, rlvr: Tensor, alpha: float) -> Tensor:
-    """Return α A_OPD + (1 - α) A_RLVR (B, T), of ``opd`` (B, T) and ``rlvr`` (B,), broadcast over its tokens.
-
-    Raw, without normalisation (2606.07082, section 5.3). The gradient is the same mixture, being linear in advantages;
-    but the two differ in size and density, so α is no share of the step.
-
-    Raises:
-        OpdlabError: if α is outside [0, 1], or ``rlvr`` has not one entry for each row of ``opd``.
-
-    >>> mix_advantages(torch.tensor([[-1.0, 0.0]]), torch.tensor([1.0]), alpha=0.75)
-    tensor([[-0.5000,  0.2500]])
-    """
-    if not 0 <= alpha <= 1:
-        raise OpdlabError(f"alpha must lie between 0 and 1, not {alpha}")
-    return alpha * opd + (1 - alpha) * _per_token(rlvr, opd)
 
 
 # The paper's clipping (2606.07082, Table 5): eps = 0.2, eps_high = 0.28.
@@ -301,35 +238,6 @@ def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | Non
     _check_same_shape(per_token, mask)
     total = per_token.where(mask.bool(), 0.0).sum()
     return total / torch.as_tensor(mask.sum() if normalizer is None else normalizer).clamp(min=1)
-
-
-def sequence_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
-    """Return the sum over sequences of their means of ``per_token`` (B, T) over ``mask``, divided by ``normalizer``.
-
-    ``normalizer`` is the number of sequences in the whole batch, by default B; an empty sequence adds 0 and counts.
-    Raises what :func:`token_mean` raises.
-
-    >>> sequence_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
-    tensor(3.7500)
-    """
-    _check_same_shape(per_token, mask)
-    means = per_token.where(mask.bool(), 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    return means.sum() / torch.as_tensor(mask.shape[0] if normalizer is None else normalizer).clamp(min=1)
-
-
-# The reductions in use for GRPO, by TRL's names: (loss per token, mask, rows, tokens, length) -> scalar, with the rows
-# and tokens of the whole batch, and the longest completion allowed. The losses of the micro-batches are to be added up.
-# Only bnpo depends on the split: a micro-batch is averaged over its *own* tokens and weighs by its rows.
-REDUCTIONS: dict[str, Callable[[Tensor, Tensor, int, int, int], Tensor]] = {
-    # Each sequence weighs the same: DeepSeekMath, 2402.03300, Eq. 3.
-    "grpo": lambda loss, mask, rows, tokens, length: sequence_mean(loss, mask, rows),
-    # Each token of a micro-batch weighs the same.
-    "bnpo": lambda loss, mask, rows, tokens, length: token_mean(loss, mask) * len(mask) / rows,
-    # Each token weighs the same, whatever the batch: Dr. GRPO, 2503.20783.
-    "dr_grpo": lambda loss, mask, rows, tokens, length: token_mean(loss, mask, rows * length),
-    # Each token of the batch weighs the same: DAPO, 2503.14476, Eq. 12; and what opdlab trains with.
-    "dapo": lambda loss, mask, rows, tokens, length: token_mean(loss, mask, tokens),
-}
 
 
 #: In pieces of so many logits, or of one sequence, what is computed of them stays in the caches of a CPU.

@@ -81,27 +81,6 @@ def test_a_logarithmic_panel_has_room_for_the_null(table):
         axis, table.assign(value=table["value"].where(table["arm"] == "sft", 0)), "step", "value", log=True
     )
     assert axis.get_ylim()[0] > 0 and all(0 <= text.xy[1] <= 1 for text in axis.texts)
-    style.note_null(axis, 123.4)
-    assert axis.texts[-1].get_text() == "permuted: 123 ↑"
-
-
-def test_modules_have_one_panel_each_in_the_order_of_the_computation(table):
-    matrices = pd.concat(
-        table.rename(columns={"step": "layer"}).assign(module=module) for module in ("up_proj", "extra", "q_proj")
-    )
-    figure = FIGURES.draw_modules(matrices, [("value", "a value", None, True), ("value", "again", "null", False)])
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["q", "up", "extra", "", "", ""]
-    assert len({axis.get_ylim() for axis in figure.axes[:3]}) == 1
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SFT", "OPD", "permuted null"]
-
-
-def test_scales_have_a_null_where_there_is_one(table):
-    last = table[table["step"] == 3].assign(scale="tiny")
-    both = pd.concat([last.assign(title="with"), last.assign(title="without", null=np.nan)])
-    figure = FIGURES.draw_scales(both, null="null")
-    dashes = [[line for line in axis.lines if line.get_linestyle() == "--"] for axis in figure.axes]
-    assert [sum(bool(np.isfinite(line.get_ydata()).all()) for line in lines) for lines in dashes] == [2, 0]
 
 
 def test_only_the_bands_that_are_asked_for_are_drawn(table):
@@ -117,15 +96,6 @@ def test_labels_stay_in_the_panel():
     assert [text.xy[1] for text in axis.texts] == pytest.approx([0.85, 0.925, 1.0])
 
 
-def test_smoothed_curves_fill_the_panel(table):
-    _, (axis,) = style.panels(1)
-    noisy = table.assign(value=table["value"] * (-1) ** table["step"])
-    FIGURES.draw_curves(axis, noisy, "step", "value", smooth=2)
-    low, high = axis.get_ylim()
-    drawn = np.concatenate([line.get_ydata() for line in axis.lines])
-    assert low < drawn.min() < low + 0.1 * (high - low) and high > drawn.max() > high - 0.1 * (high - low)
-
-
 def test_dots_draw_each_seed(table):
     _, (axis,) = style.panels(1)
     FIGURES.draw_dots(axis, table[table["step"] == 3], "value", null="null")
@@ -134,12 +104,10 @@ def test_dots_draw_each_seed(table):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["SFT", "OPD"]
 
 
-def test_points_and_paths_hold_every_row(table):
+def test_points_hold_every_row(table):
     _, (left, right) = style.panels(2)
     FIGURES.draw_points(left, table, "step", "value")
-    FIGURES.draw_paths(right, table, "step", "value")
     assert sum(len(points.get_offsets()) for points in left.collections) == len(table)
-    assert len(right.lines) == 6
     FIGURES.arm_legend(right, ["sft", "opd"], null="random walk")
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["SFT", "OPD", "random walk"]
 
@@ -152,7 +120,7 @@ def test_panels_has_no_empty_panel():
 def test_rows_draw_seeds_mean_and_interval():
     effects = pd.DataFrame({"opd": [0.1, 0.2, 0.3], "rlvr": [1.0, 1.0, np.nan]})
     _, (axis,) = style.panels(1)
-    FIGURES.draw_rows(axis, effects, counts=0.25)
+    FIGURES.draw_rows(axis, effects)
     seeds, interval, mean = axis.lines[:3]
     assert seeds.get_xdata().tolist() == [0.1, 0.2, 0.3] and mean.get_xdata() == pytest.approx([0.2])
     assert interval.get_xdata() == pytest.approx([-0.048, 0.448], abs=1e-3)
@@ -164,11 +132,11 @@ def test_rows_draw_seeds_mean_and_interval():
     FIGURES.draw_rows(axis, effects.iloc[:1], names=False)
 
 
-def test_a_figure_may_give_an_arm_another_colour(table):
+def test_an_arm_has_one_colour_in_all_of_a_figure(table):
     _, (axis,) = style.panels(1)
-    FIGURES.draw_curves(axis, table, "step", "value", colours={"opd": "black"})
-    assert [text.get_color() for text in axis.texts] == ["blue", "black"] and axis.lines[-1].get_color() == "black"
-    FIGURES.arm_legend(axis, ("opd", "sft"), colours={"opd": "black"})
+    FIGURES.draw_curves(axis, table, "step", "value")
+    assert [text.get_color() for text in axis.texts] == ["blue", "red"] and axis.lines[-1].get_color() == "red"
+    FIGURES.arm_legend(axis, ("opd", "sft"))
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["OPD", "SFT"]
     assert (FIGURES.colour_of("opd"), FIGURES.marker_of("opd")) == ("red", "o")
 

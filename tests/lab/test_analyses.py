@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from opdlab.geometry import sim_k, top_right, weight_matrices
+from opdlab.geometry import weight_matrices
 from opdlab.lab.analyses import ANALYSES, RunSet
-from opdlab.lab.analyses.directions import COUNT, WALK, cosines
 from opdlab.lab.analyses.gradients import second_moments
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
 from opdlab.lab.analyses.runset import add
@@ -80,7 +79,7 @@ def test_the_next_seed_comes_round_again():
 @pytest.mark.parametrize("analysis", ANALYSES.values(), ids=lambda analysis: analysis.name)
 def test_every_analysis_names_arms_that_exist(analysis):
     tiny = Laboratory.at("tiny")
-    assert {*analysis.arms, *analysis.controls} <= set(ARMS)
+    assert set(analysis.arms) <= set(ARMS)
     for seed in analysis.seeds(tiny):
         for arm, other in read_by(analysis, tiny, seed):
             assert other in TINY.policy.seeds and arm in ARMS
@@ -154,34 +153,6 @@ def test_residual_agrees_with_a_projection():
     q = torch.linalg.qr(torch.stack(basis, 1)).Q
     expected = float((target - q @ (q.T @ target)).norm() / target.norm())
     assert residual(target, basis)[0] == pytest.approx(expected, rel=1e-12)
-
-
-def test_cosines_of_a_planted_turn():
-    # The first of two directions turns by 60 degrees towards a third one; the second stays.
-    turn = torch.tensor(60.0, dtype=torch.float64).deg2rad()
-    late = torch.zeros(4, 4, dtype=torch.float64)
-    late[0, 0], late[1, 1] = 3, 2
-    early = torch.zeros(4, 4, dtype=torch.float64)
-    early[0, 0], early[0, 2], early[1, 1] = 3 * turn.cos(), 3 * turn.sin(), 2
-    then, at_end = cosines([early, late], 2)
-    assert then.numpy() == pytest.approx(torch.tensor([[0.5, 0.0], [0.0, 1.0]]).numpy(), abs=1e-12)
-    assert at_end.numpy() == pytest.approx(torch.eye(2).numpy(), abs=1e-12)
-
-
-def test_squared_cosines_add_up_to_the_similarity():
-    early, late = torch.randn(2, 20, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    squares = cosines([early, late])[0].square()
-    assert float(squares.sum()) / COUNT == pytest.approx(sim_k(top_right(early, COUNT), top_right(late, COUNT)))
-
-
-def test_directions_follow_each_arm_and_the_walk_to_the_end(lab):
-    found = measured(ANALYSES["directions"], RunSet(lab, 0))
-    assert set(found["arm"]) == {"opd", "rlvr", "sft_matched", WALK}
-    last = found[(found["progress"] == 1) & (found["direction"] == found["final"])]
-    # An untrained student earns no rewards: its update has no directions.
-    assert last[last["arm"] != "rlvr"]["cosine"].to_numpy() == pytest.approx(1)
-    counts = found.groupby(["arm", "step"]).size()
-    assert set(counts) == {COUNT**2}
 
 
 # --- weights that no run visited ---

@@ -17,11 +17,6 @@ def test_a_variant_looks_like_the_arm_that_it_descends_from():
     assert {plots.colour_of(arm) for arm in RECORDED} == set(plots.COLOURS.values())
 
 
-def test_shades_are_no_arm_s():
-    colours = plots.shades(("opd_mix50", "opd_mix5"))
-    assert len({*colours.values(), *plots.COLOURS.values()}) == 2 + len(PAPER)
-
-
 def test_the_picture_of_the_experiment_lights_what_a_page_is_about():
     everything, one = plots.experiment(), plots.experiment("rlvr")
     assert everything._repr_html_().count("<svg") == 1 and 'opacity="0.4"' not in everything

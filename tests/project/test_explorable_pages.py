@@ -25,7 +25,7 @@ def test_scripts_come_in_the_order_in_which_they_run_and_none_twice(script):
     body = "".join(map(PLACEHOLDER.format, ("size", "bf16", "size")))
     assert script.scripts_of(body) == ["weights-data", "linalg", "stage", "size", "bf16"]
     assert script.scripts_of(PLACEHOLDER.format("ellipse")) == ["linalg", "stage", "ellipse"]
-    assert script.scripts_of('<figure class="steppable">') == []
+    assert script.scripts_of('<figure class="diagram">') == []
 
 
 def test_a_picture_without_a_script_is_named(script):

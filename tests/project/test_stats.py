@@ -13,20 +13,8 @@ from opdlab.stats import (
     mean_estimate,
     mean_interval,
     prediction_interval,
-    proportion_interval,
     ratio_interval,
 )
-
-
-@given(hits=st.integers(0, 50))
-def test_wilson_by_its_formula(hits):
-    n, z = 50, 1.959963984540054
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    interval = proportion_interval(share, n)
-    assert interval.low == pytest.approx(max(0, centre - half), abs=1e-12)
-    assert interval.high == pytest.approx(min(1, centre + half), abs=1e-12)
 
 
 def test_intervals_cover_as_often_as_they_say():

@@ -3,7 +3,6 @@
 The module :mod:`~opdlab.lab.analyses.runset` is what they work on; one module for each question follows it.
 """
 
-from opdlab.lab.analyses.directions import DIRECTIONS
 from opdlab.lab.analyses.gradients import GRADIENTS
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
 from opdlab.lab.analyses.linearity import LINEARITY
@@ -19,7 +18,7 @@ from opdlab.lab.analyses.taught import TAUGHT
 ANALYSES = {
     analysis.name: analysis
     for analysis in (
-        *(SIMILARITY, DIRECTIONS, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS),
+        *(SIMILARITY, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS),
         *(LINEARITY, RETENTION, TAUGHT),
     )
 }

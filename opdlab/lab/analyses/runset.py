@@ -132,15 +132,13 @@ class Analysis:
     later: tuple[tuple[str, int], ...] = ()  #: arms whose runs of later seeds it reads too, and how many seeds on
     keys: tuple[str, ...] = ()  #: columns that tell apart what is compared by matrix; its record has means by block
     trained: bool = True  #: whether it needs the runs, or only what they start from
-    #: Whether it takes "all" seeds, the "few" of variants, because it measures the accuracy of many weights, or "one",
-    #: because it is for looking at, not for averages.
-    how_many: str = "all"
+    how_many: str = "all"  #: seeds; or the "few" of variants, because it measures the accuracy of many weights
     pairs: Callable[[Laboratory, int], list[Part]] | None = None  #: its parts; by default the whole is one part
 
     def seeds(self, lab: Laboratory) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
         policy = lab.scale.policy
-        return {"all": policy.seeds, "few": policy.variant_seeds, "one": policy.seeds[:1]}[self.how_many]
+        return {"all": policy.seeds, "few": policy.variant_seeds}[self.how_many]
 
     def arms_at(self, lab: Laboratory) -> tuple[str, ...]:
         """Return the arms whose runs it reads at a scale."""
