@@ -30,9 +30,14 @@ class Projector:
         seed: int = 0,
         start: Mapping[str, Tensor] | None = None,
     ):
-        """Find the subspaces from the state dicts of W_0 and W_t; ``seed`` is of random ones.
+        """Find the subspaces.
 
-        If W_t is of another run, ``start`` is that of its own W_0, which the update is taken from.
+        Args:
+            projection: which, how many directions, and on what they act.
+            origin: the state dict of W_0.
+            weights: that of W_t, whose update gives the directions.
+            seed: of random ones.
+            start: where the run of ``weights`` began, if it is another and did not begin at ``origin``.
 
         Raises:
             OpdlabError: if the kind of space is unknown, or k exceeds a matrix.
