@@ -22,7 +22,7 @@
     if (toPaper && onScreen === null) {
       onScreen = root.dataset.theme;
       root.dataset.theme = "light";
-      for (const solution of document.querySelectorAll(".tag_hide-cell details")) solution.open = true;
+      for (const solution of document.querySelectorAll("details.solution, .tag_hide-cell details")) solution.open = true;
     } else if (!toPaper && onScreen !== null) {
       root.dataset.theme = onScreen;
       onScreen = null;
