@@ -1,4 +1,4 @@
-"""What the pictures that move show, taken from the runs of seed 0 at the scale regime; make_explorables.py writes it.
+"""What the pictures that move show, taken from the runs of seed 0 at the scale tiny; make_explorables.py writes it.
 
 All is of one matrix, the value projection of the middle layer, chosen before any was seen. Where a picture computes in
 the reader's browser it has the first 64 rows and columns of it; their updates are stored in 16 bits an entry, and what

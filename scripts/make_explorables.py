@@ -242,7 +242,7 @@ def main() -> None:
         (OUT / f"{name}-data.js").write_text(script_of(name, runs))
     for name, draw in STILLS.items():
         figure, drawn = draw(runs), BytesIO()
-        figure.savefig(drawn, format="png", dpi=2 * figure.dpi, metadata={"Software": None})
+        figure.savefig(drawn, format="png", dpi=1.5 * figure.dpi, metadata={"Software": None})
         plt.close(figure)
         (OUT / f"{name}.png").write_bytes(fewer_colours(drawn.getvalue()))
 
