@@ -28,9 +28,7 @@ def note_terms(app: Sphinx, doctree: nodes.document) -> None:
         meaning = in_words(item.children[-1])
         for term in item.findall(nodes.term):
             for name in filter(lambda name: name.startswith("term-"), term["ids"]):
-                slug = re.sub(
-                    r"[^a-z0-9_-]", "", term.astext().lower().replace(" ", "-")
-                )
+                slug = re.sub(r"[^a-z0-9_-]", "", term.astext().lower().replace(" ", "-"))
                 found.setdefault("myst_slugs", {})[slug] = (0, name, term.astext())
                 found.setdefault("meanings", {})[name] = meaning
 

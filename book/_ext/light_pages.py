@@ -23,13 +23,9 @@ UNSCOPED_HEADER = re.compile(r"<th(?![^>]*\bscope=)(?=[\s>])")
 # A picture written into the page, and what else is said of it; smaller ones are not worth a request.
 INLINE_PICTURE = re.compile(r'<img ([^>]*?)src="data:image/png;base64,([^"]{4096,})"')
 # A picture whose size is in its style only: until it is fetched, a browser gives it no room.
-SIZED_PICTURE = re.compile(
-    r'<img (?![^>]*\b(?:width|height)=)(?=[^>]*style="width: (\d+)px; height: (\d+)px;)'
-)
+SIZED_PICTURE = re.compile(r'<img (?![^>]*\b(?:width|height)=)(?=[^>]*style="width: (\d+)px; height: (\d+)px;)')
 # One icon of Font Awesome's script: its name, its other names, and its drawing.
-ICON = re.compile(
-    r'"?([\w-]+)"?:\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\["[^"]*","[^"]*"\])\],?'
-)
+ICON = re.compile(r'"?([\w-]+)"?:\[\d+,\d+,\[([^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\["[^"]*","[^"]*"\])\],?')
 ICON_NAME = re.compile(r"\bfa-([a-z0-9-]+)")
 
 
@@ -69,12 +65,9 @@ def mend_page(
     context["script_files"] = [
         script
         for script in context["script_files"]
-        if "thebe"
-        not in f"{getattr(script, 'filename', script)}{getattr(script, 'attributes', '')}".lower()
+        if "thebe" not in f"{getattr(script, 'filename', script)}{getattr(script, 'attributes', '')}".lower()
     ]
-    context["css_files"] = [
-        sheet for sheet in context["css_files"] if "thebe" not in str(sheet).lower()
-    ]
+    context["css_files"] = [sheet for sheet in context["css_files"] if "thebe" not in str(sheet).lower()]
     if part := part_of(app, page):
         context["parents"] = [{"title": part, "link": ""}]
     if "body" not in context:
@@ -85,18 +78,14 @@ def mend_page(
         name = f"{sha256(data).hexdigest()}.png"
         (Path(app.outdir) / "_images").mkdir(exist_ok=True)
         (Path(app.outdir) / "_images" / name).write_bytes(data)
-        width, height = (
-            int.from_bytes(data[start : start + 4], "big") for start in (16, 20)
-        )
+        width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
         size = "" if "width=" in picture[1] else f'width="{width}" height="{height}" '
         return f'<img {picture[1]}{size}loading="lazy" src="{context["pathto"](f"_images/{name}", 1)}"'
 
     body = TABLE.sub(with_scopes, INLINE_PICTURE.sub(as_file, context["body"]))
     body = SIZED_PICTURE.sub(r'<img width="\1" height="\2" ', body)
     # To a screen reader the entries of a bibliography are no items of a list.
-    context["body"] = body.replace(
-        'role="list" class="citation-list"', 'class="citation-list"'
-    )
+    context["body"] = body.replace('role="list" class="citation-list"', 'class="citation-list"')
 
 
 def keep_icons_in_use(app: Sphinx, error: Exception | None) -> None:
@@ -105,11 +94,7 @@ def keep_icons_in_use(app: Sphinx, error: Exception | None) -> None:
     if error or not script.exists():
         return
     naming = [path for path in Path(app.outdir).rglob("*.html")]
-    naming += [
-        path
-        for path in (Path(app.outdir) / "_static").rglob("*.js")
-        if "mathjax" not in path.parts
-    ]
+    naming += [path for path in (Path(app.outdir) / "_static").rglob("*.js") if "mathjax" not in path.parts]
     used = {
         name
         for path in naming

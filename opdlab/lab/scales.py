@@ -22,9 +22,7 @@ class Models:
     makers: tuple[str, ...]  #: the arms that make them
     shapes: dict[str, dict] = field(default_factory=dict)  #: of the models that are not made from others
     pretrained: dict[str, str] = field(default_factory=dict)  #: what is fetched instead (opdlab.models.fetch)
-    taken: dict[str, str] = field(
-        default_factory=dict
-    )  #: models of another scale, by the folder here; stored in this dtype
+    taken: dict[str, str] = field(default_factory=dict)  #: models of another scale, by the folder here
     per_seed: tuple[str, ...] = ()  #: of which each seed makes its own; that of seed 0 has no number in its name
     dtype: str = "float32"  #: that the models are stored in, also those that are fetched with their own tokenizers
     instead: str = ""  #: the folder of another scale that is taken where all of its models are there
