@@ -96,7 +96,8 @@ def test_pretrained_models_are_fetched_first(here, monkeypatch, capsys):
     models, asked = home.models.resolve(), []
     home.models.parent.unlink()
     shutil.copytree(models / "anchor", home.models / "anchor")
-    monkeypatch.setitem(SCALES, "smoke", replace(SMOKE, models=replace(SMOKE.models, pretrained={"teacher": "it"})))
+    given = replace(SMOKE.models, pretrained={"teacher": "it"}, dtype="float32")
+    monkeypatch.setitem(SCALES, "smoke", replace(SMOKE, models=given))
     monkeypatch.setattr(fetch, "default_folder", lambda name: models / "teacher")
     monkeypatch.setattr(fetch, "fetch", lambda name, *_, **__: asked.append(name))
     assert engine(home, "opd", "--processes", "3") == 2 and engine(home, "opd", "--dry-run") == 0
