@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
-TITLE = re.compile(r"^### \d+\.\d+ .+ \((easy|medium|hard|project), \d+ minutes(, pencil)?\)$", re.M)
+TITLE = re.compile(r"^### \d+(\.\d+)? .+ \((easy|medium|hard|project), \d+ minutes(, pencil)?\)$", re.M)
 SOLUTION = re.compile(r'<details class="solution">.*?</details>', re.S)
 WITH = [path for path in sorted(BOOK.glob("*.ipynb")) if "## Exercises" in path.read_text()]
 
