@@ -31,7 +31,7 @@ PLAIN = {
     "explained": Plain("seen, but explained", "The effect is there, and a simpler cause is enough for it."),
     "uninformative": Plain("tells nothing", "The test passes, and so does another for which it should have failed."),
     "not reproduced": Plain("not seen", "The effect is too small to count, or goes the other way."),
-    "inconclusive": Plain("undecided", "The seeds scatter too much to tell."),
+    "inconclusive": Plain("undecided", "The runs do not tell whether the effect is large enough to count."),
 }
 
 
@@ -69,7 +69,9 @@ def fold(table: pd.DataFrame, summary: str) -> Html:
 #: How the columns of a chapter's verdicts are read.
 _NOTE = (
     "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
-    "or ranks are compared, else in the units of the quantity. A simpler cause is a control that could make the effect "
+    "or ranks are compared, else in the units of the quantity. To count it has to be as large as the margin, which is a "
+    "factor of 1.2 for sizes and ranks, a twentieth of what is possible for shares, and 0.02 nats for the KL to the "
+    "teacher. If the interval lies on both sides of the margin, the claim is undecided. A simpler cause is a control that could make the effect "
     "without the paper's reason, and the last column says how much of the effect is left when that is taken into "
     "account. If it is less than half for sure, the effect is explained. SFT's own recipe is its start, rate and "
     "number of steps, and matched SFT, which has OPD's, is SFT without it."
@@ -88,7 +90,7 @@ def _claimed(claim: Claim) -> str:
 def _effect(found: Verdict) -> str:
     if found.claim.effect.metric.log:
         return f"a factor of {Interval(*np.exp(found.effect)):.2f}"
-    return f"{found.effect:+.2g}"
+    return "not measured" if np.isnan(found.effect.mean) else f"{found.effect:+.2g}"
 
 
 def _left(share: Interval | None) -> str:

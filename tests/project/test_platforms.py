@@ -91,9 +91,9 @@ def test_six_steps_make_no_models_of_another_scale(tmp_path):
     """At smoke those of tiny are taken if they are there, all of them."""
     smoke, tiny = Laboratory.at("smoke", tmp_path), Laboratory.at("tiny", tmp_path)
     assert smoke.models.name == "smoke" and tiny.models.name == "tiny"
-    for arm in tiny.scale.models.makers:
+    for arm in smoke.scale.models.makers:
         assert smoke.models.name == "smoke"
-        (tiny.models / tiny.arms[arm].produces).mkdir(parents=True)
+        (tiny.models / smoke.arms[arm].produces).mkdir(parents=True)
     assert smoke.models == tiny.models
 
 
