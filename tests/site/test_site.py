@@ -255,7 +255,7 @@ def test_the_contents_lead_to_their_sections(page, name):
     """The last section of a page is at the top once it is asked for, though no figure before it has been fetched."""
     page.goto(f"{name}.html")
     entries = page.query_selector_all(".bd-sidebar-secondary .page-toc a[href^='#']")
-    for entry in entries[-1:]:
+    for entry in [entry for entry in entries if entry.is_visible()][-1:]:
         target = entry.get_attribute("href")
         entry.click()
         page.wait_for_timeout(300)
