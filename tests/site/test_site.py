@@ -259,7 +259,7 @@ def test_the_contents_lead_to_their_sections(page, name):
         target = entry.get_attribute("href")
         entry.click()
         page.wait_for_timeout(300)
-        top = page.evaluate("target => document.querySelector(target).getBoundingClientRect().top", f"#{target[1:]}")
+        top = page.evaluate("id => document.getElementById(id).getBoundingClientRect().top", target[1:])
         left = page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY")
         assert 0 <= top <= 100 or left < 2, f"{target} is {top:.0f} px from the top"
 
