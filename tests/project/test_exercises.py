@@ -6,12 +6,20 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
 TITLE = re.compile(r"^### \d+(\.\d+)? .+ \((easy|medium|hard|project), \d+ minutes(, pencil)?\)$", re.M)
 SOLUTION = re.compile(r'<details class="solution">.*?</details>', re.S)
 WITH = [path for path in sorted(BOOK.glob("*.ipynb")) if "## Exercises" in path.read_text()]
+
+
+@pytest.fixture(autouse=True)
+def page_options():
+    """What a page sets for its tables does not outlive it."""
+    with pd.option_context("display.precision", pd.get_option("display.precision")):
+        yield
 
 
 def cells_of(path):
