@@ -107,9 +107,8 @@ def _go_on(
     for step in range(done, run.steps):
         if projection and trainer.projector is None and step >= run.config["projection"]["begin"]:
             whose = train(projection.source, run.root) if projection.source else run
-            weights = whose.snapshot(run.config["projection"]["step"])
-            start = whose.snapshot(0) if projection.source else None  # another run may have begun elsewhere
-            trainer.project(weights, at_start=step == run.config["projection"]["begin"], start=start)
+            begin, of = run.config["projection"]["begin"], run.config["projection"]["step"]
+            trainer.project(whose.snapshot(0), whose.snapshot(of), at_start=step == begin)
         line = trainer.step(step)
         done = step + 1
         run.append("history", line)
@@ -143,8 +142,8 @@ def _at_origin(run: Run, trainer: Trainer) -> dict:
 
 
 def install_model(run: Run, folder: Path, dtype: str = "float32") -> Path:
-    """Write the last weights of a finished run as a Hugging Face folder, and return it."""
+    """Write the last weights of a finished run as a Hugging Face folder, whole or not at all, and return it."""
     tokenizer, model = load_student(run.experiment)
-    last = with_weights(model, run.snapshot(run.steps)).to(getattr(torch, dtype))
-    save_model(last, tokenizer, folder)
-    return folder
+    last, part = with_weights(model, run.snapshot(run.steps)), folder.with_name(f"{folder.name}.part")
+    save_model(last.to(getattr(torch, dtype)), tokenizer, part)
+    return part.replace(folder)

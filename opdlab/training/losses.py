@@ -8,67 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab.errors import OpdlabError
 from opdlab.training import objectives
 from opdlab.training.objectives import opd_advantages, policy_gradient, token_logps
 
 #: A loss per token, (student logits (B, T, V), tokens (B, T), teacher logits (B, T, V) or None, advantages (B,) or
-#: None, mask (B, T)) -> (B, T). Only those that look beyond a token need the mask, which is False on the padding.
+#: (B, T) or None, mask (B, T)) -> (B, T). Only those that look beyond a token need the mask, False on the padding.
 Loss = Callable[..., Tensor]
 
 
-def _sampled_credits(student: Tensor, tokens: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    logps = token_logps(student, tokens)
-    return logps, opd_advantages(logps, token_logps(teacher, tokens))
+def _opd(credit: Callable[..., Tensor]) -> Loss:
+    """Return the policy gradient of what ``credit`` makes of the paper's advantages (B, T) and the mask."""
+
+    def loss(student: Tensor, tokens: Tensor, teacher: Tensor, advantages: Any = None, mask: Any = None) -> Tensor:
+        logps = token_logps(student, tokens)
+        return policy_gradient(logps, credit(opd_advantages(logps, token_logps(teacher, tokens)), mask))
+
+    return loss
 
 
-def _cross_entropy(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    return objectives.cross_entropy(student, tokens)
-
-
-def _reverse_kl(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    return objectives.reverse_kl(student, teacher)
-
-
-def _forward_kl(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    return objectives.forward_kl(student, teacher)
-
-
-def _opd_sampled(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    logps = token_logps(student, tokens)
-    return policy_gradient(logps, opd_advantages(logps, token_logps(teacher, tokens)))
-
-
-def _opd_sequence_mean(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    """One credit for all tokens of a completion: the mean of theirs, as sparse as RLVR's."""
-    logps, credits = _sampled_credits(student, tokens, teacher)
-    return policy_gradient(logps, (credits * mask).sum(1) / mask.sum(1))
-
-
-def _opd_sign(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    logps, credits = _sampled_credits(student, tokens, teacher)
-    return policy_gradient(logps, credits.sign())
-
-
-def _grpo(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    logps = token_logps(student, tokens)
-    return policy_gradient(logps, advantages[:, None].expand_as(logps))
-
-
-def _random_signs(student: Tensor, tokens: Tensor, teacher: Any, advantages: Any, mask: Any = None) -> Tensor:
-    """The null of training noise: credits without any meaning, as large for each token as any other."""
+def _rewarded(student: Tensor, tokens: Tensor, teacher: Any, advantages: Tensor, mask: Any = None) -> Tensor:
     return policy_gradient(token_logps(student, tokens), advantages)
 
 
 LOSSES: dict[str, Loss] = {
-    "cross_entropy": _cross_entropy,
-    "opd_sampled": _opd_sampled,
-    "opd_sequence_mean": _opd_sequence_mean,
-    "opd_sign": _opd_sign,
-    "reverse_kl": _reverse_kl,
-    "forward_kl": _forward_kl,
-    "grpo": _grpo,
-    "random_signs": _random_signs,
+    "cross_entropy": lambda student, tokens, *_: objectives.cross_entropy(student, tokens),
+    "opd_sampled": _opd(lambda credits, mask: credits),
+    # One credit for all tokens of a completion: the mean of theirs, as sparse as RLVR's.
+    "opd_sequence_mean": _opd(lambda credits, mask: (credits * mask).sum(1) / mask.sum(1)),
+    "opd_sign": _opd(lambda credits, mask: credits.sign()),
+    "reverse_kl": lambda student, tokens, teacher, *_: objectives.reverse_kl(student, teacher),
+    "forward_kl": lambda student, tokens, teacher, *_: objectives.forward_kl(student, teacher),
+    "grpo": _rewarded,
+    # The null of training noise: credits without any meaning, as large for each token as any other.
+    "random_signs": _rewarded,
 }
 #: Losses that read the teacher's logits, and those that read rewards.
 READ_TEACHER = {"opd_sampled", "opd_sequence_mean", "opd_sign", "reverse_kl", "forward_kl"}
@@ -77,34 +49,25 @@ READ_REWARDS = {"grpo"}
 
 # --- which tokens count ---------------------------------------------------------------------------------------------
 
-#: What can rank tokens, largest first; the signed log-ratio is the paper's, and first and last are places.
-RANKINGS = ("log-ratio", "absolute log-ratio", "entropy", "random", "first", "last")
+
+def _log_ratio(student: Tensor, tokens: Tensor, teacher: Tensor, noise: Any = None) -> Tensor:
+    return token_logps(student, tokens) - token_logps(teacher, tokens)
 
 
-def token_ranking(ranking: str, student: Tensor, tokens: Tensor, teacher: Any = None, noise: Any = None) -> Tensor:
-    """Return the key (B, T) by which tokens are ranked, largest first.
+def _place(student: Tensor, tokens: Tensor, teacher: Any = None, noise: Any = None) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).double()
 
-    Args:
-        ranking: one of :data:`RANKINGS`.
-        student: (B, T, V) logits.
-        tokens: (B, T) of the completions.
-        teacher: (B, T, V) logits, if the ranking reads them.
-        noise: (B, T) the key if chance ranks, drawn by the caller, so that it can be used twice.
 
-    Raises:
-        OpdlabError: if ``ranking`` is none of :data:`RANKINGS`.
-    """
-    if ranking == "entropy":
-        return objectives.entropy(student)
-    if ranking == "random":
-        return noise
-    if ranking in ("first", "last"):
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).double()
-        return places if ranking == "last" else -places
-    if ranking not in RANKINGS:
-        raise OpdlabError(f"there is no ranking {ranking!r} of tokens; choose one of {', '.join(RANKINGS)}")
-    ratio = token_logps(student, tokens) - token_logps(teacher, tokens)
-    return ratio.abs() if ranking == "absolute log-ratio" else ratio
+#: What can rank tokens, largest first, (student logits (B, T, V), tokens (B, T), teacher logits (B, T, V) or None,
+#: noise (B, T) or None) -> (B, T). The log-ratio is the paper's; chance is the noise, which its caller draws.
+RANKINGS: dict[str, Callable[..., Tensor]] = {
+    "log-ratio": _log_ratio,
+    "absolute log-ratio": lambda *of: _log_ratio(*of).abs(),
+    "entropy": lambda student, *_: objectives.entropy(student),
+    "random": lambda student, tokens, teacher, noise: noise,
+    "first": lambda *of: -_place(*of),
+    "last": _place,
+}
 
 
 def token_weights(key: Tensor, mask: Tensor, share: float, per_completion: bool = True) -> Tensor:
@@ -114,20 +77,15 @@ def token_weights(key: Tensor, mask: Tensor, share: float, per_completion: bool 
     completion sum to its number of tokens. At least one token is kept, and ties go to the earlier one. Ranked within
     the whole batch instead of each completion, the share may be smaller than one token of a completion.
 
-    Raises:
-        OpdlabError: if the share is outside (0, 1].
-
     >>> key, mask = torch.tensor([[3.0, 1.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]])
     >>> token_weights(key, mask, share=0.3)
     tensor([[3., 0., 0., 0.]])
     """
-    if not 0 < share <= 1:
-        raise OpdlabError(f"the share of tokens must lie above 0 and not above 1, not {share}")
     shape = key.shape
     if not per_completion:
         key, mask = key.reshape(1, -1), mask.reshape(1, -1)
     counts = mask.sum(1, keepdim=True)
     kept = (share * counts).round().clamp(min=1)
     order = key.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=key.device).expand_as(order))
+    rank = order.argsort(dim=1)
     return ((rank < kept) & mask).mul(counts / kept).reshape(shape)

@@ -49,14 +49,11 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
-# --- SFT: imitate given tokens ----------------------------------------------------------------------------------------
-
-
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the SFT loss -log p_S(token) (B, T): next-token cross-entropy (2606.07082, Appendix D).
 
-    The gradient to the logits is p_S - onehot(token), in expectation over the teacher's tokens that of
-    :func:`forward_kl`. Raises what :func:`token_logps` raises.
+    Its gradient to the logits is p_S - onehot(token), over the teacher's tokens on average that of :func:`forward_kl`.
+    Raises what :func:`token_logps` raises.
 
     >>> cross_entropy(torch.tensor([[[0.25, 0.75]]]).log(), torch.tensor([[0]]))  # log 4
     tensor([[1.3863]])
@@ -71,8 +68,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return KL(S || T) = ∑ p_S (log p_S - log p_T) (B, T) over the vocabulary; logits (B, T, V).
 
     The OPD objective with the expectation over the token taken exactly (2606.07082, Appendix D). The gradient to the
-    student's logit i is p_S(i) (log p_S(i) / p_T(i) - KL), weighed by what the *student* would say. None reaches the
-    teacher, or goes through the choice of the states, which are sampled.
+    student's logit i is p_S(i) (log p_S(i) / p_T(i) - KL). None reaches the teacher, or the choice of the states.
 
     Raises:
         OpdlabError: if the two logits differ in shape.
@@ -99,10 +95,9 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> Tensor:
     """Return KL(S || T) (B, T) on k + 1 outcomes: the student's k likeliest tokens, and all others as one.
 
-    The *student's* tokens, because KL(S || T) weighs by p_S: they hold most of the sum, and among them are those that
-    the teacher would never say. Merging outcomes can only lower a divergence, so 0 <= topk <= :func:`reverse_kl`, with
-    equality at k = V (the sum cut off at k may be negative). Within the tail the gradient fits the total mass, not its
-    shape; the choice of the k tokens is not differentiated.
+    The *student's* tokens, because KL(S || T) weighs by p_S. Merging outcomes can only lower a divergence, so
+    0 <= topk <= :func:`reverse_kl`, with equality at k = V (the sum cut off at k may be negative). Within the tail the
+    gradient fits the total mass, not its shape; the choice of the k tokens is not differentiated.
 
     Raises:
         OpdlabError: if k is not between 1 and V, or the two logits differ in shape.
@@ -127,10 +122,6 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> T
     return _kl(coarsen(student), coarsen(teacher))
 
 
-# What a log-ratio counts as at most where it is an exponent, as in verl, slime and prime-rl.
-LARGEST = 20.0
-
-
 # --- advantages: OPD, RLVR and mixtures -------------------------------------------------------------------------------
 
 
@@ -138,9 +129,9 @@ def opd_advantages(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Return A_OPD = -(log p_S(a) - log p_T(a)) (B, T), detached, from the log-probabilities of the sampled tokens.
 
     The paper's OPD (2606.07082, section 5 and Appendix G; the same in slime and at Thinking Machines): each token is
-    credited with its own log-ratio and no later one (discount 0). By :func:`policy_gradient`, in expectation over
-    tokens drawn from the student, the gradient is that of :func:`reverse_kl` at the sampled states, and the *value* the
-    estimator k1. On tokens drawn from someone else it is the gradient of neither KL.
+    credited with its own log-ratio and no later one (discount 0). By :func:`policy_gradient`, in expectation over the
+    student's tokens, the gradient is that of :func:`reverse_kl` at the sampled states, and the *value* the estimator
+    k1. On tokens drawn from someone else it is the gradient of neither KL.
 
     Raises:
         OpdlabError: if the two differ in shape.
@@ -164,59 +155,37 @@ def grpo_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4) -> Tens
     >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
     tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
     """
-    groups = _groups(rewards, group_size)
+    if not rewards.isfinite().all():
+        raise OpdlabError(f"rewards {_shape(rewards)} hold NaN or infinity: give finite numbers")
+    if group_size < 2 or rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
+        raise OpdlabError(f"rewards {_shape(rewards)} are not made of groups of {group_size}, with at least 2 in each")
+    groups = rewards.reshape(-1, group_size).to(torch.promote_types(rewards.dtype, torch.float32))
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + eps)
     # Rounding in the mean must not make a signal out of equal rewards.
-    return advantages.where(has_reward_variance(rewards, group_size)[:, None], 0.0).flatten()
+    return advantages.where(groups.amax(1, keepdim=True) != groups.amin(1, keepdim=True), 0.0).flatten()
 
 
-def has_reward_variance(rewards: Tensor, group_size: int) -> Tensor:
-    """Return whether the ``rewards`` (B,) of each group differ at all (B / group_size,).
+def policy_gradient(logps: Tensor, advantages: Tensor) -> Tensor:
+    """Return -ρ A (B, T), with ρ = p_S / p_S.detach(): its gradient is -A ∇ log p_S, and its *value* -A.
 
-    Where none do, the paper skips the batch (2606.07082, Table 5). Raises what :func:`grpo_advantages` raises.
-
-    >>> has_reward_variance(torch.tensor([1.0, 0.0, 1.0, 1.0]), group_size=2)
-    tensor([ True, False])
-    """
-    groups = _groups(rewards, group_size)
-    return groups.amax(1) != groups.amin(1)
-
-
-# The paper's clipping (2606.07082, Table 5): eps = 0.2, eps_high = 0.28.
-CLIP = (0.2, 0.28)
-
-
-def policy_gradient(
-    logps: Tensor, advantages: Tensor, old_logps: Tensor | None = None, clip: tuple[float, float] | None = CLIP
-) -> Tensor:
-    """Return -min(ρ A, clip(ρ) A) (B, T), with ρ = exp(logps - old_logps) clipped to [1 - low, 1 + high].
-
-    PPO (1707.06347, Eq. 7) with the two bounds of DAPO (2503.14476); without ``clip`` it is -ρ A. ``logps`` (B, T) are
-    the student's of the sampled tokens, ``advantages`` are (B, T), or (B,) for one in each row, and ``old_logps``
-    (B, T) are of the student that sampled, by default the same one, without a gradient. ρ is taken with a log-ratio of
-    at most 20 either way, so that none overflows. The gradient is -ρ A ∇ log p_S, and zero for a
-    token whose ρ has left the interval in the direction that A pushes. One update per rollout has ρ = 1: the plain
-    policy gradient, for which clipping is idle. The *value* is then -A, so after averaging zero for GRPO, whatever the
-    gradient: do not plot this loss.
+    The objective of PPO (1707.06347, Eq. 7) with one update per rollout, in which its clipping is idle. ``logps``
+    (B, T) are the student's of the sampled tokens, ``advantages`` are (B, T), or (B,) for one in each row. For GRPO the
+    value is zero after averaging, whatever the gradient: do not plot this loss.
 
     Raises:
-        OpdlabError: if shapes do not fit, or a bound is negative.
+        OpdlabError: if shapes do not fit.
 
     >>> logps = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
     >>> policy_gradient(logps, torch.tensor([[1.0, -1.0]])).sum().backward()
     >>> logps.grad
     tensor([[-1.,  1.]])
     """
-    advantages = _per_token(advantages, logps)
-    old_logps = (logps if old_logps is None else old_logps).detach()
-    _check_same_shape(logps, old_logps)
-    ratio = (logps - old_logps).clamp(-LARGEST, LARGEST).exp()
-    if clip is None:
-        return -ratio * advantages
-    low, high = clip
-    if low < 0 or high < 0:
-        raise OpdlabError(f"both bounds of clip must be at least 0, not {clip}")
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if advantages.dim() == 1 and len(advantages) == len(logps):
+        advantages = advantages[:, None]  # Left to broadcasting, (B,) would spread over rows instead whenever B = T.
+    else:
+        _check_same_shape(advantages, logps)
+    ratio = (logps - logps.detach()).exp()
+    return -ratio * advantages
 
 
 # --- reductions: from a loss per token to the scalar that is differentiated -------------------------------------------
@@ -225,9 +194,8 @@ def policy_gradient(
 def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
     """Return the sum of ``per_token`` (B, T) over ``mask`` (B, T), divided by ``normalizer``, a scalar.
 
-    What ``mask`` leaves out may be NaN. ``normalizer`` is the number of tokens in the *whole* batch: then the losses
-    and the gradients of its micro-batches add up to those of the batch. By default it is the number of tokens in
-    ``mask``, and never less than 1.
+    What ``mask`` leaves out may be NaN. With the number of tokens in the *whole* batch as ``normalizer``, the losses
+    and the gradients of its micro-batches add up to its own. By default it is that in ``mask``, and never less than 1.
 
     Raises:
         OpdlabError: if the two differ in shape.
@@ -256,9 +224,6 @@ def in_pieces(measure: Callable[..., Tensor], *logits: Tensor) -> Tensor:
     return torch.cat([measure(*parts) for parts in zip(*(whole.split(size) for whole in logits), strict=True)])
 
 
-# --- small helpers ----------------------------------------------------------------------------------------------------
-
-
 def _kl(p_logps: Tensor, q_logps: Tensor) -> Tensor:
     return (p_logps.exp() * (p_logps - q_logps)).sum(-1)
 
@@ -266,22 +231,6 @@ def _kl(p_logps: Tensor, q_logps: Tensor) -> Tensor:
 def _both_logps(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     _check_same_shape(student_logits, teacher_logits)
     return _log_softmax(student_logits), _log_softmax(teacher_logits.detach())
-
-
-def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
-    # (B,) -> (B, 1). Left to broadcasting, (B,) would spread over rows instead whenever B = T.
-    if advantages.dim() == 1 and len(advantages) == len(like):
-        return advantages.unsqueeze(1)
-    _check_same_shape(advantages, like)
-    return advantages
-
-
-def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    if not rewards.isfinite().all():
-        raise OpdlabError(f"rewards {_shape(rewards)} hold NaN or infinity: give finite numbers")
-    if group_size < 2 or rewards.dim() != 1 or len(rewards) == 0 or len(rewards) % group_size:
-        raise OpdlabError(f"rewards {_shape(rewards)} are not made of groups of {group_size}, with at least 2 in each")
-    return rewards.reshape(-1, group_size).to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def _check_same_shape(first: Tensor, second: Tensor) -> None:

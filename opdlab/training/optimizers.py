@@ -1,21 +1,13 @@
-"""Optimizers: AdamW as in the paper, and two others that answer what of the geometry is Adam's.
-
-Their moments are read and written by the names of the weights, so that a stopped run goes on bit for bit.
-"""
+"""Optimizers: AdamW as in the paper, and two others that answer what of the geometry is Adam's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import transformers
-from torch import Tensor
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import weight_matrices
 from opdlab.training.config import Recipe
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
 def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: str) -> list[Optimizer]:
@@ -46,29 +38,3 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
             Muon(matrices.values(), lr=0.0, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
-
-
-def moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the moments of all weights, by kind and name."""
-    return {
-        f"{kind}.{name}": moment
-        for optimizer in optimizers
-        for name, weight in weights.items()
-        for kind, moment in optimizer.state.get(weight, {}).items()
-        if kind in _MOMENTS
-    }
-
-
-def load_moments(optimizers: list[Optimizer], weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Give the optimizers back what :func:`moments` returned; ``tensors`` may hold more."""
-    names = {weight: name for name, weight in weights.items()}
-    for optimizer in optimizers:
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            state = {
-                # AdamW counts its steps on the CPU.
-                kind: tensors[f"{kind}.{names[weight]}"].to("cpu" if kind == "step" else weight.device)
-                for kind in _MOMENTS
-                if f"{kind}.{names[weight]}" in tensors
-            }
-            if state:
-                optimizer.state[weight] = state

@@ -25,19 +25,19 @@ class Projector:
     def __init__(
         self,
         projection: Projection,
-        origin: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
         seed: int = 0,
-        start: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ):
         """Find the subspaces.
 
         Args:
             projection: which, how many directions, and on what they act.
-            origin: the state dict of W_0.
-            weights: that of W_t, whose update gives the directions.
+            start: the state dict of W_0 of the run whose update gives the directions.
+            weights: that of its W_t.
             seed: of random ones.
-            start: where the run of ``weights`` began, if it is another and did not begin at ``origin``.
+            device: of the gradients or updates that are projected.
 
         Raises:
             OpdlabError: if the kind of space is unknown, or k exceeds a matrix.
@@ -45,17 +45,13 @@ class Projector:
         self.acts_on, self.rescale = projection.acts_on, projection.rescale
         self.random = torch.Generator().manual_seed(seed)
         self.of: dict[str, Tensor] = {}
-        for name, matrix in weight_matrices(origin).items():
+        for name, matrix in weight_matrices(start).items():
             if projection.block in ("", describe(name).block):
-                if projection.k > min(matrix.shape):
-                    raise OpdlabError(
-                        f"k is {projection.k}; expected {min(matrix.shape)} at most, as {name} is smaller"
-                    )
-                mine, begun, reached = (
-                    tensor.detach().cpu().double() for tensor in (matrix, (start or origin)[name], weights[name])
-                )
-                found = self._find(projection, mine, reached - begun)
-                self.of[name] = found.to(matrix.device if found.dtype == torch.bool else matrix)
+                if projection.k > (least := min(matrix.shape)):
+                    raise OpdlabError(f"k is {projection.k}; expected {least} at most, as {name} is smaller")
+                w0 = matrix.double()
+                found = self._find(projection, w0, weights[name].double() - w0)
+                self.of[name] = found.to(device, None if found.dtype == torch.bool else matrix.dtype)
 
     def _find(self, projection: Projection, w0: Tensor, delta: Tensor) -> Tensor:
         """Return V (n, k), or a mask (m, n) of entries."""

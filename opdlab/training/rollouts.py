@@ -12,11 +12,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from opdlab.errors import OpdlabError
 from opdlab.models.folders import context_length
@@ -110,19 +112,17 @@ def sample(
     batch = Sampling(model, encoded, samples, max_new_tokens)
     # Inverse-transform sampling: one uniform number per row and position, drawn in advance.
     uniforms = _float64(torch.rand(batch.rows, max_new_tokens, generator=generator, dtype=torch.float64), model.device)
-    out = torch.full((batch.rows, max_new_tokens), tokenizer.eos_token_id, device=model.device)
-    length = torch.full((batch.rows,), max_new_tokens, device=model.device)
+    eos = tokenizer.eos_token_id
+    out = torch.full((batch.rows, max_new_tokens), eos, device=model.device)
     for t in range(max_new_tokens):
         drawn = uniforms[batch.alive.to(uniforms.device), t]
         tokens = _choose(batch.logits, temperature, drawn).to(model.device)
         out[batch.alive, t] = tokens
-        going = tokens != tokenizer.eos_token_id
-        length[batch.alive[~going]] = t + 1
+        going = tokens != eos
         if t + 1 == max_new_tokens or not going.any():
             break
         batch.read(tokens, going, t)
-    completions = [row[:n] for row, n in zip(out.tolist(), length.tolist(), strict=True)]
-    return Rollouts(encoded, completions)
+    return Rollouts(encoded, [row[: row.index(eos) + 1] if eos in row else row for row in out.tolist()])
 
 
 class Sampling:
@@ -131,9 +131,8 @@ class Sampling:
     def __init__(self, model: transformers.PreTrainedModel, prompts: list[list[int]], samples: int, room: int):
         """Read the prompts, each once, however many samples of at most ``room`` tokens are drawn from it."""
         self.model, self.rows, self.width = model, len(prompts) * samples, max(map(len, prompts))
-        blanks = [self.width - len(ids) for ids in prompts]
-        mask = torch.tensor([[0] * n + [1] * (self.width - n) for n in blanks]).to(model.device)
-        ids = torch.tensor([[0] * n + ids for n, ids in zip(blanks, prompts, strict=True)])  # 0: any token, for masked
+        ids = _padded(prompts, side="left")
+        mask = _padded([[1] * len(prompt) for prompt in prompts], side="left").to(model.device)
         self.cache = transformers.DynamicCache(config=model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self._read(ids.to(model.device), mask, positions, logits_to_keep=1)  # (B, V)
@@ -211,8 +210,8 @@ def _float64(tensor: Tensor, device: torch.device) -> Tensor:
 #
 # A row of the packed batch is a prompt and, side by side behind it, all its completions. Each completion sees the
 # prompt and itself, and counts its positions from the prompt's end: what the model says of it is what it would say of
-# prompt and completion alone, at a fraction of the tokens. No cache is involved, so gradients flow as usual. A model
-# that does not obey such a mask reads each completion in a row of its own.
+# prompt and completion alone, at a fraction of the tokens. A model that does not obey such a mask reads each completion
+# in a row of its own.
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,8 @@ class MicroBatch:
     source: Tensor  #: (C, T) where in its row the model predicts each token of a completion, at the token before it
     tokens: Tensor  #: (C, T) the completions, padded on the right
     mask: Tensor  #: (C, T) False on the padding of ``tokens``
-    advantages: Tensor | None  #: (C,) of RLVR
+    advantages: Tensor | None  #: (C,) of RLVR, or (C, T)
+    noise: Tensor | None = None  #: (C, T) by which chance ranks tokens
 
     def logits(self, model: transformers.PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""
@@ -246,25 +246,21 @@ class MicroBatch:
             read = _call(part, self.ids, self.visible, self.positions, use_cache=False)
             return read[output][self.row, self.source]
         # Each completion in a row of its own, behind its prompt.
-        (completions, longest_completion), at = self.tokens.shape, torch.arange(longest, device=self.ids.device)
-        prompt = self.source[:, :1] + 1
-        place = at - prompt  # (C, L) of each token in its completion, below 0 in the prompt
-        ids = torch.where(
-            place < 0, self.ids[self.row, at], self.tokens.gather(1, place.clamp(0, longest_completion - 1))
-        )
+        (count, width), at = self.tokens.shape, torch.arange(longest, device=self.ids.device)
+        last = self.source[:, :1]  # (C, 1) token of the prompt
+        place = at - last - 1  # (C, L) of each token in its completion, below 0 in the prompt
+        ids = self.ids[self.row, at].where(place < 0, self.tokens.gather(1, place.clamp(0, width - 1)))
         seen = (place < self.mask.sum(1, keepdim=True)).long()
-        read = _call(part, ids, seen, at.expand(completions, -1), use_cache=False)
-        source = (prompt - 1 + torch.arange(longest_completion, device=at.device)).clamp(max=longest - 1)
-        return read[output][torch.arange(completions, device=at.device)[:, None], source]
+        read = _call(part, ids, seen, at.expand(count, -1), use_cache=False)
+        source = (last + at[:width]).clamp(max=longest - 1)
+        return read[output][torch.arange(count, device=at.device)[:, None], source]
 
     def pieces(self, tokens: int) -> Iterator[tuple[slice, MicroBatch]]:
         """Split the completions, not their packed rows: a piece has about ``tokens`` tokens, padding counted."""
-        completions, longest = self.tokens.shape
-        size = max(1, tokens // longest)
-        of_completions = ("row", "source", "tokens", "mask", *([] if self.advantages is None else ["advantages"]))
-        for start in range(0, completions, size):
+        size, names = max(1, tokens // self.tokens.shape[1]), ("row", "source", "tokens", "mask", "advantages", "noise")
+        for start in range(0, len(self.tokens), size):
             part = slice(start, start + size)
-            changes: dict[str, Any] = {name: getattr(self, name)[part] for name in of_completions}
+            changes: Any = {name: whole[part] for name in names if (whole := getattr(self, name)) is not None}
             yield part, replace(self, **changes)
 
 
@@ -284,7 +280,7 @@ def logits_of(model: transformers.PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 class _States(list):
-    """The output of a model's body, which besides hidden states has nothing."""
+    """The output of a model's body, which besides hidden states has nothing, whatever a family asks it for."""
 
     last_hidden_state: Tensor
 
@@ -295,10 +291,9 @@ class _States(list):
 def micro_batches(
     rollouts: Rollouts, sequences: int, device: torch.device, advantages: Tensor | None = None
 ) -> Iterator[MicroBatch]:
-    """Split prompts and completions into micro-batches of about ``sequences`` completions, like lengths together.
+    """Split prompts and completions into micro-batches of about ``sequences`` completions, prompts by falling length.
 
-    The completions of one prompt stay together, and prompts come by falling length, within a micro-batch too.
-    ``advantages`` (B,) are of all completions, if the arm listens to rewards.
+    The completions of one prompt stay together. ``advantages`` (B,) are of all completions, if there are any.
 
     Raises:
         OpdlabError: if there is no prompt, or a prompt or a completion is empty.
@@ -315,28 +310,25 @@ def micro_batches(
 
 
 def _pack(rows: list[tuple[list[int], list[list[int]]]], device: torch.device, advantages: Tensor | None) -> MicroBatch:
-    width = max(len(prompt) + sum(map(len, group)) for prompt, group in rows)
-    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
-    # What a token belongs to: 0 the prompt, 1, 2 ... a completion, -1 padding (which sees itself, or would be NaN).
-    owner = torch.full((len(rows), width), -1)
-    lengths = torch.tensor([len(completion) for _, group in rows for completion in group])
+    # What a token belongs to is 0 for the prompt, 1, 2 ... for a completion, and -1 for padding, which sees itself.
+    ids, positions, owners, source = (list[list[int]]() for _ in range(4))
+    for prompt, group in rows:
+        start = end = len(prompt)
+        ids.append([*prompt, *chain(*group)])
+        positions.append([*range(start), *(start + t for completion in group for t in range(len(completion)))])
+        owners.append([0] * start + [number for number, completion in enumerate(group, 1) for _ in completion])
+        for completion in group:
+            source.append([start - 1, *range(end, end + len(completion) - 1)])
+            end += len(completion)
     row = torch.tensor([[i] for i, (_, group) in enumerate(rows) for _ in group])
-    source, tokens = torch.zeros(2, len(lengths), int(lengths.max()), dtype=torch.long)
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    c = 0
-    for i, (prompt, group) in enumerate(rows):
-        end = len(prompt)
-        ids[i, :end], owner[i, :end], positions[i, :end] = torch.tensor(prompt), 0, torch.arange(end)
-        for number, completion in enumerate(group, 1):
-            n = len(completion)
-            place = slice(end, end + n)
-            ids[i, place] = tokens[c, :n] = torch.tensor(completion)
-            positions[i, place] = torch.arange(len(prompt), len(prompt) + n)
-            owner[i, place] = number
-            source[c, :n] = torch.arange(end - 1, end + n - 1)
-            source[c, 0] = len(prompt) - 1
-            end, c = end + n, c + 1
-    same = owner[:, :, None] == owner[:, None, :]
-    visible = ((same | (owner[:, None, :] == 0)) & torch.ones(width, width, dtype=torch.bool).tril())[:, None]
-    packed: Any = (tensor.to(device) for tensor in (ids, positions, visible, row, source, tokens, mask))
+    tokens = [completion for _, group in rows for completion in group]
+    owner_of = _padded(owners, -1)
+    visible = ((owner_of[:, :, None] == owner_of[:, None]) | (owner_of[:, None] == 0)).tril()[:, None]
+    mask = _padded([[True] * len(completion) for completion in tokens])
+    found = (_padded(ids), _padded(positions), visible, row, _padded(source), _padded(tokens), mask)
+    packed: Any = (tensor.to(device) for tensor in found)
     return MicroBatch(*(*packed, advantages))
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int = 0, side: str = "right") -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)

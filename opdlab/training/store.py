@@ -20,7 +20,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ from opdlab.processes import processor, provenance
 from opdlab.training.config import Experiment, config_key
 
 REMEDY = "delete its run folder and train again"
+LINES = ("history", "evaluations")
 
 
 @contextmanager
@@ -74,7 +75,7 @@ class Run:
             there = read_json(folder / "config.json", REMEDY)
             if "recipe" not in there:
                 raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
-            if there != self.config and self._written("history"):
+            if there != self.config and self._read("history")[1]:
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
                 raise OpdlabError(
                     f"out is {folder}, which holds another experiment ({', '.join(differ)} differ): choose another"
@@ -142,7 +143,7 @@ class Run:
             return
         if read_json(other.folder / "provenance.json", REMEDY) != provenance(device):
             return
-        for name in ("history", "evaluations"):
+        for name in LINES:
             for line in other.lines(name):
                 if line["step"] <= step and (name == "history" or line["step"] in self.config["evaluations"]):
                     self.append(name, line)
@@ -187,32 +188,26 @@ class Run:
         save_tensors(path, tensors, **metadata)
 
     def _sync_lines(self) -> None:
-        for name in ("history", "evaluations"):
-            if (self.folder / f"{name}.jsonl").exists():
-                sync(self.folder / f"{name}.jsonl")
+        for name in LINES:
+            if self._path(name).exists():
+                sync(self._path(name))
         sync(self.folder)
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""
         try:
-            with open(self.folder / f"{name}.jsonl", "a") as file:
+            with open(self._path(name), "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
             raise OpdlabError(
-                f"{self.folder / name}.jsonl cannot be written ({problem.strerror}); make room and run it again"
+                f"{self._path(name)} cannot be written ({problem.strerror}); make room and run it again"
             ) from problem
 
     def lines(self, name: str) -> list[dict]:
         """Return the lines of ``history`` or ``evaluations``, or raise an OpdlabError if one is damaged."""
-        written = self._written(name)
-        whole = _whole(written)
-        if len(whole) < len(written):
-            raise OpdlabError(f"line {len(whole) + 1} of {self.folder / name}.jsonl is damaged: {REMEDY}")
+        whole, count = self._read(name)
+        self._check(name, whole, count)
         return whole
-
-    def _written(self, name: str) -> list[str]:
-        path = self.folder / f"{name}.jsonl"
-        return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines that were written after the checkpoint of ``step``, which a resumed run writes again.
@@ -220,24 +215,28 @@ class Run:
         Raises:
             OpdlabError: if a line about an earlier step is damaged.
         """
-        for name in ("history", "evaluations"):
+        for name in LINES:
             # A kill may have cut the last line, and a loss of power all that came after the checkpoint.
-            kept = [line for line in _whole(self._written(name)) if line["step"] <= step]
-            if name == "history" and len(kept) < step:
-                raise OpdlabError(f"line {len(kept) + 1} of {self.folder / name}.jsonl is damaged: {REMEDY}")
-            if (self.folder / f"{name}.jsonl").exists():
-                write_text(self.folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in self._read(name)[0] if line["step"] <= step]
+            self._check(name, kept, step if name == "history" else 0)
+            if self._path(name).exists():
+                write_text(self._path(name), "".join(json.dumps(line) + "\n" for line in kept))
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
 
-def _whole(written: list[str]) -> list[dict]:
-    """Return the lines before the first that is cut or damaged."""
-    whole: list[dict] = []
-    for line in written:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            break
-        if not (line.endswith("\n") and isinstance(found, dict)):
-            break
-        whole.append(found)
-    return whole
+    def _read(self, name: str) -> tuple[list[dict], int]:
+        """Return the lines before the first that is cut or damaged, and how many there are in all."""
+        path, whole = self._path(name), list[dict]()
+        written = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        with suppress(ValueError):
+            for line in written:
+                found = json.loads(line)
+                if not (line.endswith("\n") and isinstance(found, dict)):
+                    break
+                whole.append(found)
+        return whole, len(written)
+
+    def _check(self, name: str, whole: list[dict], count: int) -> None:
+        if len(whole) < count:
+            raise OpdlabError(f"line {len(whole) + 1} of {self._path(name)} is damaged: {REMEDY}")

@@ -45,8 +45,7 @@ def make_experiment(
 
     Completions end after half the context if that is below 256 tokens. Weights are kept and accuracy is measured at
     the shares :data:`SNAPSHOTS` and :data:`EVALUATIONS` of the training. Without a GPU one thread computes, or with a
-    vocabulary above 32 768 tokens, as real models have, all that PyTorch is set to. The number of threads decides the
-    last digits, so a run goes on with the same.
+    vocabulary above 32 768 tokens all that PyTorch is set to; their number decides the last digits.
 
     Args:
         arm: whose models are fetched if they are named on the hub.
@@ -56,8 +55,7 @@ def make_experiment(
         seed: of prompts and rollouts.
         name: of the run, in messages.
         settings: any other field of an experiment, its recipe, arm or compute, such as ``prompts`` and ``samples`` of
-            a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``
-            (of the passes on a GPU; ``cpu_dtype`` on a CPU).
+            a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``.
 
     Raises:
         OpdlabError: if a field is unknown, or a model or a number cannot be used.
@@ -174,10 +172,7 @@ class Trained:
     def model(self) -> Path:
         """A folder with the trained model, for ``from_pretrained`` or as the student of another arm."""
         folder = self.run.folder / "model"
-        if not folder.exists():
-            # Whole or not at all, should it be stopped here.
-            install_model(self.run, folder.with_name("model.part")).replace(folder)
-        return folder
+        return folder if folder.exists() else install_model(self.run, folder)
 
     @cached_property
     def trajectory(self) -> Any:
@@ -216,10 +211,9 @@ class Trained:
         trainer = Trainer(replace(experiment, arm=alone))
         prompts = trainer.held_out(count)
         table: dict[str, Any] = {"prompt": prompts, "demonstration": list(map(task.demonstration, prompts))}
-        for when in ("before", "after"):
-            if when == "after":
-                trainer.student = with_weights(trainer.student, self.run.snapshot(self.run.steps))
-            rollouts = trainer.answer(trainer.student, prompts)
+        tuned = with_weights(trainer.student, self.run.snapshot(self.run.steps))
+        for when, model in {"before": trainer.student, "after": tuned}.items():
+            rollouts = trainer.answer(model, prompts)
             table[when] = trainer.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
             table[f"reward {when}"] = score(trainer.tokenizer, task, prompts, rollouts).tolist()
         return pd.DataFrame(table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,9 +26,9 @@ from opdlab.models.folders import context_length
 from opdlab.processes import find_device
 from opdlab.training import objectives
 from opdlab.training.config import Experiment
-from opdlab.training.losses import LOSSES, token_ranking, token_weights
+from opdlab.training.losses import LOSSES, RANKINGS, token_weights
 from opdlab.training.opening import open_models
-from opdlab.training.optimizers import load_moments, make_optimizers, moments
+from opdlab.training.optimizers import make_optimizers
 from opdlab.training.projection import Projector
 from opdlab.training.rollouts import (
     MicroBatch,
@@ -45,8 +45,6 @@ _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation r
 
 #: What is added up over a batch, and what messages call it.
 _SUMS = {"entropy": "entropy of the student's logits", "kl": "divergence from the teacher's logits", "loss": "loss"}
-
-Gradients = dict[str, Sequence[Tensor]]
 
 
 def random_numbers(seed: int, purpose: str, step: int) -> np.random.Generator:
@@ -166,10 +164,10 @@ class Trainer:
 
     def _gradients(
         self, step: int, rollouts: Rollouts, advantages: Tensor | None
-    ) -> tuple[dict[str, float], Gradients]:
-        """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients by loss."""
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients (P,) by loss."""
         random = torch_generator(random_numbers(self.experiment.seed, "tokens", step))
-        sums, gradients = dict.fromkeys(_SUMS, 0.0), Gradients()
+        sums, gradients = dict.fromkeys(_SUMS, 0.0), dict[str, Tensor]()
         self.student.zero_grad()
         self.student.train(self.experiment.compute.recompute)  # Only then does transformers recompute.
         for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device, advantages):
@@ -182,63 +180,53 @@ class Trainer:
         return sums, gradients
 
     def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
-        """Let the models read a micro-batch of a batch with so many ``tokens``, and return what :meth:`losses` does."""
-        reads_teacher, at_once = self.arm.reads_teacher, self.experiment.compute.tokens_at_once
-        signs = self.arm.loss == "random_signs"
-        chance = signs or (self.arm.tokens and self.arm.tokens.ranking == "random")
-        noise = torch.rand(part.tokens.shape, generator=random).to(self.device) if chance else None
-        if signs:
-            part = replace(part, advantages=(noise < 0.5) * 2.0 - 1.0)
-        if not at_once:
-            with self.precision():
-                logits = part.logits(self.student)
-            with torch.no_grad():
-                teacher = part.logits(self.teacher) if reads_teacher else None
-            return self.losses(part, logits, teacher, tokens, noise)
-        with self.precision():
-            ours = part.hidden(self.student)
-        with torch.no_grad():
-            theirs = part.hidden(self.teacher) if reads_teacher else None
+        """Let the models read a micro-batch of a batch with so many ``tokens``.
 
-        def look(piece: MicroBatch, rows: slice, ours: Tensor) -> tuple[dict, dict]:
+        Returns:
+            Each of the arm's losses by name, as its share of that of the batch, and the "entropy" and "kl" (to the
+            teacher), summed over the tokens; all scalars.
+        """
+        at_once = self.experiment.compute.tokens_at_once
+        noise = torch.rand(part.tokens.shape, generator=random).to(self.device)
+        part = replace(part, noise=noise)
+        if self.arm.loss == "random_signs":
+            part = replace(part, advantages=(noise < 0.5) * 2.0 - 1.0)
+        read = part.hidden if at_once else part.logits
+        with self.precision():
+            ours = read(self.student)
+        with torch.no_grad():
+            theirs = read(self.teacher) if self.arm.reads_teacher else None
+        if not at_once:
+            return self._losses(part, ours, theirs, tokens)
+
+        def look(piece: MicroBatch, ours: Tensor, theirs: Tensor | None) -> tuple[dict, dict]:
             with self.precision():
                 logits = logits_of(self.student, ours)
             with torch.no_grad():
-                teacher = logits_of(self.teacher, theirs[rows]) if reads_teacher else None
-            return self.losses(piece, logits, teacher, tokens, None if noise is None else noise[rows])
+                teacher = None if theirs is None else logits_of(self.teacher, theirs)
+            return self._losses(piece, logits, teacher, tokens)
 
         totals: tuple[dict, dict] = {}, {}
         pieces = list(part.pieces(at_once))
         # The logits of a piece are made again when its gradient is due, so those of two are never there together.
-        read = look if len(pieces) == 1 else partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
+        again = look if len(pieces) == 1 else partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
         for rows, piece in pieces:
-            found = read(piece, rows, ours[rows])
+            found = again(piece, ours[rows], None if theirs is None else theirs[rows])
             for total, values in zip(totals, found, strict=True):
                 total |= {name: total.get(name, 0.0) + value for name, value in values.items()}
         return totals
 
-    def losses(
-        self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int, noise: Tensor | None = None
+    def _losses(
+        self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return each of the arm's losses, as its share of that of a batch, and sums over the tokens.
-
-        The losses are by name, and the sums are "entropy" and "kl" (to the teacher), all scalars. Of rollouts, student
-        and teacher are both at the temperature that they were sampled at.
-
-        Args:
-            part: a micro-batch of C completions, or some of them.
-            logits: (C, T, V) of the student.
-            teacher: (C, T, V) of the teacher, or None.
-            tokens: in the whole batch.
-            noise: (C, T) what ranks the tokens if chance does.
-        """
+        """Return what :meth:`read` does, of logits (C, T, V); of rollouts at the temperature that they have."""
         if self.writer is not None and self.experiment.temperature != 1:
             logits = logits / self.experiment.temperature
             teacher = None if teacher is None else teacher / self.experiment.temperature
         weights: Tensor | float = 1.0
         with torch.no_grad():
             if chosen := self.arm.tokens:
-                key = token_ranking(chosen.ranking, logits, part.tokens, teacher, noise)
+                key = RANKINGS[chosen.ranking](logits, part.tokens, teacher, part.noise)
                 weights = token_weights(key, part.mask, chosen.share, chosen.per_completion)
             sums = self._sums(part, logits, teacher)
         losses = {}
@@ -254,7 +242,7 @@ class Trainer:
             found["kl"] = objectives.in_pieces(objectives.reverse_kl, logits, teacher)
         return {name: values[part.mask].sum() for name, values in found.items()}
 
-    def _accumulate(self, losses: dict[str, Tensor], gradients: Gradients) -> None:
+    def _accumulate(self, losses: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
         """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
         if len(losses) == 1:
             next(iter(losses.values())).backward()
@@ -262,36 +250,36 @@ class Trainer:
         weights = list(self.student.parameters())
         for name, loss in losses.items():
             found = torch.autograd.grad(loss, weights, retain_graph=True)
-            before = gradients.get(name)
-            gradients[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+            whole = torch.cat([gradient.flatten() for gradient in found])
+            gradients[name] = gradients[name] + whole if name in gradients else whole
 
     @torch.no_grad()
-    def _mix(self, gradients: Gradients) -> dict[str, float]:
+    def _mix(self, gradients: dict[str, Tensor]) -> dict[str, float]:
         """Put a mixture's gradients together, and return their norms and cosine; nothing without a mixture."""
         if not gradients:
             return {}
-        vectors = {name: torch.cat([part.flatten() for part in parts]) for name, parts in gradients.items()}
-        first, second = vectors.values()
-        norms = {name: float(vector.norm()) for name, vector in vectors.items()}
+        first, second = gradients.values()
+        norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
         reference = norms[self.arm.loss]
         scales = {name: reference / max(norm, 1e-12) if self.arm.balanced else 1.0 for name, norm in norms.items()}
-        for i, weight in enumerate(self.student.parameters()):
-            parts: Any = (share * scales[name] * gradients[name][i] for name, share in self.arm.losses.items())
-            weight.grad = sum(parts)
+        mixed: Any = sum(share * scales[name] * gradients[name] for name, share in self.arm.losses.items())
+        weights = list(self.student.parameters())
+        for weight, gradient in zip(weights, mixed.split([w.numel() for w in weights]), strict=True):
+            weight.grad = gradient.view_as(weight)
         cosine = float(torch.nn.functional.cosine_similarity(first, second, dim=0))
         return {f"grad_norm_{name}": norm for name, norm in norms.items()} | {"grad_cosine": cosine}
 
     def _update(self, step: int) -> None:
         """Let the optimizers make their step, projected and rounded as the arm says."""
         parameters = dict(self.student.named_parameters())
-        strict = self.projector if self.projector and self.projector.acts_on == "update" else None
-        before = {name: parameters[name].detach().clone() for name in strict.of} if strict else {}
+        projected = self.projector.of if self.projector and self.projector.acts_on == "update" else {}
+        before = {name: parameters[name].detach().clone() for name in projected}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate_at(step)
             optimizer.step()
-        if strict:
-            strict.project_update(parameters, before)
+        if self.projector:
+            self.projector.project_update(parameters, before)
         self.round_weights()
 
     # --- what the steps work with -------------------------------------------------------------------------------------
@@ -304,14 +292,13 @@ class Trainer:
         """Return the context in which the student's passes compute in their dtype, from weights in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def project(self, weights: Mapping[str, Tensor], at_start: bool, start: Mapping[str, Tensor] | None = None) -> None:
-        """Project training from now on; the update from ``start``, or the origin, to ``weights`` gives the directions.
+    def project(self, start: Mapping[str, Tensor], weights: Mapping[str, Tensor], at_start: bool) -> None:
+        """Project training from now on; the update from ``start`` to ``weights`` gives the directions.
 
         A stopped run that goes on is not ``at_start``, and keeps its moments in any case.
         """
-        projection = self.arm.projection
-        self.projector = Projector(projection, self.origin, weights, self.experiment.seed, start)
-        if projection.reset and at_start:
+        self.projector = Projector(self.arm.projection, start, weights, self.experiment.seed, self.device)
+        if self.arm.projection.reset and at_start:
             for optimizer in self.optimizers:
                 optimizer.state.clear()
 
@@ -383,14 +370,24 @@ class Trainer:
     # --- stopping and going on ----------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights and optimizer moments, by name."""
-        weights = dict(self.student.named_parameters())
-        return {f"weight.{name}": weight for name, weight in weights.items()} | moments(self.optimizers, weights)
+        """Return weights and optimizer moments, by kind and name."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.student.named_parameters():
+            found[f"weight.{name}"] = weight
+            for optimizer in self.optimizers:
+                found |= {f"{kind}.{name}": moment for kind, moment in optimizer.state.get(weight, {}).items()}
+        return found
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what :meth:`state` returned."""
         weights = dict(self.student.named_parameters())
-        for name, weight in weights.items():
-            weight.copy_(tensors[f"weight.{name}"])
-        load_moments(self.optimizers, weights, tensors)
+        groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
+        owner = {weight: optimizer for optimizer, group in groups for weight in group["params"]}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            weight = weights[name]
+            if kind == "weight":
+                weight.copy_(tensor)
+            else:  # AdamW counts its steps on the CPU.
+                owner[weight].state[weight][kind] = tensor.to("cpu" if kind == "step" else weight.device)

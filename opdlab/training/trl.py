@@ -48,7 +48,6 @@ from opdlab.processes import find_device
 from opdlab.training.arms import changed_fields
 from opdlab.training.config import Experiment
 from opdlab.training.loop import install_model
-from opdlab.training.objectives import CLIP
 from opdlab.training.store import Run
 from opdlab.training.trl_process import FINISHED, Callback, drop_checkpoints, last_checkpoint
 
@@ -154,7 +153,7 @@ def _special(experiment: Experiment, trainer: str, vllm: bool) -> dict:
         # The paper's ratio is 1. TRL's correction for vLLM's rounding drops whole completions, the long ones first.
         rollouts["vllm_importance_sampling_correction"] = False
     rollouts |= {"num_generations": recipe.samples, "num_iterations": 1, "mask_truncated_completions": False}
-    objective = {"beta": 0.0, "epsilon": CLIP[0], "epsilon_high": CLIP[1], "loss_type": "dapo"}
+    objective = {"beta": 0.0, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo"}
     return rollouts | in_order | objective | {"scale_rewards": "group"}
 
 
@@ -214,8 +213,7 @@ def launch(
             raise OpdlabError(f"training ended with status {status}; what went wrong is said above")
     drop_checkpoints(run.folder)  # left by a call that was stopped right after the last step
     if produces and not produces.exists():
-        # Whole or not at all, should it be stopped here.
-        install_model(run, produces.with_name(f"{produces.name}.part")).replace(produces)
+        install_model(run, produces)
     print(f"to measure it: opdlab measure {experiment.arm.student.folder} --trajectory {run.folder / 'snapshots'}")
 
 

@@ -90,8 +90,8 @@ def grpo_trainer(tmp_path_factory) -> GRPOTrainer:
         per_device_train_batch_size=4,
         num_generations=4,
         max_completion_length=MAX_LENGTH,
-        epsilon=obj.CLIP[0],
-        epsilon_high=obj.CLIP[1],
+        epsilon=0.2,
+        epsilon_high=0.28,
     )
     trainer = GRPOTrainer(
         model=tiny_model(),
@@ -156,9 +156,7 @@ def test_distillation_without_tokens(oracle):
 # --- RLVR -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_policy", [True, False])
-def test_grpo(on_policy, grpo_trainer):
-    """On policy, and far enough off it that a part of the tokens is clipped."""
+def test_grpo(grpo_trainer):
     model, advantages = grpo_trainer.model, torch.tensor([1.2, -0.7, 0.3, -0.8])
     logps = obj.token_logps(model(IDS[:, :-1]).logits, IDS[:, 1:])[:, PROMPT - 1 :]
     batch = {
@@ -169,12 +167,7 @@ def test_grpo(on_policy, grpo_trainer):
         "advantages": advantages,
         "num_items_in_batch": MASK.sum(),
     }
-    old_logps = None
-    if not on_policy:
-        old_logps = batch["old_per_token_logps"] = logps.detach() + 0.4 * normal(4, 6, seed=4)
-        ratio = (logps - old_logps).exp()
-        assert ((ratio - 1).abs() > 0.28)[MASK].any() and ((ratio - 1).abs() < 0.2)[MASK].any()
-    per_token = obj.policy_gradient(logps, advantages, old_logps)
+    per_token = obj.policy_gradient(logps, advantages)
     ours = obj.token_mean(per_token, MASK)
     assert_parity(ours, trl_grpo(grpo_trainer, batch), list(model.parameters()))
 

@@ -6,8 +6,8 @@ import torch
 from opdlab.errors import OpdlabError
 from opdlab.lab.grid import ARMS, PAPER, RECORDED, ancestor
 from opdlab.lab.laboratory import Laboratory
-from opdlab.training.arms import Projection, changed_fields
-from opdlab.training.losses import LOSSES, RANKINGS, token_ranking, token_weights
+from opdlab.training.arms import Projection, Tokens, changed_fields
+from opdlab.training.losses import LOSSES, RANKINGS, token_weights
 from opdlab.training.optimizers import make_optimizers
 from opdlab.training.projection import Projector
 
@@ -34,22 +34,22 @@ def test_rankings():
     student, teacher = torch.randn(2, 3, 4, generator=random), torch.randn(2, 3, 4, generator=random)
     tokens = torch.zeros(2, 3, dtype=torch.long)
     noise = torch.rand(2, 3, generator=random)
-    keys = {name: token_ranking(name, student, tokens, teacher, noise) for name in RANKINGS}
+    keys = {name: key(student, tokens, teacher, noise) for name, key in RANKINGS.items()}
     ratio = (student.log_softmax(-1) - teacher.log_softmax(-1))[..., 0]
     torch.testing.assert_close(keys["log-ratio"], ratio)
     torch.testing.assert_close(keys["absolute log-ratio"], ratio.abs())
     torch.testing.assert_close(keys["entropy"], torch.distributions.Categorical(logits=student).entropy())
     assert keys["random"] is noise
     with pytest.raises(OpdlabError, match="no ranking 'best'"):
-        token_ranking("best", student, tokens, teacher)
+        Tokens("best", 0.5)
     with pytest.raises(OpdlabError, match="share of tokens"):
-        token_weights(ratio, ratio > -9, 0.0)
+        Tokens("log-ratio", 0.0)
 
 
 def test_first_and_last_tokens():
     tokens, mask = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[True] * 5 + [False]])
     first, last = (
-        token_weights(token_ranking(ranking, torch.zeros(1, 6, 3), tokens), mask, 0.4) for ranking in ("first", "last")
+        token_weights(RANKINGS[ranking](torch.zeros(1, 6, 3), tokens), mask, 0.4) for ranking in ("first", "last")
     )
     assert first.tolist() == [[2.5, 2.5, 0, 0, 0, 0]] and last.tolist() == [[0, 0, 0, 2.5, 2.5, 0]]
 
