@@ -1,7 +1,6 @@
 """Figures that compare arms: methods that draw a table, one row per arm and seed, in one visual language.
 
-A thin line or a small dot is one seed, a thick line the mean over seeds, a band its 95 % interval, and a dashed line
-the null. The only quantities computed here are means and intervals.
+A thin line or a small dot is one seed, a thick line the mean, a band its 95 % interval, and a dashed line the null.
 """
 
 from __future__ import annotations
@@ -111,8 +110,8 @@ class ArmFigures:
     def label_ends(self, axis: Axes, ends: Sequence[tuple[float, str]]) -> None:
         """Write the arms' labels to the right of their curves, pushed apart where they would overlap.
 
-        ``ends`` holds for each curve the height of its end, in data units, and its arm. The labels follow their curves
-        when the limits of the axis change; whether it is logarithmic must be set before.
+        ``ends`` holds the height of the end of each curve, in data units, and its arm. Labels follow their curves when
+        the limits of the axis change; whether it is logarithmic must be set before.
         """
         ends = sorted(ends)
         style: dict[str, Any] = {"xycoords": "axes fraction", "annotation_clip": False, "fontsize": 9, "va": "center"}
@@ -170,10 +169,7 @@ class ArmFigures:
     def draw_rows(self, axis: Axes, table: pd.DataFrame, *, names: bool = True) -> None:
         """Draw one row per arm: a small dot per seed, the mean and its 95 % interval, and a dashed line at zero.
 
-        Args:
-            axis: the panel.
-            table: one column per arm, named after it, and one row per seed.
-            names: whether to write the arms' labels at the left.
+        ``table`` has a column for each arm and a row for each seed; ``names`` writes their labels at the left.
         """
         for row, (arm, values) in enumerate(table.items()):
             look, values = self.look_of(arm), values.dropna()
@@ -188,13 +184,10 @@ class ArmFigures:
         axis.locator_params(axis="x", nbins=4)
 
     def arm_legend(self, place: Axes | Figure, arms: Sequence[str], *, null: str | None = None, **options: Any) -> None:
-        """Add a legend of arms; a panel without data is given over to it.
+        """Add a legend of arms, and of the null by the name given, to a panel or to the whole figure.
 
-        Args:
-            place: a panel, or the whole figure.
-            arms: the arms, in order.
-            null: what to call the null, if there is one.
-            options: further arguments of Matplotlib's ``legend``, such as :data:`opdlab.figures.style.ABOVE`.
+        A panel without data is given over to it. The options are those of Matplotlib's ``legend``, such as
+        :data:`opdlab.figures.style.ABOVE`.
         """
         looks = [self.look_of(arm) for arm in arms]
         line = partial(plt.Line2D, [], [])

@@ -39,12 +39,14 @@ def draw_experiment(
         lanes: at most four, by arm; "sft" may be active, too.
         active: the arms that a page is about; the others are pale. All are, if none is named.
     """
-    parts = [_box(30, "base", base, _strength("base", active, lanes))]
-    parts += [_arrow(_WIDTH / 2, 58, 118, sft, _strength("sft", active, lanes))]
-    parts += [_box(146, "anchor", anchor, 1.0)]
-    for i, (arm, lane) in enumerate(lanes.items()):
-        x = i * (_CARD + _GAP)
-        parts.append(f'<g opacity="{_strength(arm, active, lanes)}">{_lane(x, lane)}</g>')
+
+    def group(name: str, *parts: str) -> str:
+        return f'<g opacity="{1.0 if not active or name in active else 0.4}">{"".join(parts)}</g>'
+
+    arrow = '<path d="M240 58V118l-4 -8h8l-4 8" stroke="currentColor"/>', _text(250, 92, sft, "start")
+    parts = [group("base", _box(30, "base", base)), group("sft", *arrow)]
+    parts.append(f'<g opacity="1.0">{_box(146, "anchor", anchor)}</g>')
+    parts += [group(arm, _lane(i * (_CARD + _GAP), lane)) for i, (arm, lane) in enumerate(lanes.items())]
     said = "; ".join(f"{lane.title}: {lane.writes} writes, {lane.grades}" for lane in lanes.values())
     alt = f"From a base ({base}) SFT ({sft}) makes the anchor ({anchor}). From the anchor start: {said}."
     return Diagram(
@@ -54,24 +56,14 @@ def draw_experiment(
     )
 
 
-def _strength(arm: str, active: Collection[str], lanes: Mapping[str, Lane]) -> float:
-    return 1.0 if not active or arm in active else 0.4
-
-
 def _text(x: float, y: float, text: str, anchor: str = "middle", bold: bool = False) -> str:
     weight = ' font-weight="bold"' if bold else ""
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
 
 
-def _box(y: float, title: str, text: str, strength: float) -> str:
+def _box(y: float, title: str, text: str) -> str:
     box = f'<rect x="60" y="{y - 26}" width="{_WIDTH - 120}" height="52" rx="8" fill="none" stroke="currentColor"/>'
-    words = _text(_WIDTH / 2, y - 5, title, bold=True) + _text(_WIDTH / 2, y + 14, text)
-    return f'<g opacity="{strength}">{box}{words}</g>'
-
-
-def _arrow(x: float, top: float, bottom: float, text: str, strength: float) -> str:
-    line = f'<path d="M{x:g} {top:g}V{bottom:g}l-4 -8h8l-4 8" stroke="currentColor"/>'
-    return f'<g opacity="{strength}">{line}{_text(x + 10, (top + bottom) / 2 + 4, text, "start")}</g>'
+    return box + _text(_WIDTH / 2, y - 5, title, bold=True) + _text(_WIDTH / 2, y + 14, text)
 
 
 def _lane(x: float, lane: Lane) -> str:

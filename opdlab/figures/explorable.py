@@ -14,9 +14,8 @@ from opdlab.errors import OpdlabError
 def explorable(still: Path | str, alt: str, caption: str) -> HTML:
     """Return a still picture that a script of the same name makes move: ``size.js`` for ``size.png``.
 
-    The still is part of what is returned, so it is seen on paper, in a plain notebook and without scripts. A page that
-    has the script shows what it draws instead. The ``alt`` text is for readers who cannot see the still, the caption
-    is plain text for both.
+    The still is part of what is returned, so it is seen on paper, in a plain notebook and without scripts. The ``alt``
+    text is for readers who cannot see it, the caption is plain text for all.
 
     Raises:
         OpdlabError: if there is no still, or it is no PNG.

@@ -25,11 +25,9 @@ from opdlab.models.names import plain_name
 from opdlab.models.pieces import Checkpoint, Piece
 
 _LATER = "measure the checkpoints that the trainer saves with 'opdlab measure BASE --trajectory DIR'"
-# How trainers leave parts of weights to each process, by what its parameters then have; and what to do instead.
-_SHARDED = (
-    ("ds_shape", "", "ZeRO-3 of DeepSpeed", "train with ZeRO-2 or FSDP2"),
-    ("", "_fsdp_wrapped_module.|_flat_param", "FSDP1", "set fsdp_version to 2 for accelerate"),
-)
+# Who leaves a part of each weight to each process, and what to do instead.
+_ZERO3 = "ZeRO-3 of DeepSpeed", "train with ZeRO-2 or FSDP2"
+_FSDP1 = "FSDP1", "set fsdp_version to 2 for accelerate"
 
 
 class GeometryCallback(TrainerCallback):
@@ -42,26 +40,24 @@ class GeometryCallback(TrainerCallback):
     any run); and geometry/seconds, which the measurement took: 3 for the 120 attention matrices of a 135 M model on one
     CPU core, so 0.06 per step at the default. The CPU's memory holds a copy of the chosen matrices.
 
-    It works with transformers' Trainer and trainers derived from it, as all of TRL's are, and gathers sharded weights
-    (DTensor). Fused projections and stacked experts are followed one matrix at a time, as ``opdlab measure`` takes
-    them. A LoRA adapter's weights are no update by themselves: save it, and measure it with ``opdlab measure``. In a
-    run that is resumed, the first weights are gone: it warns, logs nothing, and still writes its snapshots.
+    It works with transformers' Trainer and those derived from it, as TRL's are, and gathers sharded weights (DTensor).
+    Fused projections and stacked experts are followed as ``opdlab measure`` takes them, which also measures LoRA
+    adapters, once they are saved. In a run that is resumed, the first weights are gone: it warns, logs nothing, and
+    still writes its snapshots.
 
     Args:
         trainer: the trainer that it is added to, which logs the results.
         every: optimizer steps between measurements; the last step is always measured.
-        matrices: regular expression for the names of the matrices, in upper or lower case; by default attention's,
-            which the paper follows. Of those that match, it takes the trained matrices of attention and MLP, or if
-            there are none, all that are trained.
+        matrices: regular expression for their names, in upper or lower case; by default attention's, which the paper
+            follows. Of those that match, it takes the trained ones of attention and MLP, or else all that are trained.
         k: dimension of the subspaces; the paper's 16.
         snapshots: folder for the model's weights, one file a step under the names that ``save_pretrained`` gives them,
             with config.json, for ``opdlab measure BASE --trajectory SNAPSHOTS``.
         snapshot_steps: the steps at which they are written.
 
     Raises:
-        OpdlabError: at once if an argument makes no sense. When training begins, if no trained matrix is chosen, k
-            exceeds a side of one, or processes have parts of weights (ZeRO-3, FSDP1). Later, if a snapshot cannot be
-            written.
+        OpdlabError: if an argument makes no sense; when training begins, if no trained matrix is chosen, k exceeds a
+            side of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a snapshot cannot be written.
 
     Example::
 
@@ -159,12 +155,11 @@ class GeometryCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
         weights, seen = {}, set()
         for name, weight in model.state_dict(keep_vars=True).items():
-            if not isinstance(weight, Tensor) or id(weight) in seen:  # a second name of one weight
-                continue
-            seen.add(id(weight))
-            whole = _whole(weight)  # in every process, or those that ask would wait for the others
-            if state.is_world_process_zero:
-                weights[plain_name(name)] = whole.cpu()
+            if isinstance(weight, Tensor) and id(weight) not in seen:  # no second name of one weight
+                seen.add(id(weight))
+                whole = _whole(weight)  # in every process, or those that ask would wait for the others
+                if state.is_world_process_zero:
+                    weights[plain_name(name)] = whole.cpu()
         if not state.is_world_process_zero:
             return
         if isinstance(model, PreTrainedModel):
@@ -224,12 +219,13 @@ def callback_for(trainer: Trainer, folder: Path, steps: tuple[int, ...]) -> Geom
 def _check_whole(model: nn.Module) -> None:
     """Raise if the processes of a training have parts of its weights that cannot be put together here."""
     for name, weight in model.named_parameters():
-        for attribute, infix, kind, instead in _SHARDED:
-            if hasattr(weight, attribute) if attribute else re.search(infix, name):
-                raise OpdlabError(
-                    f"{kind} leaves each process a part of {plain_name(name)}, which GeometryCallback cannot gather: "
-                    f"{instead}, or leave it out, and {_LATER}"
-                )
+        zero3, fsdp1 = hasattr(weight, "ds_shape"), re.search("_fsdp_wrapped_module.|_flat_param", name)
+        if zero3 or fsdp1:
+            kind, instead = _ZERO3 if zero3 else _FSDP1
+            raise OpdlabError(
+                f"{kind} leaves each process a part of {plain_name(name)}, which GeometryCallback cannot gather: "
+                f"{instead}, or leave it out, and {_LATER}"
+            )
 
 
 def _whole(weight: Tensor) -> Tensor:

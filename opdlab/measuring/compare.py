@@ -6,7 +6,7 @@ densities, and masks of permuted updates, which have in common what rounding alo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -17,35 +17,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from opdlab import geometry as g
 from opdlab.errors import OpdlabError
-from opdlab.geometry import (
-    Resolution,
-    Svd,
-    cosine,
-    density,
-    describe,
-    frobenius,
-    independent_jaccard,
-    jaccard,
-    permute,
-    sim_k,
-    svd,
-    top_left,
-    top_right,
-    update_mask,
-)
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.geometry.summary import largest_k, means_over, of_layers
-from opdlab.measuring.parallel import resumable_map
 from opdlab.measuring.sources import name_of, place_of
+from opdlab.measuring.tensors import resumable_map
 from opdlab.measuring.update import Shown, Update, load_update, write_table
 from opdlab.models.files import write_json
-from opdlab.models.pieces import Checkpoint
 
 # The means of an update that stand beside those of others.
 _KINDS = ["value", "ruler", "null", "noise", "at equal norm", "null at equal norm"]
-# An update as a process needs it: its label, base and tuned checkpoint, and norm by matrix, as measured.
-_Measured = tuple[str, tuple[Checkpoint, Checkpoint], Mapping[str, float]]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -88,7 +70,8 @@ class Comparison(Shown):
         write_json(folder / "compare.json", what)
         write_comparison(folder / "compare.html", self)
 
-    def _parts(self) -> list[str | pd.DataFrame]:
+    def parts(self) -> list[str | pd.DataFrame]:
+        """Return the two tables of means, and the notes."""
         return [self.models, self.means.set_index(["a", "b"]).T, *self.notes]
 
 
@@ -113,21 +96,21 @@ def compare(
     Raises:
         OpdlabError: on bad input, naming the file.
     """
-    asked = [one if isinstance(one, Update) else _summary_file(Path(one).expanduser()) for one in updates]
+    asked = [one if isinstance(one, Update) else Path(one).expanduser() for one in updates]
+    asked = [one / "summary.json" if isinstance(one, Path) and one.is_dir() else one for one in asked]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
     measured = _labelled(asked)
-    tables = _comparable(asked, measured.values())
+    tables = _comparable(asked, list(measured.values()))
     named = [[label, place_of(update.base), place_of(update.path[-1])] for label, update in measured.items()]
-    ends = [(update.base, update.path[-1]) for update in measured.values()]
     norms = [table["frobenius"].astype(float).to_dict() for table in tables]
-    work = partial(_compare_matrix, updates=list(zip(measured, ends, norms, strict=True)), seed=seed)
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
     folder = Path(out).expanduser() if out else None
     # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
-    on_disk = all(isinstance(end.path, Path) for pair in ends for end in pair)
+    on_disk = all(isinstance(end.path, Path) for update in measured.values() for end in (update.base, update.path[-1]))
     log, processes = (folder, processes) if on_disk else (None, 1)
+    work = partial(_compare_matrix, updates=measured, seed=seed)
     with resumable_map(work, sizes, identity, out=log, processes=processes, progress=progress) as found:
         by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
         pairs = pd.DataFrame(list(chain.from_iterable(by_pair)))
@@ -136,21 +119,6 @@ def compare(
         if folder:
             comparison.save(folder)
     return comparison
-
-
-def _notes(measured: Mapping[str, Update]) -> list[str]:
-    """Return what is compared, whether from one base, and what each update has that is not compared."""
-    said = [f"Compared are {means_over(next(iter(measured.values())).table)}; what else was measured is not."]
-    places, names = ({of(update.base) for update in measured.values()} for of in (place_of, name_of))
-    if len(places) > 1:
-        called = name_of if len(names) == len(places) else place_of
-        bases = "; ".join(f"{label} from {called(update.base)}" for label, update in measured.items())
-        said.append(f"They start from different bases: {bases}.")
-    return said
-
-
-def _summary_file(path: Path) -> Path:
-    return path / "summary.json" if path.is_dir() else path
 
 
 def _labelled(asked: Sequence[Update | Path]) -> dict[str, Update]:
@@ -164,7 +132,7 @@ def _labelled(asked: Sequence[Update | Path]) -> dict[str, Update]:
     return dict(zip(names, updates, strict=True))
 
 
-def _comparable(asked: Sequence[Update | Path], updates: Iterable[Update]) -> list[pd.DataFrame]:
+def _comparable(asked: Sequence[Update | Path], updates: Sequence[Update]) -> list[pd.DataFrame]:
     """Return what is compared of each table, by matrix; what is too small for any subspace is left out."""
     tables = [of_layers(update.table).query("rows >= 4 and cols >= 4").set_index("matrix") for update in updates]
     shapes = [table[["rows", "cols"]].sort_index() for table in tables]
@@ -177,8 +145,19 @@ def _comparable(asked: Sequence[Update | Path], updates: Iterable[Update]) -> li
     return tables
 
 
-def _compare_matrix(name: str, updates: Sequence[_Measured], seed: int) -> dict:
-    seen = [_see(name, label, *ends, norms[name], seed) for label, ends, norms in updates]
+def _notes(measured: Mapping[str, Update]) -> list[str]:
+    """Return what is compared, whether from one base, and what each update has that is not compared."""
+    said = [f"Compared are {means_over(next(iter(measured.values())).table)}; what else was measured is not."]
+    places, names = ({of(update.base) for update in measured.values()} for of in (place_of, name_of))
+    if len(places) > 1:
+        called = name_of if len(names) == len(places) else place_of
+        bases = "; ".join(f"{label} from {called(update.base)}" for label, update in measured.items())
+        said.append(f"They start from different bases: {bases}.")
+    return said
+
+
+def _compare_matrix(name: str, updates: Mapping[str, Update], seed: int) -> dict:
+    seen = [_see(name, label, update, seed) for label, update in updates.items()]
     return {"pairs": [_row(name, a, b) for a, b in combinations(seen, 2)]}
 
 
@@ -186,41 +165,42 @@ class _Seen(NamedTuple):
     """One update of one matrix, as comparisons see it."""
 
     label: str
-    directions: Svd
+    directions: g.Svd
     delta: Tensor
     masks: dict[str, tuple[Tensor, Tensor]]  # by size, the visible update and its permuted null
 
 
-def _see(name: str, label: str, base: Checkpoint, tuned: Checkpoint, norm: float, seed: int) -> _Seen:
+def _see(name: str, label: str, update: Update, seed: int) -> _Seen:
+    base, tuned = update.base, update.path[-1]
     shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
     changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
     if shapes[0] != shapes[1] or len(shapes[0]) != 2:
         raise OpdlabError(changed)
     w0, w1 = base.read(name).double(), tuned.read(name).double()
-    delta = w1 - w0
-    if abs(frobenius(delta) - norm) > 1e-6 * norm:
+    delta, norm = w1 - w0, float(update.table.set_index("matrix").at[name, "frobenius"])
+    if abs(g.frobenius(delta) - norm) > 1e-6 * norm:
         raise OpdlabError(changed)
     # Each with a permutation of its own: a shared one would make two equal updates equal again.
-    shuffled = permute(delta, generator_of(seed, f"{label} {name}"))
+    shuffled = g.permute(delta, generator_of(seed, f"{label} {name}"))
     # Without an update there is nothing to scale, and both masks stay empty.
-    scale = MATCHED_NORM * frobenius(w0) / norm if norm else 0.0
-    matched, null = (update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
-    masks = {"": (update_mask(w0, w1), update_mask(w0, w0 + shuffled)), "_matched": (matched, null)}
-    return _Seen(label, svd(delta, k=max(Resolution.of(delta.shape).sim_ks)), delta, masks)
+    scale = MATCHED_NORM * g.frobenius(w0) / norm if norm else 0.0
+    matched, null = (g.update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
+    masks = {"": (g.update_mask(w0, w1), g.update_mask(w0, w0 + shuffled)), "_matched": (matched, null)}
+    return _Seen(label, g.svd(delta, k=max(g.Resolution.of(delta.shape).sim_ks)), delta, masks)
 
 
 def _row(name: str, a: _Seen, b: _Seen) -> dict[str, Any]:
     m, n = a.delta.shape
-    row = {"a": a.label, "b": b.label, "matrix": name, **describe(name)._asdict(), "rows": m, "cols": n}
-    row |= {"cosine": cosine(a.delta, b.delta), "cosine_random": (m * n) ** -0.5}
+    row = {"a": a.label, "b": b.label, "matrix": name, **g.describe(name)._asdict(), "rows": m, "cols": n}
+    row |= {"cosine": g.cosine(a.delta, b.delta), "cosine_random": (m * n) ** -0.5}
     for size in a.masks:
         (mask_a, null_a), (mask_b, null_b) = a.masks[size], b.masks[size]
-        row[f"jaccard{size}"] = jaccard(mask_a, mask_b)
-        row[f"jaccard_independent{size}"] = independent_jaccard(density(mask_a), density(mask_b))
-        row[f"jaccard_permuted{size}"] = jaccard(null_a, null_b)
-    for k in Resolution.of((m, n)).sim_ks:
-        row[f"sim_right_K{k}"] = sim_k(top_right(a.directions, k), top_right(b.directions, k))
-        row[f"sim_left_K{k}"] = sim_k(top_left(a.directions, k), top_left(b.directions, k))
+        row[f"jaccard{size}"] = g.jaccard(mask_a, mask_b)
+        row[f"jaccard_independent{size}"] = g.independent_jaccard(g.density(mask_a), g.density(mask_b))
+        row[f"jaccard_permuted{size}"] = g.jaccard(null_a, null_b)
+    for k in g.Resolution.of((m, n)).sim_ks:
+        row[f"sim_right_K{k}"] = g.sim_k(g.top_right(a.directions, k), g.top_right(b.directions, k))
+        row[f"sim_left_K{k}"] = g.sim_k(g.top_left(a.directions, k), g.top_left(b.directions, k))
         row |= {f"sim_right_random_K{k}": k / n, f"sim_left_random_K{k}": k / m}
     return row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ from opdlab.figures.ruler import draw_ruler
 from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.matrices import TOWERS
-from opdlab.geometry.summary import apart, largest_k, means, means_over, of_layers, trajectory_means, views
-from opdlab.measuring.said import beside_noise, on_views
+from opdlab.geometry.summary import largest_k, means, means_over, of_layers, views
+from opdlab.measuring.common import beside_noise, on_views
 from opdlab.measuring.update import Update, as_html
 from opdlab.measuring.where import published_sizes
 from opdlab.models.files import write_text
@@ -38,7 +38,7 @@ _DOTTED: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
 # Inches. A panel is a picture of its own, which a phone shows alone: as small as this its letters can still be read.
 _WIDTH, _HEIGHT = 4.2, 2.9
 
-_Panel = Callable[[Axes], None]
+_Panels = Mapping[str, Callable[[Axes], None]]
 
 
 def write_report(path: Path, update: Update) -> None:
@@ -47,15 +47,16 @@ def write_report(path: Path, update: Update) -> None:
     dashes = " Dashes: the permuted null." if "stable_rank_null" in update.table else ""
     layers, steps, figures = _moved(of_layers(update.table)), update.trajectory, []
     if len(layers):
-        figures.append(_ruler(update))
-        figures.append(_by_layer(layers, "Sparsity, rotation and size of each matrix, by layer"))
-        caption = "Stable rank of each module's updates: one dot per matrix, and the mean."
-        figures.append(_drawn(caption + dashes, lambda axis: _column(axis, layers, "stable_rank", over_steps=False)))
+        figures += [_ruler(update), _by_layer(layers, "Sparsity, rotation and size of each matrix, by layer")]
+        caption = f"Stable rank of each module's updates: one dot per matrix, and the mean.{dashes}"
+        figures.append(_drawn(caption, {"": partial(_column, layers=layers, column="stable_rank", over_steps=False)}))
         caption = (
             "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
-            "matrix. Shaded: what counting allows at that density. Dotted: the random rate."
+            f"matrix. Shaded: what counting allows at that density. Dotted: the random rate.{dashes}"
         )
-        figures.append(_drawn(caption + dashes, *_masks(layers)))
+        stars = {"principal weights": "principal", "low-magnitude weights": "low"}
+        masks = {title: partial(_mask, layers=layers, star=star) for title, star in stars.items()}
+        figures.append(_drawn(caption, masks))
     for tower in TOWERS:
         rows = _moved(update.table[update.table["block"] == tower])
         if len(rows) and rows["layer"].nunique() > 1:
@@ -66,11 +67,9 @@ def write_report(path: Path, update: Update) -> None:
             "of the leading right subspace to the last one. Dashes are nulls: blue of permuted updates for the rank "
             f"and of a random walk for the similarity, orange the locked null. {' '.join(on_views(steps))}"
         )
-        figures.append(_drawn(caption, *_trajectory(steps)))
-    tables = [update.means.drop(columns="weighting", errors="ignore"), apart(update.table)]
-    tables += [trajectory_means(update.trajectory).T] if len(update.trajectory) else []
-    parts = {"title": update.title, "notes": update.notes, "over": means_over(update.table), "figures": figures}
-    _write_page(path, tables=[table for table in tables if len(table)], where=update.where(), **parts)
+        figures.append(_drawn(caption, _trajectory(steps)))
+    over = means_over(update.table)
+    _write_page(path, update, title=update.title, over=over, figures=figures, where=update.where())
 
 
 def write_comparison(path: Path, comparison: Comparison) -> None:
@@ -81,9 +80,8 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         "Jaccard index of the visible masks at equal norm. Dashes: unrelated updates (random subspaces; permuted "
         "updates, rounded). Dotted: masks that are independent given their densities."
     )
-    parts = {"title": f"{len(comparison.updates)} updates compared", "notes": comparison.notes, "over": ""}
-    tables = [comparison.models, comparison.means.set_index(["a", "b"]).T]
-    _write_page(path, tables=tables, figures=[_drawn(caption, *_pairs(comparison.pairs))], **parts)
+    title, figures = f"{len(comparison.updates)} updates compared", [_drawn(caption, _pairs(comparison.pairs))]
+    _write_page(path, comparison, title=title, over="", figures=figures)
 
 
 def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure:
@@ -93,19 +91,23 @@ def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure
         OpdlabError: if the column has no numbers for the matrices of the means.
     """
     layers = of_layers(table)
-    if layers[column].replace([np.inf, -np.inf], np.nan).isna().all():
+    if not np.isfinite(layers[column]).any():
         raise OpdlabError(f"{column!r} has no numbers for {means_over(table)}: choose another column")
     use_style()
     figure, (axis,) = panels(1, width=5.2 if over_steps else 9.2, height=3)
-    _column(axis, layers, column, over_steps=over_steps)
+    _column(axis, layers, column, over_steps)
     plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
     return figure
 
 
-def _column(axis: Axes, layers: pd.DataFrame, column: str, *, over_steps: bool) -> None:
-    known, null = layers[column].replace([np.inf, -np.inf], np.nan).dropna(), f"{column}_null"
+def _column(axis: Axes, layers: pd.DataFrame, column: str, over_steps: bool) -> None:
+    known, null = layers[column][np.isfinite(layers[column])], f"{column}_null"
     if over_steps:
-        _follow(axis, layers, column)
+        for block, rows in layers.groupby("block"):
+            colour = _COLOURS.get(str(block), _GREEN)
+            for name, style in ((column, {"marker": "o", "ms": 4, "label": block}), (null, NULL)):
+                if name in rows:
+                    axis.plot(means(rows, ["step"], [name]).set_index("step")[name], **style | {"color": colour})
         axis.legend()
         axis.set_xlabel("step")
     else:
@@ -119,10 +121,13 @@ def _column(axis: Axes, layers: pd.DataFrame, column: str, *, over_steps: bool) 
     axis.set_title("; ".join([column.replace("_", " "), *notes]))
 
 
-def _write_page(path: Path, **parts: object) -> None:
+def _write_page(path: Path, shown: Update | Comparison, **parts: object) -> None:
     pages = Environment(loader=PackageLoader("opdlab.measuring", ""), autoescape=True, undefined=StrictUndefined)
-    pages.filters["frame"] = lambda table: Markup(as_html(table))
-    write_text(path, pages.get_template("report.html.jinja").render(parts).lstrip() + "\n")
+    # The page says itself how matrices are weighed.
+    pages.filters["frame"] = lambda table: Markup(as_html(table.drop(columns="weighting", errors="ignore")))
+    tables = [part for part in shown.parts() if not isinstance(part, str)]
+    page = pages.get_template("report.html.jinja").render(parts, tables=tables, notes=shown.notes)
+    write_text(path, page.lstrip() + "\n")
 
 
 def _moved(rows: pd.DataFrame) -> pd.DataFrame:
@@ -130,12 +135,14 @@ def _moved(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["stable_rank"].notna()] if "stable_rank" in rows else rows.head(0)
 
 
-def _drawn(caption: str, *draw: _Panel) -> dict[str, Any]:
-    """Return a figure for the page: its caption, and a picture of each of its panels."""
+def _drawn(caption: str, draw: _Panels) -> dict[str, Any]:
+    """Return a figure for the page: its caption, and a picture of each panel, under its title or one of its own."""
     pictures = []
-    for of_panel in draw:
+    for title, of_panel in draw.items():
         figure, (axis,) = panels(1, width=_WIDTH, height=_HEIGHT)
         of_panel(axis)
+        if title:
+            axis.set_title(title)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=200, metadata={"Software": None})
         plt.close(figure)
@@ -148,14 +155,13 @@ def _ruler(update: Update) -> dict[str, Any]:
     """Draw what noise of any size does to these weights, with the update and those that were published."""
     found, others = means(of_layers(update.table), []).iloc[0], published_sizes()
 
-    def draw(axis: Axes, column: str, title: str) -> None:
+    def draw(axis: Axes, column: str) -> None:
         draw_ruler(axis, update.ruler, column, others)
         if f"{column}_ruler" in found:
             axis.plot(found["relative_norm"], found[f"{column}_ruler"], "o", ms=9, mfc="none", mec="0.3", zorder=3)
         axis.plot(found["relative_norm"], found[column], "o", ms=6, color=_BLUE, zorder=4)
-        axis.set_title(title)
 
-    views = {"sparsity": "unchanged in bfloat16", "low_overlap_a30": "of what changes, among the smallest 30 %"}
+    views = {"unchanged in bfloat16": "sparsity", "of what changes, among the smallest 30 %": "low_overlap_a30"}
     listed = "; ".join(f"{number} {name}" for number, name in others["update"].items())
     caption = (
         f"The ruler: how much of an update's sparsity and masks is its size. {' '.join(beside_noise(update.table))} "
@@ -164,19 +170,18 @@ def _ruler(update: Update) -> dict[str, Any]:
         "prints no sizes: a bar is the size that noise needs for the printed sparsity. The others are from 2606.13657, "
         "at second hand, which calls unchanged what moved by 1e-5 at most, and not what bfloat16 leaves as it was."
     )
-    return _drawn(caption, *(partial(draw, column=column, title=title) for column, title in views.items()))
+    return _drawn(caption, {title: partial(draw, column=column) for title, column in views.items()})
 
 
 def _by_layer(rows: pd.DataFrame, caption: str) -> dict[str, Any]:
     """Draw a line per module over the layers; where a layer has several such matrices, their mean and range."""
     modules = dict(zip(rows["module"].unique(), sns.color_palette("colorblind", rows["module"].nunique()), strict=True))
-    several = rows.duplicated(["layer", "module"]).any()
 
-    def draw(axis: Axes, column: str, title: str) -> None:
+    def draw(axis: Axes, column: str) -> None:
         look = {"marker": "o", "markersize": 4, "markeredgewidth": 0, "linewidth": 1.2, "legend": False}
         band = {"errorbar": ("pi", 100), "err_kws": {"alpha": 0.15, "linewidth": 0}}
         sns.lineplot(rows, x="layer", y=column, hue="module", palette=modules, ax=axis, **look, **band)
-        axis.set(title=title, ylabel="")
+        axis.set_ylabel("")
         axis.locator_params(axis="x", integer=True)
 
     def explain(axis: Axes) -> None:
@@ -185,10 +190,11 @@ def _by_layer(rows: pd.DataFrame, caption: str) -> dict[str, Any]:
             axis.plot([], [], "o-", color=colour, ms=3, label=module)
         axis.legend(loc="upper left", ncols=1 + (len(modules) > 12))
 
-    views = {"sparsity": "bf16 sparsity", "angle_left_mean": "mean angle, degrees", "relative_norm": "relative norm"}
-    drawn = [partial(draw, column=column, title=title) for column, title in views.items()]
+    views = {"bf16 sparsity": "sparsity", "mean angle, degrees": "angle_left_mean", "relative norm": "relative_norm"}
+    several = rows.duplicated(["layer", "module"]).any()
     lines = "the mean of a module's matrices in each layer, and their range" if several else "one line per module"
-    return _drawn(f"{caption}; {lines}.", *drawn, explain)
+    drawn = {title: partial(draw, column=column) for title, column in views.items()}
+    return _drawn(f"{caption}; {lines}.", drawn | {"": explain})
 
 
 def _dots(axis: Axes, i: int, values: pd.Series, null: pd.Series | None) -> None:
@@ -207,28 +213,15 @@ def _by_module(axis: Axes, layers: pd.DataFrame, column: str) -> None:
     axis.set_xticks(range(len(modules)), modules, rotation=40, ha="right", fontsize=8)
 
 
-def _masks(layers: pd.DataFrame) -> list[_Panel]:
-    def draw(axis: Axes, star: str, title: str) -> None:
-        _by_module(axis, layers, f"{star}_overlap_a30")
-        for i, (_, rows) in enumerate(layers.groupby("module", sort=False)):
-            limits = feasible_range(0.3, float(rows["density"].mean()))
-            axis.fill_between([i - 0.45, i + 0.45], *limits, color="0.92", zorder=0, linewidth=0)
-        axis.axhline(0.3, **_DOTTED)
-        axis.set_title(f"{title} weights")
-
-    return [partial(draw, star="principal", title="principal"), partial(draw, star="low", title="low-magnitude")]
+def _mask(axis: Axes, layers: pd.DataFrame, star: str) -> None:
+    _by_module(axis, layers, f"{star}_overlap_a30")
+    for i, (_, rows) in enumerate(layers.groupby("module", sort=False)):
+        limits = feasible_range(0.3, float(rows["density"].mean()))
+        axis.fill_between([i - 0.45, i + 0.45], *limits, color="0.92", zorder=0, linewidth=0)
+    axis.axhline(0.3, **_DOTTED)
 
 
-def _follow(axis: Axes, trajectory: pd.DataFrame, column: str) -> None:
-    """Draw the means of a column over the steps, and its null as dashes."""
-    for block, rows in trajectory.groupby("block"):
-        colour = _COLOURS.get(str(block), _GREEN)
-        for name, style in ((column, {"marker": "o", "ms": 4, "label": block}), (f"{column}_null", NULL)):
-            if name in rows:
-                axis.plot(means(rows, ["step"], [name]).set_index("step")[name], **style | {"color": colour})
-
-
-def _trajectory(trajectory: pd.DataFrame) -> list[_Panel]:
+def _trajectory(trajectory: pd.DataFrame) -> _Panels:
     """Return a panel for the norm, and one per block for rank and similarity, as stored and in bfloat16."""
     k, seen = largest_k(trajectory), views(trajectory)
     titles = {"stable_rank": "stable rank"} | ({f"sim_right_K{k}": f"similarity to the end, K = {k}"} if k else {})
@@ -236,29 +229,27 @@ def _trajectory(trajectory: pd.DataFrame) -> list[_Panel]:
     looks |= {"_bf16": {"color": _ORANGE, "marker": "s", "ms": 4, "label": "between bf16 checkpoints"}}
     looks |= {"_locked": NULL | {"color": _ORANGE, "label": "locked null"}}
 
-    def size(axis: Axes) -> None:
-        _column(axis, trajectory, "frobenius", over_steps=True)
-        axis.set_title("Frobenius norm")
-
-    def draw(axis: Axes, column: str, block: str, rows: pd.DataFrame) -> None:
+    def draw(axis: Axes, column: str, rows: pd.DataFrame) -> None:
         over_steps = means(rows, ["step"]).set_index("step")
         for view in (*seen, "_null"):
             axis.plot(over_steps[f"{column}{view}"], **looks[view])
-        axis.set(title=f"{titles[column]}, {block}", xlabel="step")
+        axis.set_xlabel("step")
         if column == "stable_rank":
             set_log(axis.yaxis)
         axis.legend()
 
-    blocks = list(trajectory.groupby("block"))
-    drawn = [partial(draw, column=column, block=block, rows=rows) for column in titles for block, rows in blocks]
-    return [size, *drawn]
+    drawn = {"Frobenius norm": partial(_column, layers=trajectory, column="frobenius", over_steps=True)}
+    for column, title in titles.items():
+        for block, rows in trajectory.groupby("block"):
+            drawn[f"{title}, {block}"] = partial(draw, column=column, rows=rows)
+    return drawn
 
 
-def _pairs(pairs: pd.DataFrame) -> list[_Panel]:
+def _pairs(pairs: pd.DataFrame) -> _Panels:
     groups = [(f"{a}\n{b}", rows, largest_k(rows)) for (a, b), rows in pairs.groupby(["a", "b"], sort=False)]
     ks = sorted({k for *_, k in groups if k})
 
-    def draw(axis: Axes, title: str, column: str, null: str) -> None:
+    def draw(axis: Axes, column: str, null: str) -> None:
         for i, (_, rows, k) in enumerate(groups):
             _dots(axis, i, rows[column.format(k=k)], rows[null.format(k=k)])
             if column == "jaccard_matched":
@@ -266,10 +257,10 @@ def _pairs(pairs: pd.DataFrame) -> list[_Panel]:
         # A dollar would begin a formula.
         labels = [(f"{label}\nK = {k}" if len(ks) > 1 else label).replace("$", r"\$") for label, _, k in groups]
         axis.set_xticks(range(len(labels)), labels, rotation=40 if len(labels) > 1 else 0, ha="center", fontsize=8)
-        axis.set(title=title, xlim=(-0.6, len(labels) - 0.4))
+        axis.set_xlim(-0.6, len(labels) - 0.4)
 
-    similarity, masks = f"similarity of updates, K = {' or '.join(map(str, ks))}", "Jaccard of masks, at equal norm"
-    return [
-        partial(draw, title=similarity, column="sim_right_K{k}", null="sim_right_random_K{k}"),
-        partial(draw, title=masks, column="jaccard_matched", null="jaccard_permuted_matched"),
-    ]
+    similarity = f"similarity of updates, K = {' or '.join(map(str, ks))}"
+    return {
+        similarity: partial(draw, column="sim_right_K{k}", null="sim_right_random_K{k}"),
+        "Jaccard of masks, at equal norm": partial(draw, column="jaccard_matched", null="jaccard_permuted_matched"),
+    }

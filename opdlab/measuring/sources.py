@@ -147,12 +147,12 @@ def find_trajectory(folder: Path) -> Trajectory:
             found.append(place)
         elif why != _NO_CHECKPOINT or (place.is_dir() and step_of(place)):
             left.setdefault(why, []).append(place.name)
-    for place in list(found):
+    whole = [place for place in found if place.is_file() or any(weights_folder(place).glob("*.safetensors"))]
+    for place in [place for place in found if place not in whole]:
         # Some trainers write the parts that training goes on from beside the model of the same step.
-        whole = [other.name for other in found if _order(other) == _order(place) and _has_weights(other)]
-        if whole and not _has_weights(place):
+        if same := [other.name for other in whole if _order(other) == _order(place)]:
             found.remove(place)
-            left.setdefault(f"without safetensors, unlike {whole[0]}", []).append(place.name)
+            left.setdefault(f"without safetensors, unlike {same[0]}", []).append(place.name)
     below = [folder / name for name in _ABOVE if (folder / name).is_dir()]
     if not found and below:
         return find_trajectory(below[0])
@@ -165,10 +165,6 @@ def find_trajectory(folder: Path) -> Trajectory:
     more = {why: f" and {len(names) - 4} more" if len(names) > 4 else "" for why, names in left.items()}
     reasons = "; ".join(f"{', '.join(names[:4])}{more[why]} ({why})" for why, names in left.items())
     return _by_step(found, [f"Left out of the trajectory in {folder}: {reasons}."] if reasons else [])
-
-
-def _has_weights(place: Path) -> bool:
-    return place.is_file() or any(weights_folder(place).glob("*.safetensors"))
 
 
 def _why_not(place: Path) -> str:

@@ -1,36 +1,36 @@
-"""One program for every table: tensors are read one at a time, from files or from memory, and measured in parallel.
-
-Decompositions of the base can be kept in a cache, for the next model that was tuned from it.
-"""
+"""One program for every table: tensors are read one at a time, from files or from memory, and measured in parallel."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_rows, svd
 from opdlab.geometry.matrices import identity
-from opdlab.measuring.common import LeftOut, in_common
-from opdlab.measuring.parallel import resumable_map
-from opdlab.measuring.said import left_out_of_means
+from opdlab.measuring.common import LeftOut, in_common, left_out_of_means
 from opdlab.measuring.sources import open_all
-from opdlab.models.files import load_tensors, save_tensors
+from opdlab.models.files import load_tensors, save_tensors, write_json, write_text
 from opdlab.models.pieces import Checkpoint
-from opdlab.processes import cpu_threads
+from opdlab.processes import cpu_threads, workers
 
 # Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.
-SMALL = 1e9
+_SMALL = 1e9
 # Entries of a tensor that are in memory at once where it is read some rows at a time.
 _SOME_ROWS = 2**19
 
@@ -157,7 +157,7 @@ def measured(
     _check_device(job.device)
     sizes = _sizes(job)
     matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
-    small = sum(prod(shape) * min(shape) for shape in matrices) < SMALL
+    small = sum(prod(shape) * min(shape) for shape in matrices) < _SMALL
     on_disk = all(isinstance(end.path, Path) for end in (job.base, *job.path))
     # In memory they would be copied into every process, and a device has room for one.
     alone = not on_disk or torch.device(job.device).type != "cpu"
@@ -192,3 +192,108 @@ def _check_device(device: str) -> None:
         usable = False
     if not usable:
         raise OpdlabError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU")
+
+
+@contextmanager
+def resumable_map(
+    work: Callable[[str], dict],
+    sizes: dict[str, int],
+    key: dict,
+    *,
+    out: Path | None = None,
+    processes: int = 1,
+    progress: bool = False,
+) -> Iterator[dict[str, dict]]:
+    """Map a function over tensors; the ``with`` block gets the results by name, and writes what comes of them.
+
+    Each result is written to ``out`` as soon as it is known, so the same call after a stop does only what is left; when
+    the block ends without an error, that log is deleted.
+
+    Args:
+        work: what to do with one tensor; it returns JSON values and, for several processes, can be pickled.
+        sizes: the names of the tensors and their numbers of entries, largest first.
+        key: what stopped work must share with this to be resumed, as JSON values.
+        out: folder of the results; without it nothing can be resumed.
+        processes: how many at once, with one thread each; 1 stays in this process.
+        progress: show a bar.
+
+    Raises:
+        OpdlabError: if the folder cannot be written or holds other work, a process was killed, or as ``work`` does.
+    """
+    done = _resume(out, key) if out else {}
+    left = {name: size for name, size in sizes.items() if name not in done}
+    with (
+        tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", disable=not progress) as bar,
+        open(out / "rows.jsonl", "a") if out else nullcontext() as log,
+    ):
+        for name, found in _in_parallel(work, left, processes):
+            done[name] = found
+            if log:
+                _write_line(log, {"name": name, "found": found})
+            bar.set_postfix_str(name[-40:])
+            bar.update()
+    yield done
+    if out:
+        (out / "rows.jsonl").unlink(missing_ok=True)
+
+
+def _write_line(log: TextIO, line: dict) -> None:
+    try:
+        print(json.dumps(line), file=log, flush=True)
+    except OSError as problem:
+        raise OpdlabError(f"{log.name} cannot be written ({problem.strerror}); make room, run again") from problem
+
+
+# What a worker process does with each tensor. It is sent there once, as it names every tensor of several models.
+_WORK: list[Callable[[str], dict]] = []
+
+
+def _take_up(work: Callable[[str], dict]) -> None:
+    _WORK.append(work)
+
+
+def _do(name: str) -> dict:
+    return _WORK[-1](name)
+
+
+def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
+    if processes == 1:
+        yield from ((name, work(name)) for name in sizes)
+        return
+    # The memory needed is that of the largest tensor, however many processes there are: the tensors under way are
+    # together hardly larger than that. Eight million entries more, half a gigabyte, leave room for the small ones.
+    room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
+    running: dict[Future[dict], str] = {}
+    with workers(processes, _take_up, work) as pool:
+        try:
+            while waiting or running:
+                for name, size in list(waiting.items()):
+                    if len(running) < 2 * processes and size + sum(sizes[other] for other in running.values()) <= room:
+                        running[pool.submit(_do, name)] = name
+                        del waiting[name]
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool as problem:
+            raise OpdlabError(
+                "a measuring process was killed, perhaps for lack of memory: use fewer --processes; the same command "
+                "goes on with the tensors that are left"
+            ) from problem
+
+
+def _resume(out: Path, key: dict) -> dict[str, dict]:
+    """Return what an earlier, unfinished call for the same work found, and prepare the folder for the rest."""
+    key, log, lines = json.loads(json.dumps(key)), out / "rows.jsonl", []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "job.json").is_file() and json.loads((out / "job.json").read_text()) != key:
+            raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
+        if log.is_file():
+            # A kill may have cut the last line, so only whole lines are kept.
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        done = {line["name"]: line["found"] for line in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
+    write_json(out / "job.json", key)
+    write_text(log, "".join(lines))
+    return done

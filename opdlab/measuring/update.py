@@ -19,8 +19,7 @@ import pandas as pd
 from opdlab.errors import OpdlabError
 from opdlab.geometry import noise_curve
 from opdlab.geometry.summary import apart, means, of_layers, overall_means, summarise, trajectory_means
-from opdlab.measuring.common import LeftOut
-from opdlab.measuring.said import beside_noise, notes, on_views
+from opdlab.measuring.common import LeftOut, beside_noise, notes, on_views
 from opdlab.measuring.sources import check_apart, in_order, name_of, open_all, place_of
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
@@ -93,18 +92,18 @@ class Shown(ABC):
     """What a terminal shows as text and a notebook as HTML, with four digits."""
 
     @abstractmethod
-    def _parts(self) -> list[str | pd.DataFrame]:
+    def parts(self) -> list[str | pd.DataFrame]:
         """Return the sentences and tables that are shown."""
 
     def __repr__(self) -> str:
         """Return sentences and tables as text."""
         return "\n\n".join(
             part if isinstance(part, str) else part.to_string(float_format=_FOUR_DIGITS, na_rep="")
-            for part in self._parts()
+            for part in self.parts()
         )
 
     def _repr_html_(self) -> str:
-        return "\n".join(f"<p>{escape(part)}</p>" if isinstance(part, str) else as_html(part) for part in self._parts())
+        return "\n".join(f"<p>{escape(part)}</p>" if isinstance(part, str) else as_html(part) for part in self.parts())
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -224,7 +223,8 @@ class Update(Shown):
         write_json(folder / "summary.json", summary)
         write_report(folder / "report.html", self)
 
-    def _parts(self) -> list[str | pd.DataFrame]:
+    def parts(self) -> list[str | pd.DataFrame]:
+        """Return the title, the tables of means that have any rows, and the notes."""
         over_steps = trajectory_means(self.trajectory).T if len(self.trajectory) else self.trajectory
         tables = [table for table in (self.means, apart(self.table), over_steps) if len(table)]
         return [self.title, *tables, *self.notes]

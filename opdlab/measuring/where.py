@@ -1,7 +1,6 @@
 """Where an update stands beside those that were published: its size, what of it shows in bfloat16, and how it grew.
 
-Most of what sparsity, masks and ranks say follows from the size of an update. So results of two updates can only be
-compared where the two are of one size, or with what size explains taken out.
+Most of what sparsity, masks and ranks say follows from the size of an update: only updates of one size can be compared.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ class Where(Shown):
         wide["arxiv"] = table.groupby("update")["arxiv"].first()
         return wide.loc[table["update"].unique()].fillna("").rename_axis(index=None, columns=None)
 
-    def _parts(self) -> list[str | pd.DataFrame]:
+    def parts(self) -> list[str | pd.DataFrame]:
+        """Return the table, and how to read it."""
         return [self.wide, *self.notes]
 
 

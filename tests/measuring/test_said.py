@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from opdlab.cli import main
-from opdlab.measuring.common import LeftOut
+from opdlab.measuring.common import LeftOut, notes
 from opdlab.measuring.compare import compare
-from opdlab.measuring.said import notes
 from opdlab.measuring.update import load_update, measure
 
 

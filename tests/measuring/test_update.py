@@ -18,9 +18,8 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import overall_means
 from opdlab.measuring import update as program
 from opdlab.measuring.compare import compare
-from opdlab.measuring.parallel import resumable_map
 from opdlab.measuring.sources import find_trajectory, step_of
-from opdlab.measuring.tensors import Job, base_svd
+from opdlab.measuring.tensors import Job, base_svd, resumable_map
 from opdlab.measuring.update import measure
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.processes import workers

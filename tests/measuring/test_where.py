@@ -12,7 +12,7 @@ from scipy import stats
 
 from opdlab import geometry as g
 from opdlab.lab.records import Records, read_index, read_tables
-from opdlab.measuring.said import beside_noise
+from opdlab.measuring.common import beside_noise
 from opdlab.measuring.update import measure
 from opdlab.measuring.where import of_seeds, published, published_sizes, standing
 from opdlab.training.config import Recipe
