@@ -134,9 +134,7 @@ TINY = Scale(
             *("similarity", "span", "landscape", "extrapolation", "gradients"),
             *("linearity", "retention", "taught"),
         ),
-        # Five seeds are planned, eight of OPD and SFT, and three of the long runs.
-        seeds=(0, 1, 2, 3),
-        other_seeds={"rlvr_3": (0,), "rlvr_10": (0,)},
+        other_seeds={"opd": tuple(range(8)), "sft": tuple(range(8))},
         evaluations=(0.2, 1.0),
         variant_evaluations=(1.0,),
     ),
