@@ -17,12 +17,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
-from opdlab.lab.grid import ARMS, PAPER, project, vary
+from opdlab.lab.grid import ARMS, PAPER, vary
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import add_run, find_tables, load
 from opdlab.lab.scales import SMOKE
 from opdlab.models.folders import new_model
-from opdlab.training.arms import Tokens
+from opdlab.training.arms import Projection, Tokens
 from opdlab.training.loop import install_model
 
 # Of models that are only stored and measured.
@@ -53,12 +53,15 @@ def more_arms():
     vary(arms, "opd", "opd_teacher50", "half by the teacher", teacher_share=0.5)
     vary(arms, "opd", "opd_mix25", "α = 0.25", alpha=0.25)
     vary(arms, "opd", "opd_balanced25", "α = 0.25, balanced", alpha=0.25, balanced=True)
-    project(arms, "opd", "opd_update2", "updates in 2", k=2)
-    project(arms, "opd", "opd_rescaled4", "updates in 4, full size", k=4, rescale=True)
-    project(arms, "opd", "opd_reset16", "gradients in 16, new moments", acts_on="gradient", reset=True)
-    project(arms, "opd", "opd_attention16", "gradients in 16, attention", acts_on="gradient", block="attention")
-    project(arms, "opd", "opd_final4", "updates in 4 of its end", k=4, final=True)
-    project(arms, "opd", "opd_entries", "an eighth of the entries", space="entries")
+    for name, label, projection in (
+        ("opd_update2", "updates in 2", Projection(k=2)),
+        ("opd_rescaled4", "updates in 4, full size", Projection(k=4, rescale=True)),
+        ("opd_reset16", "gradients in 16, new moments", Projection(acts_on="gradient", reset=True)),
+        ("opd_attention16", "gradients in 16, attention", Projection(acts_on="gradient", block="attention")),
+        ("opd_final4", "updates in 4 of its end", Projection(k=4, final=True)),
+        ("opd_entries", "an eighth of the entries", Projection(space="entries")),
+    ):
+        vary(arms, "opd", name, label, projection=projection)
     return arms
 
 

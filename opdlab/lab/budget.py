@@ -1,7 +1,6 @@
 """What a run takes: memory, hours and disk, from shapes alone, so that a large model can be planned on a laptop.
 
-Bytes and operations follow from :mod:`opdlab.training.trainer`; ``tests/lab/test_planning.py`` holds them against a
-measured step.
+Tests hold bytes and operations against a measured step of :mod:`opdlab.training.trainer`.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import psutil
 import torch
 import transformers
 
@@ -48,9 +47,7 @@ DEVICES = {
 
 def device_of(lab: Laboratory, gpu: bool) -> Device:
     """Return the device that a scale is computed on with or without a ``gpu``."""
-    if gpu:
-        return DEVICES["h100"]
-    return DEVICES["cpu" if lab.scale.compute.cpu_dtype == "float32" else "cpu-bf16"]
+    return DEVICES["h100" if gpu else "cpu" if lab.scale.compute.cpu_dtype == "float32" else "cpu-bf16"]
 
 
 _FIELDS = (
@@ -73,29 +70,14 @@ SHAPES = {
 
 
 class Shape(NamedTuple):
-    """The size of a model."""
+    """The size of a model, or of none."""
 
-    parameters: int
-    flops: int  #: of a forward pass per token, a product and a sum per weight, attention itself left out
-    layers: int
-    width: int
-    vocabulary: int
-    cache: int  #: numbers that one token adds to the cache of keys and values
-
-
-@cache
-def _measured(config_text: str) -> Shape:
-    config = transformers.AutoConfig.for_model(**json.loads(config_text)).get_text_config()
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    # The token embedding is looked up and not multiplied, unless it is the output layer too.
-    looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    # Where heads do not share keys and values, or choose their width, the configuration has no word for it.
-    head, cached_heads = (getattr(config, name, None) for name in ("head_dim", "num_key_value_heads"))
-    cached = 2 * layers * (cached_heads or heads) * (head or width // heads)
-    return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
+    parameters: int = 0
+    flops: int = 0  #: of a forward pass per token, a product and a sum per weight, attention itself left out
+    layers: int = 0
+    width: int = 0
+    vocabulary: int = 0
+    cache: int = 0  #: numbers that one token adds to the cache of keys and values
 
 
 def shape_of(name: str, lab: Laboratory) -> Shape:
@@ -113,10 +95,26 @@ def shape_of(name: str, lab: Laboratory) -> Shape:
     return _measured(json.dumps(known))
 
 
+@cache
+def _measured(config_text: str) -> Shape:
+    config = transformers.AutoConfig.for_model(**json.loads(config_text)).get_text_config()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    # The token embedding is looked up and not multiplied, unless it is the output layer too.
+    looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    # Where heads do not share keys and values, or choose their width, the configuration has no word for it.
+    head, cached_heads = (getattr(config, name, None) for name in ("head_dim", "num_key_value_heads"))
+    cached = 2 * layers * (cached_heads or heads) * (head or width // heads)
+    return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
+
+
 class Plan(NamedTuple):
     """What one run takes."""
 
     memory: dict[str, float]  #: bytes, by what for; "rollouts" are not there together with activations and logits
+    peak: float  #: bytes at the peak of a step, when it writes or when it learns
     flops: dict[str, float]  #: operations of one step, by what for
     seconds: dict[str, float]  #: of one step on the device, by what for
     steps: int
@@ -124,25 +122,15 @@ class Plan(NamedTuple):
     disk: float  #: bytes that lie there at once, of snapshots, a checkpoint, and what projected runs branch off from
     stays: float  #: bytes of these once the run is recorded. All runs from one model share its start.
 
-    @property
-    def peak(self) -> float:
-        """The bytes at the peak of a step, when it writes or when it learns."""
-        learning, writing = self.memory["activations"] + self.memory["logits"], self.memory["rollouts"]
-        return sum(self.memory.values()) - learning - writing + max(learning, writing)
-
 
 def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
-    """Plan one run of an arm, with prompts and completions of the scale's typical lengths.
-
-    Raises:
-        OpdlabError: if there is no such arm, or a shape is not known.
-    """
+    """Plan one run of an arm, with prompts and completions of the scale's typical lengths; raises as its parts do."""
     named, experiment = lab.arm(name), lab.experiment(name)
     recipe, compute, (prompt, new) = experiment.recipe, experiment.compute, lab.scale.budget.typical_tokens
     student = shape_of(named.start or name, lab)
-    teacher = shape_of(named.teacher, lab) if named.teacher else None
-    reader = teacher if named.arm.reads_teacher else None
-    writer = {"task": None, "teacher": teacher}.get(named.arm.rollouts_by, student)
+    teacher = shape_of(named.teacher, lab) if named.teacher else Shape()
+    reader = teacher if named.arm.reads_teacher else Shape()
+    writer = {"task": Shape(), "teacher": teacher}.get(named.arm.rollouts_by, student)
     size = 2 if device.half and compute.dtype == "bfloat16" else 4  # bytes of a number that passes compute
 
     def generation(model: Shape, rows: int) -> float:
@@ -150,47 +138,46 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
         arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
         return new * max(arithmetic, reading, model.layers * device.launch)
 
-    rows = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts)
-    in_batch = rows * (prompt + recipe.samples * new)
-    completions = min(max(compute.micro_batch, recipe.samples), recipe.completions)
-    at_once = min(compute.tokens_at_once, completions * (prompt + new)) if compute.tokens_at_once else in_batch
+    in_batch = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts) * (prompt + recipe.samples * new)
+    logits = min(max(compute.micro_batch, recipe.samples), recipe.completions) * (prompt + new)
+    logits = min(compute.tokens_at_once, logits) if compute.tokens_at_once else in_batch
     # A layer keeps about 34 numbers per token and unit of width (2205.05198, Eq. 2, without dropout).
     kept = (student.layers + 34 if compute.recompute else 34 * student.layers) * student.width
+    copy = size * student.parameters if size < 4 and writer is student else 0  # of the weights, to write with
     memory = {
-        "rollouts": 0.0,
+        "rollouts": copy + float(size * writer.cache * recipe.completions * (prompt + new)),
         "weights, gradients, moments": 16.0 * student.parameters,
         "origin": 4.0 * student.parameters,
         "activations": float(size * kept * in_batch),
         # Logits, their softmax, and the gradients of both; the teacher's beside them.
-        "logits": 4.0 * at_once * (4 * student.vocabulary + (2 * reader.vocabulary if reader else 0)),
+        "logits": 4.0 * logits * (4 * student.vocabulary + 2 * reader.vocabulary),
+        "teacher": float(size * teacher.parameters),
     }
+    learning, writing = memory["activations"] + memory["logits"], memory["rollouts"]
     packed = float(recipe.prompts * (prompt + recipe.samples * new))  # a prompt is read once for all its completions
-    flops = {"student": (4 if compute.recompute else 3) * student.flops * packed}
-    seconds = {}
-    if teacher:
-        memory["teacher"] = float(size * teacher.parameters)
-    if writer:
-        copy = size * student.parameters if size < 4 and writer is student else 0
-        memory["rollouts"] = copy + float(size * writer.cache * recipe.completions * (prompt + new))
-        flops["rollouts"] = writer.flops * float(recipe.completions * new + recipe.prompts * prompt)
-        seconds["rollouts"] = generation(writer, recipe.completions)
-    if reader:
-        flops["teacher"] = reader.flops * packed
-    seconds |= {what: flops[what] / device.flops for what in ("student", "teacher") if what in flops}
-    # Weights, gradients and both moments are read, and all but the gradients written.
-    seconds["optimizer"] = 28 * student.parameters / device.bandwidth
-
+    flops = {
+        "student": (4 if compute.recompute else 3) * student.flops * packed,
+        "rollouts": writer.flops * float(recipe.completions * new + recipe.prompts * prompt),
+        "teacher": reader.flops * packed,
+    }
+    seconds = {
+        "rollouts": generation(writer, recipe.completions),
+        "student": flops["student"] / device.flops,
+        "teacher": flops["teacher"] / device.flops,
+        # Weights, gradients and both moments are read, and all but the gradients written.
+        "optimizer": 28 * student.parameters / device.bandwidth,
+    }
     count, samples = experiment.evaluation_prompts, experiment.evaluation_samples
-    reading = (student.flops + (teacher.flops if teacher else 0)) * count * (prompt + samples * new) / device.flops
-    writing = generation(student, count) + generation(student, count * samples)
-    evaluating = (1 + len(experiment.evaluations)) * (writing + reading)
+    evaluating = (student.flops + teacher.flops) * count * (prompt + samples * new) / device.flops
+    evaluating += generation(student, count) + generation(student, count * samples)
     states = 3 * (1 + len(lab.branch_steps(name)))  # weights and both moments
     return Plan(
         memory,
-        flops,
-        seconds,
-        recipe.steps,
-        hours=(recipe.steps * sum(seconds.values()) + evaluating) / 3600,
+        peak=sum(memory.values()) - learning - writing + max(learning, writing),
+        flops=flops,
+        seconds=seconds,
+        steps=recipe.steps,
+        hours=(recipe.steps * sum(seconds.values()) + (1 + len(experiment.evaluations)) * evaluating) / 3600,
         disk=4.0 * student.parameters * (len(experiment.snapshots) + 1 + states),
         stays=4.0 * student.parameters * (len(lab.kept_steps(name)) - 1),
     )
@@ -198,25 +185,23 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
 
 def plan_table(lab: Laboratory, arms: tuple[str, ...], device: Device) -> pd.DataFrame:
     """Return the plans of some arms, one row each: memory, disk (and what stays on it), operations of a step, hours."""
-    plans = ((arm, plan_run(lab, arm, device)) for arm in arms)
-    return pd.DataFrame(
-        {
-            "arm": arm,
-            "memory (GB)": plan.peak / GB,
-            "of which": pd.Series(plan.memory).idxmax(),
-            "TFLOP a step": sum(plan.flops.values()) / 1e12,
-            "seconds a step": sum(plan.seconds.values()),
-            "steps": plan.steps,
-            "hours": plan.hours,
-            "disk (GB)": plan.disk / GB,
-            "stays (GB)": plan.stays / GB,
-        }
-        for arm, plan in plans
-    )
+    plans = pd.DataFrame([plan_run(lab, arm, device) for arm in arms], index=pd.Index(arms, name="arm"))
+    memory, flops, seconds = (plans[name].apply(pd.Series) for name in ("memory", "flops", "seconds"))
+    table = {
+        "memory (GB)": plans["peak"] / GB,
+        "of which": memory.idxmax(axis="columns"),
+        "TFLOP a step": flops.sum(axis="columns") / 1e12,
+        "seconds a step": seconds.sum(axis="columns"),
+        "steps": plans["steps"],
+        "hours": plans["hours"],
+        "disk (GB)": plans["disk"] / GB,
+        "stays (GB)": plans["stays"] / GB,
+    }
+    return pd.DataFrame(table).reset_index()
 
 
-def check_device(lab: Laboratory) -> None:
-    """Raise an OpdlabError if the scale needs another device than there is, before anything is fetched."""
+def check_room(lab: Laboratory, *arms: str) -> None:
+    """Raise an OpdlabError if a scale needs a device, or a run of an arm memory, that is not there."""
     scale, device = lab.scale, find_device(lab.scale.compute.gpu)
     if scale.gpu_only and device.type == "cpu":
         needed = max(plan_run(lab, arm, DEVICES["h100"]).peak for arm in scale.policy.arms)
@@ -225,34 +210,19 @@ def check_device(lab: Laboratory) -> None:
             f"--scale small or tiny; 'opdlab plan --scale {scale.name}' says what a run takes"
         )
     scale.compute.dtype_on(device)
-
-
-def check_room(lab: Laboratory, arm: str) -> None:
-    """Raise an OpdlabError if a run needs a device or memory that is not there, before anything is loaded."""
-    check_device(lab)
-    device = find_device(lab.scale.compute.gpu)
-    needed = plan_run(lab, arm, device_of(lab, device.type != "cpu")).peak
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    if needed > free:
-        raise OpdlabError(
-            f"arm {arm!r} at {lab.scale.name} needs about {needed / GB:.1f} GB, and {free / GB:.1f} GB are free: end "
-            f"other programs, or choose a smaller scale; 'opdlab plan --scale {lab.scale.name}' says what for"
-        )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    for arm in arms:
+        needed = plan_run(lab, arm, device_of(lab, device.type != "cpu")).peak
+        if needed > free:
+            raise OpdlabError(
+                f"arm {arm!r} at {scale.name} needs about {needed / GB:.1f} GB, and {free / GB:.1f} GB are free: end "
+                f"other programs, or choose a smaller scale; 'opdlab plan --scale {scale.name}' says what for"
+            )
 
 
 def processes_for(lab: Laboratory) -> int:
     """Return how many runs of a scale go side by side here: one on a GPU, or as many as cores and memory allow."""
     if find_device(lab.scale.compute.gpu).type != "cpu":
         return 1
-    arms = [arm for arm in PAPER if arm in lab.arms]
-    largest = max(plan_run(lab, arm, device_of(lab, gpu=False)).peak for arm in arms)
-    return max(1, min(os.cpu_count() or 1, int(_free_memory() // largest)))
-
-
-def _free_memory() -> float:
-    """Return the bytes that are free for a program, as Linux tells it; elsewhere no limit is known."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024.0 * int(fields["MemAvailable"].split()[0])
-    except (OSError, ValueError, KeyError):
-        return 1e18
+    largest = max(plan_run(lab, arm, device_of(lab, gpu=False)).peak for arm in PAPER if arm in lab.arms)
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available // largest)))

@@ -1,8 +1,4 @@
-"""The book's arms by name: those of the paper, those that make models, and the variants.
-
-Each is an :class:`opdlab.training.arms.Arm` whose models are named by their folders at a scale, with what the book
-needs beside it: a label, the recipe, and the arm that it is a variant of. A variant's line says what it differs in.
-"""
+"""The book's arms by name: those of the paper, those that make models, and the variants, by what they differ in."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from opdlab.training.arms import Arm, Model, Projection, Tokens
 
 @dataclass(frozen=True)
 class NamedArm:
-    """An arm of the book; its models are named by their folders among a scale's models."""
+    """An arm of the book, with what the book says of it; models are named by their folders among a scale's."""
 
     name: str  #: in commands, records and code
     label: str  #: in figures
@@ -40,11 +36,6 @@ class NamedArm:
     def teacher(self) -> str:
         """The model folder of its teacher, or ""."""
         return self.arm.teacher.folder if self.arm.teacher else ""
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The model folders that it needs."""
-        return tuple(filter(None, (self.start, self.teacher)))
 
     def directions(self, seed: int, next_seed: int) -> tuple[str, int] | None:
         """Return arm and seed of the other run that a projected run takes its directions from, if it does."""
@@ -112,26 +103,7 @@ def vary(arms: dict[str, NamedArm], parent: str, name: str, label: str, **differ
     arms[name] = replace(arms[parent], name=name, label=label, parent=parent, produces="", arm=arm, **own)
 
 
-def project(
-    arms: dict[str, NamedArm], parent: str, name: str, label: str, directions_of: str = "", other_seed: bool = False,
-    **how: Any,
-) -> None:  # fmt: skip
-    """Add an arm that is like another but projected.
-
-    Args:
-        arms: what it is added to.
-        parent: the other arm.
-        name: in commands and records.
-        label: in figures.
-        directions_of: the arm whose update gives the directions, if not its own.
-        other_seed: take the directions from the run of the next seed.
-        how: fields of its :class:`~opdlab.training.arms.Projection`.
-    """
-    projection = Projection(**how)
-    vary(arms, parent, name, label, projection=projection, directions_of=directions_of, other_seed=other_seed)
-
-
-_vary, _project = partial(vary, _arms), partial(project, _arms)
+_vary = partial(vary, _arms)
 
 # The same arms from an anchor that has half learned the skill: there the skill is learned, here it is elicited.
 for _name in ("opd", "opd_full", "rlvr", "sft_matched", "random_signs"):
@@ -155,15 +127,15 @@ for _share in (50, 5, 1):
 _vary("opd", "opd_same_teacher", "teacher of the same size", teacher="teacher_same")
 _vary("opd", "opd_rlvr_teacher", "teacher made by RLVR", teacher="teacher_rlvr")
 # Confined from step 60 on.
-_project("opd", "opd_gradient16", "gradients in 16", acts_on="gradient")
-_project("opd", "opd_update4", "updates in 4", k=4)
-_project("opd", "opd_random_rescaled4", "4 random, full size", k=4, space="random", rescale=True)
-_project("opd", "opd_weights4", "4 of W0", k=4, space="weights")
-_project("opd", "opd_of_rlvr4", "4 of RLVR", k=4, directions_of="rlvr")
-_project("opd", "opd_of_seed4", "4 of another seed", k=4, other_seed=True)
-_project("sft_matched", "sft_matched_update4", "updates in 4", k=4)
-_project("rlvr", "rlvr_update4", "updates in 4", k=4)
-_project("sft", "sft_gradient16", "gradients in 16", acts_on="gradient")
+_vary("opd", "opd_gradient16", "gradients in 16", projection=Projection(acts_on="gradient"))
+_vary("opd", "opd_update4", "updates in 4", projection=Projection(k=4))
+_vary("opd", "opd_random_rescaled4", "4 random, full size", projection=Projection(k=4, space="random", rescale=True))
+_vary("opd", "opd_weights4", "4 of W0", projection=Projection(k=4, space="weights"))
+_vary("opd", "opd_of_rlvr4", "4 of RLVR", projection=Projection(k=4), directions_of="rlvr")
+_vary("opd", "opd_of_seed4", "4 of another seed", projection=Projection(k=4), other_seed=True)
+_vary("sft_matched", "sft_matched_update4", "updates in 4", projection=Projection(k=4))
+_vary("rlvr", "rlvr_update4", "updates in 4", projection=Projection(k=4))
+_vary("sft", "sft_gradient16", "gradients in 16", projection=Projection(acts_on="gradient"))
 # Mechanism.
 _vary("opd", "opd_sign", "the sign of the credit", loss="opd_sign")
 _vary("opd", "opd_sequence_mean", "one credit per completion", loss="opd_sequence_mean")

@@ -13,7 +13,7 @@ from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import Scale, get_scale
 from opdlab.lab.tasks import TASKS
 from opdlab.models.files import cache_folder
-from opdlab.training.arms import Arm, Model
+from opdlab.training.arms import Model
 from opdlab.training.config import Experiment, Recipe
 from opdlab.training.loop import train
 from opdlab.training.store import Run
@@ -71,10 +71,9 @@ class Laboratory:
     @property
     def elsewhere(self) -> str:
         """What a message about a missing model or record ends with, where ``root`` is not the book's repository."""
-        repository = "https://github.com/opdlab/opdlab"
-        return (
-            "" if _is_repository(self.root) else f" (the book's own: git clone {repository}, and set OPDLAB_HOME to it)"
-        )
+        if _is_repository(self.root):
+            return ""
+        return " (the book's own: git clone https://github.com/opdlab/opdlab, and set OPDLAB_HOME to it)"
 
     # --- experiments --------------------------------------------------------------------------------------------------
 
@@ -84,9 +83,20 @@ class Laboratory:
         evaluations, snapshots = policy.evaluations, policy.snapshots
         if named.parent:
             evaluations, snapshots = policy.variant_evaluations, policy.variant_snapshots
+        if named.start:
+            student = self.model(self.place(named.start, seed))
+        else:
+            student = Model(shape=tuple(self.scale.models.shapes[name].items()))
+        arm = replace(named.arm, student=student)
+        if named.teacher:
+            arm = replace(arm, teacher=self.model(self.place(named.teacher, seed)))
+        source = named.directions(seed, self.scale.later_seed(seed))
+        if arm.projection and source:
+            arm = replace(arm, projection=replace(arm.projection, source=self.experiment(*source)))
+        tasks = self.scale.tasks
         return Experiment(
-            arm=self._with_models(named, seed),
-            task=self.task(self._task_name(named)),
+            arm=arm,
+            task=self.task(tasks.get(name) or tasks.get(named.parent) or self.scale.task),
             recipe=recipe,
             seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
@@ -98,22 +108,6 @@ class Laboratory:
             compute=self.scale.compute,
             name=name,
         )
-
-    def _task_name(self, named: NamedArm) -> str:
-        tasks = self.scale.tasks
-        return tasks.get(named.name) or tasks.get(named.parent) or self.scale.task
-
-    def _with_models(self, named: NamedArm, seed: int) -> Arm:
-        """Return the arm with its models' folders at this scale, and with the experiment that its directions are of."""
-        student = self.model(self.place(named.start, seed))
-        if not named.start:
-            student = Model(shape=tuple(self.scale.models.shapes[named.name].items()))
-        teacher = self.model(self.place(named.teacher, seed)) if named.teacher else None
-        arm = replace(named.arm, student=student, teacher=teacher)
-        source = named.directions(seed, self.scale.later_seed(seed))
-        if arm.projection and source:
-            arm = replace(arm, projection=replace(arm.projection, source=self.experiment(*source)))
-        return arm
 
     def arm(self, name: str) -> NamedArm:
         """Return the arm called ``name``, or raise an OpdlabError if there is none."""
@@ -156,7 +150,8 @@ class Laboratory:
 
     def models_of(self, name: str, seed: int) -> tuple[str, ...]:
         """Return the folders of the models that an arm needs for a seed."""
-        return tuple(self.place(model, seed) for model in self.arm(name).models)
+        named = self.arm(name)
+        return tuple(self.place(model, seed) for model in (named.start, named.teacher) if model)
 
     def model(self, name: str) -> Model:
         """Return a model by the name of its folder. Where that is missing, its digest is taken from the records.
@@ -242,27 +237,24 @@ class Laboratory:
 
     def branch_steps(self, name: str) -> set[int]:
         """Return the steps at which the projected runs that the scale records branch off from the runs of an arm."""
-        return {begin for other, begin in self._projected(lambda other: other.parent == name)}
+        return {begin for other, begin in self._projected() if other.parent == name}
 
-    def _projected(self, wanted: Callable[[NamedArm], bool]) -> Iterator[tuple[NamedArm, int]]:
-        """Yield the projected arms that the scale records and that are wanted, each with the step where it begins."""
-        for other in map(self.arm, self.scale.policy.arms):
-            if other.arm.projection and wanted(other) and self._recipe(other.name):
-                yield other, self.recipe(other.name).steps_at((other.arm.projection.start,))[0]
+    def _projected(self) -> Iterator[tuple[NamedArm, int]]:
+        """Yield the projected arms that the scale records, each with the step where it begins."""
+        for named in map(self.arm, self.scale.policy.arms):
+            if named.arm.projection and self._recipe(named.name):
+                yield named, self.recipe(named.name).steps_at((named.arm.projection.start,))[0]
 
     def kept_steps(self, name: str) -> set[int]:
         """Return the steps whose weights a run still has once it is recorded.
 
         They are all that it took, or only those that other runs need: before they branch off, or for their directions.
         """
-        policy, recipe, taken = self.scale.policy, self.recipe(name), self.experiment(name).kept
-        if policy.keep_snapshots:
+        taken = self.experiment(name).kept
+        if self.scale.policy.keep_snapshots:
             return set(taken)
         last_branch = max(self.branch_steps(name), default=0)
-        kept = {0, recipe.steps} | {step for step in taken if step <= last_branch}
-
-        def points_here(other: NamedArm) -> bool:
-            source = other.directions(0, 1)  # of which seed makes no difference here
-            return source is not None and source[0] == name
-
-        return kept | {begin for _, begin in self._projected(points_here)}
+        # Of which seed makes no difference here.
+        sources = ((other.directions(0, 1), begin) for other, begin in self._projected())
+        read = {begin for source, begin in sources if source and source[0] == name}
+        return {0, self.recipe(name).steps} | {step for step in taken if step <= last_branch} | read

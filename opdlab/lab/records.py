@@ -36,7 +36,7 @@ from opdlab.measuring.where import Where, beside_published, of_seeds
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.config import config_key
-from opdlab.training.store import REMEDY, Run
+from opdlab.training.store import REMEDY
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
 #: Columns of ``evaluations``.
@@ -125,18 +125,16 @@ def load(
             f"{lab.records} has no record of {', '.join(dict.fromkeys(missing)) or 'any arm'} as it would be made now: "
             f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'{lab.elsewhere}"
         )
-    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for arm in arms:
         kept = [seed for name, seed in wanted if name == arm]
         for name, table in read_tables(lab.records / arm).items():
-            rows = table[table["seed"].isin(kept)].copy().assign(label=lab.arm(arm).label)
-            if "step" in rows:
-                rows["progress"] = rows["step"] / lab.recipe(arm).steps
-            tables[name].append(rows)
+            rows = table[table["seed"].isin(kept)].assign(label=lab.arm(arm).label)
+            parts[name].append(rows.assign(progress=rows["step"] / lab.recipe(arm).steps) if "step" in rows else rows)
+    tables = {name: pd.concat(of_arms, ignore_index=True) for name, of_arms in parts.items()}
     runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
     runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
-    joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-    return Records(**joined, runs=runs, analyses={name: _analysis(name, lab, seeds) for name in analyses})
+    return Records(**tables, runs=runs, analyses={name: _analysis(name, lab, seeds) for name in analyses})
 
 
 def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None) -> pd.DataFrame:
@@ -161,7 +159,8 @@ def read_index(folder: Path, of: str = "runs") -> pd.DataFrame:
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """Read the tables of an arm, or of a run, with the columns that are not stored; raises as :func:`read_table`."""
     tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}
-    return tables | {"matrices": add_derived(tables["matrices"])}
+    matrices = tables["matrices"]
+    return tables | {"matrices": pd.concat([matrices, derived(matrices)], axis=1)}
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -174,13 +173,15 @@ def read_table(path: Path) -> pd.DataFrame:
         ) from problem
 
 
-def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns that follow from name, shape and resolution of a matrix, with as many digits as the others."""
+#: Shares of the entries in the masks, in percent.
+MASK_PERCENTS = (30, 50)
+
+
+def derived(matrices: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that follow from name, shape and resolution of a matrix, with as many digits as are stored."""
     m, n, k = matrices["rows"], matrices["cols"], matrices["k"]
-    described = pd.DataFrame([describe(name)._asdict() for name in matrices["matrix"]], index=matrices.index)
     gaussian = {shape: gaussian_stable_rank(*shape) for shape in set(zip(m, n, strict=True))}
-    derived = {
-        "parameters": m * n,
+    columns = {
         "energy_left_random": k / m,
         "energy_right_random": k / n,
         "energy_both_random": k / m * (k / n),
@@ -188,19 +189,10 @@ def add_derived(matrices: pd.DataFrame) -> pd.DataFrame:
     }
     for percent in MASK_PERCENTS:
         share = (percent / 100 * (m * n)).round() / (m * n)
-        derived |= {f"principal_share_a{percent}": share, f"low_share_a{percent}": share}
-    rounded = pd.DataFrame(derived, index=matrices.index).map(lambda value: float(f"{value:.7g}"))
-    return pd.concat([matrices, described, rounded.astype({"parameters": int})], axis=1)
-
-
-#: Shares of the entries in the masks, in percent.
-MASK_PERCENTS = (30, 50)
-#: Columns of ``matrices`` that are not stored, as :func:`add_derived` adds them.
-DERIVED = (
-    *("layer", "module", "block", "parameters", "stable_rank_gaussian"),
-    *("energy_left_random", "energy_right_random", "energy_both_random"),
-    *(f"{mask}_share_a{percent}" for mask in ("principal", "low") for percent in MASK_PERCENTS),
-)
+        columns |= {f"principal_share_a{percent}": share, f"low_share_a{percent}": share}
+    rounded = pd.DataFrame(columns, index=matrices.index).map(lambda value: float(f"{value:.7g}"))
+    described = pd.DataFrame([describe(name)._asdict() for name in matrices["matrix"]], index=matrices.index)
+    return pd.concat([described.assign(parameters=m * n), rounded], axis=1)
 
 
 def has_record(arm: str, seed: int, lab: Laboratory, index: pd.DataFrame | None = None) -> bool:
@@ -256,33 +248,22 @@ def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
         OpdlabError: if a file of the run is damaged, and whatever training raises.
     """
     folder = lab.run(arm, seed).folder / "tables"
-    if not (folder / "record.json").exists():
-        _measure(lab.train(arm, seed), lab, folder)
-    return folder
-
-
-def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
-    """Measure a finished run and write its tables."""
-    experiment, block = run.experiment, lab.scale.policy.trajectory_block
-    lines = {name: pd.DataFrame(run.lines(name)) for name in ("history", "evaluations")}
+    if (folder / "record.json").exists():
+        return folder
+    run, block = lab.train(arm, seed), lab.scale.policy.trajectory_block
+    experiment = run.experiment
+    tables = {name: pd.DataFrame(run.lines(name)) for name in ("history", "evaluations")}
     machine = read_json(run.folder / "provenance.json", REMEDY)
     for step in experiment.kept:
         run.snapshot(step)  # Its checksum is looked at.
     base, *path = map(run.snapshot_path, experiment.kept)
     job = Job(
-        *open_all(base, path),
-        steps=experiment.kept[1:],
-        seed=experiment.seed,
-        blocks=LAYERS,
-        trajectory_blocks=(block,) if block else None,
-        device=str(find_device(experiment.compute.gpu)),
-    )
+        *open_all(base, path), steps=experiment.kept[1:], seed=experiment.seed, blocks=LAYERS,
+        trajectory_blocks=(block,) if block else None, device=str(find_device(experiment.compute.gpu)),
+    )  # fmt: skip
     with cpu_threads(experiment.compute.threads), measured(job, processes=1) as (matrices, trajectory):
-        tables = {
-            **lines,
-            "matrices": matrices.drop(columns=list(DERIVED)),
-            "trajectory": means(trajectory, ["step", "block"]),
-        }
+        tables["matrices"] = matrices.drop(columns=list(derived(matrices)))
+        tables["trajectory"] = means(trajectory, ["step", "block"])
     who = {"arm": experiment.name, "seed": experiment.seed}
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", pd.concat([pd.DataFrame(who, index=table.index), table], axis=1))
@@ -300,6 +281,7 @@ def _measure(run: Run, lab: Laboratory, folder: Path) -> None:
     }
     # Written last: a folder without it is not a record.
     write_json(folder / "record.json", description)
+    return folder
 
 
 def add_run(folder: Path, lab: Laboratory) -> None:

@@ -1,8 +1,4 @@
-"""Scales: one name stands for the models, the task, the budget, what is recorded, and how it is computed.
-
-A scale is data. The code never asks for a scale's name: it reads the fields below, so the path from a laptop to a
-large model is one flag, ``--scale`` on the command line or ``OPDLAB_SCALE`` in a notebook.
-"""
+"""Scales: one name stands for the models, the task, the budget, what is recorded, and how it is computed."""
 
 from __future__ import annotations
 
@@ -48,10 +44,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class RecordPolicy:
-    """What is recorded at a scale.
+    """What is recorded at a scale. Variants are many, so each has fewer seeds, snapshots and evaluations.
 
-    Variants are many, so each has fewer seeds, snapshots and evaluations than the arms of the paper. Snapshots and
-    evaluations are shares of the training, after which weights are kept (densely at first) or accuracy is measured.
+    Snapshots and evaluations are shares of the training, after which weights are kept or accuracy is measured.
     """
 
     arms: tuple[str, ...]
@@ -147,12 +142,7 @@ TINY_LEARNING = replace(
     summary="the first laboratory, as it was: updates twenty times larger, of a model that half has the skill",
     tasks=_OF_TEACHERS | {"base": "short_tasks"},
     models=replace(
-        TINY.models,
-        folder="tiny-learning",
-        makers=("base", "sft", "teacher"),
-        taken={},
-        per_seed=(),
-        dtype="float32",
+        TINY.models, folder="tiny-learning", makers=("base", "sft", "teacher"), taken={}, per_seed=(), dtype="float32"
     ),
     budget=Budget(
         {

@@ -1,8 +1,7 @@
 """Making records: the jobs of a scale, in the order in which they need each other, and a comparison with the record.
 
-The jobs are its models, its recorded runs and the analyses of these. They run as one-thread processes side by side:
-base -> SFT -> anchor, teacher, then what starts from the anchor, the projected runs that take their directions from
-another run, and last the analyses. Each writes the tables of its run; one process puts them into the records.
+The jobs are its models, its recorded runs and the analyses of these, in one-thread processes side by side. Each writes
+the tables of its run; one process puts them into the records.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
-from opdlab.lab.budget import check_device, check_room, processes_for
+from opdlab.lab.budget import check_room, processes_for
 from opdlab.lab.laboratory import Laboratory, default_root
 from opdlab.lab.records import (
     add_analysis,
@@ -62,45 +61,6 @@ class Job:
         return lab.recipe("opd" if self.what in ANALYSES else self.what).steps
 
 
-class _Plan:
-    """The jobs found so far, each with what it needs before it."""
-
-    def __init__(self, lab: Laboratory):
-        self.lab, self.jobs = lab, dict[str, Job]()
-
-    def need_model(self, folder: str) -> list[str]:
-        if (self.lab.models / folder).is_dir():
-            return []
-        if folder not in self.lab.scale.models.given:  # which build provides
-            maker, seed = self.lab.maker_of(folder)
-            self.need_run(maker.name, seed)
-        return [folder]
-
-    def need_models(self, arm: str, seed: int) -> list[str]:
-        return [model for folder in self.lab.models_of(arm, seed) for model in self.need_model(folder)]
-
-    def need_run(self, arm: str, seed: int) -> str:
-        name, named = f"{arm}-seed{seed}", self.lab.arm(arm)
-        if name not in self.jobs:
-            needs = self.need_models(arm, seed)
-            source = named.directions(seed, self.lab.scale.later_seed(seed))
-            if source:
-                needs.append(self.need_run(*source))
-            made = named.produces if seed == 0 or named.produces in self.lab.scale.models.per_seed else ""
-            made = self.lab.place(made, seed)
-            self.jobs[name] = Job(arm, seed, tuple(needs), "" if (self.lab.models / made).is_dir() else made)
-        return name
-
-    def need_analysis(self, name: str, seed: int) -> None:
-        parts = missing_parts(ANALYSES[name], seed, self.lab)
-        reads = dict.fromkeys(run for part in parts for run in part.runs)
-        needs = [model for run in reads for model in self.need_models(*run)]
-        if ANALYSES[name].trained:
-            needs += [self.need_run(*run) for run in reads]
-        if parts:
-            self.jobs[f"{name}-seed{seed}"] = Job(name, seed, tuple(dict.fromkeys(needs)))
-
-
 def plan(
     lab: Laboratory,
     arms: tuple[str, ...],
@@ -120,9 +80,28 @@ def plan(
     Raises:
         OpdlabError: if an arm is unknown, or one that no record is kept of; or if no arm makes a model.
     """
-    found, index = _Plan(lab), read_index(lab.records)
-    for folder in models:
-        found.need_model(folder)
+    jobs, scale, index = dict[str, Job](), lab.scale, read_index(lab.records)
+
+    def need_models(folders: tuple[str, ...]) -> list[str]:
+        missing = [folder for folder in folders if not (lab.models / folder).is_dir()]
+        for folder in missing:
+            if folder not in scale.models.given:  # which build provides
+                maker, seed = lab.maker_of(folder)
+                need_run(maker.name, seed)
+        return missing
+
+    def need_run(arm: str, seed: int) -> str:
+        named, name = lab.arm(arm), f"{arm}-seed{seed}"
+        if name not in jobs:
+            needs = need_models(lab.models_of(arm, seed))
+            source = named.directions(seed, scale.later_seed(seed))
+            if source:
+                needs.append(need_run(*source))
+            made = lab.place(named.produces, seed) if seed == 0 or named.produces in scale.models.per_seed else ""
+            jobs[name] = Job(arm, seed, tuple(needs), "" if (lab.models / made).is_dir() else made)
+        return name
+
+    need_models(models)
     for arm in arms:
         if not lab.arm(arm).recorded:
             raise OpdlabError(f"no record is kept of arm {arm!r}, as it only makes a model")
@@ -130,12 +109,17 @@ def plan(
     wanted = [(i, arm, seed) for arm in arms for i, seed in enumerate(seeds or lab.seeds_of(arm))]
     for _, arm, seed in sorted(wanted, key=itemgetter(0)):
         if not has_record(arm, seed, lab, index):
-            found.need_run(arm, seed)
+            need_run(arm, seed)
     for name in analyses:
         for seed in ANALYSES[name].seeds(lab):
-            if not seeds or seed in seeds:
-                found.need_analysis(name, seed)
-    return list(found.jobs.values())
+            parts = missing_parts(ANALYSES[name], seed, lab) if not seeds or seed in seeds else []
+            if parts:
+                reads = dict.fromkeys(run for part in parts for run in part.runs)
+                needs = [model for run in reads for model in need_models(lab.models_of(*run))]
+                if ANALYSES[name].trained:
+                    needs += [need_run(*run) for run in reads]
+                jobs[f"{name}-seed{seed}"] = Job(name, seed, tuple(dict.fromkeys(needs)))
+    return list(jobs.values())
 
 
 def all_models(lab: Laboratory) -> tuple[str, ...]:
@@ -180,17 +164,8 @@ def provide_given(lab: Laboratory) -> None:
             round_model(source, models.dtype, lab.models / folder)
 
 
-def _note_pretrained(lab: Laboratory) -> None:
-    """Write beside the records where a scale's pretrained models are from: hub and package differ in their bits."""
-    sources = {folder: lab.models / folder / "source.json" for folder in lab.scale.models.pretrained}
-    remedy = "remove its folder and fetch it again"
-    found = {folder: read_json(path, remedy) for folder, path in sources.items() if path.is_file()}
-    if found:
-        write_json(lab.records / "pretrained.json", found)
-
-
-def _check_processor(lab: Laboratory) -> None:
-    """Raise an OpdlabError if a scale whose passes differ between processors is recorded on another one."""
+def _begin_record(lab: Laboratory) -> None:
+    """Refuse another processor for a scale whose passes differ between them, and note where its models are from."""
     compute, index = lab.scale.compute, read_index(lab.records)
     others = {*index.get("processor", ())} - {processor()}
     if others and compute.differs_between_processors(find_device(compute.gpu)):
@@ -198,6 +173,15 @@ def _check_processor(lab: Laboratory) -> None:
             f"{lab.records} was made on {', '.join(sorted(others))}, and passes in bfloat16 give other numbers on "
             f"{processor()}: go on there, or move that folder away and record all of it here"
         )
+    # Hub and package differ in their bits.
+    files = {folder: lab.models / folder / "source.json" for folder in lab.scale.models.pretrained}
+    sources = {
+        folder: read_json(file, "remove its folder and fetch it again")
+        for folder, file in files.items()
+        if file.is_file()
+    }
+    if sources:
+        write_json(lab.records / "pretrained.json", sources)
 
 
 _counter: Any = None
@@ -238,15 +222,18 @@ def build(jobs: list[Job], lab: Laboratory, *, record: bool = True, processes: i
             process makes records or models of the same scale.
     """
     with only_process(lab.runs, "makes records or models"):
-        _build(jobs, lab, record, processes or processes_for(lab))
+        check_room(lab)
+        provide_given(lab)
+        if record:
+            _begin_record(lab)
+        _work_off(jobs, lab, record, processes or processes_for(lab))
+        for job in jobs:
+            if job.what in lab.arms and lab.arm(job.what).arm.projection and not lab.scale.policy.keep_snapshots:
+                lab.run(lab.arm(job.what).parent, job.seed).drop_states()  # None branches off from there any more.
 
 
-def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> None:
-    check_device(lab)
-    provide_given(lab)
-    if record:
-        _check_processor(lab)
-        _note_pretrained(lab)
+def _work_off(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> None:
+    """Do the jobs, each when what it needs is made, under a bar of all their steps."""
     total, counter = sum(job.steps(lab) for job in jobs), CONTEXT.Value("q", 0)
     waiting, made = list(jobs), set(lab.scale.models.given)
     running: dict[Future[Path | None], Job] = {}
@@ -262,26 +249,19 @@ def _build(jobs: list[Job], lab: Laboratory, record: bool, processes: int) -> No
                 raise OpdlabError(f"nothing makes {', '.join(waiting[0].needs)}, which {waiting[0].what!r} needs")
             for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
-                folder = _result(future, job)
+                try:
+                    folder = future.result()
+                except BrokenProcessPool as problem:
+                    raise OpdlabError(
+                        f"the process of {job.what} seed {job.seed} was killed, perhaps for lack of memory; the same "
+                        "command goes on from its last checkpoint"
+                    ) from problem
                 if folder and record:
                     (add_analysis if job.what in ANALYSES else add_run)(folder, lab)
                 made |= {job.produces, job.name}
                 bar.set_postfix_str(", ".join(f"{job.what} {job.seed}" for job in running.values()))
             bar.n = counter.value
             bar.refresh()
-    for job in jobs:
-        if job.what in lab.arms and lab.arm(job.what).arm.projection and not lab.scale.policy.keep_snapshots:
-            lab.run(lab.arm(job.what).parent, job.seed).drop_states()  # None branches off from there any more.
-
-
-def _result(future: Future[Path | None], job: Job) -> Path | None:
-    try:
-        return future.result()
-    except BrokenProcessPool as problem:
-        raise OpdlabError(
-            f"the process of {job.what} seed {job.seed} was killed, perhaps for lack of memory; the same command goes "
-            "on from its last checkpoint"
-        ) from problem
 
 
 # --- repeating what is recorded ---------------------------------------------------------------------------------------
@@ -307,32 +287,23 @@ def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     }
 
 
-class _Recorded(NamedTuple):
-    """What is recorded of a run or an analysis: its figures, what tells it apart bit for bit, and the machine."""
-
-    figures: dict[str, float]
-    identity: dict[str, str]
-    machine: dict[str, Any]
-
-
-def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, _Recorded]:
-    """Return what is recorded of an arm or an analysis, by seed."""
+def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, tuple[dict, dict, dict]]:
+    """Return by seed the figures of an arm or an analysis, what tells it apart bit for bit, and the machine."""
+    kind, column = ("analyses", "analysis") if what in ANALYSES else ("runs", "arm")
+    index, found = read_index(lab.records, kind).set_index([column, "seed"]), {}
     if what in ANALYSES:
-        index = read_index(lab.records, "analyses").query("analysis == @what").set_index("seed")
         tables = {what: read_table(lab.records / "analyses" / f"{what}.csv")}
     else:
-        index = read_index(lab.records).query("arm == @what").set_index("seed")
         tables = read_tables(lab.records / what)
-    found = {}
     for seed in seeds:
-        row, own = index.loc[seed], {name: table[table["seed"] == seed] for name, table in tables.items()}
+        row, own = index.loc[(what, seed)], {name: table[table["seed"] == seed] for name, table in tables.items()}
         if what in ANALYSES:
-            figures = own[what].drop(columns="seed").select_dtypes("number").mean().to_dict()
-            identity = {name: column.to_csv() for name, column in own[what].reset_index(drop=True).items()}
-            identity = {name: text for name, text in identity.items() if name not in ("key", "claims")}
+            columns = own[what].reset_index(drop=True).drop(columns=["seed", "key", "claims"], errors="ignore")
+            figures = columns.select_dtypes("number").mean().to_dict()
+            identity = {name: entries.to_csv() for name, entries in columns.items()}
         else:
             figures, identity = end_figures(own), {"weights": row["weights"]}
-        found[seed] = _Recorded(figures, identity, {name: row[name] for name in MACHINE if name in row})
+        found[seed] = figures, identity, {name: row[name] for name in MACHINE if name in row}
     return found
 
 
@@ -348,37 +319,25 @@ def compare(recorded: Laboratory, repeated: Laboratory, names: tuple[str, ...], 
     """Compare repeated arms and analyses with the record, one row for each figure of each that has one of the seeds.
 
     A run agrees ``bit for bit`` if its last weights are the recorded ones, an analysis if its table is, where new
-    columns do not count. Elsewhere
-    (another processor or version) training amplifies the first rounding difference, so a figure agrees if it lies
-    ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else is ``outside``, or with a
-    single recorded seed, which has no spread, ``one seed``.
+    columns do not count. Elsewhere (another processor or version) training amplifies the first rounding difference, so
+    a figure agrees if it lies ``within the spread``: the 99 % prediction interval of the recorded seeds. Anything else
+    is ``outside``, or with a single recorded seed, which has no spread, ``one seed``.
     """
     rows = []
     for what in names:
         of_all = ANALYSES[what].seeds(recorded) if what in ANALYSES else recorded.seeds_of(what)
         records = _recorded(what, of_all, recorded)
         again = _recorded(what, [seed for seed in seeds if seed in of_all], repeated)
-        for seed, here in again.items():
-            there = records[seed]
-            for figure, value in here.figures.items():
-                if figure not in there.figures:
-                    continue
-                spread = prediction_interval([other.figures[figure] for other in records.values()])
+        for seed, (figures, identity, machine) in again.items():
+            recorded_figures, recorded_identity, recorded_machine = records[seed]
+            for figure in (name for name in figures if name in recorded_figures):
+                spread = prediction_interval([others[figure] for others, *_ in records.values()])
                 verdict = "one seed" if len(records) == 1 else "outside"
-                if there.identity.items() <= here.identity.items():
+                if recorded_identity.items() <= identity.items():
                     verdict = "bit for bit"
-                elif spread.low <= value <= spread.high:
+                elif spread.low <= figures[figure] <= spread.high:
                     verdict = "within the spread"
-                rows.append(
-                    {
-                        "run": f"{what} seed {seed}",
-                        "figure": figure,
-                        "recorded": there.figures[figure],
-                        "repeated": value,
-                        "low": spread.low,
-                        "high": spread.high,
-                        "verdict": verdict,
-                        "same machine": here.machine == there.machine,
-                    }
-                )
-    return pd.DataFrame(rows)
+                found = (recorded_figures[figure], figures[figure], spread.low, spread.high, verdict)
+                rows.append((f"{what} seed {seed}", figure, *found, machine == recorded_machine))
+    columns = ["run", "figure", "recorded", "repeated", "low", "high", "verdict", "same machine"]
+    return pd.DataFrame(rows, columns=columns)

@@ -20,14 +20,7 @@ import numpy as np
 
 from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import SMALL, Budget, RecordPolicy, Scale
-from opdlab.lab.tasks import (
-    RightAnswer,
-    after_equals,
-    draw_question,
-    expression_prompt,
-    restated_demonstration,
-    whole,
-)
+from opdlab.lab.tasks import RightAnswer, after_equals, draw_question, expression_prompt, restated_demonstration, whole
 from opdlab.training.config import Compute, Recipe
 from opdlab.training.tasks import Task
 

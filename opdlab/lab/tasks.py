@@ -1,15 +1,14 @@
 """The book's own tasks: sums with running sums for the toy model, arithmetic and mathematics for real ones.
 
-Each is three functions on strings. ``draw`` draws one question, ``demonstration`` writes a correct solution with its
-intermediate steps, and ``answer`` reads the final answer off a completion, which is all that a reward looks at, as in
-RLVR.
+Each draws questions, writes a correct solution with its steps, and reads the final answer off a completion, which is
+all that a reward looks at, as in RLVR.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -95,28 +94,19 @@ def running_demonstration(prompt: str) -> str:
 # --- "pretraining": short tasks that teach digits, order and addition, but never the format above --------------
 
 
-def _written(numbers: Iterable[int], sign: str = "") -> str:
-    return sign.join(map(str, numbers))
-
-
-def _few(rng: np.random.Generator, high: int, sign: str) -> str:
-    return _written(rng.integers(1, high + 1, size=rng.integers(2, 5)), sign)
-
-
-_SHORT_PROMPTS: dict[str, Draw] = {
-    "S": lambda rng: f"{rng.integers(1, 151)}+{rng.integers(1, 51)}",
-    "D": lambda rng: _written(sorted(rng.integers(1, 201, size=2), reverse=True), "-"),
-    "R": lambda rng: _written(rng.integers(0, 10, size=rng.integers(2, 7))),
-    "M": partial(_few, high=200, sign=","),
-    "O": partial(_few, high=200, sign=","),
-    "T": partial(_few, high=50, sign="+"),
-}
-
-
 def short_task_prompt(rng: np.random.Generator) -> str:
     """Draw a prompt of one of six short tasks: Sum, Difference, Reverse, Maximum, Order, Total."""
     letter = "SDRMOT"[rng.integers(6)]
-    return f"{letter}{_SHORT_PROMPTS[letter](rng)}:"
+    if letter == "S":
+        sign, numbers = "+", [rng.integers(1, 151), rng.integers(1, 51)]
+    elif letter == "D":
+        sign, numbers = "-", sorted(rng.integers(1, 201, size=2), reverse=True)
+    elif letter == "R":
+        sign, numbers = "", rng.integers(0, 10, size=rng.integers(2, 7)).tolist()
+    else:
+        sign, high = ("+", 50) if letter == "T" else (",", 200)
+        numbers = rng.integers(1, high + 1, size=rng.integers(2, 5)).tolist()
+    return f"{letter}{sign.join(map(str, numbers))}:"
 
 
 def short_task_demonstration(prompt: str) -> str:
@@ -130,7 +120,7 @@ def short_task_demonstration(prompt: str) -> str:
         return body[::-1]
     numbers = [int(number) for number in re.split("[-+,]", body)]
     if letter == "O":
-        return _written(sorted(numbers), ",")
+        return ",".join(map(str, sorted(numbers)))
     answers = {"S": sum(numbers), "T": sum(numbers), "M": max(numbers), "D": numbers[0] - numbers[-1]}
     return str(answers[letter])
 
@@ -195,13 +185,7 @@ def _questions(name: str, pinned: str = "", **settings: int) -> Sequence[dict]:
 
 
 def draw_question(rng: np.random.Generator, name: str, pinned: str = "", **settings: int) -> dict:
-    """Draw a question of a dataset of reasoning-gym, with its metadata.
-
-    Args:
-        rng: the source of randomness.
-        name: of the dataset.
-        pinned: the version of the package that asks it, if no other will do.
-        settings: of the dataset.
+    """Draw a question of a dataset of reasoning-gym with its metadata, by the version of it that is ``pinned``, if any.
 
     Raises:
         OpdlabError: if another version of the package is installed.

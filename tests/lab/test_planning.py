@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -168,10 +170,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OpdlabError, match=r"scale 'full' needs a GPU with about \d+ GB.*use --scale small or tiny"):
         check_room(Laboratory.at("full", tmp_path), "opd")
-    monkeypatch.setattr(budget, "_free_memory", lambda: 2e9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2e9))
     with pytest.raises(OpdlabError, match=r"arm 'opd' at small needs about \d\.\d GB, and 2.0 GB are free"):
         check_room(Laboratory.at("small", tmp_path), "opd")
-    monkeypatch.setattr(budget, "_free_memory", lambda: 1e3)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e3))
     assert main(["train", "--arm", "opd", "--seed", "99", "--scale", "tiny"]) == 2
     assert "choose a smaller scale" in capsys.readouterr().err
 
@@ -188,7 +190,7 @@ def test_how_many_runs_go_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for free, expected in ((1e12, 4), (11e9, 2), (1e9, 1)):
-        monkeypatch.setattr(budget, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert budget.processes_for(small) == expected
     monkeypatch.setattr(budget, "find_device", lambda gpu: torch.device("cuda"))
     assert budget.processes_for(small) == 1

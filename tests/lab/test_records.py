@@ -18,11 +18,11 @@ from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.analyses.similarity import BASES, WHOLE
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import (
-    DERIVED,
     TABLES,
     add_analysis,
     add_run,
     analyse,
+    derived,
     find_tables,
     has_record,
     load,
@@ -127,7 +127,8 @@ def test_a_record_reads_back_what_was_measured(kept):
     assert list(read["history"].query("seed == 0")["step"]) == list(range(1, run.steps + 1))
     # What follows from name and shape of a matrix is not stored, and is there again when it is read.
     header = (kept.records / "opd" / "matrices.csv").read_text().splitlines()[0].split(",")
-    assert not set(DERIVED) & set(header) and set(DERIVED) <= set(matrices.columns)
+    added = set(derived(matrices))
+    assert added and not added & set(header) and added <= set(matrices.columns)
     again = read["matrices"].query("seed == 0").reset_index(drop=True)
     assert set(again) == {"arm", "seed", *matrices}
     pd.testing.assert_frame_equal(again[list(matrices)], matrices, rtol=1e-6, check_dtype=False)

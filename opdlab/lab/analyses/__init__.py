@@ -1,7 +1,4 @@
-"""Analyses of finished runs: what is computed from their weights without training any more.
-
-The module :mod:`~opdlab.lab.analyses.runset` is what they work on; one module for each question follows it.
-"""
+"""Analyses of finished runs: what is computed from their weights without training any more; a module a question."""
 
 from opdlab.lab.analyses.gradients import GRADIENTS
 from opdlab.lab.analyses.landscape import EXTRAPOLATION, LANDSCAPE
@@ -17,8 +14,5 @@ from opdlab.lab.analyses.taught import TAUGHT
 #: :meta hide-value:
 ANALYSES = {
     analysis.name: analysis
-    for analysis in (
-        *(SIMILARITY, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS),
-        *(LINEARITY, RETENTION, TAUGHT),
-    )
+    for analysis in (SIMILARITY, SPAN, LANDSCAPE, EXTRAPOLATION, GRADIENTS, LINEARITY, RETENTION, TAUGHT)
 }

@@ -6,7 +6,7 @@ moment E[g gᵀ] stays what it was when tokens are left out (2606.07082, section
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from opdlab.geometry import describe, sim_k, weight_matrices
 from opdlab.lab.analyses.runset import SIM_KS, Analysis, Part, RunSet
 from opdlab.training import objectives
-from opdlab.training.rollouts import MicroBatch, Rollouts, micro_batches
+from opdlab.training.rollouts import Rollouts, micro_batches
 from opdlab.training.trainer import Trainer, random_numbers, torch_generator
 
 #: The arms whose losses are compared with that of OPD on all tokens, where a scale records them.
@@ -39,15 +39,16 @@ def second_moments(losses: Iterator[Tensor], matrices: dict[str, Tensor]) -> tup
     for loss in losses:
         count += 1
         if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, list(matrices.values()))
-            for name, gradient in zip(matrices, (gradient.double() for gradient in gradients), strict=True):
+            for name, found in zip(matrices, torch.autograd.grad(loss, list(matrices.values())), strict=True):
+                gradient = found.double()
                 squares[name] += gradient.T @ gradient
                 means[name] += gradient
     return {n: s / count for n, s in squares.items()}, {n: m / count for n, m in means.items()}
 
 
-def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iterator[Tensor]:
-    """Yield the loss of each completion of the first batch."""
+def _losses(trainer: Trainer, random_signs: bool) -> Iterator[Tensor]:
+    """Yield the loss of each completion of the first batch, or what it would be if each token's credit were a coin."""
+    random = torch_generator(random_numbers(trainer.experiment.seed, "tokens", 0))
     rollouts, rewards = trainer.batch(0)
     advantages = None
     if trainer.arm.reads_rewards and rewards is not None:
@@ -56,26 +57,20 @@ def _completions(trainer: Trainer, loss: Callable[[MicroBatch], Tensor]) -> Iter
         alone = Rollouts([rollouts.prompts[i // rollouts.samples]], [completion])
         own = None if advantages is None else advantages[i : i + 1]
         (part,) = micro_batches(alone, 1, trainer.student.device, own)
-        yield loss(part)
+        if random_signs:
+            logps = objectives.token_logps(part.logits(trainer.student), part.tokens)
+            credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
+            yield objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
+        else:
+            (loss,) = trainer.read(part, int(part.mask.sum()), random)[0].values()
+            yield loss
 
 
 def _moments(runs: RunSet, arm: str, seed: int, random_signs: bool = False) -> tuple[Moments, Moments]:
     # Another seed is another batch, at the anchor of this one.
     trainer = Trainer(replace(runs.lab.experiment(arm, runs.seed), seed=seed))
-    random = torch_generator(random_numbers(seed, "tokens", 0))
-
-    def own(part: MicroBatch) -> Tensor:
-        losses, _ = trainer.read(part, int(part.mask.sum()), random)
-        (loss,) = losses.values()
-        return loss
-
-    def signs(part: MicroBatch) -> Tensor:
-        logps = objectives.token_logps(part.logits(trainer.student), part.tokens)
-        credits = torch.randint(2, logps.shape, generator=random).to(logps.device) * 2.0 - 1.0
-        return objectives.token_mean(objectives.policy_gradient(logps, credits), part.mask)
-
     matrices = weight_matrices(dict(trainer.student.named_parameters()))
-    return second_moments(_completions(trainer, signs if random_signs else own), matrices)
+    return second_moments(_losses(trainer, random_signs), matrices)
 
 
 def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:

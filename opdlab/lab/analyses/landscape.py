@@ -81,8 +81,8 @@ def measure_extrapolation(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
 
 LANDSCAPE = Analysis(
     "landscape", "how well the weights between the ends of runs do", measure_landscape, _ARMS, later=(("opd", 1),),
-    how_many="few",
+    few=True,
 )  # fmt: skip
 EXTRAPOLATION = Analysis(
-    "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, how_many="few"
+    "extrapolation", "how far the early direction of a run carries", measure_extrapolation, _ARMS, few=True
 )

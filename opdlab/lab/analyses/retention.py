@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from opdlab.geometry import frobenius
 from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights, add, put, to_norms
 from opdlab.models.folders import context_length
 from opdlab.training.objectives import forward_kl
@@ -61,7 +62,7 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
         random = torch.Generator().manual_seed(runs.seed)
         draw = {name: torch.randn(update[name].shape, generator=random).double() for name in sorted(update)}
         accuracy, before = exam.take(origin)
-        norm = hypot(*map(_norm, update.values())) / hypot(*map(_norm, origin.values()))
+        norm = hypot(*map(frobenius, update.values())) / hypot(*map(frobenius, origin.values()))
         row: dict[str, object] = {"arm": arm, "relative_norm": norm, "accuracy_before": accuracy}
         for which, change in (("", update), ("_noise", to_norms(draw, update))):
             then, after = exam.take(add(origin, (1.0, change)))
@@ -72,10 +73,6 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
             }
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _norm(weight: Tensor) -> float:
-    return float(weight.double().norm())
 
 
 RETENTION = Analysis("retention", "what an update costs in forgetting, for its size", measure)

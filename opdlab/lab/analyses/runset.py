@@ -43,10 +43,7 @@ def put(weights: Mapping[str, Tensor], trainer: Trainer) -> None:
 
 @dataclass
 class RunSet:
-    """The runs of one seed at a scale; what is not trained yet is trained when it is asked for.
-
-    Where each seed has an anchor of its own, so has a run set: a run of another seed starts from another anchor.
-    """
+    """The runs of one seed at a scale, and of its anchor; what is not trained yet is trained when it is asked for."""
 
     lab: Laboratory
     seed: int
@@ -81,8 +78,7 @@ class RunSet:
     def evaluate(self, weights: Mapping[str, Tensor]) -> dict:
         """Return greedy and sampled accuracy, entropy and KL to the teacher of any weights of the student's shape.
 
-        Each prompt is sampled once, since many weights are looked at. All take the same random numbers, so that weights
-        which are near write nearly the same, and their differences are surer than the numbers.
+        Each prompt is sampled once. All weights take the same random numbers, so differences are surer than numbers.
         """
         put(weights, self._judge)
         found = self._judge.evaluate(0)
@@ -132,13 +128,12 @@ class Analysis:
     later: tuple[tuple[str, int], ...] = ()  #: arms whose runs of later seeds it reads too, and how many seeds on
     keys: tuple[str, ...] = ()  #: columns that tell apart what is compared by matrix; its record has means by block
     trained: bool = True  #: whether it needs the runs, or only what they start from
-    how_many: str = "all"  #: seeds; or the "few" of variants, because it measures the accuracy of many weights
+    few: bool = False  #: whether it has only the seeds of variants, because it measures the accuracy of many weights
     pairs: Callable[[Laboratory, int], list[Part]] | None = None  #: its parts; by default the whole is one part
 
     def seeds(self, lab: Laboratory) -> tuple[int, ...]:
         """Return the seeds that it is recorded with."""
-        policy = lab.scale.policy
-        return {"all": policy.seeds, "few": policy.variant_seeds}[self.how_many]
+        return lab.scale.policy.variant_seeds if self.few else lab.scale.policy.seeds
 
     def arms_at(self, lab: Laboratory) -> tuple[str, ...]:
         """Return the arms whose runs it reads at a scale."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from opdlab.geometry import cosine, weight_matrices
-from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights
+from opdlab.lab.analyses.runset import Analysis, Part, RunSet, Weights, add
 
 #: Updates that are explained.
 TARGETS = ("opd", "opd_full")
@@ -43,29 +42,24 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     sizes = [weight.numel() for _, weight in sorted(weight_matrices(runs.model("anchor")).items())]
     random = torch.Generator().manual_seed(runs.seed)
 
-    def sft() -> Tensor:
-        base, anchor = runs.model("base"), runs.model("anchor")
-        return _flat({name: anchor[name] - base[name] for name in anchor})
-
     def end(arm: str, later: int = 0) -> Tensor:
         return _flat(runs.update(arm, seed=runs.later(later)))
 
     def noise() -> Tensor:
         return torch.cat([torch.randn(size, generator=random, dtype=torch.float64) for size in sizes])
 
+    def bases(arm: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Make one pair at a time, as of a real model each update takes a gigabyte."""
+        yield "SFT and RLVR", _flat(add(runs.model("anchor"), (-1.0, runs.model("base")))), end("rlvr")
+        yield "matched SFT and RLVR", end("sft_matched"), end("rlvr")
+        yield "matched SFT and RLVR of another seed", end("sft_matched", 1), end("rlvr", 1)
+        yield "two other seeds", end(arm, 1), end(arm, 2)
+        yield "two random updates", noise(), noise()
+
     rows = []
     for arm, estimator in zip(TARGETS, reversed(TARGETS), strict=True):
         whole = end(arm)
-        # Made one pair at a time, as of a real model each update takes a gigabyte.
-        bases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-            "SFT and RLVR": (sft, partial(end, "rlvr")),
-            "matched SFT and RLVR": (partial(end, "sft_matched"), partial(end, "rlvr")),
-            "matched SFT and RLVR of another seed": (partial(end, "sft_matched", 1), partial(end, "rlvr", 1)),
-            "two other seeds": (partial(end, arm, 1), partial(end, arm, 2)),
-            "two random updates": (noise, noise),
-        }
-        for basis, pair in bases.items():
-            first, second = (make() for make in pair)
+        for basis, first, second in bases(arm):
             left, (c_first, c_second) = residual(whole, (first, second))
             matrices = zip(*(update.split(sizes) for update in (whole, first, second)), strict=True)
             squares = sum((residual(w, two)[0] * w.norm()) ** 2 for w, *two in matrices)

@@ -58,6 +58,4 @@ def measure(runs: RunSet, parts: Sequence[Part]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-TAUGHT = Analysis(
-    "taught", "whether OPD's update is that of its teacher", measure, (PUPIL, "rlvr", "opd"), how_many="few"
-)
+TAUGHT = Analysis("taught", "whether OPD's update is that of its teacher", measure, (PUPIL, "rlvr", "opd"), few=True)
