@@ -1,15 +1,7 @@
 """The geometry of an update: what changed between two sets of weights, as functions on tensors.
 
-Nothing here knows how the weights were trained. Read in this order, one idea a module:
-
-1. :mod:`~opdlab.geometry.sparsity`: which weights visibly moved.
-2. :mod:`~opdlab.geometry.spectrum`: how far, in how many directions, and what became of the singular values.
-3. :mod:`~opdlab.geometry.subspaces`: which directions; how far they turned, how early they are settled.
-4. :mod:`~opdlab.geometry.masks`: which coordinates, in comparison with the principal and the small weights.
-5. :mod:`~opdlab.geometry.nulls` and :mod:`~opdlab.geometry.ruler`: what each of these shows when there is nothing to
-   see, and what the size of an update alone makes of them.
-6. :mod:`~opdlab.geometry.matrices`, :mod:`~opdlab.geometry.measure`, :mod:`~opdlab.geometry.rows` and
-   :mod:`~opdlab.geometry.trajectory`: all of it, in a table, for the matrices of a model.
+Nothing here knows how the weights were trained. Read the modules in this order, one idea each: sparsity, spectrum,
+subspaces, masks, nulls; then matrices, measure, rows and trajectory, which put all of it into a table.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
 left is the output side and right the input side. Arithmetic is in float64, on the device of the tensor. What is
@@ -31,9 +23,18 @@ from opdlab.geometry.masks import (
 )
 from opdlab.geometry.matrices import Description, describe, weight_matrices
 from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair
-from opdlab.geometry.nulls import noise_mask, norm_matched, permute, random_walk
+from opdlab.geometry.nulls import (
+    change_probability,
+    noise_curve,
+    noise_mask,
+    noise_norm,
+    noise_overlap,
+    noise_sparsity,
+    norm_matched,
+    permute,
+    random_walk,
+)
 from opdlab.geometry.rows import measure_rows
-from opdlab.geometry.ruler import change_probability, noise_curve, noise_norm, noise_overlap, noise_sparsity
 from opdlab.geometry.sparsity import (
     absolute_sparsity,
     bf16_equal,

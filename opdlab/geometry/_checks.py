@@ -10,9 +10,6 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
-# Bases from a float64 SVD are orthonormal to about 1e-14, those from a float32 one only to about 1e-6.
-ORTHONORMAL_TOLERANCE = 1e-10
-
 
 def finite(w: Tensor, name: str) -> Tensor:
     """Return ``w`` as a float64 tensor on its device, or raise if an entry is NaN or infinite."""
@@ -38,10 +35,10 @@ def same_shape(a: Tensor, name_a: str, b: Tensor, name_b: str) -> None:
         raise OpdlabError(f"{name_b} has shape {tuple(b.shape)}; expected that of {name_a}, {tuple(a.shape)}")
 
 
-def pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the arguments ``w0`` and ``w1`` as finite float64 tensors of the same shape."""
-    same_shape(w0, "w0", w1, "w1")
-    return finite(w0, "w0"), finite(w1, "w1")
+def pair(a: Tensor, b: Tensor, name_a: str = "w0", name_b: str = "w1") -> tuple[Tensor, Tensor]:
+    """Return two arguments as finite float64 tensors of the same shape."""
+    same_shape(a, name_a, b, name_b)
+    return finite(a, name_a), finite(b, name_b)
 
 
 def whole(value: int, name: str, low: int, high: int | None = None) -> int:
@@ -86,6 +83,6 @@ def basis(v: Tensor, name: str) -> Tensor | None:
         return None
     v = finite(v, name)
     gap = float((v.T @ v - torch.eye(v.shape[1], dtype=v.dtype, device=v.device)).abs().max())
-    if gap > ORTHONORMAL_TOLERANCE:
+    if gap > 1e-10:  # of a float64 SVD it is about 1e-14, of a float32 one about 1e-6
         raise OpdlabError(f"{name} is {gap:.1e} away from orthonormal columns; expected a basis from a float64 SVD")
     return v

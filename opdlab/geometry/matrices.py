@@ -109,11 +109,10 @@ def identity(name: str, shape: tuple[int, ...]) -> dict:
 def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Choose the weights that the diagnostics are about: the matrices of the layers, in the order given.
 
-    Embeddings, the output head, norms and biases are left out: the first two are not in a layer, and the others are not
-    matrices.
+    Embeddings and the output head are left out, which are not in a layer, and norms and biases, which are no matrices.
 
     Raises:
-        OpdlabError: if no weight is left, or one holds several matrices side by side, which the paper splits first.
+        OpdlabError: if no weight is left, or one holds several matrices, which the paper splits first.
 
     Source: 2606.07082, Appendix C.3 ("standard weight matrices across layers").
 
@@ -122,13 +121,14 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> list(weight_matrices({name: torch.zeros(2, 2) for name in names}))
     ['model.layers.0.mlp.up_proj.weight']
     """
-    described = {name: describe(name) for name, w in state_dict.items() if w.ndim == 2}
-    matrices = {
-        name: state_dict[name] for name, (layer, _, block) in described.items() if layer >= 0 and block not in OUTSIDE
-    }
-    for name in matrices:
-        if described[name].block in ("fused", "stacked"):
+    matrices = {}
+    for name, w in state_dict.items():
+        layer, _, block = describe(name)
+        if w.ndim != 2 or layer < 0 or block in OUTSIDE:
+            continue
+        if block in _SEVERAL:
             raise OpdlabError(f"the weight {name!r} holds several matrices side by side; split it before measuring")
+        matrices[name] = w
     if not matrices:
         raise OpdlabError(f"state_dict has no matrix named ...layers.<i>... among its {len(state_dict)} weights")
     return matrices
@@ -139,14 +139,7 @@ def float64_matrices(
 ) -> dict[str, Tensor]:
     """Return :func:`weight_matrices` in float64, finite, and with the names and shapes of ``like`` where it is given.
 
-    An error calls the state dict by its ``name``.
-
-    Raises:
-        OpdlabError: naming the first matrix that is wrong.
-
-    >>> import torch
-    >>> float64_matrices({"layers.0.mlp.up_proj.weight": torch.eye(2)}, "w0s")["layers.0.mlp.up_proj.weight"].dtype
-    torch.float64
+    An error names the first matrix that is wrong, and calls the state dict by its ``name``.
     """
     chosen = weight_matrices(weights)
     if like is not None:

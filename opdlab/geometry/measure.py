@@ -1,8 +1,4 @@
-"""Tables: every diagnostic of every matrix, for one update.
-
-One row is one matrix. To average as the paper does, weigh all matrices alike in every column but sparsity, where each
-counts by its number of parameters: :func:`opdlab.geometry.summary.means`.
-"""
+"""Tables: every diagnostic of every matrix, for one update; :func:`opdlab.geometry.summary.means` averages them."""
 
 from __future__ import annotations
 
@@ -17,33 +13,19 @@ from torch import Generator, Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
-from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, reconstruct
+from opdlab.geometry._checks import ratio
+from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, principal_mask
 from opdlab.geometry.matrices import float64_matrices, identity
-from opdlab.geometry.nulls import noise_mask, permute
-from opdlab.geometry.ruler import change_probability, noise_overlap
+from opdlab.geometry.nulls import change_probability, noise_mask, noise_overlap, permute
 from opdlab.geometry.sparsity import absolute_sparsity, density, relative_sparsity, update_mask
-from opdlab.geometry.spectrum import (
-    Svd,
-    effective_rank,
-    frobenius,
-    gaussian_stable_rank,
-    hill,
-    relative_norm,
-    singular_values,
-    spectral_drift,
-    stable_rank,
-    svd,
-    top_energy,
-)
+from opdlab.geometry.spectrum import Svd, frobenius, gaussian_stable_rank, spectral_drift, spectrum_stats, svd
 from opdlab.geometry.subspaces import rotation, subspace_energy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# Share of the entries in the overlaps that look at the largest changes, before any rounding.
-LARGEST = 0.1
-# Relative norm to which updates are scaled before they are compared at equal size. At this one about half of the
-# weights move visibly, as in the paper's OPD: masks then have room to differ (see feasible_range).
+# The relative norm of updates of equal size. At this one about half of the weights move visibly, as in the paper's
+# OPD: masks then have room to differ (see feasible_range).
 MATCHED_NORM = 0.002
 
 
@@ -68,9 +50,7 @@ class Resolution:
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> Resolution:
-        """Return the resolution for a matrix of this shape, by which every update is measured unless told otherwise.
-
-        It is the paper's where a matrix is large enough; what depends on the size is an eighth of the smaller side.
+        """Return the default for a matrix of this shape: the paper's, or an eighth of the smaller side.
 
         >>> Resolution.of((4096, 4096)).k, Resolution.of((4096, 4096)).mask_rank
         (512, 64)
@@ -90,7 +70,6 @@ class Resolution:
                 raise OpdlabError(f"{setting} is {number}; expected {largest} at most, as {name} is {tuple(w0.shape)}")
 
     def _directions(self) -> Iterator[tuple[str, int]]:
-        """Yield name and value of every number of directions."""
         yield from (("k", self.k), ("mask_rank", self.mask_rank))
         for name in ("sim_ks", "angle_ks"):
             yield from ((f"{name}[{i}]", k) for i, k in enumerate(getattr(self, name)))
@@ -102,24 +81,18 @@ class Resolution:
 
 
 def measure_pair(
-    w0s: Mapping[str, Tensor],
-    w1s: Mapping[str, Tensor],
-    resolution: Resolution | None = None,
-    seed: int = 0,
+    w0s: Mapping[str, Tensor], w1s: Mapping[str, Tensor], resolution: Resolution | None = None, seed: int = 0
 ) -> DataFrame:
     """Measure one update: every static diagnostic, with its nulls, one row per matrix.
 
     Columns: matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_matrix`.
 
-    Args:
-        w0s: state dict before; :func:`~opdlab.geometry.weight_matrices` chooses from it.
-        w1s: state dict after, with the same matrices.
-        resolution: the same for all matrices; by default that of each, :meth:`Resolution.of` its shape.
-        seed: of the permutations. A null is one draw, the same whatever else is measured.
+    Of the state dicts before and after, :func:`~opdlab.geometry.weight_matrices` chooses the matrices. ``resolution``
+    is the same for all; by default it is that of each, :meth:`Resolution.of` its shape. ``seed`` is of the
+    permutations: a null is one draw, the same whatever else is measured.
 
     Raises:
-        OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is smaller than the
-            resolution asks for.
+        OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is too small.
 
     Source: 2606.07082, Appendices C.3 and E; the nulls are additions.
 
@@ -134,11 +107,8 @@ def measure_pair(
 
     w0s = float64_matrices(w0s, "w0s")
     w1s = float64_matrices(w1s, "w1s", like=w0s)
-    rows = [
-        identity(name, tuple(w0.shape)) | measure_matrix(name, w0, w1s[name], resolution, seed)
-        for name, w0 in w0s.items()
-    ]
-    return DataFrame(rows)
+    measured = {name: measure_matrix(name, w0, w1s[name], resolution, seed) for name, w0 in w0s.items()}
+    return DataFrame([identity(name, tuple(w0s[name].shape)) | row for name, row in measured.items()])
 
 
 def measure_matrix(
@@ -161,13 +131,13 @@ def measure_matrix(
     - energy_left, energy_right, energy_both: of the update in the top-k subspaces of w0, each with _random: k/m, k/n
       and their product;
     - of the update and, as sparsity_matched and so on, of the update scaled to the relative norm matched_norm:
-      sparsity, sparsity_absolute, sparsity_relative, density; nss; angle_left_mean, _median, _max and angle_right_mean,
-      _median, _max (in degrees, of k angles), and angle_left_mean_k8 for each of ``resolution.angle_ks``; for each
-      alpha, written in percent, and for the masks principal, low and principal_only (principal and not low):
-      principal_overlap_a30 (of the visible update) and principal_overlap_a30_null (of the permuted update, rounded to
-      bfloat16 anew);
+      sparsity, sparsity_absolute, sparsity_relative, density; nss; angle_left_mean, _median, _max and the same on the
+      right (in degrees, of k angles), and angle_left_mean_k8 for each of ``resolution.angle_ks``; for each alpha, in
+      percent, and for the masks principal, low and principal_only (principal and not low): principal_overlap_a30 (of
+      the visible update) and principal_overlap_a30_null (of the permuted update, rounded to bfloat16 anew);
     - principal_overlap_a30_noise, of Gaussian noise at the same density (:func:`~opdlab.geometry.noise_mask`);
-    - sparsity_ruler and principal_overlap_a30_ruler, of noise of the same norm (:mod:`~opdlab.geometry.ruler`);
+    - sparsity_ruler and principal_overlap_a30_ruler, of noise of the same norm (the ruler,
+      :func:`~opdlab.geometry.change_probability`);
     - principal_overlap_a30_top, of the tenth of the entries where the unrounded update is largest, and
       principal_share_a30, the share of the entries in the mask, which is its random rate.
 
@@ -178,11 +148,10 @@ def measure_matrix(
         resolution: by default :meth:`Resolution.of` the shape.
         seed: of the permutation.
         svd0: the Svd of w0, if it is already known, with :attr:`Resolution.vectors` vectors or more.
-        nulls: whether to compute what needs a permuted or a norm-matched update, which takes about a third of the time.
+        nulls: whether to compute what needs a permuted or a norm-matched update, about a third of the time.
 
     Raises:
-        OpdlabError: naming the matrix, if it is not finite or smaller than the resolution asks for, or the
-            shapes differ.
+        OpdlabError: naming the matrix, if it is not finite, the shapes differ or the resolution asks for more.
     """
     _checks.same_shape(w0, f"{name} in w0s", w1, f"{name} in w1s")
     w0 = _checks.matrix(w0, f"{name} in w0s")
@@ -190,21 +159,27 @@ def measure_matrix(
     at.check_size(name, w0, "k", "mask_rank", "angle_ks")
     svd0 = svd0 or svd(w0, k=at.vectors)
     # Large tensors are dropped once they have been used: at most six float64 matrices of this shape are alive.
-    masks = _masks(w0, svd0, at)
+    masks = {
+        f"a{100 * alpha:g}": (principal_mask(svd0, at.mask_rank, alpha), low_magnitude_mask(w0, alpha))
+        for alpha in at.alphas
+    }
     w1 = _checks.matrix(w1, f"{name} in w1s")
     of_size, matched = _size_row(w0, w1, svd0, masks, at), {}
     delta = w1 - w0
-    row: dict[str, float] = {"k": at.k, "mask_rank": at.mask_rank}
-    row |= {"frobenius": frobenius(delta), "relative_norm": relative_norm(w0, w1)}
     del w1
+    size, size0 = frobenius(delta), frobenius(w0)
+    row: dict[str, float] = {
+        "k": at.k,
+        "mask_rank": at.mask_rank,
+        "frobenius": size,
+        "relative_norm": ratio(size, size0),
+    }
     row |= spectrum_stats(delta, at.k)
-    largest = float(svd0.s[0])
-    row["relative_operator_norm"] = row["frobenius"] / row["stable_rank"] ** 0.5 / largest if largest > 0 else nan
+    row["relative_operator_norm"] = ratio(size / row["stable_rank"] ** 0.5, float(svd0.s[0]))
     row |= {f"energy_{side}": share for side, share in subspace_energy(delta, svd0, at.k)._asdict().items()}
-    moved, top = row["frobenius"] > 0, largest_entries(delta, round(LARGEST * delta.numel()))
-    row |= _suffixed(_overlaps(masks, top if moved else torch.zeros_like(top)), "_top")
-    for key, value in _overlaps(masks, torch.ones_like(top)).items():
-        row[key.replace("overlap", "share")] = value
+    top = largest_entries(delta, round(0.1 * delta.numel()))
+    row |= _overlaps(masks, top if size > 0 else torch.zeros_like(top), "_top")
+    row |= {key.replace("overlap", "share"): of for key, of in _overlaps(masks, torch.ones_like(top)).items()}
     if nulls:
         row["matched_norm"] = at.matched_norm
         left, right = (at.k / side for side in w0.shape)
@@ -212,23 +187,21 @@ def measure_matrix(
         row["stable_rank_gaussian"] = gaussian_stable_rank(*w0.shape)
         random = generator_of(seed, name)
         shuffled = permute(delta, random)
-        row |= _suffixed(spectrum_stats(shuffled, at.k), "_null")
-        of_size |= _suffixed(_overlaps(masks, update_mask(w0, w0 + shuffled)), "_null")
-        matched = dict.fromkeys(of_size, nan)
-        scale = at.matched_norm * frobenius(w0) / row["frobenius"] if moved else 0.0
-        null = _suffixed(_overlaps(masks, update_mask(w0, torch.add(w0, shuffled, alpha=scale))), "_null")
+        row |= {f"{key}_null": value for key, value in spectrum_stats(shuffled, at.k).items()}
+        of_size |= _overlaps(masks, update_mask(w0, w0 + shuffled), "_null")
+        scale = at.matched_norm * size0 / size if size > 0 else 0.0
+        null = _overlaps(masks, update_mask(w0, torch.add(w0, shuffled, alpha=scale)), "_null")
         del shuffled
-        noise = noise_mask(w0, round(of_size["density"] * w0.numel()), random)
-        row |= _suffixed(_overlaps(masks, noise), "_noise")
-        del noise
+        row |= _overlaps(masks, noise_mask(w0, round(of_size["density"] * w0.numel()), random), "_noise")
         chance = change_probability(w0, row["relative_norm"])
-        row |= {"sparsity_ruler": 1 - float(chance.mean())} | _suffixed(_overlaps(masks, chance), "_ruler")
+        row |= {"sparsity_ruler": 1 - float(chance.mean())} | _overlaps(masks, chance, "_ruler")
         del chance
+        matched = dict.fromkeys(of_size, nan)
         if scale > 0:
             w1 = torch.add(w0, delta, alpha=scale)
             del delta
             matched = _size_row(w0, w1, svd0, masks, at) | null
-    return row | of_size | _suffixed(matched, "_matched")
+    return row | of_size | {f"{key}_matched": value for key, value in matched.items()}
 
 
 def visible_shares(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
@@ -244,15 +217,7 @@ def visible_shares(w0: Tensor, w1: Tensor, visible: Tensor) -> dict[str, float]:
 Masks = dict[str, tuple[Tensor, Tensor]]  # by share, as in a30: the principal and the low-magnitude weights
 
 
-def _masks(w0: Tensor, svd0: Svd, at: Resolution) -> Masks:
-    reconstruction, size = reconstruct(svd0, at.mask_rank), w0.numel()
-    return {
-        f"a{100 * alpha:g}": (largest_entries(reconstruction, round(alpha * size)), low_magnitude_mask(w0, alpha))
-        for alpha in at.alphas
-    }
-
-
-def _overlaps(masks: Masks, update: Tensor) -> dict[str, float]:
+def _overlaps(masks: Masks, update: Tensor, suffix: str = "") -> dict[str, float]:
     """Return the overlaps of an update with the masks, and with the weights that are principal and not small.
 
     The update marks what moved, or says how probable it is that each weight moves.
@@ -260,22 +225,8 @@ def _overlaps(masks: Masks, update: Tensor) -> dict[str, float]:
     of, row = overlap if update.dtype == torch.bool else noise_overlap, {}
     for percent, (principal, low) in masks.items():
         for star, mask in {"principal": principal, "low": low, "principal_only": principal & ~low}.items():
-            row[f"{star}_overlap_{percent}"] = of(mask, update)
+            row[f"{star}_overlap_{percent}{suffix}"] = of(mask, update)
     return row
-
-
-def spectrum_stats(delta: Tensor | Svd, k: int) -> dict[str, float]:
-    """Return the statistics of an update's singular values: its ranks, and energy and tail of the k largest."""
-    if not isinstance(delta, Svd):
-        m, n = delta.shape
-        delta = Svd(delta.new_empty(m, 0), singular_values(delta), delta.new_empty(0, n))
-    return {
-        "stable_rank": stable_rank(delta),
-        "effective_rank": effective_rank(delta),
-        "effective_rank_squared": effective_rank(delta, squared=True),
-        "top_energy": top_energy(delta, k),
-        "hill": hill(delta, k) if k > 1 else nan,
-    }
 
 
 def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, at: Resolution) -> dict[str, float]:
@@ -290,10 +241,6 @@ def _size_row(w0: Tensor, w1: Tensor, svd0: Svd, masks: Masks, at: Resolution) -
         for side, angles in rotation(svd0, svd1, k)._asdict().items():
             row[f"angle_{side}_mean_k{k}"] = float(angles.mean())
     return row | _overlaps(masks, visible)
-
-
-def _suffixed(row: dict[str, float], suffix: str) -> dict[str, float]:
-    return {f"{key}{suffix}": value for key, value in row.items()}
 
 
 def generator_of(seed: int, name: str) -> Generator:

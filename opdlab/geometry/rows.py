@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod, sqrt
@@ -15,10 +16,8 @@ from opdlab.geometry.measure import generator_of, visible_shares
 from opdlab.geometry.nulls import permute
 from opdlab.geometry.sparsity import update_mask
 
-# Entries that are in memory at a time: 4 MB in float64.
-_BLOCK = 2**19
-# Sizes are told apart by so many of their bits at a time.
-_BITS = 16
+_BLOCK = 2**19  # entries that are in memory at a time: 4 MB in float64
+_BITS = 16  # of the sizes, by which they are told apart at a time
 
 #: Returns the rows of a weight from one number to another.
 Read = Callable[[int, int], Tensor]
@@ -38,7 +37,7 @@ def measure_rows(
     Args:
         name: of the weight: it seeds the permutation.
         shape: of the weight.
-        before: what reads rows of it before, from one number to another.
+        before: reads rows of it before, from one number to another.
         after: the same after.
         alphas: shares of the entries in the masks of small weights; only for what has rows and columns.
         seed: of the permutation.
@@ -63,28 +62,26 @@ def measure_rows(
 
     limits = {percent: _Limit(partial(blocks, before), count) for percent, count in counts.items()}
     random = generator_of(seed, name)
-    squares, totals = np.zeros(2), dict[str, int]()
+    squares, totals = np.zeros(2), Counter[str]()
     for w0, w1 in zip(blocks(before), blocks(after), strict=True):
         origin, moved = w0.double(), update_mask(w0, w1)
         delta = w1.double() - origin
         squares += [float(delta.square().sum()), float(origin.square().sum())]
         shares = visible_shares(w0, w1, moved).items()
         found = {key: round(share * w0.numel()) if w0.numel() else 0 for key, share in shares}
-        null = update_mask(w0, origin + permute(delta, random)) if counts and nulls else None
+        masks = {"": moved}
+        if counts and nulls:
+            masks["_null"] = update_mask(w0, origin + permute(delta, random))
+            found["null"] = int(masks["_null"].count_nonzero())
         for percent, limit in limits.items():
             small = limit.take(w0)
-            found[f"low_overlap_{percent}"] = int((small & moved).count_nonzero())
-            if null is not None:
-                found[f"low_overlap_{percent}_null"] = int((small & null).count_nonzero())
-        if null is not None:
-            found["null"] = int(null.count_nonzero())
-        totals = {key: totals.get(key, 0) + count for key, count in found.items()}
-    norms = [sqrt(square) for square in squares]
-    row = {"frobenius": norms[0], "relative_norm": ratio(*norms)}
-    whole = {"overlap": totals["density"], "null": totals.pop("null", 0)}
+            found |= {f"low_overlap_{percent}{of}": int((small & mask).count_nonzero()) for of, mask in masks.items()}
+        totals.update(found)
+    size, size0 = (sqrt(square) for square in squares)
+    row = {"frobenius": size, "relative_norm": ratio(size, size0)}
+    visible, permuted = totals["density"], totals.pop("null", 0)
     for key, count in totals.items():
-        part = next((part for part in ("null", "overlap") if part in key), "")
-        row[key] = ratio(count, whole.get(part, entries))
+        row[key] = ratio(count, permuted if key.endswith("_null") else visible if "overlap" in key else entries)
     return row | {f"low_share_{percent}": ratio(count, entries) for percent, count in counts.items()}
 
 
@@ -92,7 +89,7 @@ class _Limit:
     """The size up to which a count of weights is small; of those that are as large, the first are counted."""
 
     def __init__(self, blocks: Callable[[], Iterator[Tensor]], count: int):
-        """Find the size of that rank, 16 of its bits at a time."""
+        """Find the size of that rank, some of its bits at a time."""
         self.bits, self.ties, shift = 0, count, None
         while shift != 0:
             tally = np.zeros(2**_BITS, dtype=np.int64)

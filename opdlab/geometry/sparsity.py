@@ -1,7 +1,7 @@
-"""Which weights moved at all, seen in bfloat16.
+"""Which weights moved at all, seen in bfloat16, in which models are stored and served, with 8 significant bits.
 
-A model is stored and served in bfloat16, with 8 significant bits. An update that does not carry a weight over to the
-next bfloat16 number leaves no trace in the file: it is invisible. Sparsity is the share of such weights.
+An update that does not carry a weight over to the next bfloat16 number leaves no trace: it is invisible. Sparsity is
+the share of such weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Singular values: how large an update is, how many directions it has, and how far it moves the spectrum.
 
-Every function here and in :mod:`opdlab.geometry.subspaces` that looks at a spectrum takes a matrix or its :class:`Svd`,
-so that a decomposition is computed once and passed on. All arithmetic is in float64, on the tensor's device.
+What looks at a spectrum, here and in :mod:`opdlab.geometry.subspaces`, takes a matrix or its :class:`Svd`, so that a
+decomposition is computed once and passed on.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from math import inf, nan, sqrt
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from opdlab.geometry import _checks
-from opdlab.geometry._linalg import eigenvalues, gram
 
 
 class Svd(NamedTuple):
@@ -35,22 +36,17 @@ class Svd(NamedTuple):
 # largest; below it, or where a matrix has no full rank, LAPACK's SVD takes over. (A square Gaussian matrix of 4096 rows
 # has a smallest value of some 1e-4 of the largest.)
 _GRAM_FLOOR = 1e-5
-# Its leading subspaces are s[0] / 2 s[k] times less sure than those of the full SVD, so the last vector wanted must not
-# belong to a value below this share of the largest.
+# Its leading subspaces are s[0] / 2 s[k] times less sure than those of the full SVD, so the last vector wanted must
+# belong to a value above this share of the largest.
 _GRAM_LEADING = 1e-2
 
 
 def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
-    """Decompose a matrix; an :class:`Svd` is returned as it is.
+    """Decompose a matrix, which errors call by its ``name``; an :class:`Svd` is returned as it is.
 
-    All singular values and a few vectors, which is all that most diagnostics need, come from the eigenvalues of the
-    Gram matrix, five to ten times faster than the full SVD. Where that would lose more than two digits, the full SVD is
-    used: values are good to 2e-10 of the largest, subspaces to about 1e-9 degrees where the gap behind them is wide.
-
-    Without k, all vectors are computed, by the full SVD. An error calls the matrix by its ``name``.
-
-    Raises:
-        OpdlabError: if ``w`` is not a non-empty matrix, an entry is not finite, or k is not in 1..min(m, n).
+    With k, all singular values and k vectors come from the eigenvalues of the Gram matrix, five to ten times faster
+    than the full SVD, which is used where that would lose more than two digits: values are good to 2e-10 of the
+    largest, subspaces to about 1e-9 degrees where the gap behind them is wide. Without k, all vectors are computed.
 
     Source: 2606.07082, Appendix C.3 (float64 on the CPU: on a GPU the angles of nearly equal matrices are unstable).
 
@@ -94,6 +90,41 @@ def singular_values(w: Tensor | Svd, name: str = "w") -> Tensor:
     if squares[0] > _GRAM_FLOOR**2 * squares[-1]:
         return squares.flip(0).sqrt()
     return torch.linalg.svdvals(tall)
+
+
+def gram(tall: Tensor) -> Tensor:
+    """Return the lower triangle of tall^T tall, all that an eigensolver reads, at five eighths of the cost."""
+    n = tall.shape[1]
+    squares, block = tall.new_zeros(n, n), -(-n // 4)
+    for start in range(0, n, block):
+        squares[start:, start : start + block] = tall[:, start:].T @ tall[:, start : start + block]
+    return squares
+
+
+def eigenvalues(lower: Tensor, k: int = 0) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues (n,) of a symmetric matrix, ascending, and the vectors (n, k) of the k largest.
+
+    Only the lower triangle is read. On a CPU this calls LAPACK step by step: torch.linalg.eigh would compute every
+    vector and take two to three times as long.
+    """
+    n = len(lower)
+    if lower.device.type != "cpu" or n == 1:
+        values, vectors = torch.linalg.eigh(lower)
+        return values, vectors[:, n - k :]
+    work = int(lapack.dsytrd_lwork(n, lower=1)[0])
+    reflectors, diagonal, beside, factors, _ = lapack.dsytrd(lower.numpy(), lower=1, lwork=work)
+    values, failed = lapack.dsterf(diagonal, beside)
+    vectors = np.empty((n, k), order="F")
+    if k:
+        # Selected by index (2); LAPACK needs room for one more entry beside the diagonal.
+        _, _, found, failed_too = lapack.dstemr(diagonal, np.append(beside, 0.0), 2, 0.0, 0.0, n - k + 1, n)
+        failed |= failed_too
+        # The reflectors turn the vectors of the tridiagonal matrix into those of the full one, except their first row.
+        vectors[0] = found[0, :k]
+        vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors[1:, :-1], factors, found[1:, :k], 64 * k)
+    if failed:
+        raise torch.linalg.LinAlgError(f"LAPACK found no eigenvalues of a matrix of {n} rows")
+    return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 def frobenius(delta: Tensor) -> float:
@@ -190,7 +221,7 @@ def hill(delta: Tensor | Svd, k: int) -> float:
     """Return the Hill estimate of the tail exponent of the spectrum, from its k largest values, two at least.
 
     It is 1 over the mean of log(s_i / s_k) for i < k. A small exponent is a heavy tail: few values far above the rest.
-    The paper does not give its k, and the estimate depends on it, so always report k. NaN for an update with fewer than
+    The paper does not give its k, on which the estimate depends, so always report k. NaN for an update with fewer than
     k directions, and infinite if the k values are equal.
 
     Source: Hill (1975); 2606.07082, Appendix E.
@@ -218,3 +249,17 @@ def gaussian_stable_rank(m: int, n: int) -> float:
     """
     m, n = _checks.whole(m, "m", 1), _checks.whole(n, "n", 1)
     return m * n / (sqrt(m) + sqrt(n)) ** 2
+
+
+def spectrum_stats(delta: Tensor | Svd, k: int) -> dict[str, float]:
+    """Return what an update's singular values tell: its ranks, and energy and tail of the k largest."""
+    if not isinstance(delta, Svd):
+        m, n = delta.shape
+        delta = Svd(delta.new_empty(m, 0), singular_values(delta), delta.new_empty(0, n))
+    return {
+        "stable_rank": stable_rank(delta),
+        "effective_rank": effective_rank(delta),
+        "effective_rank_squared": effective_rank(delta, squared=True),
+        "top_energy": top_energy(delta, k),
+        "hill": hill(delta, k) if k > 1 else nan,
+    }

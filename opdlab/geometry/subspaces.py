@@ -1,8 +1,7 @@
 """Directions: the leading singular subspaces of weights and updates, and how two of them compare.
 
-A subspace is an orthonormal basis (n, K), one direction per column. Directions that a matrix does not have (it is zero,
-or its rank is below K) are columns of NaN rather than arbitrary vectors of its null space, and whatever is computed
-from them is NaN.
+A subspace is an orthonormal basis (n, K), one direction per column. Directions that a matrix of rank below K does not
+have are columns of NaN, not arbitrary vectors of its null space, and whatever is computed from them is NaN.
 """
 
 from __future__ import annotations
@@ -62,13 +61,10 @@ def top_left(delta: Tensor | Svd, k: int) -> Tensor:
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """Return the principal angles between two orthonormal bases (n, K): (K,) in degrees from 0 to 90, ascending.
 
-    cos(theta_i) is the i-th singular value of a^T b (descending). The arccosine loses half of the digits near 1: in
-    float64 it cannot see angles under about 1e-6 degrees. So angles up to 45 degrees come from their sines, the
-    singular values of (I - a a^T) b, and the others from their cosines. Either is good to about 1e-13 degrees. All are
-    NaN if a basis contains NaN.
-
-    Raises:
-        OpdlabError: if the shapes differ or the columns are not orthonormal to 1e-10.
+    cos(theta_i) is the i-th singular value of a^T b (descending). The arccosine loses half of the digits near 1, so
+    angles up to 45 degrees come from their sines, the singular values of (I - a a^T) b, and the others from their
+    cosines: either is good to about 1e-13 degrees. All are NaN if a basis contains NaN; one that is not orthonormal to
+    1e-10 is an error.
 
     Source: 2606.07082, Appendix C.3; Björck and Golub (1973); Knyazev and Argentati (2002), whose Algorithm 3.1
     ``scipy.linalg.subspace_angles`` follows. Here the choice of form is made for each angle by its own cosine.
@@ -78,10 +74,9 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     tensor([60.0000], dtype=torch.float64)
     """
     _checks.same_shape(a, "a", b, "b")
-    width = a.shape[-1]
     left, right = _checks.basis(a, "a"), _checks.basis(b, "b")
     if left is None or right is None:
-        return torch.full((width,), nan, dtype=torch.float64)
+        return torch.full((a.shape[-1],), nan, dtype=torch.float64)
     overlap = left.T @ right  # (K, K)
     cosines = torch.linalg.svdvals(overlap)  # descending: angles ascend
     sines = torch.linalg.svdvals(right - left @ overlap).flip(0)  # (n, K), ascending after the flip
@@ -146,8 +141,7 @@ def cosine(delta_a: Tensor, delta_b: Tensor) -> float:
     >>> round(cosine(torch.eye(2), torch.ones(2, 2)), 4)  # 1 / sqrt(2)
     0.7071
     """
-    _checks.same_shape(delta_a, "delta_a", delta_b, "delta_b")
-    a, b = _checks.finite(delta_a, "delta_a").flatten(), _checks.finite(delta_b, "delta_b").flatten()
+    a, b = (delta.flatten() for delta in _checks.pair(delta_a, delta_b, "delta_a", "delta_b"))
     # Divide before multiplying: the product of two very small updates would underflow.
     size_a, size_b = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
     return float((a / size_a) @ (b / size_b)) if size_a > 0 and size_b > 0 else nan
@@ -156,11 +150,8 @@ def cosine(delta_a: Tensor, delta_b: Tensor) -> float:
 def sim_k(v_a: Tensor, v_b: Tensor) -> float:
     """Return ||v_a^T v_b||_F^2 / K, from 0 (orthogonal) to 1 (the same subspace): the mean cos^2 of the angles.
 
-    The bases are (n, K) and orthonormal; two random ones have K / n on average. A basis with NaN, of an update that has
-    fewer than K directions, gives NaN.
-
-    Raises:
-        OpdlabError: if the shapes differ or the columns are not orthonormal to 1e-10.
+    The bases are (n, K); two random ones have K / n on average. A basis with NaN, of an update that has fewer than K
+    directions, gives NaN; one that is not orthonormal to 1e-10 is an error.
 
     Source: 2606.07082, Appendix E and Figure 5 (right side, K = 16).
 
@@ -181,9 +172,6 @@ def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
     Successive updates share their history, so the similarity climbs to 1 for any process; compare with
     :func:`opdlab.geometry.random_walk`. NaN where this update or the last has a rank below k.
 
-    Raises:
-        OpdlabError: if there is no update.
-
     Source: 2606.07082, Appendix E and Figure 5.
 
     >>> similarity_to_end([torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([1.0, 2.0]))], 1)
@@ -197,7 +185,6 @@ def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
 
 
 def _leading(vectors: Tensor, rank: int, k: int) -> Tensor:
-    """Return the first k columns; those past the rank belong to a vanishing singular value, and are NaN."""
     columns = vectors[:, : _checks.whole(k, "k", 1, vectors.shape[1])].clone()
     columns[:, rank:] = nan
     return columns

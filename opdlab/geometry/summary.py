@@ -1,8 +1,6 @@
 """Summaries: what a table of measurements says about a whole model, a block or a module, as means over its matrices.
 
-By the paper's rule (2606.07082, Appendix C.3) sparsity weighs a matrix by its parameters, and every other diagnostic
-weighs all matrices alike. A mean stands beside that of its null or, where size explains it, of the norm-matched update
-and of the ruler.
+A mean stands beside that of its null or, where size explains it, of the norm-matched update and of the ruler.
 """
 
 from __future__ import annotations
@@ -67,24 +65,27 @@ def of_layers(table: pd.DataFrame) -> pd.DataFrame:
     for blocks in (LAYERS, ("mixer",)):
         if (chosen := table["block"].isin(blocks)).any():
             return table[chosen]
-    return table[(table["layer"] >= 0) & (table[["rows", "cols"]].min(axis="columns") > 1)] if len(table) else table
+    return _in_layers(table)
+
+
+def _in_layers(table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["layer"] >= 0) & (table["rows"] > 1) & (table["cols"] > 1)]
 
 
 def means_over(table: pd.DataFrame) -> str:
     """Return what the means of a table of measurements are over, in words."""
     layers = of_layers(table)
-    if set(layers["block"]) <= set(LAYERS) and len(layers):
-        of = " of the language model" if table["block"].isin(TOWERS).any() else ""
-        return f"the {layers['matrix'].nunique()} matrices of attention and MLP{of}"
     if layers.empty:
         return "nothing, as no matrix is in a layer"
-    return f"the {layers['matrix'].nunique()} matrices of the layers, as this model has no attention and no MLP"
+    if not layers["block"].isin(LAYERS).all():
+        return f"the {layers['matrix'].nunique()} matrices of the layers, as this model has no attention and no MLP"
+    of = " of the language model" if table["block"].isin(TOWERS).any() else ""
+    return f"the {layers['matrix'].nunique()} matrices of attention and MLP{of}"
 
 
 def apart(table: pd.DataFrame) -> pd.DataFrame:
     """Return the means of the matrices of the layers that are apart, one row a block: towers, mixers, routers ..."""
-    rest = table.drop(of_layers(table).index)
-    rest = rest[(rest["layer"] >= 0) & (rest[["rows", "cols"]].min(axis="columns") > 1)]
+    rest = _in_layers(table.drop(of_layers(table).index))
     columns = ["sparsity", "relative_norm", "stable_rank"]
     rest = rest.reindex(columns=[*rest, *(name for name in columns if name not in rest)])
     return means(rest, ["block"], columns).set_index("block").rename_axis("apart from the means") if len(rest) else rest
@@ -199,15 +200,11 @@ def _entry(known: pd.DataFrame, column: str, null: str | None) -> dict:
     moved = known.dropna(subset=list(matched.values()))
     entry |= {kind: _mean(moved, name) for kind, name in matched.items()}
     if "_overlap_" in column:
-        entry |= _counted(known, column)
+        shares = known[column.replace("overlap", "share")]
+        gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
+        limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
+        if f"{column}_noise" in known:
+            entry["noise"] = _mean(known, f"{column}_noise")
+        entry["enrichment"] = sum(gains) / len(gains)
+        entry["feasible"] = [sum(side) / len(limits) for side in zip(*limits, strict=True)]
     return entry
-
-
-def _counted(known: pd.DataFrame, column: str) -> dict:
-    """Return what belongs to an overlap: that of noise, the enrichment, and what counting allows."""
-    shares = known[column.replace("overlap", "share")]
-    limits = [feasible_range(*pair) for pair in zip(shares, known["density"], strict=True)]
-    gains = [enrichment(*pair) for pair in zip(known[column], shares, strict=True)]
-    noise = {"noise": _mean(known, f"{column}_noise")} if f"{column}_noise" in known else {}
-    feasible = [sum(side) / len(limits) for side in zip(*limits, strict=True)]
-    return noise | {"enrichment": sum(gains) / len(gains), "feasible": feasible}

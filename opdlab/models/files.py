@@ -1,6 +1,6 @@
-"""Write files whole: under a temporary name first, then moved into place, so a killed program leaves none half done.
+"""Write files whole: under a temporary name, then moved into place once they are on the disk.
 
-They are on the disk before they get their name, so that a loss of power leaves the old file or the new one.
+So a killed program, or a loss of power, leaves the old file or the new one.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Open and save models and tokenizers as ordinary Hugging Face folders, the lab's own and Qwen3-8B alike.
 
-Weights are loaded in float32 by default (the cast to bf16 is something to measure, not something that training does).
-Only safetensors are read, and code in a model folder is never run. ``transformers.AutoModelForCausalLM`` is always
-spelt out because transformers imports such a name when it is first used, which takes seconds.
+Weights are loaded in float32 by default (the cast to bf16 is something to measure). Only safetensors are read, and code
+in a model folder is never run. ``transformers.AutoModelForCausalLM`` is always spelt out because transformers imports
+such a name when it is first used, which takes seconds.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import read_json
-from opdlab.models.formats import weight_files
+from opdlab.models.pieces import weight_files
 
 #: Of the lab's tokenizer, the end-of-sequence token, the padding token, and all tokens in the order of their ids.
 EOS = "$"
@@ -70,12 +71,10 @@ def load_model(
         OpdlabError: if the folder or its weights are missing, pickled or damaged.
     """
     weight_files(Path(folder))
-    try:
+    with _opening("model", folder):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except Exception as problem:
-        raise _cannot_open("model", folder, problem) from problem
     # transformers decorates `to`, which hides its type.
     return model.to(device).eval()  # type: ignore[arg-type]
 
@@ -86,16 +85,18 @@ def load_config(folder: Path | str) -> transformers.PreTrainedConfig:
     Raises:
         OpdlabError: if it is missing or of a kind that transformers does not know.
     """
-    try:
+    with _opening("configuration", folder):
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+
+
+@contextmanager
+def _opening(what: str, folder: Path | str) -> Iterator[None]:
+    try:
+        yield
     except Exception as problem:
-        raise _cannot_open("configuration", folder, problem) from problem
-
-
-def _cannot_open(what: str, folder: Path | str, problem: Exception) -> OpdlabError:
-    # The first line says what is wrong, and others list all that transformers knows.
-    why = str(problem).partition("\n")[0]
-    return OpdlabError(f"the {what} in {folder} cannot be opened ({why}); restore or remake it")
+        # The first line says what is wrong, and others list all that transformers knows.
+        why = str(problem).partition("\n")[0]
+        raise OpdlabError(f"the {what} in {folder} cannot be opened ({why}); restore or remake it") from problem
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int:
@@ -104,10 +105,10 @@ def context_length(config: transformers.PreTrainedConfig) -> int:
 
 
 def with_weights(model: transformers.PreTrainedModel, weights: dict[str, Tensor]) -> transformers.PreTrainedModel:
-    """Return a model like another one with the weights of a snapshot, by the names of either.
+    """Return a model like another one with the weights of a snapshot.
 
-    A run of opdlab's own loop names them as the model's parameters, and one of TRL's as ``save_pretrained`` does, which
-    in a mixture of experts are other names.
+    They are named as the model's parameters, or as ``save_pretrained`` names them, which in a mixture of experts
+    differs.
     """
     loaded = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=model.dtype)
     loaded.generation_config = model.generation_config  # its ends are of its folder
@@ -122,10 +123,8 @@ def load_tokenizer(folder: Path | str) -> transformers.PreTrainedTokenizerBase:
     """
     if not any(Path(folder).glob("tokenizer*")):
         raise OpdlabError(f"the model folder {folder} has no tokenizer: it needs tokenizer.json and its configuration")
-    try:
+    with _opening("tokenizer", folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
-    except Exception as problem:
-        raise _cannot_open("tokenizer", folder, problem) from problem
     if tokenizer.eos_token_id is None:
         raise OpdlabError(f"the tokenizer in {folder} has no end-of-sequence token, so a rollout could never end")
     if tokenizer.pad_token_id is None:
@@ -167,8 +166,7 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
     """Check that student and teacher share one vocabulary and one end of sequence, as every distillation loss assumes.
 
     Raises:
-        OpdlabError: if the vocabularies or the end-of-sequence tokens differ, naming the folders and the difference, or
-            if a tokenizer ends a sequence with another token than its model.
+        OpdlabError: if the vocabularies or the end-of-sequence tokens differ, also those of a model and its tokenizer.
     """
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
     mine, other = ours.get_vocab(), theirs.get_vocab()

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.models.foreign import refuse_foreign
-from opdlab.models.formats import header, read_json
 from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
-from opdlab.models.pieces import Checkpoint, Piece, read_stored
+from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
 # The options of PEFT's LoRA that leave an update a product of two matrices, added to the base. An adapter that sets any
@@ -54,7 +53,7 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
         refuse_foreign(sorted(folder.glob("*.bin")))
         raise OpdlabError(f"{folder} has no adapter_model.safetensors: fetch or save the adapter again")
     _check_plain(folder, base.path, config)
-    stored = {name: Piece(file, name, shape, dtype) for name, shape, dtype in header(file)}
+    stored = pieces_of(file)
     if not stored:
         raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
@@ -143,7 +142,7 @@ def _scaling(config: dict, file: Path, module: str, rank: int) -> float:
 
 
 def _is_targeted(config: dict, module: str) -> bool:
-    """Return whether PEFT would load the update of a module; it leaves out what the config does not ask for."""
+    """Return whether PEFT would load the update of a module."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if _among(config.get("exclude_modules") or [], module):
         return False

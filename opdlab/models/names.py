@@ -93,28 +93,13 @@ def split_all(whole: Mapping[str, Piece], config: dict) -> dict[str, Piece]:
     """
     parts: dict[str, Piece] = {}
     sources: dict[str, str] = {}
+    config = config | (config.get("text_config") or config.get("llm_config") or {})
     for stored, piece in whole.items():
-        for name, part in split(stored, piece, config):
+        for name, part in _split(_mtp(canonical_name(stored), config), piece, config):
             if name in parts:
                 raise OpdlabError(f"{sources[name]} and {stored} are both {name}: delete one from the checkpoint")
             parts[name], sources[name] = part, stored
     return parts
-
-
-def split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
-    """Yield a tensor, or the matrices fused or stacked in it, as (output, input), under their canonical names.
-
-    What no rule splits is yielded whole: :func:`opdlab.geometry.describe` calls it fused or stacked.
-    """
-    config = config | (config.get("text_config") or config.get("llm_config") or {})
-    name = _mtp(canonical_name(name), config)
-    parent, _, module = name.removesuffix(".weight").rpartition(".")
-    if len(piece.shape) == 3 and parent.endswith("experts"):
-        yield from _of_experts(name, parent, module, piece, config)
-        return
-    if len(piece.shape) == 2 and is_turned(name, config):
-        piece = piece.part(piece.shape[::-1], torch.t)
-    yield from _parts(name, parent, module, piece, config) if len(piece.shape) == 2 else [(name, piece)]
 
 
 def is_turned(name: str, config: dict) -> bool:
@@ -131,39 +116,46 @@ def _mtp(name: str, config: dict) -> str:
     return name
 
 
-def _of_experts(name: str, parent: str, module: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
-    """Yield the matrices of each of the experts stacked in one tensor."""
-    hidden, (count, rows, cols) = config.get("hidden_size"), piece.shape
-    # Its output is the hidden state, or its input is.
-    out, into = (rows, cols) if module == "down_proj" else (cols, rows)
-    if hidden not in (out, into):
+def _split(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
+    """Yield the matrices fused or stacked in a tensor, as (output, input), or that tensor itself if no rule splits it.
+
+    :func:`opdlab.geometry.describe` then calls it fused or stacked.
+    """
+    parent, _, module = name.removesuffix(".weight").rpartition(".")
+    if len(piece.shape) == 2:
+        turned = is_turned(name, config)
+        yield from _fused(name, piece.part(piece.shape[::-1], torch.t) if turned else piece, config)
+        return
+    hidden = config.get("hidden_size")
+    if len(piece.shape) != 3 or not parent.endswith("experts") or hidden not in piece.shape[1:]:
         yield name, piece
         return
+    count, rows, cols = piece.shape
+    # The output of an expert is the hidden state, or its input is.
+    out, into = (rows, cols) if module == "down_proj" else (cols, rows)
     turned = out != hidden or (into == hidden and config.get("model_type") in _FAMILIES["transposed_experts"])
     for i in range(count):
         expert = replace(piece, shape=(rows, cols), index=i)
-        if turned:
-            expert = expert.part((cols, rows), torch.t)
-        yield from _parts(f"{parent}.{i}.{module}.weight", f"{parent}.{i}", module, expert, config)
+        expert = expert.part((cols, rows), torch.t) if turned else expert
+        yield from _fused(f"{parent}.{i}.{module}.weight", expert, config)
 
 
-def _parts(name: str, parent: str, module: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
+def _fused(name: str, piece: Piece, config: dict) -> Iterator[tuple[str, Piece]]:
     """Yield the matrices that are fused in one, or that one itself."""
-    rows = piece.shape[0]
-    names: tuple[str, ...] = tuple(f"{part}_proj" for part in "qkv")
+    parent, _, module = name.removesuffix(".weight").rpartition(".")
+    rows, names = piece.shape[0], ["q_proj", "k_proj", "v_proj"]
+    takes: list[_Take] = []
     if module == "gate_up_proj":
-        half, names = _divide(name, rows, 2), ("gate_proj", "up_proj")
+        half, names = _divide(name, rows, 2), ["gate_proj", "up_proj"]
         alternates = config.get("model_type") in _FAMILIES["alternating"]
-        takes = _groups(half, 1, 1) if alternates else _blocks(half, half)
+        takes = _blocks(half, 1, 1) if alternates else _blocks(1, half, half)
     elif module in ("qkv", "in_proj_weight"):  # of vision towers, and of torch's own attention
-        takes = _blocks(*[_divide(name, rows, 3)] * 3)
+        takes = _blocks(1, *[_divide(name, rows, 3)] * 3)
     elif module in _QKV:
         takes = _of_attention(name, rows, config)
     elif module in ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv"):
-        names = tuple(f"in_proj_{part}" for part in module.removeprefix("in_proj_"))
+        names = [f"in_proj_{part}" for part in module.removeprefix("in_proj_")]
         takes = _of_linear_attention(name, rows, config, len(names))
-    else:
-        takes = []
     if not takes:
         yield name, piece
     for part, (size, take) in zip(names, takes, strict=False):
@@ -174,20 +166,14 @@ def _parts(name: str, parent: str, module: str, piece: Piece, config: dict) -> I
 _Take = tuple[int, partial[Tensor]]
 
 
-def _blocks(*sizes: int) -> list[_Take]:
-    """Take blocks of rows, one after the other."""
-    return [(size, partial(torch.narrow, dim=0, start=sum(sizes[:i]), length=size)) for i, size in enumerate(sizes)]
-
-
-def _groups(count: int, *sizes: int) -> list[_Take]:
-    """Take blocks of rows from each of ``count`` groups of rows."""
+def _blocks(count: int, *sizes: int) -> list[_Take]:
+    """Take blocks of rows, one after the other, from each of ``count`` groups of rows."""
     return [
-        (count * size, partial(_of_groups, count=count, start=sum(sizes[:i]), size=size))
-        for i, size in enumerate(sizes)
+        (count * size, partial(_block, count=count, start=sum(sizes[:i]), size=size)) for i, size in enumerate(sizes)
     ]
 
 
-def _of_groups(tensor: Tensor, count: int, start: int, size: int) -> Tensor:
+def _block(tensor: Tensor, count: int, start: int, size: int) -> Tensor:
     return tensor.reshape(count, -1, tensor.shape[1])[:, start : start + size].reshape(-1, tensor.shape[1])
 
 
@@ -202,8 +188,8 @@ def _of_attention(name: str, rows: int, config: dict) -> list[_Take]:
     groups = _key_heads(config, heads)
     width = _divide(name, rows, heads + 2 * groups)
     if family in _FAMILIES["in_blocks"]:
-        return _blocks(heads * width, groups * width, groups * width)
-    return _groups(groups, heads // groups * width, width, width)
+        return _blocks(1, heads * width, groups * width, groups * width)
+    return _blocks(groups, heads // groups * width, width, width)
 
 
 def _key_heads(config: dict, heads: int) -> int:
@@ -224,7 +210,7 @@ def _of_linear_attention(name: str, rows: int, config: dict, count: int) -> list
     sizes = {2: [values // keys] * 2, 3: [k, k, v], 4: [k, k, v, v]}[count]
     if keys * sum(sizes) != rows:
         raise OpdlabError(f"{name} has {rows} rows, and its config.json says {keys * sum(sizes)}: give its own config")
-    return _blocks(*[keys * size for size in sizes]) if count == 3 else _groups(keys, *sizes)
+    return _blocks(1, *[keys * size for size in sizes]) if count == 3 else _blocks(keys, *sizes)
 
 
 def _divide(name: str, rows: int, parts: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
-from opdlab.models.formats import weights_digest
+from opdlab.models.pieces import weights_digest
 from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
 
 if TYPE_CHECKING:

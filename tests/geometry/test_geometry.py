@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
-from opdlab.geometry._linalg import eigenvalues, gram
+from opdlab.geometry.spectrum import eigenvalues, gram
 
 torch.set_num_threads(1)
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
