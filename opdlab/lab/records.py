@@ -129,7 +129,8 @@ def load(
     for arm in arms:
         kept = [seed for name, seed in wanted if name == arm]
         for name, table in read_tables(lab.records / arm).items():
-            rows = table[table["seed"].isin(kept)].assign(label=lab.arm(arm).label)
+            # A copy is in one piece, or pandas warns where columns are added later.
+            rows = table[table["seed"].isin(kept)].copy().assign(label=lab.arm(arm).label)
             parts[name].append(rows.assign(progress=rows["step"] / lab.recipe(arm).steps) if "step" in rows else rows)
     tables = {name: pd.concat(of_arms, ignore_index=True) for name, of_arms in parts.items()}
     runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
