@@ -101,7 +101,8 @@ def test_the_table_of_a_chapter_shows_only_what_it_is_about(verdicts):
     assert verdict_table(verdicts, ("two",)).index.tolist() == ["It is not."]
     left = ["SFT's <own> recipe: 12% [10%, 15%] left; size: cannot be told", ""]
     assert table["left by a simpler cause"].tolist() == left
-    assert table["effect"].tolist() == ["+1 [+0.5, +1.5]"] * 2
+    effects = [f"+1 [+0.5, +1.5]<br><small>margin {margin}</small>" for margin in (0.25, 0.5)]
+    assert table["effect"].tolist() == effects
     assert "simpler cause" in table.attrs["note"] and table.attrs["note"] in fold(table, "Verdicts")
     assert table["verdict"]["It is not."] == badge("inconclusive")
 
@@ -117,13 +118,12 @@ def test_the_table_of_a_chapter_gives_ratios_as_factors_and_says_what_was_looked
     )
     (row,) = verdict_table([ratio]).reset_index().to_dict("records")
     assert row["claim"] == "It is so. (between bf16 checkpoints)"
-    assert row["effect"] == "a factor of 2.00 [1.50, 3.00]"
+    assert row["effect"] == "a factor of 2.00 [1.50, 3.00]<br><small>margin 1.28</small>"
     assert row["left by a simpler cause"] == "size: nothing left; recipe: cannot be told"
 
 
 @pytest.mark.parametrize("verdict", PLAIN)
 def test_a_badge_has_a_colour_a_name_and_a_sentence(verdict):
-    assert list(PLAIN) == list(VERDICTS)
     shown, plain = badge(verdict, 'a "control" <of>'), PLAIN[verdict]
     assert f'class="verdict verdict-{verdict.replace(" ", "-")}"' in shown
     assert f">{plain.name}</span>" in unescape(shown)
