@@ -5,10 +5,7 @@
 >>> student.loss, student.tokens.share
 ('opd_sampled', 0.25)
 
-Names are imported when they are first used. Behind them are seven rooms, each of which imports only those before it:
-:mod:`opdlab.geometry` (tensors in, numbers out), :mod:`opdlab.models` (weights on disk), :mod:`opdlab.training` (how
-models learn), :mod:`opdlab.figures`, :mod:`opdlab.measuring` (updates between checkpoints), :mod:`opdlab.lab` (the
-book's own experiments) and :mod:`opdlab.claims` (what they say about the paper).
+Names are imported when they are first used; what lies behind them is on the page :doc:`architecture`.
 """
 
 from __future__ import annotations

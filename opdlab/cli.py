@@ -50,15 +50,12 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", type=Path, help=what)
 
 
-def _laboratory(options: argparse.Namespace) -> Laboratory:
+def _laboratory(options: argparse.Namespace, own_loop: bool = False) -> Laboratory:
+    """Return the laboratory; for our own loop, refuse one whose scale only another engine trains."""
     from opdlab.lab.laboratory import Laboratory
 
-    return Laboratory.at(options.scale, options.home.resolve() if options.home else None)
-
-
-def _for_own_loop(lab: Laboratory) -> Laboratory:
-    """Return the laboratory, or refuse one whose scale only another engine trains."""
-    if lab.scale.engine:
+    lab = Laboratory.at(options.scale, options.home.resolve() if options.home else None)
+    if own_loop and lab.scale.engine:
         raise OpdlabError(
             f"scale {lab.scale.name!r} is too large for opdlab's own loop: run 'opdlab train "
             f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' on GPUs, or choose another scale"
@@ -150,17 +147,15 @@ def _train(options: argparse.Namespace) -> None:
         if getattr(options, name) not in (None, False):
             raise OpdlabError(f"--{name.replace('_', '-')} is for {elsewhere}")
     if options.data:
-        _train_own(options)
-        return
+        return _train_own(options)
+    if options.engine:
+        return _train_by_engine(options)
+    if options.processes or options.dry_run:
+        raise OpdlabError("--processes and --dry-run are of an engine: add --engine trl")
     from opdlab.lab.budget import check_room
     from opdlab.training.config import with_fields
 
-    if not options.engine and (options.processes or options.dry_run):
-        raise OpdlabError("--processes and --dry-run are of an engine: add --engine trl")
-    if options.engine:
-        _train_by_engine(options, _laboratory(options))
-        return
-    lab, steps = _for_own_loop(_laboratory(options)), list[int]()
+    lab, steps = _laboratory(options, own_loop=True), list[int]()
     change = partial(with_fields, settings=_settings(options.set))
     check_room(lab, options.arm)
     run = lab.train(options.arm, options.seed, progress=True, change=change, on_steps=steps.append)
@@ -227,14 +222,14 @@ def _imported(place: str) -> Callable[[str, str, str], float]:
         sys.path.pop(0)
 
 
-def _train_by_engine(options: argparse.Namespace, lab: Laboratory) -> None:
+def _train_by_engine(options: argparse.Namespace) -> None:
     from opdlab.lab.scheduler import provide_given
     from opdlab.measuring.callback import callback_for
     from opdlab.processes import find_device
     from opdlab.training.config import with_fields
     from opdlab.training.trl import check_ready, configure, launch
 
-    change = partial(with_fields, settings=_settings(options.set))
+    lab, change = _laboratory(options), partial(with_fields, settings=_settings(options.set))
     named, engine, asked = lab.arm(options.arm), bool(lab.scale.engine), (options.arm, options.seed)
     gpu = engine or find_device(lab.scale.compute.gpu).type == "cuda"
     config = configure(change(lab.experiment(*asked)), options.processes, gpu=gpu, vllm=engine)
@@ -307,7 +302,7 @@ _add_models = _add_scale
 def _models(options: argparse.Namespace) -> None:
     from opdlab.lab.scheduler import all_models, build, plan, provide_given
 
-    lab = _for_own_loop(_laboratory(options))
+    lab = _laboratory(options, own_loop=True)
     jobs = plan(lab, (), models=all_models(lab))
     if jobs:
         build(jobs, lab, record=False)
@@ -339,7 +334,7 @@ def _record(options: argparse.Namespace) -> None:
     from opdlab.claims import CLAIMS, digests
     from opdlab.lab.scheduler import build, plan
 
-    lab = replace(_for_own_loop(_laboratory(options)), claims=digests(CLAIMS))
+    lab = replace(_laboratory(options, own_loop=True), claims=digests(CLAIMS))
     arms, analyses = _asked(options, lab)
     jobs = plan(lab, arms, tuple(options.seed or ()), analyses=analyses)
     build(jobs, lab, processes=options.processes)
@@ -356,7 +351,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     from opdlab.lab.laboratory import Laboratory
     from opdlab.lab.scheduler import build, compare, missing_records, plan
 
-    lab = _for_own_loop(_laboratory(options))
+    lab = _laboratory(options, own_loop=True)
     seeds = tuple(options.seed or lab.scale.policy.variant_seeds[:1])
     arms, analyses = _asked(options, lab)
     missing = missing_records((*arms, *analyses), seeds, lab)

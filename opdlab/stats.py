@@ -34,12 +34,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     >>> mean_interval([1.0, 2.0, 3.0])
     Interval(mean=2.0, low=-0.484..., high=4.484...)
     """
-    sample = np.asarray(values, dtype=float)
-    mean = float(sample.mean())
-    if len(sample) < 2:
-        return Interval(mean, float("nan"), float("nan"))
-    half = stats.t.ppf(0.5 + confidence / 2, len(sample) - 1) * sample.std(ddof=1) / np.sqrt(len(sample))
-    return Interval(mean, mean - float(half), mean + float(half))
+    return mean_estimate(values).interval(confidence)
 
 
 def prediction_interval(values: Sequence[float], confidence: float = 0.99) -> Interval:
@@ -48,9 +43,8 @@ def prediction_interval(values: Sequence[float], confidence: float = 0.99) -> In
     >>> prediction_interval([1.0, 2.0, 3.0], 0.95)
     Interval(mean=2.0, low=-2.968..., high=6.968...)
     """
-    mean, low, high = mean_interval(values, confidence)
-    factor = np.sqrt(len(values) + 1)
-    return Interval(mean, mean - float((mean - low) * factor), mean + float((high - mean) * factor))
+    mean, error, freedom = mean_estimate(values)
+    return Estimate(mean, error * (len(values) + 1) ** 0.5, freedom).interval(confidence)
 
 
 class Estimate(NamedTuple):
@@ -84,11 +78,9 @@ class Estimate(NamedTuple):
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
     """Return the mean of a few values, one per seed, as an :class:`Estimate`."""
-    sample = np.asarray(values, dtype=float)
-    count = len(sample)
-    if not count:
-        return Estimate(nan, nan, 0)
-    return Estimate(float(sample.mean()), float(sample.std(ddof=1) / count**0.5) if count > 1 else nan, count - 1)
+    sample, count = np.asarray(values, dtype=float), len(values)
+    mean = float(sample.mean()) if count else nan
+    return Estimate(mean, float(sample.std(ddof=1) / count**0.5) if count > 1 else nan, max(count - 1, 0))
 
 
 def block_estimate(values: pd.DataFrame, weights: Mapping[str, float]) -> Estimate:
@@ -148,6 +140,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
     """
-    order = np.argsort(p_values)
-    raised = np.minimum(1.0, np.arange(len(order), 0, -1) * np.asarray(p_values)[order])
-    return np.maximum.accumulate(raised)[np.argsort(order)].tolist()
+    p = np.asarray(p_values)
+    order = p.argsort()
+    raised = np.minimum(1.0, np.arange(len(p), 0, -1) * p[order])
+    return np.maximum.accumulate(raised)[order.argsort()].tolist()

@@ -5,5 +5,5 @@
 """
 
 from opdlab.claims.paper import CLAIMS, FINDINGS
-from opdlab.claims.rules import VERDICTS, Claim, Contrast, Metric, Runs, Verdict, digests, judge, written_after
+from opdlab.claims.rules import Claim, Contrast, Metric, Runs, Verdict, digests, judge, written_after
 from opdlab.claims.scorecard import badge, claims_table, fold, judgeable, scorecard, verdict_table

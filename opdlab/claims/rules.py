@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -30,8 +30,6 @@ from opdlab.lab.records import EVALUATED, MASK_PERCENTS, Records, nearest, per_r
 from opdlab.models.files import read_json
 from opdlab.stats import Estimate, Interval, block_estimate, holm, mean_estimate, ratio_interval
 
-#: What a verdict can be.
-VERDICTS = ("reproduced", "seen", "explained", "uninformative", "not reproduced", "inconclusive")
 #: Where the paper's number is from. It is printed, in the paper or in a neighbouring one; or said in words, without a
 #: number; or found in the comments of a draft, not in the published text; or secondary, read off a figure by others.
 KNOWN = ("printed", "words", "draft", "secondary")
@@ -111,13 +109,12 @@ def _positions(matrices: pd.DataFrame) -> dict[str, pd.Series]:
     """Return where an overlap lies between the least and the most that counting allows, from 0 to 1, and its nulls."""
     found, d = {}, matrices["density"]
     for mask, percent in product(("principal", "low"), MASK_PERCENTS):
-        share = percent / 100
+        column, share = f"{mask}_overlap_a{percent}", percent / 100
         least, most = ((share + d - 1) / d).clip(lower=0), (share / d).clip(upper=1)
-        overlaps = {f"_{null}": matrices.get(f"{mask}_overlap_a{percent}_{null}") for null in ("ruler", "noise")}
-        overlaps |= {"": matrices[f"{mask}_overlap_a{percent}"], "_share": share}
+        nulls = [null for null in ("", "_ruler", "_noise") if column + null in matrices]
+        overlaps = {null: matrices[column + null] for null in nulls} | {"_share": share}
         for null, overlap in overlaps.items():
-            if overlap is not None:
-                found[f"{mask}_position_a{percent}{null}"] = (overlap - least) / (most - least).where(most > least)
+            found[f"{mask}_position_a{percent}{null}"] = (overlap - least) / (most - least).where(most > least)
     return found
 
 
@@ -257,33 +254,15 @@ class Verdict:
     """What the records say about a claim."""
 
     claim: Claim
-    verdict: str  #: one of VERDICTS
+    verdict: str  #: a key of opdlab.claims.scorecard.PLAIN
     by: str  #: the control that explains the effect, or the rival that passes too
     effect: Interval  #: the mean over seeds with its 95 % interval; of a curve, where it is farthest from zero
     p: float  #: the corrected p-value of the test for the claim
     p_against: float  #: the corrected p-value of the test against it
     seeds: int
-    left: dict[str, Interval]  #: what each control leaves of the effect, and what each rival shows
     share: dict[str, Interval | None]  #: what each control leaves as a share of the effect; None if not defined
     at_half: str  #: the verdict at half the margin
     at_twice: str  #: the verdict at twice the margin
-
-    @property
-    def text(self) -> str:
-        """The verdict in words, with what explains the effect or passes as well."""
-        if self.verdict == "seen":
-            return "seen, nothing tried to explain it"
-        return f"{self.verdict} by {self.by}" if self.verdict == "explained" else self.verdict
-
-
-@dataclass(frozen=True)
-class _Tests:
-    """The p-values of a claim, before and after correction."""
-
-    against: float
-    support: float
-    explained: dict[str, float]
-    rivals: dict[str, float]
 
 
 def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
@@ -296,32 +275,15 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
     Raises:
         OpdlabError: if the records lack an arm, an analysis or a column, which it names.
     """
-
     runs = Runs(records)
     half, once, twice = (_words(claims, runs, factor) for factor in (0.5, 1.0, 2.0))
     verdicts = []
-    for claim, (word, by, tests), (at_half, *_), (at_twice, *_) in zip(claims, once, half, twice, strict=True):
-        others = claim.controls | claim.rivals
-        left = {name: _farthest(runs.estimates(other)).interval() for name, other in others.items()}
-        farthest = _farthest(runs.estimates(claim.effect))
-        shares = {name: _share(other, claim.effect, runs) for name, other in claim.controls.items()}
+    for claim, (word, by, p, against), (at_half, *_), (at_twice, *_) in zip(claims, once, half, twice, strict=True):
+        effect = max(runs.estimates(claim.effect), key=lambda estimate: abs(np.nan_to_num(estimate.mean))).interval()
         first = claim.effect.metric.points(records, claim.effect.weights)[0]
         seeds = len(runs.by_seed(replace(claim.effect, metric=first)))
-        verdicts.append(
-            Verdict(
-                claim,
-                word,
-                by,
-                farthest.interval(),
-                tests.support,
-                tests.against,
-                seeds,
-                left,
-                shares,
-                at_half,
-                at_twice,
-            )
-        )
+        share = {name: _share(control, claim.effect, runs) for name, control in claim.controls.items()}
+        verdicts.append(Verdict(claim, word, by, effect, p, against, seeds, share, at_half, at_twice))
     return verdicts
 
 
@@ -332,19 +294,25 @@ def _share(left: Contrast, of: Contrast, runs: Runs) -> Interval | None:
     return ratio_interval(both.iloc[:, 0], both.iloc[:, 1]) if len(both) else None
 
 
-def _farthest(estimates: Sequence[Estimate]) -> Estimate:
-    return max(estimates, key=lambda estimate: abs(np.nan_to_num(estimate.mean)))
+def _words(claims: Sequence[Claim], runs: Runs, factor: float) -> list[tuple[str, str, float, float]]:
+    """Return verdict, reason and p-values for and against each claim, with margins times ``factor``."""
+    rows = [(i, claims[i].finding, *test) for i in range(len(claims)) for test in _tests(claims[i], runs, factor)]
+    tests = pd.DataFrame(rows, columns=["claim", "finding", "what", "by", "p"])
+    # Those of a finding that lead to one verdict are corrected together.
+    tests["p"] = tests.groupby(["finding", "what"])["p"].transform(holm)
+    return [_verdict(claim, tests[tests["claim"] == i]) for i, claim in enumerate(claims)]
 
 
-def _tests(claim: Claim, runs: Runs, factor: float) -> _Tests:
+def _tests(claim: Claim, runs: Runs, factor: float) -> Iterator[tuple[str, str, float]]:
+    """Yield what each test tells of a claim, by which control or rival, and its p-value."""
     margin = claim.margin * factor
     support, against = _both_ways(claim.kind, runs.estimates(claim.effect), margin)
-    explained = {}
+    yield from (("support", "", support), ("against", "", against))
     for name, left in claim.controls.items():
         gone = (runs.by_seed(claim.effect) / 2 - runs.by_seed(left)).dropna()
-        explained[name] = mean_estimate(gone).above(0.0)
-    rivals = {name: _both_ways(claim.kind, runs.estimates(rival), margin)[0] for name, rival in claim.rivals.items()}
-    return _Tests(against, support, explained, rivals)
+        yield "explained", name, mean_estimate(gone).above(0.0)
+    for name, rival in claim.rivals.items():
+        yield "uninformative", name, _both_ways(claim.kind, runs.estimates(rival), margin)[0]
 
 
 def _both_ways(kind: str, estimates: Sequence[Estimate], margin: float) -> tuple[float, float]:
@@ -359,32 +327,16 @@ def _both_ways(kind: str, estimates: Sequence[Estimate], margin: float) -> tuple
     return (near, apart) if kind == "near" else (apart, near)
 
 
-def _words(claims: Sequence[Claim], runs: Runs, factor: float) -> list[tuple[str, str, _Tests]]:
-    """Return verdict, reason and corrected tests of each claim, with margins times ``factor``."""
-    found = [_tests(claim, runs, factor) for claim in claims]
-    for finding in {claim.finding for claim in claims}:
-        family = [i for i, claim in enumerate(claims) if claim.finding == finding]
-        for i, tests in zip(family, _corrected([found[i] for i in family]), strict=True):
-            found[i] = tests
-    return [(*_verdict(claim, tests), tests) for claim, tests in zip(claims, found, strict=True)]
-
-
-def _corrected(family: Sequence[_Tests]) -> list[_Tests]:
-    """Correct the tests of a family by Holm's method, those that lead to one verdict together."""
-    support, against = holm([tests.support for tests in family]), holm([tests.against for tests in family])
-    others = []
-    for part in ("explained", "rivals"):
-        raised = iter(holm([p for tests in family for p in getattr(tests, part).values()]))
-        others.append([{name: next(raised) for name in getattr(tests, part)} for tests in family])
-    return [_Tests(*values) for values in zip(against, support, *others, strict=True)]
-
-
-def _verdict(claim: Claim, tests: _Tests) -> tuple[str, str]:
-    if tests.against < LEVEL:
-        return "not reproduced", ""
-    if tests.support >= LEVEL:
-        return "inconclusive", ""
-    for word, reasons in (("explained", tests.explained), ("uninformative", tests.rivals)):
-        if by := next((name for name, p in reasons.items() if p < LEVEL), ""):
-            return word, by
-    return ("reproduced" if claim.controls or claim.rivals else "seen"), ""
+def _verdict(claim: Claim, tests: pd.DataFrame) -> tuple[str, str, float, float]:
+    support, against, *_ = tests["p"]
+    reasons = tests.iloc[2:].query("p < @LEVEL")
+    by = ""
+    if against < LEVEL:
+        word = "not reproduced"
+    elif support >= LEVEL:
+        word = "inconclusive"
+    elif len(reasons):
+        word, by = reasons.iloc[0][["what", "by"]]
+    else:
+        word = "reproduced" if claim.controls or claim.rivals else "seen"
+    return word, by, support, against

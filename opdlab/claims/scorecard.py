@@ -69,12 +69,12 @@ def fold(table: pd.DataFrame, summary: str) -> Html:
 #: How the columns of a chapter's verdicts are read.
 _NOTE = (
     "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
-    "or ranks are compared, else in the units of the quantity. To count it has to be as large as the margin, which as "
-    "a rule is a factor of 1.2 for sizes and ranks, a twentieth of what is possible for shares, and 0.02 nats for the "
-    "KL to the teacher. If the interval lies on both sides of the margin, the claim is undecided. A simpler cause is "
-    "a control that could make the effect without the paper's reason, and the last column says how much of the effect "
-    "is left when that is taken into account. If it is less than half for sure, the effect is explained. SFT's own "
-    "recipe is its start, rate and number of steps, and matched SFT, which has OPD's, is SFT without it."
+    "or ranks are compared, else in the units of the quantity. To count it has to be as large as the margin below it, "
+    "which is negative where the claim is that nothing is lost. If the interval lies on both sides of the margin, the "
+    "claim is undecided. A simpler cause is a control that could make the effect without the paper's reason, and the "
+    "last column says how much of the effect is left when that is taken into account. If it is less than half for "
+    "sure, the effect is explained. SFT's own recipe is its start, rate and number of steps, and matched SFT, which "
+    "has OPD's, is SFT without it."
 )
 _POSITIONS = (
     " How many changes lie in a group of weights is counted from the least that is possible, 0, to the most, 1."
@@ -88,9 +88,11 @@ def _claimed(claim: Claim) -> str:
 
 
 def _effect(found: Verdict) -> str:
+    """Return an effect, and below it what it has to reach."""
+    shown, margin = f"{found.effect:+.2g}", f"{found.claim.margin:.2g}"
     if found.claim.effect.metric.log:
-        return f"a factor of {Interval(*np.exp(found.effect)):.2f}"
-    return "not measured" if np.isnan(found.effect.mean) else f"{found.effect:+.2g}"
+        shown, margin = f"a factor of {Interval(*np.exp(found.effect)):.2f}", f"{np.exp(found.claim.margin):.2f}"
+    return f"{'not measured' if np.isnan(found.effect.mean) else shown}<br><small>margin {margin}</small>"
 
 
 def _left(share: Interval | None) -> str:
@@ -164,11 +166,6 @@ def scorecard(verdicts: Sequence[Verdict], after: Collection[str] = ()) -> pd.Da
     return pd.DataFrame(rows, index=[found.claim.name for found in verdicts])
 
 
-# What is in the open of a row; the rest of the scorecard is unfolded on demand.
-_OPEN = ("claim", "verdict", "elsewhere")
-_HEADS = ("claim", "verdict", "other papers", "details")
-
-
 def claims_table(
     verdicts: Sequence[Verdict], real: Mapping[str, Verdict] | None = None, after: Collection[str] = ()
 ) -> Html:
@@ -183,15 +180,14 @@ def claims_table(
     """
     real, table = real or {}, scorecard(verdicts, after)
     rows = [_row(found, real.get(found.claim.name), table.loc[found.claim.name]) for found in verdicts]
-    heads = "".join(f'<th scope="col">{head}</th>' for head in _HEADS)
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("claim", "verdict", "other papers", "details"))
     return Html(f'<table class="scorecard"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>')
 
 
 def _row(toy: Verdict, real: Verdict | None, written: pd.Series) -> str:
     title, _ = FINDINGS[toy.claim.finding]
-    names = {"toy": PLAIN[toy.verdict].name, "real": PLAIN[real.verdict].name if real else ""}
-    data = {"finding": title} | names
-    shown, more = badge(toy.verdict, toy.by), dict(written.drop(list(_OPEN)))
+    data = {"finding": title, "toy": PLAIN[toy.verdict].name, "real": PLAIN[real.verdict].name if real else ""}
+    shown, more = badge(toy.verdict, toy.by), dict(written.drop(["claim", "verdict", "elsewhere"]))
     if real:
         shown += f'<br><span class="beside">real model:</span> {badge(real.verdict, real.by)}'
         more["effect in the real model"] = f"{real.effect:+.3g}"

@@ -48,8 +48,8 @@ def test_each_verdict():
     far, same = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 1.0}), made({"opd": 0.0, "rlvr": 0.0, "sft_matched": 0.9})
     matched = {"SFT's recipe": Contrast(END, "opd", "sft_matched")}
     assert verdict(far, claim()).verdict == "seen"
-    assert verdict(far, claim()).text == "seen, nothing tried to explain it"
-    assert verdict(far, claim(controls=matched)).text == "explained by SFT's recipe"
+    explained = verdict(far, claim(controls=matched))
+    assert (explained.verdict, explained.by) == ("explained", "SFT's recipe")
     assert verdict(far, claim(controls={"nothing": Contrast(END, "sft_matched", "rlvr")})).verdict == "reproduced"
     assert verdict(far, claim(rivals={"matched SFT": Contrast(END, "sft_matched", "rlvr")})).verdict == "uninformative"
     assert verdict(same, claim()).verdict == "not reproduced"
@@ -89,7 +89,6 @@ def test_what_a_control_leaves():
     records = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 0.75}, noise=0.01)
     found = verdict(records, claim(controls={"recipe": Contrast(END, "opd", "sft_matched")}))
     assert found.share["recipe"].mean == pytest.approx(0.25, abs=0.05)
-    assert found.left["recipe"].mean == pytest.approx(0.25, abs=0.05)
     nothing = made({"opd": 0.0, "rlvr": 0.0, "sft_matched": 0.0})
     assert verdict(nothing, claim(controls={"recipe": Contrast(END, "opd", "sft_matched")})).share["recipe"] is None
 

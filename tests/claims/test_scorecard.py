@@ -11,7 +11,7 @@ import pytest
 from conftest import needs_tiny
 
 import opdlab
-from opdlab.claims import CLAIMS, FINDINGS, VERDICTS, judge, judgeable, scorecard
+from opdlab.claims import CLAIMS, FINDINGS, judge, judgeable, scorecard
 from opdlab.claims.rules import KNOWN, Claim, Contrast, Metric, Verdict
 from opdlab.claims.scorecard import PLAIN, badge, claims_table, fold, verdict_table
 from opdlab.errors import OpdlabError
@@ -56,7 +56,7 @@ def test_what_records_can_decide(of_paper):
 def test_records_are_judged_through_the_door(of_paper):
     claims = judgeable(of_paper, "rank")
     verdicts = judge(claims, of_paper)
-    assert all(found.verdict in VERDICTS for found in verdicts)
+    assert all(found.verdict in PLAIN for found in verdicts)
     pd.testing.assert_frame_equal(opdlab.judge(of_paper, "rank"), scorecard(verdicts))
     everything = opdlab.judge(of_paper)
     assert set(everything.index) == {claim.name for claim in judgeable(of_paper)}
@@ -76,8 +76,8 @@ def verdicts():
     interval = Interval(1.0, 0.5, 1.5)
     shares = {"SFT's <own> recipe": Interval(0.125, 0.1, 0.15), "size": None}
     return [
-        Verdict(claims[0], "explained", "SFT's <own> recipe", interval, 0.01, 1.0, 5, {}, shares, "seen", "explained"),
-        Verdict(claims[1], "inconclusive", "", interval, 0.4, 0.6, 3, {}, {}, "seen", "not reproduced"),
+        Verdict(claims[0], "explained", "SFT's <own> recipe", interval, 0.01, 1.0, 5, shares, "seen", "explained"),
+        Verdict(claims[1], "inconclusive", "", interval, 0.4, 0.6, 3, {}, "seen", "not reproduced"),
     ]
 
 
@@ -101,7 +101,8 @@ def test_the_table_of_a_chapter_shows_only_what_it_is_about(verdicts):
     assert verdict_table(verdicts, ("two",)).index.tolist() == ["It is not."]
     left = ["SFT's <own> recipe: 12% [10%, 15%] left; size: cannot be told", ""]
     assert table["left by a simpler cause"].tolist() == left
-    assert table["effect"].tolist() == ["+1 [+0.5, +1.5]"] * 2
+    effects = [f"+1 [+0.5, +1.5]<br><small>margin {margin}</small>" for margin in (0.25, 0.5)]
+    assert table["effect"].tolist() == effects
     assert "simpler cause" in table.attrs["note"] and table.attrs["note"] in fold(table, "Verdicts")
     assert table["verdict"]["It is not."] == badge("inconclusive")
 
@@ -117,13 +118,12 @@ def test_the_table_of_a_chapter_gives_ratios_as_factors_and_says_what_was_looked
     )
     (row,) = verdict_table([ratio]).reset_index().to_dict("records")
     assert row["claim"] == "It is so. (between bf16 checkpoints)"
-    assert row["effect"] == "a factor of 2.00 [1.50, 3.00]"
+    assert row["effect"] == "a factor of 2.00 [1.50, 3.00]<br><small>margin 1.28</small>"
     assert row["left by a simpler cause"] == "size: nothing left; recipe: cannot be told"
 
 
-@pytest.mark.parametrize("verdict", VERDICTS)
+@pytest.mark.parametrize("verdict", PLAIN)
 def test_a_badge_has_a_colour_a_name_and_a_sentence(verdict):
-    assert list(PLAIN) == list(VERDICTS)
     shown, plain = badge(verdict, 'a "control" <of>'), PLAIN[verdict]
     assert f'class="verdict verdict-{verdict.replace(" ", "-")}"' in shown
     assert f">{plain.name}</span>" in unescape(shown)

@@ -8,7 +8,7 @@ import sphinx_book_theme
 from test_site import AXE, violations
 
 from opdlab.claims import CLAIMS, FINDINGS, claims_table
-from opdlab.claims.rules import VERDICTS, Verdict
+from opdlab.claims.rules import Verdict
 from opdlab.claims.scorecard import PLAIN
 from opdlab.stats import Interval
 
@@ -18,11 +18,11 @@ RANK = FINDINGS["rank"][0]
 
 
 def verdict(claim, word):
-    return Verdict(claim, word, "", ONES, 0.01, 1.0, 5, {}, {}, word, word)
+    return Verdict(claim, word, "", ONES, 0.01, 1.0, 5, {}, word, word)
 
 
 # Every claim, its verdict in turn; the real model decides three of them, and says the same of all.
-TOY = [verdict(claim, VERDICTS[i % len(VERDICTS)]) for i, claim in enumerate(CLAIMS)]
+TOY = [verdict(claim, list(PLAIN)[i % len(PLAIN)]) for i, claim in enumerate(CLAIMS)]
 REAL = {found.claim.name: verdict(found.claim, "seen") for found in TOY[::7][:3]}
 
 
