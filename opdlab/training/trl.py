@@ -285,8 +285,8 @@ def _make_trainer(config: dict, experiment: Experiment, folder: Path, done: int)
 
     rows = _rows(experiment, name, tokenizer, encode, done)
     options: dict[str, Any] = {"args": settings, "processing_class": tokenizer, "train_dataset": rows}
-    options |= {"GRPO": {"reward_funcs": accuracy}, "IWOPD": {"data_collator": collate}}.get(name, {})
-    options |= {"teacher_model": teacher} if teacher else {}
+    special: dict[str, dict[str, Any]] = {"GRPO": {"reward_funcs": accuracy}, "IWOPD": {"data_collator": collate}}
+    options |= special.get(name, {}) | ({"teacher_model": teacher} if teacher else {})
     own = {"IWOPD": _InOrder, "GRPO": _Rewarded}.get(name, _Own)
     trainer: Any = type("Trainer", (own, getattr(library, f"{name}Trainer")), {})(student, **options)
     trainer.experiment, trainer.encode = experiment, encode
