@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 #: as it was at the start.
 WRITERS = ("task", "student", "teacher", "initial student")
 #: The estimators of OPD's objective, and the loss that each of them is.
-ESTIMATORS = {"sampled": "opd_sampled", "full": "reverse_kl", "forward": "forward_kl"} | {
-    "sign": "opd_sign", "sequence mean": "opd_sequence_mean",
+ESTIMATORS = {
+    "sampled": "opd_sampled", "full": "reverse_kl", "forward": "forward_kl", "sign": "opd_sign",
+    "sequence mean": "opd_sequence_mean",
 }  # fmt: skip
 
 
@@ -161,8 +162,7 @@ def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = Non
     With a teacher, its completions are imitated instead (matched SFT, the control of the book). A model is given by its
     folder; ``variant`` sets other fields of :class:`Arm`.
     """
-    writer = "teacher" if teacher is not None else "task"
-    return Arm(_model(student), writer, "cross_entropy", _model(teacher), **variant)
+    return Arm(_model(student), "task" if teacher is None else "teacher", "cross_entropy", _model(teacher), **variant)
 
 
 def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
@@ -203,11 +203,9 @@ def changed_fields(value: Any) -> dict[str, Any]:
     >>> changed_fields(project(k=4, acts_on="gradient"))
     {'k': 4, 'acts_on': 'gradient'}
     """
-    found = {
-        item.name: getattr(value, item.name) for item in fields(value) if item.default != getattr(value, item.name)
-    }
-    return {
-        name: asdict(entry) if isinstance(entry, Tokens) else entry
-        for name, entry in found.items()
-        if name not in ("student", "teacher", "projection", "source")
-    }
+    found = {}
+    for item in fields(value):
+        entry = getattr(value, item.name)
+        if entry != item.default and item.name not in ("student", "teacher", "projection", "source"):
+            found[item.name] = asdict(entry) if isinstance(entry, Tokens) else entry
+    return found

@@ -20,7 +20,7 @@ import torch
 from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
 from opdlab.processes import computes_in_bfloat16
-from opdlab.training.arms import Arm, Projection, changed_fields
+from opdlab.training.arms import Arm, changed_fields
 from opdlab.training.tasks import Task
 
 #: The largest learning rate that leaves AdamW within float32.
@@ -169,20 +169,14 @@ class Experiment:
             config["template"] = hashlib.sha256(template.encode()).hexdigest()[:8]
         if self.evaluation_samples != 1:
             config["evaluation_samples"] = self.evaluation_samples
-        if self.compute.dtype != "float32":
-            config["compute"] = self.compute.dtype
-        if self.compute.cpu_dtype != "float32":
-            config["cpu_compute"] = self.compute.cpu_dtype
-        if arm.projection:
-            config["projection"] = self._projection(arm.projection)
+        dtypes = {"compute": self.compute.dtype, "cpu_compute": self.compute.cpu_dtype}
+        config |= {name: dtype for name, dtype in dtypes.items() if dtype != "float32"}
+        if projection := arm.projection:
+            # With which step of which run gives the directions.
+            step = (projection.source or self).recipe.steps if projection.final else self.begin
+            run = {"run": projection.source.key} if projection.source else {}
+            config["projection"] = changed_fields(projection) | {"begin": self.begin, "step": step} | run
         return json.loads(json.dumps(config))
-
-    def _projection(self, projection: Projection) -> dict:
-        """Return the fields of a projection that are not as usual, and which step of which run gives its directions."""
-        source = projection.source
-        step = (source or self).recipe.steps if projection.final else self.begin
-        run = {"run": source.key} if source else {}
-        return changed_fields(projection) | {"begin": self.begin, "step": step} | run
 
     @cached_property
     def key(self) -> str:

@@ -6,7 +6,7 @@ the same prompts, or their ends, as different tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import (
     character_tokenizer,
     check_same_vocabulary,
+    common_tokens,
     context_length,
     cut_vocabulary,
     load_model,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from opdlab.training.config import Experiment
 
 Model = transformers.PreTrainedModel
+#: Turns prompts into token ids.
+Encode = Callable[[Sequence[str]], list[list[int]]]
 #: Of two prompts so many tokens are read, each followed by so many of both.
 PROMPT, COMPLETION = 32, 8
 
@@ -55,59 +58,103 @@ def open_models(
     lost.
 
     Raises:
-        OpdlabError: if a model cannot be opened or its passes are wrong (:func:`check_passes`), or the two differ in
-            vocabulary, in ends, or in the tokens that they read a prompt as.
+        OpdlabError: as :func:`open_alike` does, or if the passes of a model are wrong (:func:`check_passes`).
     """
     arm = experiment.arm
-    tokenizer, student = load_student(experiment, device)
-    encoded = encode_alike(experiment, tokenizer, prompts, context_length(student.config) - experiment.max_new_tokens)
+    tokenizer, student, encoded = open_alike(experiment, prompts, device)
     if experiment.compute.recompute:
         student.activation_checkpointing_enable()
         drop_nothing(student)
     check_passes(student, f"the student {arm.student.folder or 'with random weights'}", encoded)
-    if not arm.teacher:
-        cut_vocabulary([student], tokenizer)
-        return tokenizer, student, None
-    teacher = load_model(arm.teacher.folder, device, dtype)
-    check_passes(teacher, f"the teacher {arm.teacher.folder}", encoded)
-    cut_vocabulary([student, teacher], tokenizer)
+    teacher = load_model(arm.teacher.folder, device, dtype) if arm.teacher else None
+    if arm.teacher and teacher:
+        check_passes(teacher, f"the teacher {arm.teacher.folder}", encoded)
+    cut_vocabulary([student, teacher] if teacher else [student], tokenizer)
     return tokenizer, student, teacher
 
 
-def encode_alike(
-    experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase, prompts: list[str], room: int
-) -> list[list[int]]:
-    """Return prompts as the student's token ids, once they are known to be the teacher's too.
+def open_for_trl(
+    experiment: Experiment, prompts: list[str], dtype: torch.dtype, taught: bool
+) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any, Encode]:
+    """Return tokenizer, student and teacher (or None), made ready for TRL, and what turns prompts into token ids.
 
-    They are those of :func:`opdlab.training.rollouts.encode_prompts`.
+    They are as in :func:`open_models`, but only compared; a teacher that has not ``taught`` is not loaded.
 
     Raises:
-        OpdlabError: if the two differ in vocabulary, in ends, or in the tokens that they read a prompt as, or a chat
-            template ends an answer in another way than its tokenizer.
+        OpdlabError: as :func:`open_alike` does, or if TRL cannot leave out what is no token.
     """
-    task, student, teacher = experiment.task, experiment.arm.student, experiment.arm.teacher
+    arm, task = experiment.arm, experiment.task
+    tokenizer, student, _ = open_alike(experiment, prompts)
+    teacher: Any = load_model(arm.teacher.folder, dtype=dtype) if arm.teacher and taught else None
+    drop_nothing(student)
+    # Where the two differ, IWOPD takes a sampled padding token at the end of a completion for padding.
+    tokenizer.pad_token = tokenizer.eos_token
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    # Nothing else of the folder's own, such as a penalty for repetition, may change what is sampled.
+    student.generation_config = transformers.GenerationConfig(**ends)
+    models = [student, teacher] if teacher else [student]
+    count, size = common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
+    if teacher and teacher.config.get_text_config().vocab_size != size:
+        teacher.resize_token_embeddings(size, mean_resizing=False)
+    for model in models if count < size else ():
+        _hide_padding(model, count, dtype)
+    room = context_length(student.config) - experiment.max_new_tokens
+    return tokenizer, student, teacher, lambda prompts: encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+
+
+def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
+    """Leave what is no token without probability, by a bias: TRL reads weights and bias of the output layer itself."""
+    layer = model.get_output_embeddings()
+    if layer.bias is not None:
+        raise OpdlabError(
+            f"{model.name_or_path} has {len(layer.weight)} logits for {count} tokens and a bias on them, which TRL "
+            "cannot be told to leave out: train it with opdlab's own loop"
+        )
+    bias = torch.zeros(len(layer.weight), dtype=dtype)
+    bias[count:] = -1e4
+    del layer.bias  # to be no weight, but a buffer that is not saved
+    layer.register_buffer("bias", bias, persistent=False)
+
+
+def link_for_vllm(student: Model, folder: Path) -> Path:
+    """Return a folder of links to the student's files, but for its generation config, which vLLM reads by itself."""
+    student.generation_config.save_pretrained(folder)
+    for file in Path(str(student.name_or_path)).iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+def open_alike(
+    experiment: Experiment, prompts: list[str], device: torch.device | str = "cpu"
+) -> tuple[transformers.PreTrainedTokenizerBase, Model, list[list[int]]]:
+    """Return tokenizer, student and prompts as the student's token ids, once they are known to be the teacher's too.
+
+    Raises:
+        OpdlabError: if a model cannot be opened, the two differ in vocabulary, in ends, or in the tokens that they read
+            a prompt as, or a chat template ends an answer in another way than its tokenizer.
+    """
+    task, folder, teacher = experiment.task, experiment.arm.student.folder, experiment.arm.teacher
+    tokenizer, student = load_student(experiment, device)
+    room = context_length(student.config) - experiment.max_new_tokens
     if task.chat:
-        check_end(tokenizer, student.folder)
+        _check_end(tokenizer, folder)
     ours = encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
     if teacher:
-        check_same_vocabulary(Path(student.folder), Path(teacher.folder))
+        check_same_vocabulary(Path(folder), Path(teacher.folder))
         other = load_tokenizer(teacher.folder)
         theirs = encode_prompts(other, task.texts(other, prompts), room)
         if ours != theirs:
             raise OpdlabError(
-                f"student {student.folder} reads a prompt as {tokenizer.decode(ours[0])!r} and teacher "
-                f"{teacher.folder} as {other.decode(theirs[0])!r}: give both one chat template and one beginning of "
-                "the sequence, or make the task with chat=False"
+                f"student {folder} reads a prompt as {tokenizer.decode(ours[0])!r} and teacher {teacher.folder} as "
+                f"{other.decode(theirs[0])!r}: give both one chat template and one beginning of the sequence, or make "
+                "the task with chat=False"
             )
-    return ours
+    return tokenizer, student, ours
 
 
-def check_end(tokenizer: transformers.PreTrainedTokenizerBase, folder: str) -> None:
-    """Check that a chat template ends an answer with the token that ends a completion, if with any.
-
-    Raises:
-        OpdlabError: if it ends with another special token, as those of Gemma and Phi do.
-    """
+def _check_end(tokenizer: transformers.PreTrainedTokenizerBase, folder: str) -> None:
+    """Refuse a chat template that ends an answer with another special token than a completion, as Gemma's and Phi's."""
     talk = [{"role": role, "content": role.upper()} for role in ("user", "assistant")]
     try:
         _, answered, after = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition("ASSISTANT")
@@ -135,12 +182,8 @@ def check_passes(model: Model, title: str, prompts: Sequence[list[int]]) -> None
     """Check that a model says of completions in a batch what it says of each prompt and completion alone.
 
     In a packed batch, from hidden states, and while sampling, log-probabilities may differ by some 80 roundings of
-    their size, averaged over the vocabulary: 1e-5 in float32.
-
-    Args:
-        model: the student or a teacher.
-        title: of it, in messages.
-        prompts: at least one, as token ids; the first and the last are read.
+    their size, averaged over the vocabulary: 1e-5 in float32. Of ``prompts``, token ids, the first and the last are
+    read; ``title`` is for messages.
 
     Raises:
         OpdlabError: if they differ by more, are not finite, or cannot be computed.
@@ -154,8 +197,9 @@ def check_passes(model: Model, title: str, prompts: Sequence[list[int]]) -> None
     rollouts = Rollouts([first, second], [one, other, other, one])
     try:
         pairs = zip([first, first, second, second], rollouts.completions, strict=True)
-        alone = [_logps(model(torch.tensor([p + c], device=model.device)).logits[0, len(p) - 1 : -1]) for p, c in pairs]
-        found = ((logps, alone[i][t]) for i, t, logps in _in_batches(model, rollouts))
+        read = [model(torch.tensor([p + c], device=model.device)).logits[0, len(p) - 1 : -1] for p, c in pairs]
+        alone = [logits.log_softmax(-1, torch.float32) for logits in read]
+        found = ((logits.log_softmax(-1, torch.float32), alone[i][t]) for i, t, logits in _in_batches(model, rollouts))
         differences = [((logps - right).abs() / (1 + right.abs())).mean() for logps, right in found]
     except Exception as problem:  # of whatever is in the model's code
         raise OpdlabError(f"{what} cannot read a batch ({problem}): {only}") from problem
@@ -170,21 +214,17 @@ def check_passes(model: Model, title: str, prompts: Sequence[list[int]]) -> None
 
 
 def _in_batches(model: Model, rollouts: Rollouts) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield which completion, which token of it, and its log-probabilities (V,), in all ways that training has."""
+    """Yield which completion, which token of it, and its logits (V,), in all ways that training has."""
     for part in micro_batches(rollouts, 4, model.device, torch.arange(4.0)):
         assert part.advantages is not None, "these number the completions"
         for logits in (part.logits(model), logits_of(model, part.hidden(model))):
-            for i, row, mask in zip(part.advantages.long().tolist(), _logps(logits), part.mask, strict=True):
+            for i, row, mask in zip(part.advantages.long().tolist(), logits, part.mask, strict=True):
                 yield from ((i, t, found) for t, found in enumerate(row[mask]))
     lengths = torch.tensor([len(completion) for completion in rollouts.completions], device=model.device)
     sampling = Sampling(model, rollouts.prompts, 2, int(lengths.max()))
     for t in range(int(lengths.max())):
         alive = sampling.alive.tolist()
-        yield from ((i, t, found) for i, found in zip(alive, _logps(sampling.logits), strict=True))
+        yield from ((i, t, found) for i, found in zip(alive, sampling.logits, strict=True))
         going = lengths[sampling.alive] > t + 1
         if going.any():
             sampling.read(torch.tensor([rollouts.completions[i][t] for i in alive], device=model.device), going, t)
-
-
-def _logps(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)

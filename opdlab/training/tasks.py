@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -105,8 +105,10 @@ class Task:
         for asked, (right, _) in table.items() if reward is None else ():
             if not last_word(asked, right, right):
                 raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
-        data = _Rows(table, reward or last_word)
-        return cls(name or found_name, None, data.demonstration, data.score, tuple(data.table), chat, data.digest)
+        reward = reward or last_word
+        content = hashlib.sha256(json.dumps([table, _identity(reward)]).encode()).hexdigest()
+        score = partial(_graded, table, reward)
+        return cls(name or found_name, None, partial(_demonstration, table), score, tuple(table), chat, content)
 
     def __repr__(self) -> str:
         """Say how many prompts there are, without writing them out."""
@@ -221,19 +223,12 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
     return table
 
 
-class _Rows:
-    """A data set by its prompts, and its reward."""
+def _demonstration(table: Mapping[str, tuple[str, str]], prompt: str) -> str:
+    return table[prompt][1]
 
-    def __init__(self, table: Mapping[str, tuple[str, str]], reward: Reward):
-        self.table, self.reward = table, reward
-        told = json.dumps([self.table, _Identity(reward).told])
-        self.digest = hashlib.sha256(told.encode()).hexdigest()
 
-    def demonstration(self, prompt: str) -> str:
-        return self.table[prompt][1]
-
-    def score(self, prompt: str, completion: str) -> float:
-        return self.reward(prompt, completion, self.table[prompt][0])
+def _graded(table: Mapping[str, tuple[str, str]], reward: Reward, prompt: str, completion: str) -> float:
+    return reward(prompt, completion, table[prompt][0])
 
 
 def last_word(prompt: str, completion: str, answer: str) -> float:
@@ -248,56 +243,52 @@ def last_word(prompt: str, completion: str, answer: str) -> float:
     return float(bool(right) and words[-len(right) :] == right)
 
 
-class _Identity:
-    """What a reward does, as JSON values: its code, without names, comments and lines, and the values that it reads.
+def _identity(reward: Any) -> Any:
+    """Return what a reward does, as JSON values: its code, without names, comments and lines, and the values it reads.
 
     In doubt two rewards look different, as under two versions of Python. Functions and classes are looked into where
     they are of the module of the reward, and known by their names elsewhere.
     """
+    home = getattr(inspect.unwrap(reward), "__module__", None)
+    seen: dict[int, Any] = {}  # by id, and kept, so that no id comes twice
 
-    def __init__(self, reward: Any):
-        self.home = getattr(inspect.unwrap(reward), "__module__", None)
-        self.seen: dict[int, Any] = {}  # by id, and kept, so that no id comes twice
-        self.told = self.of(reward)
+    def all_of(*values: Any) -> list:
+        return [told(value) for value in values]
 
-    def of(self, value: Any) -> Any:
+    def told(value: Any) -> Any:
         if isinstance(value, str | int | float | complex | bytes | re.Pattern | None):
             return repr(value)
-        if id(value) in self.seen:
+        if id(value) in seen:
             return "again"
         if isinstance(value, Mapping | list | tuple):
-            self.seen[id(value)] = value
-            return [self.of(item) for item in (value.items() if isinstance(value, Mapping) else value)]
+            seen[id(value)] = value
+            return all_of(*(value.items() if isinstance(value, Mapping) else value))
         if isinstance(value, set | frozenset):
             return sorted(map(repr, value))
         if isinstance(value, partial):
-            return self.of([value.func, value.args, value.keywords])
+            return all_of(value.func, value.args, value.keywords)
         if inspect.ismethod(value):
-            return self.of([value.__self__, value.__func__])
+            return all_of(value.__self__, value.__func__)
         value = inspect.unwrap(value) if callable(value) else value
         kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
-        if kind.__module__ != self.home or inspect.isbuiltin(value):
+        if kind.__module__ != home or inspect.isbuiltin(value):
             return f"{kind.__module__}.{kind.__qualname__}"
-        self.seen[id(value)] = value
+        seen[id(value)] = value
         if inspect.isfunction(value):
-            return self.function(value)
+            code, around = value.__code__, value.__globals__
+            read = {name: around[name] for name in sorted(_names(code) & set(around))}
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+            return [_code(code, value.__doc__), *all_of(value.__defaults__, value.__kwdefaults__, cells, read)]
         if isinstance(value, type):
-            return [self.of(member) for member in vars(value).values() if callable(member)]
-        return [self.of(kind), self.of(getattr(value, "__dict__", {}))]
+            return all_of(*filter(callable, vars(value).values()))
+        return all_of(kind, getattr(value, "__dict__", {}))
 
-    def function(self, function: Any) -> Any:
-        code, around = function.__code__, function.__globals__
-        read = {name: around[name] for name in sorted(set(_names(code)) & set(around))}
-        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-        values = (function.__defaults__, function.__kwdefaults__, cells, read)
-        return [_code(code, function.__doc__), *map(self.of, values)]
+    return told(reward)
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+def _names(code: CodeType) -> set[str]:
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {*code.co_names}.union(*inner)
 
 
 def _code(code: CodeType, doc: str | None = None) -> Any:
@@ -320,28 +311,21 @@ def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float 
 
 def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
     """Return the rows of whatever a data set is given as, and a name for it."""
-    if isinstance(rows, str | Path):
-        path = Path(rows).expanduser()
-        if path.suffix in (".jsonl", ".json") or path.exists():
-            return _read_jsonl(path), path.stem
-        return _from_hub(str(rows)), str(rows)
-    return rows, getattr(getattr(rows, "info", None), "dataset_name", None) or "data"
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError) as problem:
-        raise OpdlabError(f"the data set {path} cannot be read ({problem}): give one JSON object a line") from problem
-
-
-def _from_hub(name: str) -> Iterable[Any]:
+    if not isinstance(rows, str | Path):
+        return rows, getattr(getattr(rows, "info", None), "dataset_name", None) or "data"
+    path = Path(rows).expanduser()
+    if path.suffix in (".jsonl", ".json") or path.exists():
+        try:
+            return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()], path.stem
+        except (OSError, ValueError) as problem:
+            what = f"the data set {path} cannot be read ({problem})"
+            raise OpdlabError(f"{what}: give one JSON object a line") from problem
     try:
         from datasets import load_dataset
 
-        return load_dataset(name, split="train")
+        return load_dataset(str(rows), split="train"), str(rows)
     except Exception as problem:  # The library has an error of its own for each way to fail.
         raise OpdlabError(
-            f"there is no file {name}, and the hub's data set of this name cannot be had ({problem}): give a JSONL "
+            f"there is no file {rows}, and the hub's data set of this name cannot be had ({problem}): give a JSONL "
             "file or a list of rows, or install opdlab[real] and check the network and HF_HUB_OFFLINE"
         ) from problem

@@ -97,7 +97,7 @@ class Engine(Train):
     """What ``opdlab train --engine trl`` starts."""
 
     def work(self, folder):
-        from opdlab.training import trl_process
+        from opdlab.training import trl
 
         options = ["--engine", "trl", "--processes", "1"]
         if not (run := list((folder / "runs" / "smoke").glob("opd-*/run.pickle"))):
@@ -105,7 +105,7 @@ class Engine(Train):
 
             main(["train", "--arm", "opd", *_home(folder), *options, "--dry-run"])
             run = list((folder / "runs" / "smoke").glob("opd-*/run.pickle"))
-        trl_process.run(run[0])
+        trl.run(run[0])
         return 0
 
     def outcome(self, folder):
@@ -182,7 +182,8 @@ def main():
         importlib.import_module(module)
     kinds = list(KINDS)
     if importlib.util.find_spec("trl"):
-        importlib.import_module("opdlab.training.trl_process").library_of("IWOPD")
+        importlib.import_module("opdlab.training.trl")
+        importlib.import_module("trl.experimental.iw_opd")
     else:
         kinds.remove("engine")
     chance = random.Random(KILLS)

@@ -128,9 +128,9 @@ def main(files):
         completions = Path(file).with_name("completions.json")
         fed = feed(json.loads(completions.read_text())) if completions.exists() else generate
         transformers.Qwen3ForCausalLM.generate = fed
-        sys.argv = ["opdlab.training.trl_process", file]
+        sys.argv = ["opdlab.training.trl", file]
         try:
-            runpy.run_module("opdlab.training.trl_process", run_name="__main__")
+            runpy.run_module("opdlab.training.trl", run_name="__main__")
         except SystemExit as end:
             assert end.code in (0, 130), f"{file} ended with status {end.code}"
         assert sharded[-1], "weights were not in parts"  # the first are read before they are

@@ -24,7 +24,7 @@ from opdlab.lab.scales import SCALES, SMOKE
 from opdlab.models import fetch
 from opdlab.models.files import only_process
 from opdlab.models.folders import load_model
-from opdlab.training import trl_process as process
+from opdlab.training import trl as process
 from opdlab.training.config import Recipe, with_fields
 
 ARMS = ("sft", "opd_full", "opd", "rlvr")

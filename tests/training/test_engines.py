@@ -6,6 +6,7 @@ which is all that is missing.
 ``pytest -rP`` shows the differences.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -32,12 +33,12 @@ from opdlab.measuring.sources import find_trajectory
 from opdlab.measuring.update import measure
 from opdlab.models.folders import load_model, load_tokenizer, save_model
 from opdlab.training import trl as engine
-from opdlab.training import trl_process as process
 from opdlab.training.arms import Model
 from opdlab.training.config import Experiment
+from opdlab.training.opening import link_for_vllm
 from opdlab.training.tasks import Task
 from opdlab.training.trainer import Trainer, random_numbers
-from opdlab.training.trl import accelerate_arguments, configure, trainer_of
+from opdlab.training.trl import accelerate_arguments, configure
 
 TRAINERS = {"sft": "SFT", "opd_full": "Distillation", "opd": "IWOPD", "rlvr": "GRPO"}
 # After each of two AdamW steps in float32: the norm of the difference of the two updates, as a share of the norm of
@@ -84,7 +85,8 @@ def test_the_configurations_are_those_of_the_papers_tables():
 @pytest.mark.parametrize("arm", TRAINERS)
 def test_trl_knows_all_arguments(arm, tmp_path):
     config = of_paper(arm)
-    settings = getattr(process.library_of(config["trainer"]), f"{config['trainer']}Config")
+    library = importlib.import_module("trl.experimental.iw_opd" if arm == "opd" else "trl")
+    settings = getattr(library, f"{config['trainer']}Config")
     # A machine without a GPU refuses the two.
     read = settings(output_dir=str(tmp_path), **config["arguments"] | {"use_cpu": True, "bf16": False})
     assert read.learning_rate == config["recipe"]["learning_rate"]
@@ -112,7 +114,7 @@ def test_what_it_refuses(lab):
         ("base", "it starts from random weights"),
     ):
         with pytest.raises(OpdlabError, match=rf"TRL has no trainer for '{arm}' \({message}\): choose sft, opd"):
-            trainer_of(lab.experiment(arm))
+            configure(lab.experiment(arm), 1, gpu=False, vllm=False)
     opd = lab.experiment("opd")
     with pytest.raises(OpdlabError, match="paper has no recipe for arm 'rlvr_10'"):
         paper("rlvr_10")
@@ -121,7 +123,8 @@ def test_what_it_refuses(lab):
             configure(opd, processes, gpu=False, vllm=False)
     empty = replace(lab, root=lab.root / "empty").experiment("opd")
     with pytest.raises(OpdlabError, match=r"there is no model in .*empty/data/models/smoke/anchor: make it first"):
-        engine.launch(empty, configure(empty, 1, gpu=False, vllm=False), lab.root / "empty", callback_for)
+        config = configure(empty, 1, gpu=False, vllm=False)
+        engine.launch(empty, config, lab.root / "empty", callback_for, produces=None, dry_run=False)
 
 
 def test_a_reward_that_no_other_process_can_have_is_refused(lab, tmp_path):
@@ -150,7 +153,7 @@ def test_the_paper_needs_the_engine_and_gpus(tmp_path, capsys):
     folder = tmp_path / "runs" / "paper" / "opd-seed0-trl4"  # without the key that its models would give it
     command = capsys.readouterr().out.splitlines()[-1]
     assert (
-        f"accelerate launch --config_file {folder}/accelerate.json -m opdlab.training.trl_process {folder}/run.pickle"
+        f"accelerate launch --config_file {folder}/accelerate.json -m opdlab.training.trl {folder}/run.pickle"
         in command
     )
     assert json.loads((folder / "trl.json").read_text())["processes"] == 4
@@ -219,7 +222,7 @@ def compare(experiment: Experiment, folder: Path, monkeypatch: pytest.MonkeyPatc
     if experiment.title != "sft":
         monkeypatch.setattr(transformers.Qwen3ForCausalLM, "generate", engine_worker.feed(ours.completions))
     written(experiment, folder, processes=1)
-    process.run(folder / "run.pickle")
+    engine.run(folder / "run.pickle")
     assert_same_updates(experiment.title, ours, folder)
     return ours
 
@@ -229,7 +232,7 @@ def test_alone(arm, ours, short, tmp_path, monkeypatch):
     if arm != "sft":
         monkeypatch.setattr(transformers.Qwen3ForCausalLM, "generate", engine_worker.feed(ours[arm].completions))
     written(short[arm], tmp_path, processes=1)
-    process.run(tmp_path / "run.pickle")
+    engine.run(tmp_path / "run.pickle")
     assert_same_updates(arm, ours[arm], tmp_path)
 
 
@@ -309,7 +312,7 @@ def test_what_is_no_token_is_never_sampled(lab, padded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.Qwen3ForCausalLM, "generate", spy)
     written(replace(shortened(of_folder(lab.experiment("opd"), padded), steps=1), temperature=9.0), tmp_path, 1)
-    process.run(tmp_path / "run.pickle")
+    engine.run(tmp_path / "run.pickle")
     tokens = len(load_tokenizer(padded / "anchor"))
     assert written_ids and max(int(ids.max()) for ids in written_ids) == tokens - 1
 
@@ -327,7 +330,7 @@ def test_no_model_folder_has_a_say_in_sampling(arm, lab, awkward, tmp_path, monk
     monkeypatch.setattr(transformers.GenerationMixin, "_prepare_generation_config", spy)
     for folder in (awkward, lab.models):
         written(shortened(of_folder(lab.experiment(arm), folder), steps=1), tmp_path / folder.name, processes=1)
-        process.run(tmp_path / folder.name / "run.pickle")
+        engine.run(tmp_path / folder.name / "run.pickle")
     half = len(asked) // 2
     assert half and asked[:half] == asked[half:]
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None}
@@ -340,7 +343,7 @@ def test_vllm_is_given_a_folder_that_says_nothing_of_sampling(lab, awkward, tmp_
     tokenizer, student = load_tokenizer(awkward / "anchor"), load_model(awkward / "anchor")
     student.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     for _ in range(2):
-        folder = process._for_vllm(student, tmp_path / "start")
+        folder = link_for_vllm(student, tmp_path / "start")
     assert all(weight.equal(student.state_dict()[name]) for name, weight in load_model(folder).state_dict().items())
     assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
     read = transformers.GenerationConfig.from_pretrained(folder)
