@@ -1,7 +1,8 @@
 """Coordinates: does the visible update fall on principal weights, or on small ones?
 
 A mask M* marks a share alpha of the weights of one matrix by a property of w0 alone. A random update has overlap alpha
-with it, as has, within narrow limits, any update that moves nearly every weight (:func:`feasible_range`).
+with it. So has, within narrow limits (:func:`~opdlab.geometry.feasible_range`), any update that moves nearly every
+weight.
 """
 
 from __future__ import annotations

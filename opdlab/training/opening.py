@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from opdlab.training.config import Experiment
 
 Model = transformers.PreTrainedModel
-#: Turns prompts into token ids.
-Encode = Callable[[Sequence[str]], list[list[int]]]
 #: Of two prompts so many tokens are read, each followed by so many of both.
 PROMPT, COMPLETION = 32, 8
 
@@ -75,7 +73,7 @@ def open_models(
 
 def open_for_trl(
     experiment: Experiment, prompts: list[str], dtype: torch.dtype, taught: bool
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any, Encode]:
+) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any, Callable[..., list[list[int]]]]:
     """Return tokenizer, student and teacher (or None), made ready for TRL, and what turns prompts into token ids.
 
     They are as in :func:`open_models`, but only compared; a teacher that has not ``taught`` is not loaded.

@@ -54,7 +54,7 @@ from opdlab.training.arms import changed_fields
 from opdlab.training.config import Experiment
 from opdlab.training.loop import install_model
 from opdlab.training.objectives import grpo_advantages
-from opdlab.training.opening import Encode, link_for_vllm, open_for_trl
+from opdlab.training.opening import link_for_vllm, open_for_trl
 from opdlab.training.rollouts import Rollouts, encode_completions
 from opdlab.training.store import Run, alone
 from opdlab.training.trainer import random_numbers, score
@@ -293,7 +293,7 @@ def _make_trainer(config: dict, experiment: Experiment, folder: Path, done: int)
     return trainer
 
 
-def _rows(experiment: Experiment, trainer: str, tokenizer: Any, encode: Encode, done: int) -> Any:
+def _rows(experiment: Experiment, trainer: str, tokenizer: Any, encode: Callable, done: int) -> Any:
     """Return the ``datasets.Dataset``: the prompts of the step after ``done`` as opdlab's loop sees them, and so on.
 
     A row is drawn when it is asked for: a prompt, repeated as often as it is sampled, which GRPO does by itself; or for
