@@ -99,7 +99,8 @@ def test_every_arm_can_be_told_apart_by_what_decides_it():
     described = [
         (
             changed_fields(arm.arm),
-            arm.models,
+            arm.start,
+            arm.teacher,
             arm.recipe,
             arm.lr_factor,
             arm.arm.projection,
