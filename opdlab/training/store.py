@@ -77,6 +77,7 @@ class Run:
                 raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
             if there != self.config and self._read("history")[1]:
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
+                differ = ["data or reward" if key == "data" else key for key in differ]
                 raise OpdlabError(
                     f"out is {folder}, which holds another experiment ({', '.join(differ)} differ): choose another"
                 )

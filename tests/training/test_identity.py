@@ -128,7 +128,7 @@ def test_two_tasks_of_one_name_are_two_runs(lab, tmp_path):
 
 def test_a_folder_of_another_task_is_refused(lab, tmp_path):
     train(experiment(lab, make()), tmp_path, folder=tmp_path / "mine")
-    with pytest.raises(OpdlabError, match=r"out is .*mine, which holds another experiment \(data differ\)"):
+    with pytest.raises(OpdlabError, match=r"out is .*mine, which holds another experiment \(data or reward differ\)"):
         train(experiment(lab, make(rows=OTHER_ROWS)), tmp_path, folder=tmp_path / "mine")
 
 

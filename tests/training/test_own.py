@@ -334,7 +334,7 @@ def with_helper(prompt, completion, answer):
 def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path, monkeypatch):
     arm, out = ol.rlvr(models / "student"), tmp_path / "run"
     ol.train(arm, task_of(with_helper), out=out, **QUICK)
-    refused = r"^out is .* which holds another experiment \(data differ\): choose another$"
+    refused = r"^out is .* which holds another experiment \(data or reward differ\): choose another$"
 
     def asked(task):
         with pytest.raises(OpdlabError, match=refused):
