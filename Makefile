@@ -21,6 +21,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # Two processes where make can keep their outputs apart (GNU make 4 and later).
 SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=target)
+# A file of tests stays in one process, as it shares what it has trained.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # nbval reads what a cell prints when the cell has ended, and past a thousand messages or so some are lost: hence slow bars.
 NBVAL := TQDM_MININTERVAL=10 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
 
@@ -40,12 +42,12 @@ test: $(READY)  ## check the code, run the tests, look at the site, and run ever
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 	@$(MAKE) --no-print-directory site-tests
 	@$(MAKE) --no-print-directory chapters
 
 site-tests: book  ## look at every page of the site in Chromium or Chrome; without one, they are left out
-	@$(BIN)/python -m pytest --tb=short tests/site
+	@$(PYTEST) --tb=short tests/site
 
 chapters: $(READY)  ## run every chapter twice: from the records, and from records made on the spot
 	@rm -rf runs/smoke data/records/smoke
