@@ -70,12 +70,13 @@ def fold(table: pd.DataFrame, summary: str) -> Html:
 _NOTE = (
     "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
     "or ranks are compared, which are those of the matrices of attention, else in the units of the quantity. To count "
-    "it has to be as large as the margin below it, which is negative where the claim is that nothing is lost. Of a "
-    "claim about a whole curve the effect is shown where it is largest. If the interval lies on both sides of the "
-    "margin, the claim is undecided. A simpler cause is a control that could make the effect without the paper's "
-    "reason, and the last column says how much of the effect is left when that is taken into account. If it is less "
-    "than half for sure, the effect is explained. SFT's own recipe is its start, rate and number of steps, and matched "
-    "SFT, which has OPD's, is SFT without it."
+    "it has to be as large as the margin below it, which is negative where the claim is that nothing is lost. Where "
+    "the claim is that two arms are alike, it has to be smaller than the margin. Of a claim about a whole curve the "
+    "effect is shown where it is largest. If the interval lies on both sides of the margin, the claim is undecided. A "
+    "simpler cause is a control that could make the effect without the paper's reason, and the last column says how "
+    "much of the effect is left when that is taken into account. If it is less than half for sure, the effect is "
+    "explained. SFT's own recipe is its start, rate and number of steps, and matched SFT, which has OPD's, is SFT "
+    "without it."
 )
 _POSITIONS = (
     " How many changes lie in a group of weights is counted from the least that is possible, 0, to the most, 1."
