@@ -140,6 +140,9 @@ class Runs:
         self.records = records
         self.values = lru_cache(maxsize=None)(lambda metric: metric.values(records))
         self.estimates = lru_cache(maxsize=None)(self._estimates)
+        alike = ["seed", "student", "recipe.steps", "recipe.learning_rate"]
+        rows = records.runs.groupby("arm")[alike]
+        self._how = {arm: set(of_arm.itertuples(index=False, name=None)) for arm, of_arm in rows}
 
     def by_seed(self, contrast: Contrast) -> pd.Series:
         """Return a contrast of each seed that has its runs."""
@@ -170,8 +173,7 @@ class Runs:
 
         They are none if these arms differ in that themselves.
         """
-        alike = ["seed", "student", "recipe.steps", "recipe.learning_rate"]
-        how = {arm: set(rows[alike].itertuples(index=False)) for arm, rows in self.records.runs.groupby("arm")}
+        how = self._how
 
         def fits(one: set, other: set) -> bool:
             seeds = {row[0] for row in one} & {row[0] for row in other}

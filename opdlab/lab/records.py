@@ -135,13 +135,13 @@ def load(
     tables = {name: pd.concat(of_arms, ignore_index=True) for name, of_arms in parts.items()}
     runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
     runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
-    return Records(**tables, runs=runs, analyses={name: _analysis(name, lab, seeds) for name in analyses})
+    return Records(**tables, runs=runs, analyses={name: _analysis(name, lab, seeds, index) for name in analyses})
 
 
-def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None) -> pd.DataFrame:
+def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None, index: pd.DataFrame) -> pd.DataFrame:
     analysis = ANALYSES[name]
     wanted = [seed for seed in analysis.seeds(lab) if seeds is None or seed in seeds]
-    if any(_is_due(analysis, seed, lab) for seed in wanted):
+    if any(_is_due(analysis, seed, lab, index) for seed in wanted):
         raise OpdlabError(
             f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
             f"'opdlab record --scale {lab.scale.name} --analysis {name}'{lab.elsewhere}"
@@ -211,13 +211,13 @@ def recorded_arms(lab: Laboratory) -> tuple[str, ...]:
 
 def recorded_analyses(lab: Laboratory) -> tuple[str, ...]:
     """Return the analyses recorded for every seed that they have at the scale."""
-    analyses = (ANALYSES[name] for name in lab.scale.policy.analyses)
-    return tuple(of.name for of in analyses if not any(_is_due(of, seed, lab) for seed in of.seeds(lab)))
+    index, analyses = read_index(lab.records), (ANALYSES[name] for name in lab.scale.policy.analyses)
+    return tuple(of.name for of in analyses if not any(_is_due(of, seed, lab, index) for seed in of.seeds(lab)))
 
 
-def _is_due(analysis: Analysis, seed: int, lab: Laboratory) -> bool:
+def _is_due(analysis: Analysis, seed: int, lab: Laboratory, index: pd.DataFrame) -> bool:
     """Tell whether an analysis lacks a part. Pairs with a run that is not recorded itself are not asked for yet."""
-    missing, index = missing_parts(analysis, seed, lab), read_index(lab.records)
+    missing = missing_parts(analysis, seed, lab)
     if not analysis.pairs or len(missing) == len(analysis.parts(lab, seed)):
         return bool(missing)
     return any(all(has_record(*run, lab, index) for run in part.runs) for part in missing)
