@@ -20,10 +20,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from opdlab.errors import OpdlabError
 from opdlab.lab.records import EVALUATED, MASK_PERCENTS, Records, nearest, per_run
@@ -265,6 +267,7 @@ class Verdict:
     share: dict[str, Interval | None]  #: what each control leaves as a share of the effect; None if not defined
     at_half: str  #: the verdict at half the margin
     at_twice: str  #: the verdict at twice the margin
+    needed: int | None = None  #: the seeds that would decide it (:func:`seeds_to_decide`)
 
 
 def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
@@ -285,8 +288,31 @@ def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
         first = claim.effect.metric.points(records, claim.effect.weights)[0]
         seeds = len(runs.by_seed(replace(claim.effect, metric=first)))
         share = {name: _share(control, claim.effect, runs) for name, control in claim.controls.items()}
-        verdicts.append(Verdict(claim, word, by, effect, p, against, seeds, share, at_half, at_twice))
+        needed = seeds_to_decide(claim, runs, seeds, (p, against)) if word == "inconclusive" else None
+        verdicts.append(Verdict(claim, word, by, effect, p, against, seeds, share, at_half, at_twice, needed))
     return verdicts
+
+
+def seeds_to_decide(claim: Claim, runs: Runs, seeds: int, corrected: tuple[float, float]) -> int | None:
+    """Return about how many seeds would decide an undecided claim, if the effect and its scatter stayed as they are.
+
+    The z-score of the test that is nearer to passing grows with the root of the number of seeds, and has to reach the
+    one of :data:`LEVEL` over the number of tests that its p-value is corrected for. A number of hundreds says that the
+    effect lies on the margin.
+
+    Args:
+        claim: that is undecided.
+        runs: it was judged by.
+        seeds: of them.
+        corrected: the p-values for and against the claim.
+
+    Returns:
+        The number, or None where the effect is not known, or lies on the margin itself.
+    """
+    p, raw = min(zip(corrected, _both_ways(claim.kind, runs.estimates(claim.effect), claim.margin), strict=True))
+    if not 0 < raw < 0.5:
+        return None
+    return ceil(seeds * float(norm.isf(LEVEL * raw / p) / norm.isf(raw)) ** 2)
 
 
 def _share(left: Contrast, of: Contrast, runs: Runs) -> Interval | None:

@@ -161,6 +161,7 @@ def scorecard(verdicts: Sequence[Verdict], after: Collection[str] = ()) -> pd.Da
                 "p for": f"{found.p:.2g}",
                 "p against": f"{found.p_against:.2g}",
                 "seeds": found.seeds,
+                "seeds that would decide": f"about {found.needed}" if found.needed else "",
                 "at half the margin": PLAIN[found.at_half].name,
                 "at twice": PLAIN[found.at_twice].name,
                 "written": "after" if claim.name in after else "before",

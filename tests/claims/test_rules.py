@@ -85,6 +85,28 @@ def test_margins_at_half_and_twice():
     assert (found.at_half, found.verdict, found.at_twice) == ("seen", "seen", "not reproduced")
 
 
+def test_the_seeds_that_would_decide_do_and_fewer_do_not():
+    def scattered(seeds: int, effect: float = 0.25) -> Records:
+        records = made({"opd": effect, "rlvr": 0.0}, seeds=seeds, noise=0)
+        path = records.trajectory
+        factors = np.exp(np.where(path["arm"] == "opd", 0.2 - 0.4 * (path["seed"] % 2), 0.0))
+        return replace(records, trajectory=path.assign(stable_rank=path["stable_rank"] * factors))
+
+    one, several = [claim()], [claim(), *(replace(claim(), name=name, margin=10.0) for name in ("other", "another"))]
+    for claims in (one, several):
+        found = judge(claims, scattered(20))[0]
+        assert found.verdict == "inconclusive"
+        even = 2 * (found.needed // 2)  # as many seeds of either sign
+        assert judge(claims, scattered(even + 4))[0].verdict == "seen"
+        fewer = judge(claims, scattered(even - 4))[0]
+        assert fewer.verdict == "inconclusive" and fewer.needed == pytest.approx(found.needed, rel=0.06)
+    # A test alone has to reach 1.645, of an effect of 0.05 beside a scatter of 0.2.
+    assert judge(one, scattered(20))[0].needed == pytest.approx((1.645 * 0.2 / 0.05) ** 2, rel=0.15)
+    assert verdict(scattered(20), claim()).needed and verdict(scattered(200), claim()).needed is None, "it is decided"
+    on_the_margin = verdict(scattered(20, effect=0.2), claim()).needed
+    assert on_the_margin is None or on_the_margin > 10_000
+
+
 def test_what_a_control_leaves():
     records = made({"opd": 1.0, "rlvr": 0.0, "sft_matched": 0.75}, noise=0.01)
     found = verdict(records, claim(controls={"recipe": Contrast(END, "opd", "sft_matched")}))
