@@ -174,6 +174,14 @@ def test_where_an_update_is(update):
     assert "Adam's walk" in repr(found) and "<table" in found._repr_html_()
 
 
+def test_a_run_with_one_checkpoint_has_no_growth(update):
+    recipe = Recipe(1, learning_rate=1e-3, schedule="constant", warmup=0, clip=1.0)
+    history = pd.DataFrame({"step": [1], "skipped": [False], "grad_norm": [0.5]})
+    alone = measure(update.base, update.path[-1])
+    row = alone.where(history, recipe).wide.iloc[-1]
+    assert row["steps"] == "1" and row["coherence"] and "growth" not in row
+
+
 def test_bf16_files_have_one_view():
     random = torch.Generator().manual_seed(1)
     w0s = {name: (0.05 * torch.randn(24, 32, generator=random)).bfloat16() for name in NAMES}
