@@ -22,7 +22,7 @@ import transformers
 from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import measure_pair
+from opdlab.geometry import measure_matrix
 from opdlab.lab.budget import DEVICES, GB, SHAPES, check_room, plan_run
 from opdlab.lab.grid import PAPER
 from opdlab.lab.laboratory import Laboratory
@@ -76,10 +76,7 @@ def one_step(lab: Laboratory, arm: str, scratch: Path) -> dict:
     began = time.perf_counter()
     ends = load_tensors(scratch / "step.safetensors")[0]
     chosen = [name for name in ends if ".layers.0." in name and ends[name].dim() == 2]
-    table = measure_pair(
-        {name: trainer.origin[name] for name in chosen},
-        {name: ends[name].to(device) for name in chosen},
-    )
+    table = pd.DataFrame([measure_matrix(name, trainer.origin[name], ends[name].to(device)) for name in chosen])
     plan = plan_run(lab, arm, DEVICES["cpu" if device.type == "cpu" else "h100"])
     return {
         "arm": arm,

@@ -11,12 +11,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import pandas as pd
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
+from opdlab.geometry import measure_matrix, measure_matrix_trajectory, weight_matrices
+from opdlab.geometry.matrices import identity
 from opdlab.lab.grid import ARMS, PAPER, vary
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import add_run, find_tables, load
@@ -43,6 +46,22 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_tiny = pytest.mark.skipif(
     not (ROOT / "data/records/tiny/runs.csv").is_file(), reason="the records of tiny are not there"
 )
+
+
+def pair_table(w0s, w1s, *how, **options):
+    """The rows that the matrices of an update have by measure_matrix."""
+    matrices = weight_matrices(w0s).items()
+    rows = [identity(name, w0.shape) | measure_matrix(name, w0, w1s[name], *how, **options) for name, w0 in matrices]
+    return pd.DataFrame(rows)
+
+
+def path_table(w0s, path, *how, **options):
+    """The rows that they have by measure_matrix_trajectory, given steps and weights: step by step, like the model."""
+    steps, parts = [step for step, _ in path], []
+    for name, w0 in weight_matrices(w0s).items():
+        columns = measure_matrix_trajectory(name, w0, [weights[name] for _, weights in path], *how, **options)
+        parts.append(pd.DataFrame({"step": steps} | identity(name, w0.shape) | columns))
+    return pd.concat(parts).sort_values("step", kind="stable", ignore_index=True)
 
 
 def more_arms():

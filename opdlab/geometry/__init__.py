@@ -1,7 +1,7 @@
 """The geometry of an update: what changed between two sets of weights, as functions on tensors.
 
 Nothing here knows how the weights were trained. Read the modules in this order, one idea each: sparsity, spectrum,
-subspaces, masks, nulls; then matrices, measure, rows and trajectory, which put all of it into a table.
+subspaces, masks, nulls; then matrices, measure, rows and trajectory, which measure a weight by all of it.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
 left is the output side and right the input side. Arithmetic is in float64, on the device of the tensor. What is
@@ -22,7 +22,7 @@ from opdlab.geometry.masks import (
     smallest_entries,
 )
 from opdlab.geometry.matrices import Description, describe, weight_matrices
-from opdlab.geometry.measure import Resolution, measure_matrix, measure_pair
+from opdlab.geometry.measure import Resolution, measure_matrix
 from opdlab.geometry.nulls import (
     change_probability,
     noise_curve,
@@ -69,4 +69,4 @@ from opdlab.geometry.subspaces import (
     top_left,
     top_right,
 )
-from opdlab.geometry.trajectory import measure_matrix_trajectory, measure_trajectory
+from opdlab.geometry.trajectory import measure_matrix_trajectory

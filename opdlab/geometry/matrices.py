@@ -10,7 +10,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.geometry import _checks
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
 # Parts of a model beside its language model, by what a name has before its layer.
@@ -132,19 +131,3 @@ def weight_matrices(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not matrices:
         raise OpdlabError(f"state_dict has no matrix named ...layers.<i>... among its {len(state_dict)} weights")
     return matrices
-
-
-def float64_matrices(
-    weights: Mapping[str, Tensor], name: str, like: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return :func:`weight_matrices` in float64, finite, and with the names and shapes of ``like`` where it is given.
-
-    An error names the first matrix that is wrong, and calls the state dict by its ``name``.
-    """
-    chosen = weight_matrices(weights)
-    if like is not None:
-        for missing in sorted(chosen.keys() ^ like.keys()):
-            raise OpdlabError(f"{name} and w0s do not both have the matrix {missing!r}; expected the same in both")
-        for matrix, w0 in like.items():
-            _checks.same_shape(w0, f"{matrix} in w0s", chosen[matrix], f"{matrix} in {name}")
-    return {matrix: _checks.matrix(w, f"{matrix} in {name}") for matrix, w in chosen.items()}

@@ -1,11 +1,10 @@
-"""Tables: every diagnostic of every matrix, for one update; :func:`opdlab.geometry.summary.means` averages them."""
+"""Every diagnostic of one matrix, for one update; :func:`opdlab.geometry.summary.means` averages over matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import nan
-from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
@@ -15,14 +14,10 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
 from opdlab.geometry._checks import ratio
 from opdlab.geometry.masks import largest_entries, low_magnitude_mask, overlap, principal_mask
-from opdlab.geometry.matrices import float64_matrices, identity
 from opdlab.geometry.nulls import change_probability, noise_mask, noise_overlap, permute
 from opdlab.geometry.sparsity import absolute_sparsity, density, relative_sparsity, update_mask
 from opdlab.geometry.spectrum import Svd, frobenius, gaussian_stable_rank, spectral_drift, spectrum_stats, svd
 from opdlab.geometry.subspaces import rotation, subspace_energy
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 # The relative norm of updates of equal size. At this one about half of the weights move visibly, as in the paper's
 # OPD: masks then have room to differ (see feasible_range).
@@ -80,37 +75,6 @@ class Resolution:
         return max(self.k, self.mask_rank, *self.angle_ks)
 
 
-def measure_pair(
-    w0s: Mapping[str, Tensor], w1s: Mapping[str, Tensor], resolution: Resolution | None = None, seed: int = 0
-) -> DataFrame:
-    """Measure one update: every static diagnostic, with its nulls, one row per matrix.
-
-    Columns: matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_matrix`.
-
-    Of the state dicts before and after, :func:`~opdlab.geometry.weight_matrices` chooses the matrices. ``resolution``
-    is the same for all; by default it is that of each, :meth:`Resolution.of` its shape. ``seed`` is of the
-    permutations: a null is one draw, the same whatever else is measured.
-
-    Raises:
-        OpdlabError: naming the matrix, if one is missing, has another shape, is not finite or is too small.
-
-    Source: 2606.07082, Appendices C.3 and E; the nulls are additions.
-
-    >>> w0s = {"layers.0.mlp.up_proj.weight": torch.eye(4)}
-    >>> w1s = {"layers.0.mlp.up_proj.weight": 1.5 * torch.eye(4)}
-    >>> table = measure_pair(w0s, w1s, Resolution(k=4, sim_ks=(2,), mask_rank=2, alphas=(0.25,)))
-    >>> table[["layer", "module", "sparsity", "nss", "stable_rank"]]
-       layer   module  sparsity  nss  stable_rank
-    0      0  up_proj      0.75  0.5          4.0
-    """
-    from pandas import DataFrame  # imported late: the functions on tensors do without
-
-    w0s = float64_matrices(w0s, "w0s")
-    w1s = float64_matrices(w1s, "w1s", like=w0s)
-    measured = {name: measure_matrix(name, w0, w1s[name], resolution, seed) for name, w0 in w0s.items()}
-    return DataFrame([identity(name, tuple(w0s[name].shape)) | row for name, row in measured.items()])
-
-
 def measure_matrix(
     name: str,
     w0: Tensor,
@@ -146,15 +110,22 @@ def measure_matrix(
         w0: (m, n) weights before.
         w1: (m, n) weights after.
         resolution: by default :meth:`Resolution.of` the shape.
-        seed: of the permutation.
+        seed: of the permutation: a null is one draw, the same whatever else is measured.
         svd0: the Svd of w0, if it is already known, with :attr:`Resolution.vectors` vectors or more.
         nulls: whether to compute what needs a permuted or a norm-matched update, about a third of the time.
 
     Raises:
         OpdlabError: naming the matrix, if it is not finite, the shapes differ or the resolution asks for more.
+
+    Source: 2606.07082, Appendices C.3 and E; the nulls are additions.
+
+    >>> at = Resolution(k=4, sim_ks=(2,), mask_rank=2, alphas=(0.25,))
+    >>> found = measure_matrix("up_proj", torch.eye(4), 1.5 * torch.eye(4), at)
+    >>> [round(found[column], 4) for column in ("sparsity", "nss", "stable_rank")]
+    [0.75, 0.5, 4.0]
     """
-    _checks.same_shape(w0, f"{name} in w0s", w1, f"{name} in w1s")
-    w0 = _checks.matrix(w0, f"{name} in w0s")
+    _checks.same_shape(w0, f"{name} in w0", w1, f"{name} in w1")
+    w0 = _checks.matrix(w0, f"{name} in w0")
     at = resolution or Resolution.of(tuple(w0.shape))
     at.check_size(name, w0, "k", "mask_rank", "angle_ks")
     svd0 = svd0 or svd(w0, k=at.vectors)
@@ -163,7 +134,7 @@ def measure_matrix(
         f"a{100 * alpha:g}": (principal_mask(svd0, at.mask_rank, alpha), low_magnitude_mask(w0, alpha))
         for alpha in at.alphas
     }
-    w1 = _checks.matrix(w1, f"{name} in w1s")
+    w1 = _checks.matrix(w1, f"{name} in w1")
     of_size, matched = _size_row(w0, w1, svd0, masks, at), {}
     delta = w1 - w0
     del w1

@@ -2,67 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import nan
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from opdlab.errors import OpdlabError
 from opdlab.geometry import _checks
-from opdlab.geometry.matrices import float64_matrices, identity
 from opdlab.geometry.measure import Resolution, generator_of
 from opdlab.geometry.nulls import permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity
 from opdlab.geometry.spectrum import frobenius, relative_norm, spectrum_stats, stable_rank, svd
 from opdlab.geometry.subspaces import sim_k, similarity_to_end, top_left, top_right
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-
-def measure_trajectory(
-    w0s: Mapping[str, Tensor],
-    snapshots: Sequence[tuple[int, Mapping[str, Tensor]]],
-    resolution: Resolution | None = None,
-    seed: int = 0,
-) -> DataFrame:
-    """Measure the trajectory of a training run: the update so far at every snapshot, one row per step and matrix.
-
-    Columns: step, matrix, layer, module, block, rows, cols, parameters, and those of :func:`measure_matrix_trajectory`.
-
-    A snapshot is (step, state dict), and the last is t_end; else the arguments are as for
-    :func:`~opdlab.geometry.measure_pair`.
-
-    Raises:
-        OpdlabError: if there is no snapshot or the steps do not ascend, and as for ``measure_pair``.
-
-    Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
-
-    >>> import torch
-    >>> name = "layers.0.mlp.up_proj.weight"
-    >>> path = [(step, {name: step * torch.diag(torch.tensor([3.0, 2.0, 1.0]))}) for step in (1, 2)]
-    >>> at = Resolution(k=1, sim_ks=(1,), mask_rank=1, alphas=())
-    >>> measure_trajectory({name: torch.zeros(3, 3)}, path, at)[["step", "stable_rank", "sim_right_K1"]].round(4)
-       step  stable_rank  sim_right_K1
-    0     1       1.5556           1.0
-    1     2       1.5556           1.0
-    """
-    from pandas import DataFrame, concat  # imported late: the functions on tensors do without
-
-    steps = [step for step, _ in snapshots]
-    if not steps or steps != sorted(set(steps)):
-        raise OpdlabError(f"snapshots has the steps {steps}; expected one or more, ascending, none twice")
-    w0s = float64_matrices(w0s, "w0s")
-    w_ts = [float64_matrices(weights, f"the snapshot of step {step}", like=w0s) for step, weights in snapshots]
-    parts = []
-    for name, w0 in w0s.items():
-        columns = measure_matrix_trajectory(name, w0, [w_t[name] for w_t in w_ts], resolution, seed)
-        parts.append(DataFrame({"step": steps} | identity(name, tuple(w0.shape)) | columns))
-    # The sort is stable: within a step, matrices stay in the order of the model.
-    return concat(parts).sort_values("step", kind="stable", ignore_index=True)
 
 
 def measure_matrix_trajectory(
@@ -93,15 +45,25 @@ def measure_matrix_trajectory(
         seed: of the permutations and walks.
 
     Raises:
-        OpdlabError: naming the matrix, if a tensor is not finite or the matrix is smaller than the resolution asks for.
+        OpdlabError: naming the matrix, if a tensor is not finite, the shapes differ or the resolution asks for more.
+
+    Source: 2606.07082, Appendix E, Figures 4 and 5; the nulls are additions.
+
+    >>> path = [step * torch.diag(torch.tensor([3.0, 2.0, 1.0])) for step in (1, 2)]
+    >>> at = Resolution(k=1, sim_ks=(1,), mask_rank=1, alphas=())
+    >>> found = measure_matrix_trajectory("up_proj", torch.zeros(3, 3), path, at)
+    >>> [[round(value, 4) for value in found[column]] for column in ("stable_rank", "sim_right_K1")]
+    [[1.5556, 1.5556], [1.0, 1.0]]
     """
-    w0 = _checks.matrix(w0, f"{name} in w0s")
+    w0 = _checks.matrix(w0, f"{name} in w0")
     on = resolution or Resolution.of(tuple(w0.shape))
     on.check_size(name, w0, "k", "sim_ks")
     generator, count = generator_of(seed, name), len(w_ts)
 
     def at(t: int) -> Tensor:
-        return _checks.matrix(w_ts[t].to(w0.device), f"{name} in the snapshot {t}")
+        w_t, called = w_ts[t].to(w0.device), f"{name} in w_ts[{t}]"
+        _checks.same_shape(w0, f"{name} in w0", w_t, called)
+        return _checks.matrix(w_t, called)
 
     # Snapshots are read again where they are needed, so that few of them are in memory at once.
     interval_norms = [frobenius(after - before) for before, after in pairwise((w0, *map(at, range(count))))]

@@ -110,9 +110,10 @@ class Shown(ABC):
 class Update(Shown):
     """An update that was measured; shown by itself, it is the means over its matrices, each beside its null.
 
-    Its table has the columns of :func:`opdlab.geometry.measure_matrix`, where norms, biases and embeddings have those
-    of :func:`opdlab.geometry.measure_rows` only, and its trajectory those of
-    :func:`opdlab.geometry.measure_matrix_trajectory`.
+    Its table has matrix, layer, module, block, rows, cols and parameters, and the columns of
+    :func:`opdlab.geometry.measure_matrix`, where norms, biases and embeddings have those of
+    :func:`opdlab.geometry.measure_rows` only; its trajectory has step and those of
+    :func:`opdlab.geometry.measure_matrix_trajectory` instead.
     """
 
     base: Checkpoint  #: the checkpoint before

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import pair_table, path_table
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -201,7 +202,7 @@ RANKS = ["stable_rank", "effective_rank", "effective_rank_squared", "top_energy"
 
 
 def test_columns_of_a_pair():
-    table = g.measure_pair(model(), moved(model(), 1, 0.01), SETTINGS)
+    table = pair_table(model(), moved(model(), 1, 0.01), SETTINGS)
     identity = ["matrix", "layer", "module", "block", "rows", "cols", "parameters"]
     ranks = [*RANKS, *(f"{rank}_null" for rank in RANKS), "stable_rank_gaussian"]
     energy = [f"energy_{side}{random}" for side in ("left", "right", "both") for random in ("", "_random")]
@@ -232,7 +233,7 @@ def test_columns_of_a_pair():
 def test_pair_rows_are_the_functions(seed: int, power: int, scale: float):
     w0s = model(seed)
     w1s = moved(w0s, seed + 1, 10.0**power)
-    table = g.measure_pair(w0s, w1s, SETTINGS, seed=seed)
+    table = pair_table(w0s, w1s, SETTINGS, seed=seed)
     name = "model.layers.1.mlp.up_proj.weight"
     w0, w1 = w0s[name].double(), w1s[name].double()
     row = table.set_index("matrix").loc[name]
@@ -261,14 +262,14 @@ def test_pair_rows_are_the_functions(seed: int, power: int, scale: float):
     alone = pd.Series(g.measure_matrix(name, w0s[name], w1s[name], SETTINGS, seed, g.svd(w0s[name])))
     pd.testing.assert_series_equal(alone, row[alone.index].astype(float), check_names=False)
     # A power of two changes the norm alone, and what is held against an absolute tolerance.
-    scaled = g.measure_pair(*({n: scale * w for n, w in ws.items()} for ws in (w0s, w1s)), SETTINGS, seed)
+    scaled = pair_table(*({n: scale * w for n, w in ws.items()} for ws in (w0s, w1s)), SETTINGS, seed)
     scaled["frobenius"] /= scale
     free = [column for column in table if "absolute" not in column]
     pd.testing.assert_frame_equal(scaled[free], table[free])
 
 
 def test_a_pair_without_update():
-    table = g.measure_pair(model(), model(), SETTINGS)
+    table = pair_table(model(), model(), SETTINGS)
     assert (table.sparsity == 1).all() and (table.density == 0).all() and (table.nss == 0).all()
     assert (table.angle_left_max < 1e-12).all() and (table.angle_right_max < 1e-12).all()
     undefined = [c for c in table if "overlap" in c or c in RANKS] + ["stable_rank_null", "energy_left", "nss_matched"]
@@ -277,7 +278,7 @@ def test_a_pair_without_update():
 
 def test_columns_of_a_trajectory():
     w0s = model()
-    table = g.measure_trajectory(w0s, [(step, moved(w0s, step, 0.01 * step)) for step in (1, 5, 9)], SETTINGS)
+    table = path_table(w0s, [(step, moved(w0s, step, 0.01 * step)) for step in (1, 5, 9)], SETTINGS)
     identity = ["step", "matrix", "layer", "module", "block", "rows", "cols", "parameters"]
     size = ["frobenius", "interval_norm", "interval_stable_rank", "sparsity"]
     sims = [
@@ -306,8 +307,8 @@ def bf16(weights: dict) -> dict:
 def test_the_bf16_view_is_the_trajectory_of_rounded_checkpoints():
     w0s = model()
     path = [(step, moved(w0s, step, 0.01)) for step in (1, 5, 9)]
-    table = g.measure_trajectory(w0s, path, SETTINGS)
-    rounded = g.measure_trajectory(bf16(w0s), [(step, bf16(weights)) for step, weights in path], SETTINGS)
+    table = path_table(w0s, path, SETTINGS)
+    rounded = path_table(bf16(w0s), [(step, bf16(weights)) for step, weights in path], SETTINGS)
     for column in (column for column in table if column.endswith("_bf16")):
         pd.testing.assert_series_equal(table[column], rounded[column])
         # Where checkpoints are stored in bfloat16, there is one view only.
@@ -318,7 +319,7 @@ def test_an_update_that_is_locked_is_its_locked_null():
     w0s = bf16(model())
     end = moved(w0s, 1, 0.01)
     path = [(step, {name: w0 + (step / 9) ** 0.5 * (end[name] - w0) for name, w0 in w0s.items()}) for step in (1, 4, 9)]
-    table = g.measure_trajectory(w0s, path, SETTINGS)
+    table = path_table(w0s, path, SETTINGS)
     for column in (column.removesuffix("_locked") for column in table if column.endswith("_locked")):
         seen = table["sparsity" if column == "sparsity" else f"{column}_bf16"]
         pd.testing.assert_series_equal(seen, table[f"{column}_locked"], check_names=False, rtol=2e-3, atol=2e-3)
@@ -337,9 +338,9 @@ def test_trajectory_rows_are_the_functions(seed: int, count: int):
     for i in range(count):
         path.append(moved(path[-1], seed + i + 1, 0.01))
     snapshots = [(10 * i, weights) for i, weights in enumerate(path) if i]
-    table = g.measure_trajectory(w0s, snapshots, SETTINGS, seed)
+    table = path_table(w0s, snapshots, SETTINGS, seed)
     last = table[table.step == 10 * count].reset_index(drop=True)
-    pair = g.measure_pair(w0s, path[-1], SETTINGS)
+    pair = pair_table(w0s, path[-1], SETTINGS)
     for column in ("matrix", "frobenius", "relative_norm", "sparsity", *RANKS):
         pd.testing.assert_series_equal(last[column], pair[column])
     sims = table[[c for c in table if c.startswith("sim_")]]
@@ -361,17 +362,17 @@ def test_trajectory_rows_are_the_functions(seed: int, count: int):
     expected = [g.sim_k(g.top_right(a, 2), g.top_right(b, 2)) for a, b in pairwise(intervals)]
     assert rows.sim_right_K2_interval.tolist() == pytest.approx([float("nan"), *expected], nan_ok=True)
     assert (rows.sim_random_K4 == 4 / 12).all()
-    alone = g.measure_trajectory({name: w0s[name]}, [(t, {name: w[name]}) for t, w in snapshots], SETTINGS, seed)
+    alone = path_table({name: w0s[name]}, [(t, {name: w[name]}) for t, w in snapshots], SETTINGS, seed)
     pd.testing.assert_frame_equal(alone, rows.reset_index(drop=True))
     if count > 1:
-        other = g.measure_trajectory(w0s, snapshots, SETTINGS, seed + 1)
+        other = path_table(w0s, snapshots, SETTINGS, seed + 1)
         assert not other.sim_right_K2_null.equals(table.sim_right_K2_null)
         assert other.sim_right_K2.equals(table.sim_right_K2)
 
 
 def test_a_trajectory_that_starts_at_the_origin():
     w0s = model()
-    table = g.measure_trajectory(w0s, [(0, w0s), (1, moved(w0s, 1, 0.01))], SETTINGS)
+    table = path_table(w0s, [(0, w0s), (1, moved(w0s, 1, 0.01))], SETTINGS)
     first, last = table[table.step == 0], table[table.step == 1]
     undefined = [c for c in table if c.startswith(("sim_right", "sim_left", "stable_rank", "interval_stable"))]
     assert first[undefined].isna().all(axis=None)
@@ -384,7 +385,7 @@ def test_overall_sparsity_is_that_of_all_weights_together():
     w0s = model()
     w1s = moved(w0s, 1, 0.003)
     together = [torch.cat([w.flatten() for w in g.weight_matrices(ws).values()]) for ws in (w0s, w1s)]
-    table = g.measure_pair(w0s, w1s, SETTINGS)
+    table = pair_table(w0s, w1s, SETTINGS)
     overall = np.average(table["sparsity"], weights=table["parameters"])
     assert overall == pytest.approx(g.bf16_sparsity(*together))
 
@@ -393,31 +394,31 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("w1", "message"),
     [
-        ({NAME: torch.full((12, 8), float("nan"))}, f"{NAME} in w1s has 96 entries that are NaN"),
-        ({NAME: torch.ones(8, 12)}, f"{NAME} in w1s has shape"),
-        ({"model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}, "do not both have the matrix 'model.layers.9"),
+        (torch.full((12, 8), float("nan")), "has 96 entries that are NaN"),
+        (torch.ones(8, 12), r"has shape \(8, 12\); expected that of NAME in w0, \(12, 8\)"),
+        # Which would fit by broadcasting.
+        (torch.ones(1, 8), r"has shape \(1, 8\)"),
     ],
 )
-def test_tables_name_the_matrix(change: dict, message: str):
-    with pytest.raises(OpdlabError, match=message):
-        g.measure_pair(model(), model(1) | change, SETTINGS)
-    with pytest.raises(OpdlabError, match=message.replace("w1s", "the snapshot of step 7")):
-        g.measure_trajectory(model(), [(7, model(1) | change)], SETTINGS)
+def test_errors_name_the_matrix(w1, message: str):
+    w0, message = model()[NAME], message.replace("NAME", NAME)
+    with pytest.raises(OpdlabError, match=f"{NAME} in w1 {message}"):
+        g.measure_matrix(NAME, w0, w1, SETTINGS)
+    with pytest.raises(OpdlabError, match=rf"{NAME} in w_ts\[1\] {message}"):
+        g.measure_matrix_trajectory(NAME, w0, [w0, w1], SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: g.measure_pair(w, w, replace(SETTINGS, k=9)), r"k is 9; expected 8 at most, as model.layers.0"),
-        (lambda w: g.measure_pair(w, w, replace(SETTINGS, mask_rank=9)), "mask_rank is 9"),
+        (lambda w: pair_table(w, w, replace(SETTINGS, k=9)), r"k is 9; expected 8 at most, as model.layers.0"),
+        (lambda w: pair_table(w, w, replace(SETTINGS, mask_rank=9)), "mask_rank is 9"),
         (
-            lambda w: g.measure_trajectory(w, [(1, w)], replace(SETTINGS, sim_ks=(2, 9))),
+            lambda w: path_table(w, [(1, w)], replace(SETTINGS, sim_ks=(2, 9))),
             r"sim_ks\[1\] is 9; expected 8",
         ),
-        (lambda w: g.measure_trajectory(w, [], SETTINGS), r"snapshots has the steps \[\]"),
-        (lambda w: g.measure_trajectory(w, [(2, w), (1, w)], SETTINGS), r"steps \[2, 1\]; expected one or more"),
         (lambda w: g.weight_matrices({"lm_head.weight": torch.ones(2, 2)}), "no matrix named"),
         (lambda w: replace(SETTINGS, k=0), "k is 0; expected a whole number of 1 or more"),
         (lambda w: replace(SETTINGS, alphas=(0.3, 30)), r"alphas\[1\] is 30; expected a share"),

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import pair_table, path_table
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
@@ -76,8 +77,8 @@ def test_the_program_gives_the_numbers_of_the_functions(pair):
     halfway = {name: (w0s[name] + w1s[name]) / 2 for name in w0s}
     path = [(3, halfway), (8, w1s)]
     table, trajectory = tables_of(w0s, path, seed=4, blocks=LAYERS, trajectory_blocks=("attention",))
-    pd.testing.assert_frame_equal(table, g.measure_pair(w0s, w1s, seed=4), check_exact=True)
-    whole = g.measure_trajectory(w0s, path, seed=4)
+    pd.testing.assert_frame_equal(table, pair_table(w0s, w1s, seed=4), check_exact=True)
+    whole = path_table(w0s, path, seed=4)
     attention = whole[whole["block"] == "attention"].reset_index(drop=True)
     pd.testing.assert_frame_equal(trajectory, attention, check_exact=True, check_like=True)
     _, alone = tables_of(w0s, [(8, w1s)], blocks=LAYERS, trajectory_blocks=LAYERS)

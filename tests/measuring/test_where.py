@@ -13,6 +13,7 @@ from scipy import stats
 from opdlab import geometry as g
 from opdlab.lab.records import Records, read_index, read_tables
 from opdlab.measuring.common import beside_noise
+from opdlab.measuring.sources import Trajectory
 from opdlab.measuring.update import measure
 from opdlab.measuring.where import of_seeds, published, published_sizes, standing
 from opdlab.training.config import Recipe
@@ -48,11 +49,10 @@ def walk(signs: np.ndarray, recipe: Recipe) -> dict[str, float]:
     w0s = {name: 0.05 * torch.randn(40, 30, generator=random, dtype=torch.float64) for name in NAMES}
     rates = [recipe.learning_rate_at(step) for step in range(recipe.steps)]
     way = torch.from_numpy(np.cumsum(signs * np.array(rates)[:, None, None, None], axis=0))
-    path = [(step, {name: w0s[name] + way[step - 1, i] for i, name in enumerate(NAMES)}) for step in (20, 50, 100, 200)]
+    path = {step: {name: w0s[name] + way[step - 1, i] for i, name in enumerate(NAMES)} for step in (20, 50, 100, 200)}
     lines = [{"step": step, "skipped": False, "grad_norm": step / 100} for step in range(1, recipe.steps + 1)]
-    on = g.Resolution(k=4, sim_ks=(4,), mask_rank=4, alphas=(0.3,))
-    matrices = g.measure_pair(w0s, path[-1][1], on)
-    return standing(matrices, g.measure_trajectory(w0s, path, on), pd.DataFrame(lines), recipe)
+    found = measure(w0s, Trajectory(path.values(), path))
+    return standing(found.table, found.trajectory, pd.DataFrame(lines), recipe)
 
 
 def test_a_straight_line_and_a_walk_are_told_apart():
@@ -172,6 +172,14 @@ def test_where_an_update_is(update):
         wide.index[-1] == update.path[-1].path and wide["sparsity"].iloc[-1] == f"{update.table['sparsity'].mean():.3g}"
     )
     assert "Adam's walk" in repr(found) and "<table" in found._repr_html_()
+
+
+def test_a_run_with_one_checkpoint_has_no_growth(update):
+    recipe = Recipe(1, learning_rate=1e-3, schedule="constant", warmup=0, clip=1.0)
+    history = pd.DataFrame({"step": [1], "skipped": [False], "grad_norm": [0.5]})
+    alone = measure(update.base, update.path[-1])
+    row = alone.where(history, recipe).wide.iloc[-1]
+    assert row["steps"] == "1" and row["coherence"] and "growth" not in row
 
 
 def test_bf16_files_have_one_view():

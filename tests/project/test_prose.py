@@ -82,10 +82,12 @@ def spread(table: pd.DataFrame) -> pd.DataFrame:
 
 def changed(found: records.Records, change) -> records.Records:
     parts = {name: change(getattr(found, name)) for name in TABLES if name != "runs"}
+    # A notebook may add columns to any of them.
+    parts["runs"] = found.runs.copy()
     return replace(found, **parts, analyses={name: change(table) for name, table in found.analyses.items()})
 
 
-def run(path: Path, change, monkeypatch) -> dict[tuple[int, int], tuple[str, bool]]:
+def run(path: Path, change, monkeypatch, load) -> dict[tuple[int, int], tuple[str, bool]]:
     """Run a notebook, and return what it states: by cell and number the sentence, and whether it holds."""
     stated: dict = {}
     cell_number = 0
@@ -95,7 +97,6 @@ def run(path: Path, change, monkeypatch) -> dict[tuple[int, int], tuple[str, boo
             stated[cell_number, sum(key[0] == cell_number for key in stated)] = (sentence, bool(holds))
         return ""
 
-    load = records.load
     with monkeypatch.context() as patch:
         patch.setenv("OPDLAB_SCALE", "tiny")
         patch.chdir(path.parent)
@@ -116,13 +117,22 @@ def run(path: Path, change, monkeypatch) -> dict[tuple[int, int], tuple[str, boo
 
 
 def unchanged(table: pd.DataFrame) -> pd.DataFrame:
-    return table
+    return table.copy()
 
 
 def faults(path: Path, monkeypatch) -> list[str]:
     """Return the sentences that are false, or that no change of the records would make false."""
-    told = run(path, unchanged, monkeypatch)
-    others = [run(path, change, monkeypatch) for change in (exchanged, reversed_, spread)]
+    read: dict = {}  # the four runs ask for the same records
+    from_disk = records.load
+
+    def load(*args, **options):
+        key = repr((args, options))
+        if key not in read:
+            read[key] = from_disk(*args, **options)
+        return read[key]
+
+    told = run(path, unchanged, monkeypatch, load)
+    others = [run(path, change, monkeypatch, load) for change in (exchanged, reversed_, spread)]
     found = []
     for where, (sentence, holds) in told.items():
         # A cell that cannot be run on changed records states nothing any more.
