@@ -76,7 +76,7 @@ def published_sizes() -> pd.DataFrame:
 
 def standing(
     matrices: pd.DataFrame,
-    trajectory: pd.DataFrame,
+    trajectory: pd.DataFrame | None = None,
     history: pd.DataFrame | None = None,
     recipe: Recipe | None = None,
 ) -> dict[str, float]:
@@ -105,7 +105,7 @@ def standing(
     return found | {
         "steps": len(made),
         "coherence": update / walk,
-        "growth": nan if trajectory.empty else _growth(trajectory, recipe),
+        "growth": nan if trajectory is None or trajectory.empty else _growth(trajectory, recipe),
         "step_size": recipe.learning_rate / weights,
         "clipped": float((made["grad_norm"] > recipe.clip).mean()),
     }

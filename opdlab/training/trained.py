@@ -18,7 +18,7 @@ from opdlab.training.loop import install_model
 from opdlab.training.rollouts import encode_completions, encode_prompts
 from opdlab.training.store import Run
 from opdlab.training.tasks import Task
-from opdlab.training.trainer import Trainer, score
+from opdlab.training.trainer import Trainer, answers, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -200,6 +200,8 @@ class Trained:
     def transcripts(self, count: int = 3) -> pd.DataFrame:
         """Return what the model writes on the first prompts of an evaluation before and after the training, graded.
 
+        Texts are as the reward sees them, special tokens included. One that was cut ends in an ellipsis, and earns 0.
+
         Raises:
             OpdlabError: if fewer are held out, or the student's folder is gone.
         """
@@ -214,6 +216,7 @@ class Trained:
         tuned = with_weights(trainer.student, self.run.snapshot(self.run.steps))
         for when, model in {"before": trainer.student, "after": tuned}.items():
             rollouts = trainer.answer(model, prompts)
-            table[when] = trainer.tokenizer.batch_decode(rollouts.completions, skip_special_tokens=True)
+            texts = zip(*answers(trainer.tokenizer, rollouts), strict=True)
+            table[when] = [text if ended else f"{text}…" for text, ended in texts]
             table[f"reward {when}"] = score(trainer.tokenizer, task, prompts, rollouts).tolist()
         return pd.DataFrame(table)

@@ -57,6 +57,13 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
+def answers(tokenizer: transformers.PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[str], list[bool]]:
+    """Return the text of each completion without its end, special tokens included, and whether it ended or was cut."""
+    ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
+    kept = (tokens[: len(tokens) - whole] for tokens, whole in zip(rollouts.completions, ended, strict=True))
+    return tokenizer.batch_decode(list(kept)), ended
+
+
 def score(
     tokenizer: transformers.PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts
 ) -> Tensor:
@@ -64,10 +71,10 @@ def score(
 
     A completion without the end of the sequence was cut, and earns nothing.
     """
-    ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
-    texts = tokenizer.batch_decode([tokens[:-1] for tokens in rollouts.completions])
-    rewards = [task.reward(prompts[i // rollouts.samples], text) for i, text in enumerate(texts)]
-    return torch.tensor([reward if whole else 0.0 for reward, whole in zip(rewards, ended, strict=True)])
+    of_each = enumerate(zip(*answers(tokenizer, rollouts), strict=True))
+    return torch.tensor(
+        [task.reward(prompts[i // rollouts.samples], text) if ended else 0.0 for i, (text, ended) in of_each]
+    )
 
 
 class Trainer:

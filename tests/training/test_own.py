@@ -123,6 +123,17 @@ def test_ten_lines(models, tmp_path):
     said = run.transcripts(2)
     assert list(said) == ["prompt", "demonstration", "before", "reward before", "after", "reward after"]
     assert (said["demonstration"] == said["prompt"].map(lambda word: "".join(sorted(word)))).all()
+    # Random models write special tokens and seldom end: what is shown is what was graded.
+    shown = run.transcripts(8)
+    cut = 0
+    for when in ("before", "after"):
+        for prompt, demonstration, text, reward in shown[
+            ["prompt", "demonstration", when, f"reward {when}"]
+        ].to_numpy():
+            cut += text.endswith("…")
+            earned = 0.0 if text.endswith("…") else share(prompt, text, demonstration)
+            assert reward == pytest.approx(earned)
+    assert 0 < cut < 16 and shown["before"].str.contains("<|", regex=False).any()
 
     half = ol.opd(
         student=run.model,
