@@ -10,14 +10,15 @@ import multiprocessing.connection
 import os
 import platform
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.metadata import version
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from threading import RLock, Thread
-from typing import Any
+from types import ModuleType
 
 import numpy
 import torch
@@ -26,12 +27,28 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError
 
-# Spawned, because forking a process that has used several threads may hang.
-CONTEXT = multiprocessing.get_context("spawn")
+
+class _Worker(SpawnProcess):
+    """A process that does not import the program it was started from, which would do again all that stands there."""
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
 
 
-def _start(started: Any, prepare: Callable | None, arguments: tuple) -> None:
-    started.value = True
+class _Context(SpawnContext):
+    # Spawned, because forking a process that has used several threads may hang.
+    Process = _Worker
+
+
+CONTEXT = _Context()
+
+
+def _start(prepare: Callable | None, arguments: tuple) -> None:
     # Ctrl-C reaches the workers too. They may stop at once, because interrupted work is simply done again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # tqdm's default lock spans processes, and would be reported as leaked when a worker is killed.
@@ -66,10 +83,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 def workers(count: int, prepare: Callable | None = None, *arguments: object) -> Iterator[ProcessPoolExecutor]:
     """Start ``count`` single-threaded worker processes, and end them at once on any exception, Ctrl-C included.
 
-    Each process first calls ``prepare(*arguments)``.
-
-    Raises:
-        OpdlabError: if none could start, as in a script without ``if __name__ == "__main__":``, which each runs again.
+    Each process first calls ``prepare(*arguments)``. It knows what modules define, and nothing of the calling script.
     """
     # glibc reads these when a worker starts. Without them it returns the memory of large tensors to the system and gets
     # it back page by page, which takes a tenth of a training step and a quarter of a measurement. Above 32 MB it still
@@ -78,19 +92,13 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**29))
     # SciPy's BLAS does not follow PyTorch's number of threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    started = CONTEXT.RawValue("b", False)
-    with ProcessPoolExecutor(count, CONTEXT, _start, (started, prepare, arguments)) as pool:
+    with ProcessPoolExecutor(count, CONTEXT, _start, (prepare, arguments)) as pool:
         try:
             yield pool
-        except BaseException as problem:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
-            if isinstance(problem.__cause__ or problem, BrokenProcessPool) and not started.value:
-                raise OpdlabError(
-                    "no worker process could start: a script needs 'if __name__ == \"__main__\":' before what it does, "
-                    "or processes=1"
-                ) from problem
             raise
 
 

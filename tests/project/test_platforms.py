@@ -103,11 +103,13 @@ def test_an_unknown_task(lab):
         replace(lab, scale=scale).experiment("opd_update4")
 
 
-def test_a_script_without_a_main_guard_says_so(tmp_path):
-    """Its worker processes run it again, and none of them can start."""
+def test_a_script_needs_no_main_guard(tmp_path):
+    """Its worker processes do not run it again."""
     script = tmp_path / "script.py"
-    script.write_text("from opdlab.processes import workers\nwith workers(1) as pool: pool.submit(print).result()\n")
+    script.write_text(
+        "import opdlab as ol, torch\nprint('once')\n"
+        "w0 = {f'layers.{i}.q_proj.weight': torch.eye(8) for i in range(3)}\n"
+        "print(len(ol.measure(w0, {k: 2 * w for k, w in w0.items()}, processes=2).table))\n"
+    )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("opdlab.errors.OpdlabError: no worker process could start: a script needs 'if __name__ ==")
+    assert (done.returncode, done.stdout.split()) == (0, ["once", "3"]), done.stderr
