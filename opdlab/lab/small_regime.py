@@ -130,7 +130,10 @@ _arms = {
 SMALL_REGIME_ARMS = MappingProxyType(_arms)
 
 #: As in the other laboratory, rates and steps are chosen by sizes on pilots, and no gradient is clipped. The confined
-#: arms branch off from OPD after its 60th step.
+#: arms branch off from OPD after its 60th step. After 40 steps of a pilot OPD's norm was 0.066 %, and 83 % of the
+#: weights were unchanged. As a walk, 300 steps would come to 0.18 %, where the range of the paper's OPD begins. The
+#: teacher of that pilot had 120 steps, and was right in 46 % of its samples, the anchor in 42 %. For that reason alone
+#: it has 400.
 _FROM_ANCHOR = Recipe(300, prompts=16, samples=4, learning_rate=2e-5, clip=1e6)
 
 SMALL_REGIME = Scale(
@@ -142,7 +145,7 @@ SMALL_REGIME = Scale(
     budget=Budget(
         {
             "sft": Recipe(1000, 32, 1, 1e-4, "cosine", 100, (0.9, 0.95)),
-            "teacher": Recipe(120, 32, 1, 3e-4, "cosine", 12, (0.9, 0.95)),
+            "teacher": Recipe(400, 32, 1, 3e-4, "cosine", 40, (0.9, 0.95)),
             "arm": _FROM_ANCHOR,
             "confined": replace(_FROM_ANCHOR, steps=120),
         },
