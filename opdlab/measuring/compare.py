@@ -81,7 +81,7 @@ def compare(
     out: Path | str | None = None,
     seed: int = 0,
     processes: int = 1,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Comparison:
     """Compare measured updates. Nothing is written unless ``out`` is given.
 
@@ -91,7 +91,7 @@ def compare(
         out: folder for the results (:meth:`Comparison.save`); what an earlier call left unfinished there is resumed.
         seed: of the permutations.
         processes: matrices compared at once; weights in memory are always compared in this process.
-        progress: show a bar.
+        progress: show a bar when a second has passed.
 
     Raises:
         OpdlabError: on bad input, naming the file.

@@ -215,7 +215,7 @@ def resumable_map(
         key: what stopped work must share with this to be resumed, as JSON values.
         out: folder of the results; without it nothing can be resumed.
         processes: how many at once, with one thread each; 1 stays in this process.
-        progress: show a bar.
+        progress: show a bar when a second has passed.
 
     Raises:
         OpdlabError: if the folder cannot be written or holds other work, a process was killed, or as ``work`` does.
@@ -223,7 +223,7 @@ def resumable_map(
     done = _resume(out, key) if out else {}
     left = {name: size for name, size in sizes.items() if name not in done}
     with (
-        tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", disable=not progress) as bar,
+        tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", delay=1, disable=not progress) as bar,
         open(out / "rows.jsonl", "a") if out else nullcontext() as log,
     ):
         for name, found in _in_parallel(work, left, processes):

@@ -47,7 +47,7 @@ def measure(
     device: str = "cpu",
     cache: Path | None = None,
     embeddings: bool = False,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Update:
     """Measure what base and tuned have in common. Nothing is written unless ``out`` or ``cache`` is given.
 
@@ -61,7 +61,7 @@ def measure(
         device: where to compute, "cuda" for a GPU.
         cache: folder for decompositions of bases.
         embeddings: whether to decompose embeddings and heads too: the largest matrices, which are in no mean.
-        progress: show a bar.
+        progress: show a bar when a second has passed.
 
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
