@@ -230,7 +230,7 @@ def resumable_map(
             done[name] = found
             if log:
                 _write_line(log, {"name": name, "found": found})
-            bar.set_postfix_str(name[-40:])
+            bar.set_postfix_str(name[-40:], refresh=False)
             bar.update()
     yield done
     if out:
