@@ -142,9 +142,8 @@ class Runs:
         self.records = records
         self.values = lru_cache(maxsize=None)(lambda metric: metric.values(records))
         self.estimates = lru_cache(maxsize=None)(self._estimates)
-        alike = ["seed", "student", "recipe.steps", "recipe.learning_rate"]
-        rows = records.runs.groupby("arm")[alike]
-        self._how = {arm: set(of_arm.itertuples(index=False, name=None)) for arm, of_arm in rows}
+        alike = records.runs.groupby("arm")[["seed", "student", "recipe.steps", "recipe.learning_rate"]]
+        self._how = {arm: set(rows.itertuples(index=False, name=None)) for arm, rows in alike}
 
     def by_seed(self, contrast: Contrast) -> pd.Series:
         """Return a contrast of each seed that has its runs."""
@@ -175,12 +174,12 @@ class Runs:
 
         They are none if these arms differ in that themselves.
         """
-        how = self._how
 
         def fits(one: set, other: set) -> bool:
             seeds = {row[0] for row in one} & {row[0] for row in other}
             return bool(seeds) and all(row in other for row in one if row[0] in seeds)
 
+        how = self._how
         return [arm for arm, rows in how.items() if all(fits(rows, how.get(other, set())) for other in arms)]
 
 
