@@ -23,9 +23,9 @@ class Interval(NamedTuple):
     high: float
 
     def __format__(self, spec: str) -> str:
-        """Format the mean, followed by the ends in brackets if they are known."""
+        """Format the mean, followed by the ends in brackets if they are known; a blank goes before a percent sign."""
         ends = "" if isnan(self.low) else f" [{self.low:{spec}}, {self.high:{spec}}]"
-        return f"{self.mean:{spec}}{ends}"
+        return f"{self.mean:{spec}}{ends}".replace("%", " %")
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:

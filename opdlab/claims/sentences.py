@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from opdlab.errors import OpdlabError
@@ -15,7 +16,8 @@ def states(*said: Any, at: str = "tiny") -> Any:
     'Two is more than one. Three is more.'
 
     Args:
-        said: sentences in Markdown, each followed by the condition under which it is true.
+        said: sentences in Markdown, each followed by the condition under which it is true. A percentage gets the blank
+            before its sign that it has in all prose of the book.
         at: the scale whose records the sentences are about. At another scale they are shown as what they say of that
             one, and nothing is checked; "" stands for sentences that are true at all scales.
 
@@ -25,7 +27,7 @@ def states(*said: Any, at: str = "tiny") -> Any:
     from IPython.display import Markdown  # imported late: only notebooks have it
 
     pairs = list(zip(said[::2], said[1::2], strict=True))
-    paragraph = " ".join(sentence for sentence, _ in pairs)
+    paragraph = re.sub(r"(\d)%", r"\1 %", " ".join(sentence for sentence, _ in pairs))
     if at and get_scale().name != at:
         return Markdown(f"*Not at this scale. At {at}:* {paragraph}")
     for sentence, holds in pairs:

@@ -93,7 +93,7 @@ def test_a_scorecard_says_what_the_verdicts_do(verdicts):
     assert one["effect"] == "+1 [+0.5, +1.5]"
     assert (one["paper"], one["known"], two["elsewhere"]) == ("Figure 0", "printed", "others agree")
     assert (one["margin"], one["p for"], two["p against"], two["seeds"]) == ("0.25", "0.01", "0.6", 3)
-    assert (one["left by the controls"], two["left by the controls"]) == ("12% [10%, 15%]", "")
+    assert (one["left by the controls"], two["left by the controls"]) == ("12 % [10 %, 15 %]", "")
     assert (two["at half the margin"], two["at twice"]) == ("seen, not tested further", "not seen")
     assert (one["written"], two["written"]) == ("before", "after")
 
