@@ -102,7 +102,7 @@ def test_the_table_of_a_chapter_shows_only_what_it_is_about(verdicts):
     table = verdict_table(verdicts)
     assert table.index.tolist() == ["It is so.", "It is not."]
     assert verdict_table(verdicts, ("two",)).index.tolist() == ["It is not."]
-    left = ["SFT's <own> recipe: 12% [10%, 15%] left; size: cannot be told", ""]
+    left = ["SFT's <own> recipe: 12 % [10 %, 15 %] left; size: cannot be told", ""]
     assert table["left by a simpler cause"].tolist() == left
     effects = [f"+1 [+0.5, +1.5]<br><small>margin {margin}</small>" for margin in (0.25, 0.5)]
     assert table["effect"].tolist() == effects
@@ -157,7 +157,7 @@ def test_the_table_of_all_claims_has_four_columns_and_the_rest_folded(verdicts):
     assert badge("seen") in two and "<dt>effect in the real model</dt><dd>+2 [+1.5, +2.5]</dd>" in two
     assert "<td>others agree</td>" in two and "<dt>elsewhere</dt>" not in html
     assert "<dt>paper</dt><dd>Figure 0</dd>" in one and "<dt>written</dt><dd>after</dd>" in two
-    assert "<dt>left by the controls</dt><dd>12% [10%, 15%]</dd>" in one
+    assert "<dt>left by the controls</dt><dd>12 % [10 %, 15 %]</dd>" in one
     assert "left by the controls" not in two, "what is empty is left out"
     assert 'aria-label="Details of: It is not."' in two
 
