@@ -1,12 +1,9 @@
-"""Models as a run opens them: checked before the first step, so that none is trained on something else than it says.
-
-A model that reads a batch in another way than each sequence alone is refused, and so is a pair whose tokenizers write
-the same prompts, or their ends, as different tokens.
-"""
+"""Models as a run opens them: checked before the first step, so that none is trained on something else than it says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +12,7 @@ import transformers
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import (
-    character_tokenizer,
-    check_same_vocabulary,
-    common_tokens,
-    context_length,
-    cut_vocabulary,
-    load_model,
-    load_tokenizer,
-    new_model,
-)
+from opdlab.models import folders
 from opdlab.training.rollouts import Rollouts, Sampling, encode_prompts, logits_of, micro_batches
 
 if TYPE_CHECKING:
@@ -35,6 +23,14 @@ Model = transformers.PreTrainedModel
 PROMPT, COMPLETION = 32, 8
 
 
+def encode(
+    experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase, model: Model, prompts: Sequence[str]
+) -> list[list[int]]:
+    """Return prompts as the token ids that ``model`` reads; with a completion they must fit into its context."""
+    room = folders.context_length(model.config) - experiment.max_new_tokens
+    return encode_prompts(tokenizer, experiment.task.texts(tokenizer, prompts), room)
+
+
 def load_student(
     experiment: Experiment, device: torch.device | str = "cpu"
 ) -> tuple[transformers.PreTrainedTokenizerBase, Model]:
@@ -42,9 +38,9 @@ def load_student(
     source = experiment.arm.student
     if source.shape:
         # transformers wraps the method "to", and its type with it.
-        model = new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
-        return character_tokenizer(), model
-    return load_tokenizer(source.folder), load_model(source.folder, device)
+        model = folders.new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
+        return folders.character_tokenizer(), model
+    return folders.load_tokenizer(source.folder), folders.load_model(source.folder, device)
 
 
 def open_models(
@@ -53,10 +49,7 @@ def open_models(
     """Return tokenizer, student and teacher (or None) of a run, once they have read some prompts of its task rightly.
 
     The student is in float32, and the teacher in ``dtype``, that of the passes: nothing is learned there, so nothing is
-    lost.
-
-    Raises:
-        OpdlabError: as :func:`open_alike` does, or if the passes of a model are wrong (:func:`check_passes`).
+    lost. Raises what :func:`open_alike` and :func:`check_passes` raise.
     """
     arm = experiment.arm
     tokenizer, student, encoded = open_alike(experiment, prompts, device)
@@ -64,10 +57,10 @@ def open_models(
         student.activation_checkpointing_enable()
         drop_nothing(student)
     check_passes(student, f"the student {arm.student.folder or 'with random weights'}", encoded)
-    teacher = load_model(arm.teacher.folder, device, dtype) if arm.teacher else None
+    teacher = folders.load_model(arm.teacher.folder, device, dtype) if arm.teacher else None
     if arm.teacher and teacher:
         check_passes(teacher, f"the teacher {arm.teacher.folder}", encoded)
-    cut_vocabulary([student, teacher] if teacher else [student], tokenizer)
+    folders.cut_vocabulary([student, teacher] if teacher else [student], tokenizer)
     return tokenizer, student, teacher
 
 
@@ -81,9 +74,9 @@ def open_for_trl(
     Raises:
         OpdlabError: as :func:`open_alike` does, or if TRL cannot leave out what is no token.
     """
-    arm, task = experiment.arm, experiment.task
+    arm = experiment.arm
     tokenizer, student, _ = open_alike(experiment, prompts)
-    teacher: Any = load_model(arm.teacher.folder, dtype=dtype) if arm.teacher and taught else None
+    teacher: Any = folders.load_model(arm.teacher.folder, dtype=dtype) if arm.teacher and taught else None
     drop_nothing(student)
     # Where the two differ, IWOPD takes a sampled padding token at the end of a completion for padding.
     tokenizer.pad_token = tokenizer.eos_token
@@ -91,13 +84,12 @@ def open_for_trl(
     # Nothing else of the folder's own, such as a penalty for repetition, may change what is sampled.
     student.generation_config = transformers.GenerationConfig(**ends)
     models = [student, teacher] if teacher else [student]
-    count, size = common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
+    count, size = folders.common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
     if teacher and teacher.config.get_text_config().vocab_size != size:
         teacher.resize_token_embeddings(size, mean_resizing=False)
     for model in models if count < size else ():
         _hide_padding(model, count, dtype)
-    room = context_length(student.config) - experiment.max_new_tokens
-    return tokenizer, student, teacher, lambda prompts: encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+    return tokenizer, student, teacher, partial(encode, experiment, tokenizer, student)
 
 
 def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
@@ -132,16 +124,15 @@ def open_alike(
         OpdlabError: if a model cannot be opened, the two differ in vocabulary, in ends, or in the tokens that they read
             a prompt as, or a chat template ends an answer in another way than its tokenizer.
     """
-    task, folder, teacher = experiment.task, experiment.arm.student.folder, experiment.arm.teacher
+    folder, teacher = experiment.arm.student.folder, experiment.arm.teacher
     tokenizer, student = load_student(experiment, device)
-    room = context_length(student.config) - experiment.max_new_tokens
-    if task.chat:
+    if experiment.task.chat:
         _check_end(tokenizer, folder)
-    ours = encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+    ours = encode(experiment, tokenizer, student, prompts)
     if teacher:
-        check_same_vocabulary(Path(folder), Path(teacher.folder))
-        other = load_tokenizer(teacher.folder)
-        theirs = encode_prompts(other, task.texts(other, prompts), room)
+        folders.check_same_vocabulary(Path(folder), Path(teacher.folder))
+        other = folders.load_tokenizer(teacher.folder)
+        theirs = encode(experiment, other, student, prompts)
         if ours != theirs:
             raise OpdlabError(
                 f"student {folder} reads a prompt as {tokenizer.decode(ours[0])!r} and teacher {teacher.folder} as "
@@ -189,7 +180,7 @@ def check_passes(model: Model, title: str, prompts: Sequence[list[int]]) -> None
     what, only = f"{title} ({model.config.model_type})", "opdlab can measure it, but not train it or with it"
     if model._is_stateful:
         raise OpdlabError(f"{what} carries a state from token to token, and is not made of attention alone: {only}")
-    half = min(PROMPT, context_length(model.config) // 2)
+    half = min(PROMPT, folders.context_length(model.config) // 2)
     first, second = prompts[0][:half], prompts[-1][: max(1, min(half, len(prompts[-1])) // 2)]
     one, other = first[:COMPLETION], second[:COMPLETION]
     rollouts = Rollouts([first, second], [one, other, other, one])

@@ -16,29 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import update_mask
-from opdlab.models.folders import context_length
 from opdlab.processes import find_device
 from opdlab.training import objectives
 from opdlab.training.config import Experiment
 from opdlab.training.losses import LOSSES, RANKINGS, token_weights
-from opdlab.training.opening import open_models
+from opdlab.training.opening import encode, open_models
 from opdlab.training.optimizers import make_optimizers
 from opdlab.training.projection import Projector
-from opdlab.training.rollouts import (
-    MicroBatch,
-    Rollouts,
-    encode_completions,
-    encode_prompts,
-    logits_of,
-    micro_batches,
-    sample,
-)
+from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, logits_of, micro_batches, sample
 from opdlab.training.tasks import Task
 
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4, "authors": 5}
@@ -57,16 +48,14 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def answers(tokenizer: transformers.PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[str], list[bool]]:
+def answers(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[str], list[bool]]:
     """Return the text of each completion without its end, special tokens included, and whether it ended or was cut."""
     ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
     kept = (tokens[: len(tokens) - whole] for tokens, whole in zip(rollouts.completions, ended, strict=True))
     return tokenizer.batch_decode(list(kept)), ended
 
 
-def score(
-    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts
-) -> Tensor:
+def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts) -> Tensor:
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
 
     A completion without the end of the sequence was cut, and earns nothing.
@@ -81,12 +70,7 @@ class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
     def __init__(self, experiment: Experiment):
-        """Load the models of an experiment, and check that they can be trained on its task.
-
-        Raises:
-            OpdlabError: if a model cannot be opened, student and teacher differ in vocabulary, ends or the tokens of a
-                prompt, or a model's passes are not those of each sequence alone.
-        """
+        """Load and check the models of an experiment, or raise what :func:`open_models` raises."""
         self.experiment = experiment
         self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
         self.device = find_device(experiment.compute.gpu)
@@ -152,12 +136,11 @@ class Trainer:
         """Return the completions of a step, and their rewards (B,) if a student wrote them."""
         recipe, seed = self.recipe, self.experiment.seed
         prompts = self.task.prompts(recipe.prompts, random_numbers(seed, "prompts", step))
-        texts = self.task.texts(self.tokenizer, prompts)
         if self.writer is None:
-            room = context_length(self.student.config) - self.experiment.max_new_tokens
-            authors = random_numbers(seed, "authors", step)
-            solutions = encode_completions(self.tokenizer, self.task.demonstrations(prompts, authors))
-            return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
+            solutions = self.task.demonstrations(prompts, random_numbers(seed, "authors", step))
+            asked = encode(self.experiment, self.tokenizer, self.student, prompts)
+            return Rollouts(asked, encode_completions(self.tokenizer, solutions)), None
+        texts = self.task.texts(self.tokenizer, prompts)
         how: Any = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": self.experiment.temperature}
         how |= {"samples": recipe.samples, "generator": torch_generator(random_numbers(seed, "rollouts", step))}
         by_teacher = round(self.arm.teacher_share * len(prompts))
@@ -187,11 +170,9 @@ class Trainer:
         return sums, gradients
 
     def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
-        """Let the models read a micro-batch of a batch with so many ``tokens``.
+        """Let the models read a micro-batch of a batch with so many ``tokens``, and return two tables of scalars.
 
-        Returns:
-            Each of the arm's losses by name, as its share of that of the batch, and the "entropy" and "kl" (to the
-            teacher), summed over the tokens; all scalars.
+        They are the arm's losses, as shares of those of the batch, and "entropy" and "kl" (to the teacher), summed.
         """
         at_once = self.experiment.compute.tokens_at_once
         noise = torch.rand(part.tokens.shape, generator=random).to(self.device)
@@ -291,7 +272,7 @@ class Trainer:
 
     # --- what the steps work with -------------------------------------------------------------------------------------
 
-    def in_dtype(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    def in_dtype(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model, or a copy of it in the dtype of the passes: casting once is cheaper than at every token."""
         return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()  # type: ignore[arg-type]
 
@@ -355,7 +336,7 @@ class Trainer:
         return self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
 
     def answer(
-        self, student: transformers.PreTrainedModel, prompts: list[str], temperature: float = 1.0, samples: int = 1
+        self, student: PreTrainedModel, prompts: list[str], temperature: float = 1.0, samples: int = 1
     ) -> Rollouts:
         """Sample completions for each prompt of an evaluation."""
         how: dict[str, Any] = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": temperature}
