@@ -5,35 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import OpdlabError
 from opdlab.models import folders
+from opdlab.training.config import Experiment
 from opdlab.training.rollouts import Rollouts, Sampling, encode_prompts, logits_of, micro_batches
 
-if TYPE_CHECKING:
-    from opdlab.training.config import Experiment
-
-Model = transformers.PreTrainedModel
+Model = PreTrainedModel
 #: Of two prompts so many tokens are read, each followed by so many of both.
 PROMPT, COMPLETION = 32, 8
 
 
 def encode(
-    experiment: Experiment, tokenizer: transformers.PreTrainedTokenizerBase, model: Model, prompts: Sequence[str]
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: Model, prompts: Sequence[str]
 ) -> list[list[int]]:
     """Return prompts as the token ids that ``model`` reads; with a completion they must fit into its context."""
     room = folders.context_length(model.config) - experiment.max_new_tokens
     return encode_prompts(tokenizer, experiment.task.texts(tokenizer, prompts), room)
 
 
-def load_student(
-    experiment: Experiment, device: torch.device | str = "cpu"
-) -> tuple[transformers.PreTrainedTokenizerBase, Model]:
+def load_student(experiment: Experiment, device: torch.device | str = "cpu") -> tuple[PreTrainedTokenizerBase, Model]:
     """Return the tokenizer and the model that a run starts from."""
     source = experiment.arm.student
     if source.shape:
@@ -45,7 +41,7 @@ def load_student(
 
 def open_models(
     experiment: Experiment, prompts: list[str], device: torch.device, dtype: torch.dtype
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any]:
+) -> tuple[PreTrainedTokenizerBase, Model, Any]:
     """Return tokenizer, student and teacher (or None) of a run, once they have read some prompts of its task rightly.
 
     The student is in float32, and the teacher in ``dtype``, that of the passes: nothing is learned there, so nothing is
@@ -66,7 +62,7 @@ def open_models(
 
 def open_for_trl(
     experiment: Experiment, prompts: list[str], dtype: torch.dtype, taught: bool
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any, Callable[..., list[list[int]]]]:
+) -> tuple[PreTrainedTokenizerBase, Model, Any, Callable[..., list[list[int]]]]:
     """Return tokenizer, student and teacher (or None), made ready for TRL, and what turns prompts into token ids.
 
     They are as in :func:`open_models`, but only compared; a teacher that has not ``taught`` is not loaded.
@@ -82,7 +78,7 @@ def open_for_trl(
     tokenizer.pad_token = tokenizer.eos_token
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     # Nothing else of the folder's own, such as a penalty for repetition, may change what is sampled.
-    student.generation_config = transformers.GenerationConfig(**ends)
+    student.generation_config = GenerationConfig(**ends)
     models = [student, teacher] if teacher else [student]
     count, size = folders.common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
     if teacher and teacher.config.get_text_config().vocab_size != size:
@@ -117,7 +113,7 @@ def link_for_vllm(student: Model, folder: Path) -> Path:
 
 def open_alike(
     experiment: Experiment, prompts: list[str], device: torch.device | str = "cpu"
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, list[list[int]]]:
+) -> tuple[PreTrainedTokenizerBase, Model, list[list[int]]]:
     """Return tokenizer, student and prompts as the student's token ids, once they are known to be the teacher's too.
 
     Raises:
@@ -142,7 +138,7 @@ def open_alike(
     return tokenizer, student, ours
 
 
-def _check_end(tokenizer: transformers.PreTrainedTokenizerBase, folder: str) -> None:
+def _check_end(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """Refuse a chat template that ends an answer with another special token than a completion, as Gemma's and Phi's."""
     talk = [{"role": role, "content": role.upper()} for role in ("user", "assistant")]
     try:

@@ -50,12 +50,10 @@ class Run:
     def __init__(self, experiment: Experiment, root: Path, folder: Path | None = None):
         """Open the run of an experiment, which need not have begun.
 
-        Its folder is by default named by the experiment's key, in ``root``, the folder of all runs.
-
-        Raises:
-            OpdlabError: if the folder holds another experiment.
+        Its folder is by default named by the experiment's key, in ``root``, the folder of all runs. If another
+        experiment is in it, an OpdlabError is raised.
         """
-        self.experiment, self.root = experiment, root
+        self.experiment, self.root, self.steps = experiment, root, experiment.recipe.steps
         self.folder = folder or root / experiment.folder
         # A run that failed before its first step holds nothing yet, so another reward may follow.
         if folder and (folder / "config.json").is_file():
@@ -64,20 +62,13 @@ class Run:
                 raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
             if there != self.config and self._read("history")[1]:
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
-                differ = ["data or reward" if key == "data" else key for key in differ]
-                raise OpdlabError(
-                    f"out is {folder}, which holds another experiment ({', '.join(differ)} differ): choose another"
-                )
+                said = ", ".join("data or reward" if key == "data" else key for key in differ)
+                raise OpdlabError(f"out is {folder}, which holds another experiment ({said} differ): choose another")
 
     @property
     def config(self) -> dict:
         """Everything that decides the result."""
         return self.experiment.config
-
-    @property
-    def steps(self) -> int:
-        """The number of updates."""
-        return self.experiment.recipe.steps
 
     @property
     def finished(self) -> bool:
@@ -183,13 +174,12 @@ class Run:
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""
+        path = self._path(name)
         try:
-            with open(self._path(name), "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
-            raise OpdlabError(
-                f"{self._path(name)} cannot be written ({problem.strerror}); make room and run it again"
-            ) from problem
+            raise OpdlabError(f"{path} cannot be written ({problem.strerror}); make room and run it again") from problem
 
     def lines(self, name: str) -> list[dict]:
         """Return the lines of ``history`` or ``evaluations``, or raise an OpdlabError if one is damaged."""

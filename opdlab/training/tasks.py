@@ -149,10 +149,7 @@ class Task:
     def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
         """Draw ``count`` prompts of the training set, or ``count`` different ones of the evaluation set.
 
-        From a data set, a batch has no prompt twice.
-
-        Raises:
-            OpdlabError: if there are not so many.
+        From a data set, a batch has no prompt twice. If there are not so many, an OpdlabError is raised.
         """
         if self.data:
             chosen = [prompt for prompt in self.data if (prompt in self._evaluation) == evaluation]

@@ -61,9 +61,8 @@ def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], ro
     A completion without the end of the sequence was cut, and earns nothing.
     """
     of_each = enumerate(zip(*answers(tokenizer, rollouts), strict=True))
-    return torch.tensor(
-        [task.reward(prompts[i // rollouts.samples], text) if ended else 0.0 for i, (text, ended) in of_each]
-    )
+    rewards = [task.reward(prompts[i // rollouts.samples], text) if ended else 0.0 for i, (text, ended) in of_each]
+    return torch.tensor(rewards)
 
 
 class Trainer:
