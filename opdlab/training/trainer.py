@@ -32,6 +32,7 @@ from opdlab.training.projection import Projector
 from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, logits_of, micro_batches, sample
 from opdlab.training.tasks import Task
 
+Tensors = dict[str, Tensor]
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4, "authors": 5}
 
 #: What is added up over a batch, and what messages call it.
@@ -69,7 +70,7 @@ class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
     def __init__(self, experiment: Experiment):
-        """Load and check the models of an experiment, or raise what :func:`open_models` raises."""
+        """Load and check the models of an experiment, or raise what :func:`opdlab.training.opening.open_models` raises."""
         self.experiment = experiment
         self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
         self.device = find_device(experiment.compute.gpu)
@@ -151,12 +152,10 @@ class Trainer:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
 
-    def _gradients(
-        self, step: int, rollouts: Rollouts, advantages: Tensor | None
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def _gradients(self, step: int, rollouts: Rollouts, advantages: Tensor | None) -> tuple[dict[str, float], Tensors]:
         """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients (P,) by loss."""
         random = torch_generator(random_numbers(self.experiment.seed, "tokens", step))
-        sums, gradients = dict.fromkeys(_SUMS, 0.0), dict[str, Tensor]()
+        sums, gradients = dict.fromkeys(_SUMS, 0.0), Tensors()
         self.student.zero_grad()
         self.student.train(self.experiment.compute.recompute)  # Only then does transformers recompute.
         for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device, advantages):
@@ -168,7 +167,7 @@ class Trainer:
         self.student.eval()
         return sums, gradients
 
-    def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
+    def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[Tensors, Tensors]:
         """Let the models read a micro-batch of a batch with so many ``tokens``, and return two tables of scalars.
 
         They are the arm's losses, as shares of those of the batch, and "entropy" and "kl" (to the teacher), summed.
@@ -186,14 +185,14 @@ class Trainer:
         if not at_once:
             return self._losses(part, ours, theirs, tokens)
 
-        def look(piece: MicroBatch, ours: Tensor, theirs: Tensor | None) -> tuple[dict, dict]:
+        def look(piece: MicroBatch, ours: Tensor, theirs: Tensor | None) -> tuple[Tensors, Tensors]:
             with self.precision():
                 logits = logits_of(self.student, ours)
             with torch.no_grad():
                 teacher = None if theirs is None else logits_of(self.teacher, theirs)
             return self._losses(piece, logits, teacher, tokens)
 
-        totals: tuple[dict, dict] = {}, {}
+        totals: tuple[Tensors, Tensors] = {}, {}
         pieces = list(part.pieces(at_once))
         # The logits of a piece are made again when its gradient is due, so those of two are never there together.
         again = look if len(pieces) == 1 else partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
@@ -203,9 +202,7 @@ class Trainer:
                 total |= {name: total.get(name, 0.0) + value for name, value in values.items()}
         return totals
 
-    def _losses(
-        self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _losses(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int) -> tuple[Tensors, Tensors]:
         """Return what :meth:`read` does, of logits (C, T, V); of rollouts at the temperature that they have."""
         if self.writer is not None and self.experiment.temperature != 1:
             logits = logits / self.experiment.temperature
@@ -222,14 +219,14 @@ class Trainer:
             losses[name] = objectives.token_mean(per_token * weights, part.mask, normalizer=tokens)
         return losses, sums
 
-    def _sums(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+    def _sums(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None) -> Tensors:
         """Return the entropy, and KL(student || teacher) if there is one, summed over the tokens of a micro-batch."""
         found = {"entropy": objectives.in_pieces(objectives.entropy, logits), "kl": logits.new_zeros(part.mask.shape)}
         if teacher is not None:
             found["kl"] = objectives.in_pieces(objectives.reverse_kl, logits, teacher)
         return {name: values[part.mask].sum() for name, values in found.items()}
 
-    def _accumulate(self, losses: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    def _accumulate(self, losses: Tensors, gradients: Tensors) -> None:
         """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
         if len(losses) == 1:
             next(iter(losses.values())).backward()
@@ -241,7 +238,7 @@ class Trainer:
             gradients[name] = gradients[name] + whole if name in gradients else whole
 
     @torch.no_grad()
-    def _mix(self, gradients: dict[str, Tensor]) -> dict[str, float]:
+    def _mix(self, gradients: Tensors) -> dict[str, float]:
         """Put a mixture's gradients together, and return their norms and cosine; nothing without a mixture."""
         if not gradients:
             return {}
@@ -356,9 +353,9 @@ class Trainer:
 
     # --- stopping and going on ----------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Return weights and optimizer moments, by kind and name."""
-        found: dict[str, Tensor] = {}
+        found: Tensors = {}
         for name, weight in self.student.named_parameters():
             found[f"weight.{name}"] = weight
             for optimizer in self.optimizers:
@@ -366,7 +363,7 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Tensors) -> None:
         """Take back what :meth:`state` returned."""
         weights = dict(self.student.named_parameters())
         groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]
