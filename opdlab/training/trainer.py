@@ -70,7 +70,7 @@ class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
     def __init__(self, experiment: Experiment):
-        """Load and check the models of an experiment, or raise what :func:`opdlab.training.opening.open_models` raises."""
+        """Load and check the models of an experiment; raises what :func:`opdlab.training.opening.open_models` does."""
         self.experiment = experiment
         self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
         self.device = find_device(experiment.compute.gpu)
@@ -170,7 +170,7 @@ class Trainer:
     def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[Tensors, Tensors]:
         """Let the models read a micro-batch of a batch with so many ``tokens``, and return two tables of scalars.
 
-        They are the arm's losses, as shares of those of the batch, and "entropy" and "kl" (to the teacher), summed.
+        They are the arm's losses, shares of the batch's, and "entropy" and "kl" (to the teacher), summed over tokens.
         """
         at_once = self.experiment.compute.tokens_at_once
         noise = torch.rand(part.tokens.shape, generator=random).to(self.device)

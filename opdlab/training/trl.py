@@ -311,7 +311,7 @@ def _rows(experiment: Experiment, trainer: str, tokenizer: Any, encode: Callable
 
     def draw(batch: dict[str, list[int]]) -> dict[str, list]:
         pairs = [pairs_of(number // a_step)[number % a_step // repeats] for number in batch["number"]]
-        prompts, solutions = map(list, zip(*pairs, strict=True))
+        prompts, solutions = [prompt for prompt, _ in pairs], [solution for _, solution in pairs]
         if trainer != "SFT":
             return {"prompt": prompts}
         rows = list(zip(encode(prompts), encode_completions(tokenizer, solutions), strict=True))
