@@ -6,7 +6,6 @@ Work on small matrices is spread over processes, because two processes of one th
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import signal
@@ -20,7 +19,6 @@ from pathlib import Path
 from threading import RLock, Thread
 from types import ModuleType
 
-import numpy
 import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -63,7 +61,7 @@ def _start(prepare: Callable | None, arguments: tuple) -> None:
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a worker waits for its parent to end"
-    multiprocessing.connection.wait([parent.sentinel])
+    parent.join()
     os._exit(1)
 
 
@@ -143,14 +141,15 @@ def processor() -> str:
 
 def provenance(device: torch.device | None = None) -> dict:
     """Return what floating-point results depend on besides the configuration: versions, processor and device."""
-    device = device or torch.device("cpu")
-    gpu = {} if device.type == "cpu" else {"cuda": torch.version.cuda}
-    return {
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "numpy": numpy.__version__,
-        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "numpy": version("numpy"),
+        "device": "cpu",
         "processor": processor(),
         "machine": f"{platform.system()} {platform.machine()}",
-    } | gpu
+    }
+    if device is None or device.type == "cpu":
+        return found
+    return found | {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}

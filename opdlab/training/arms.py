@@ -38,11 +38,7 @@ class Model:
 
     @property
     def identity(self) -> Any:
-        """The digest of the weights, or the shape, as JSON values.
-
-        Raises:
-            OpdlabError: if the folder is missing and its digest not known.
-        """
+        """The digest of the weights, or the shape, as JSON values; an OpdlabError without a folder and a digest."""
         if self.shape:
             return dict(self.shape)
         return self.known if self.known and not Path(self.folder).is_dir() else weights_digest(Path(self.folder))
@@ -169,11 +165,8 @@ def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: 
     """On-policy distillation: the student writes, and the teacher grades each token (2606.07082, section 5).
 
     Models are given by their folders, and share a vocabulary. The estimator of the reverse KL is "sampled" (the
-    paper's), "full" (over the whole vocabulary) or another of :data:`ESTIMATORS`. ``variant`` sets other fields of
-    :class:`Arm`, such as ``tokens`` (:func:`top`) and ``projection`` (:func:`project`).
-
-    Raises:
-        OpdlabError: if there is no such estimator.
+    paper's), "full" (over the whole vocabulary) or another of :data:`ESTIMATORS`; any other raises an OpdlabError.
+    ``variant`` sets fields of :class:`Arm`, such as ``tokens`` (:func:`top`) and ``projection`` (:func:`project`).
     """
     if estimator not in ESTIMATORS:
         raise OpdlabError(f"there is no estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")

@@ -89,11 +89,7 @@ class Compute:
                 raise OpdlabError(f"{name} is {getattr(self, name)!r}: give float32 or bfloat16")
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """Return what the passes compute in on a device.
-
-        Raises:
-            OpdlabError: if that is bfloat16, and the CPU does not compute in it.
-        """
+        """Return what passes compute in on a device; an OpdlabError if in bfloat16 on a CPU that lacks it."""
         if device.type == "cuda":
             return getattr(torch, self.dtype)
         if self.cpu_dtype == "bfloat16" and not computes_in_bfloat16():
@@ -148,11 +144,7 @@ class Experiment:
 
     @cached_property
     def config(self) -> dict:
-        """Everything that decides the result, as JSON values.
-
-        Raises:
-            OpdlabError: if a model is missing, or a task's reward fails.
-        """
+        """All that decides the result, as JSON values; an OpdlabError if a model is missing or a reward fails."""
         arm = self.arm
         config: dict[str, Any] = {
             "arm": changed_fields(arm), "student": arm.student.identity,

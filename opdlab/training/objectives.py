@@ -3,7 +3,8 @@
 ``logits[b, t]`` (V,) is the distribution that ``tokens[b, t]`` was drawn from, and must be finite; ``mask`` (B, T)
 marks the completion tokens that count. S is the student, T the teacher, p their softmax at temperature 1; all is in
 nats. A loss is per token, (B, T); a reduction to a scalar comes last and knows the size of the whole batch, so that
-splitting it into micro-batches changes nothing. OPD, RLVR and their mixtures differ in their advantages only.
+splitting it into micro-batches changes nothing. OPD, RLVR and their mixtures differ in their advantages only. Shapes
+that do not fit raise :class:`opdlab.errors.OpdlabError`; a function says so only where there is more to it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
 
     The gradient to the logits is onehot(token) - p, the score function. Masked tokens must be valid ids too.
 
-    Raises:
-        OpdlabError: if ``tokens`` has not one entry for each distribution in ``logits``.
-
     >>> token_logps(torch.tensor([[[0.25, 0.75]]]).log(), torch.tensor([[1]])).exp()
     tensor([[0.7500]])
     """
@@ -53,7 +51,6 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return the SFT loss -log p_S(token) (B, T): next-token cross-entropy (2606.07082, Appendix D).
 
     Its gradient to the logits is p_S - onehot(token), over the teacher's tokens on average that of :func:`forward_kl`.
-    Raises what :func:`token_logps` raises.
 
     >>> cross_entropy(torch.tensor([[[0.25, 0.75]]]).log(), torch.tensor([[0]]))  # log 4
     tensor([[1.3863]])
@@ -70,9 +67,6 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     The OPD objective with the expectation over the token taken exactly (2606.07082, Appendix D). The gradient to the
     student's logit i is p_S(i) (log p_S(i) / p_T(i) - KL). None reaches the teacher, or the choice of the states.
 
-    Raises:
-        OpdlabError: if the two logits differ in shape.
-
     >>> reverse_kl(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log())  # (log 4/3) / 2
     tensor([[0.1438]])
     """
@@ -83,7 +77,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return KL(T || S) = ∑ p_T (log p_T - log p_S) (B, T) over the vocabulary; logits (B, T, V).
 
     The gradient to the student's logits is p_S - p_T: soft-label cross-entropy, since the teacher's entropy is
-    constant. None reaches the teacher. Raises what :func:`reverse_kl` raises.
+    constant. None reaches the teacher.
 
     >>> forward_kl(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.25, 0.75]]]).log())  # (log 27/16) / 4
     tensor([[0.1308]])
@@ -100,7 +94,7 @@ def topk_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, k: int) -> T
     gradient fits the total mass, not its shape; the choice of the k tokens is not differentiated.
 
     Raises:
-        OpdlabError: if k is not between 1 and V, or the two logits differ in shape.
+        OpdlabError: if k is not between 1 and V.
 
     >>> student, teacher = torch.tensor([[[0.5, 0.25, 0.25]]]).log(), torch.tensor([[[0.25, 0.5, 0.25]]]).log()
     >>> [round(float(topk_reverse_kl(student, teacher, k)), 4) for k in (1, 3)]
@@ -132,9 +126,6 @@ def opd_advantages(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     credited with its own log-ratio and no later one (discount 0). By :func:`policy_gradient`, in expectation over the
     student's tokens, the gradient is that of :func:`reverse_kl` at the sampled states, and the *value* the estimator
     k1. On tokens drawn from someone else it is the gradient of neither KL.
-
-    Raises:
-        OpdlabError: if the two differ in shape.
 
     >>> opd_advantages(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.5]]).log())  # the teacher doubts: < 0
     tensor([[-0.6931,  0.0000]])
@@ -172,9 +163,6 @@ def policy_gradient(logps: Tensor, advantages: Tensor) -> Tensor:
     (B, T) are the student's of the sampled tokens, ``advantages`` are (B, T), or (B,) for one in each row. For GRPO the
     value is zero after averaging, whatever the gradient: do not plot this loss.
 
-    Raises:
-        OpdlabError: if shapes do not fit.
-
     >>> logps = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
     >>> policy_gradient(logps, torch.tensor([[1.0, -1.0]])).sum().backward()
     >>> logps.grad
@@ -196,9 +184,6 @@ def token_mean(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | Non
 
     What ``mask`` leaves out may be NaN. With the number of tokens in the *whole* batch as ``normalizer``, the losses
     and the gradients of its micro-batches add up to its own. By default it is that in ``mask``, and never less than 1.
-
-    Raises:
-        OpdlabError: if the two differ in shape.
 
     >>> token_mean(torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]]))
     tensor(3.)

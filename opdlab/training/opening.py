@@ -1,62 +1,51 @@
-"""Models as a run opens them: checked before the first step, so that none is trained on something else than it says.
-
-A model that reads a batch in another way than each sequence alone is refused, and so is a pair whose tokenizers write
-the same prompts, or their ends, as different tokens.
-"""
+"""Models as a run opens them: checked before the first step, so that none is trained on something else than it says."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import (
-    character_tokenizer,
-    check_same_vocabulary,
-    common_tokens,
-    context_length,
-    cut_vocabulary,
-    load_model,
-    load_tokenizer,
-    new_model,
-)
+from opdlab.models import folders
+from opdlab.training.config import Experiment
 from opdlab.training.rollouts import Rollouts, Sampling, encode_prompts, logits_of, micro_batches
 
-if TYPE_CHECKING:
-    from opdlab.training.config import Experiment
-
-Model = transformers.PreTrainedModel
+Model = PreTrainedModel
 #: Of two prompts so many tokens are read, each followed by so many of both.
 PROMPT, COMPLETION = 32, 8
 
 
-def load_student(
-    experiment: Experiment, device: torch.device | str = "cpu"
-) -> tuple[transformers.PreTrainedTokenizerBase, Model]:
+def encode(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, model: Model, prompts: Sequence[str]
+) -> list[list[int]]:
+    """Return prompts as the token ids that ``model`` reads; with a completion they must fit into its context."""
+    room = folders.context_length(model.config) - experiment.max_new_tokens
+    return encode_prompts(tokenizer, experiment.task.texts(tokenizer, prompts), room)
+
+
+def load_student(experiment: Experiment, device: torch.device | str = "cpu") -> tuple[PreTrainedTokenizerBase, Model]:
     """Return the tokenizer and the model that a run starts from."""
     source = experiment.arm.student
     if source.shape:
         # transformers wraps the method "to", and its type with it.
-        model = new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
-        return character_tokenizer(), model
-    return load_tokenizer(source.folder), load_model(source.folder, device)
+        model = folders.new_model(dict(source.shape), experiment.seed).to(device).eval()  # type: ignore[arg-type]
+        return folders.character_tokenizer(), model
+    return folders.load_tokenizer(source.folder), folders.load_model(source.folder, device)
 
 
 def open_models(
     experiment: Experiment, prompts: list[str], device: torch.device, dtype: torch.dtype
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any]:
+) -> tuple[PreTrainedTokenizerBase, Model, Any]:
     """Return tokenizer, student and teacher (or None) of a run, once they have read some prompts of its task rightly.
 
     The student is in float32, and the teacher in ``dtype``, that of the passes: nothing is learned there, so nothing is
-    lost.
-
-    Raises:
-        OpdlabError: as :func:`open_alike` does, or if the passes of a model are wrong (:func:`check_passes`).
+    lost. Raises what :func:`open_alike` and :func:`check_passes` raise.
     """
     arm = experiment.arm
     tokenizer, student, encoded = open_alike(experiment, prompts, device)
@@ -64,16 +53,16 @@ def open_models(
         student.activation_checkpointing_enable()
         drop_nothing(student)
     check_passes(student, f"the student {arm.student.folder or 'with random weights'}", encoded)
-    teacher = load_model(arm.teacher.folder, device, dtype) if arm.teacher else None
+    teacher = folders.load_model(arm.teacher.folder, device, dtype) if arm.teacher else None
     if arm.teacher and teacher:
         check_passes(teacher, f"the teacher {arm.teacher.folder}", encoded)
-    cut_vocabulary([student, teacher] if teacher else [student], tokenizer)
+    folders.cut_vocabulary([student, teacher] if teacher else [student], tokenizer)
     return tokenizer, student, teacher
 
 
 def open_for_trl(
     experiment: Experiment, prompts: list[str], dtype: torch.dtype, taught: bool
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, Any, Callable[..., list[list[int]]]]:
+) -> tuple[PreTrainedTokenizerBase, Model, Any, Callable[..., list[list[int]]]]:
     """Return tokenizer, student and teacher (or None), made ready for TRL, and what turns prompts into token ids.
 
     They are as in :func:`open_models`, but only compared; a teacher that has not ``taught`` is not loaded.
@@ -81,23 +70,22 @@ def open_for_trl(
     Raises:
         OpdlabError: as :func:`open_alike` does, or if TRL cannot leave out what is no token.
     """
-    arm, task = experiment.arm, experiment.task
+    arm = experiment.arm
     tokenizer, student, _ = open_alike(experiment, prompts)
-    teacher: Any = load_model(arm.teacher.folder, dtype=dtype) if arm.teacher and taught else None
+    teacher: Any = folders.load_model(arm.teacher.folder, dtype=dtype) if arm.teacher and taught else None
     drop_nothing(student)
     # Where the two differ, IWOPD takes a sampled padding token at the end of a completion for padding.
     tokenizer.pad_token = tokenizer.eos_token
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     # Nothing else of the folder's own, such as a penalty for repetition, may change what is sampled.
-    student.generation_config = transformers.GenerationConfig(**ends)
+    student.generation_config = GenerationConfig(**ends)
     models = [student, teacher] if teacher else [student]
-    count, size = common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
+    count, size = folders.common_tokens(models, tokenizer), student.config.get_text_config().vocab_size
     if teacher and teacher.config.get_text_config().vocab_size != size:
         teacher.resize_token_embeddings(size, mean_resizing=False)
     for model in models if count < size else ():
         _hide_padding(model, count, dtype)
-    room = context_length(student.config) - experiment.max_new_tokens
-    return tokenizer, student, teacher, lambda prompts: encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+    return tokenizer, student, teacher, partial(encode, experiment, tokenizer, student)
 
 
 def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
@@ -125,23 +113,22 @@ def link_for_vllm(student: Model, folder: Path) -> Path:
 
 def open_alike(
     experiment: Experiment, prompts: list[str], device: torch.device | str = "cpu"
-) -> tuple[transformers.PreTrainedTokenizerBase, Model, list[list[int]]]:
+) -> tuple[PreTrainedTokenizerBase, Model, list[list[int]]]:
     """Return tokenizer, student and prompts as the student's token ids, once they are known to be the teacher's too.
 
     Raises:
         OpdlabError: if a model cannot be opened, the two differ in vocabulary, in ends, or in the tokens that they read
             a prompt as, or a chat template ends an answer in another way than its tokenizer.
     """
-    task, folder, teacher = experiment.task, experiment.arm.student.folder, experiment.arm.teacher
+    folder, teacher = experiment.arm.student.folder, experiment.arm.teacher
     tokenizer, student = load_student(experiment, device)
-    room = context_length(student.config) - experiment.max_new_tokens
-    if task.chat:
+    if experiment.task.chat:
         _check_end(tokenizer, folder)
-    ours = encode_prompts(tokenizer, task.texts(tokenizer, prompts), room)
+    ours = encode(experiment, tokenizer, student, prompts)
     if teacher:
-        check_same_vocabulary(Path(folder), Path(teacher.folder))
-        other = load_tokenizer(teacher.folder)
-        theirs = encode_prompts(other, task.texts(other, prompts), room)
+        folders.check_same_vocabulary(Path(folder), Path(teacher.folder))
+        other = folders.load_tokenizer(teacher.folder)
+        theirs = encode(experiment, other, student, prompts)
         if ours != theirs:
             raise OpdlabError(
                 f"student {folder} reads a prompt as {tokenizer.decode(ours[0])!r} and teacher {teacher.folder} as "
@@ -151,7 +138,7 @@ def open_alike(
     return tokenizer, student, ours
 
 
-def _check_end(tokenizer: transformers.PreTrainedTokenizerBase, folder: str) -> None:
+def _check_end(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """Refuse a chat template that ends an answer with another special token than a completion, as Gemma's and Phi's."""
     talk = [{"role": role, "content": role.upper()} for role in ("user", "assistant")]
     try:
@@ -189,7 +176,7 @@ def check_passes(model: Model, title: str, prompts: Sequence[list[int]]) -> None
     what, only = f"{title} ({model.config.model_type})", "opdlab can measure it, but not train it or with it"
     if model._is_stateful:
         raise OpdlabError(f"{what} carries a state from token to token, and is not made of attention alone: {only}")
-    half = min(PROMPT, context_length(model.config) // 2)
+    half = min(PROMPT, folders.context_length(model.config) // 2)
     first, second = prompts[0][:half], prompts[-1][: max(1, min(half, len(prompts[-1])) // 2)]
     one, other = first[:COMPLETION], second[:COMPLETION]
     rollouts = Rollouts([first, second], [one, other, other, one])

@@ -15,10 +15,7 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
 
     They are "adamw"; "sgd", without momentum; or "muon", which makes the update of each matrix nearly orthogonal
     (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix. Norms and
-    biases are spared from weight decay, by the rule of transformers' Trainer.
-
-    Raises:
-        OpdlabError: if there is no such optimizer.
+    biases are spared from weight decay, by the rule of transformers' Trainer. Any other name raises an OpdlabError.
     """
     if name not in ("adamw", "sgd", "muon"):
         raise OpdlabError(f"there is no optimizer {name!r}; choose adamw, sgd or muon")
@@ -32,9 +29,7 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
     ]
     if name == "sgd":
         return [SGD(groups, lr=0.0)]
-    optimizers: list[Optimizer] = [AdamW(groups, lr=0.0, betas=recipe.betas)]
-    if matrices:
-        optimizers.append(
-            Muon(matrices.values(), lr=0.0, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return optimizers
+    adamw = AdamW(groups, lr=0.0, betas=recipe.betas)
+    if not matrices:
+        return [adamw]
+    return [adamw, Muon(matrices.values(), lr=0.0, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")]

@@ -16,9 +16,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import OpdlabError
 from opdlab.models.folders import context_length
@@ -46,9 +46,7 @@ class Rollouts:
         return sum(map(len, self.completions))
 
 
-def encode_prompts(
-    tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str], room: int
-) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], room: int) -> list[list[int]]:
     """Turn prompts into token ids of at most ``room`` tokens.
 
     They begin with the beginning of the sequence where the tokenizer writes it by itself, once, though a chat template
@@ -74,7 +72,7 @@ def encode_prompts(
     return encoded
 
 
-def encode_completions(tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Turn texts into completions: token ids that end with the end of the sequence."""
     encoded = tokenizer(list(texts), add_special_tokens=False).input_ids
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
@@ -82,8 +80,8 @@ def encode_completions(tokenizer: transformers.PreTrainedTokenizerBase, texts: S
 
 @torch.inference_mode()
 def sample(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -128,12 +126,12 @@ def sample(
 class Sampling:
     """The rows of a batch that are still being written: their cache, and the logits of their next token."""
 
-    def __init__(self, model: transformers.PreTrainedModel, prompts: list[list[int]], samples: int, room: int):
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], samples: int, room: int):
         """Read the prompts, each once, however many samples of at most ``room`` tokens are drawn from it."""
         self.model, self.rows, self.width = model, len(prompts) * samples, max(map(len, prompts))
         ids = _padded(prompts, side="left")
         mask = _padded([[1] * len(prompt) for prompt in prompts], side="left").to(model.device)
-        self.cache = transformers.DynamicCache(config=model.config)
+        self.cache = DynamicCache(config=model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = self._read(ids.to(model.device), mask, positions, logits_to_keep=1)  # (B, V)
         self.cache.batch_repeat_interleave(samples)
@@ -159,14 +157,14 @@ class Sampling:
         return _call(self.model, ids, mask, positions, past_key_values=self.cache, **options).logits[:, -1]
 
 
-def obeys_masks(model: transformers.PreTrainedModel, length: int) -> bool:
+def obeys_masks(model: PreTrainedModel, length: int) -> bool:
     """Tell whether attention takes a mask of which token sees which as it is, in rows of ``length`` tokens.
 
     PyTorch's own kernel does, where no layer's window is shorter. Elsewhere transformers makes the mask: eager
     attention would add this one to the scores, others have no place for one, and a window would be lost.
     """
     config = model.config.get_text_config()
-    cache: Any = transformers.DynamicCache(config=config)
+    cache: Any = DynamicCache(config=config)
     windows = [layer.sliding_window for layer, slides in zip(cache.layers, cache.is_sliding, strict=True) if slides]
     return config._attn_implementation == "sdpa" and min(windows, default=length) >= length
 
@@ -228,18 +226,18 @@ class MicroBatch:
     advantages: Tensor | None  #: (C,) of RLVR, or (C, T)
     noise: Tensor | None = None  #: (C, T) by which chance ranks tokens
 
-    def logits(self, model: transformers.PreTrainedModel) -> Tensor:
+    def logits(self, model: PreTrainedModel) -> Tensor:
         """Return the logits (C, T, V) with which ``model`` predicts the tokens; on the padding, anything finite."""
         return self._read(model, model, "logits")
 
-    def hidden(self, model: transformers.PreTrainedModel) -> Tensor:
+    def hidden(self, model: PreTrainedModel) -> Tensor:
         """Return what ``model`` makes logits of (C, T, H) by :func:`logits_of`, since V is much larger than H.
 
         The two agree but for rounding, and :meth:`logits` also reads the output of the prompts' tokens.
         """
         return self._read(model, model.get_decoder(), "last_hidden_state")
 
-    def _read(self, model: transformers.PreTrainedModel, part: nn.Module, output: str) -> Tensor:
+    def _read(self, model: PreTrainedModel, part: nn.Module, output: str) -> Tensor:
         """Return an output of a part of the model (C, T, ...) at the places that predict the tokens."""
         longest = int(self.positions.max()) + 1
         if obeys_masks(model, longest):
@@ -264,7 +262,7 @@ class MicroBatch:
             yield part, replace(self, **changes)
 
 
-def logits_of(model: transformers.PreTrainedModel, hidden: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the logits (C, T, V) that a model makes of hidden states (C, T, H), with all that it does to them."""
     states = _States([hidden])
     states.last_hidden_state = hidden

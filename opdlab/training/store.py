@@ -27,16 +27,7 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.files import (
-    link_or_copy,
-    load_tensors,
-    only_process,
-    read_json,
-    save_tensors,
-    sync,
-    write_json,
-    write_text,
-)
+from opdlab.models import files
 from opdlab.processes import processor, provenance
 from opdlab.training.config import Experiment, config_key
 
@@ -46,12 +37,8 @@ LINES = ("history", "evaluations")
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Train in the ``with`` block on a run's folder, where another process is refused.
-
-    Raises:
-        OpdlabError: as :func:`opdlab.models.files.only_process` does.
-    """
-    with only_process(folder, "trains"):
+    """Train in the ``with`` block on a run's folder, which raises an OpdlabError if another process is there."""
+    with files.only_process(folder, "trains"):
         for left in folder.rglob("*.part"):  # half written by a process that was killed
             left.unlink()
         yield
@@ -63,34 +50,25 @@ class Run:
     def __init__(self, experiment: Experiment, root: Path, folder: Path | None = None):
         """Open the run of an experiment, which need not have begun.
 
-        Its folder is by default named by the experiment's key, in ``root``, the folder of all runs.
-
-        Raises:
-            OpdlabError: if the folder holds another experiment.
+        Its folder is by default named by the experiment's key, in ``root``, the folder of all runs. If another
+        experiment is in it, an OpdlabError is raised.
         """
-        self.experiment, self.root = experiment, root
+        self.experiment, self.root, self.steps = experiment, root, experiment.recipe.steps
         self.folder = folder or root / experiment.folder
         # A run that failed before its first step holds nothing yet, so another reward may follow.
         if folder and (folder / "config.json").is_file():
-            there = read_json(folder / "config.json", REMEDY)
+            there = files.read_json(folder / "config.json", REMEDY)
             if "recipe" not in there:
                 raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
             if there != self.config and self._read("history")[1]:
                 differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
-                differ = ["data or reward" if key == "data" else key for key in differ]
-                raise OpdlabError(
-                    f"out is {folder}, which holds another experiment ({', '.join(differ)} differ): choose another"
-                )
+                said = ", ".join("data or reward" if key == "data" else key for key in differ)
+                raise OpdlabError(f"out is {folder}, which holds another experiment ({said} differ): choose another")
 
     @property
     def config(self) -> dict:
         """Everything that decides the result."""
         return self.experiment.config
-
-    @property
-    def steps(self) -> int:
-        """The number of updates."""
-        return self.experiment.recipe.steps
 
     @property
     def finished(self) -> bool:
@@ -108,7 +86,7 @@ class Run:
 
     def snapshot(self, step: int) -> dict[str, Tensor]:
         """Return the weights after ``step`` updates."""
-        return load_tensors(self.snapshot_path(step))[0]
+        return files.load_tensors(self.snapshot_path(step))[0]
 
     def state_path(self, step: int) -> Path:
         """Return the file with the whole state of training after ``step`` updates, kept where other runs branch off."""
@@ -116,13 +94,13 @@ class Run:
 
     def begin(self, device: torch.device) -> None:
         """Write what the run is; of one that was killed before its first checkpoint nothing counts, not even step 0."""
-        write_json(self.folder / "config.json", self.config)
-        write_json(self.folder / "provenance.json", provenance(device))
+        files.write_json(self.folder / "config.json", self.config)
+        files.write_json(self.folder / "provenance.json", provenance(device))
         self.truncate_after(-1)
 
     def leave_if_elsewhere(self) -> None:
         """Forget what was computed of an unfinished run on another processor, so that it begins anew, and say so."""
-        there = read_json(self.folder / "provenance.json", REMEDY)["processor"]
+        there = files.read_json(self.folder / "provenance.json", REMEDY)["processor"]
         if there != processor():
             warnings.warn(
                 f"{self.folder.name} was begun on {there}, and passes in bfloat16 give other numbers on {processor()}: "
@@ -142,7 +120,7 @@ class Run:
         copies.append((other.state_path(step), self.checkpoint))
         if not all(source.exists() for source, _ in copies):
             return
-        if read_json(other.folder / "provenance.json", REMEDY) != provenance(device):
+        if files.read_json(other.folder / "provenance.json", REMEDY) != provenance(device):
             return
         for name in LINES:
             for line in other.lines(name):
@@ -150,7 +128,7 @@ class Run:
                     self.append(name, line)
         self._sync_lines()
         for source, target in copies:
-            link_or_copy(target, source)
+            files.link_or_copy(target, source)
 
     def save_origin(self, weights: dict[str, Tensor]) -> None:
         """Save the weights before the first step, on the disk once for all runs that start from the same.
@@ -159,10 +137,10 @@ class Run:
         """
         path = self.root / "origins" / f"{self.config['student']}-{self.experiment.arm.weight_dtype}.safetensors"
         try:
-            load_tensors(path)
+            files.load_tensors(path)
         except OpdlabError:
-            save_tensors(path, weights)
-        link_or_copy(self.snapshot_path(0), path)
+            files.save_tensors(path, weights)
+        files.link_or_copy(self.snapshot_path(0), path)
 
     def origin_evaluation(self, device: torch.device, dtype: torch.dtype) -> Path:
         """Return the file for the evaluation before the first step, the same for all runs that start from the same."""
@@ -186,23 +164,22 @@ class Run:
     def save(self, path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
         """Save weights or a state, by which steps count as done: so the lines about them are on the disk before."""
         self._sync_lines()
-        save_tensors(path, tensors, **metadata)
+        files.save_tensors(path, tensors, **metadata)
 
     def _sync_lines(self) -> None:
         for name in LINES:
             if self._path(name).exists():
-                sync(self._path(name))
-        sync(self.folder)
+                files.sync(self._path(name))
+        files.sync(self.folder)
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""
+        path = self._path(name)
         try:
-            with open(self._path(name), "a") as file:
+            with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
-            raise OpdlabError(
-                f"{self._path(name)} cannot be written ({problem.strerror}); make room and run it again"
-            ) from problem
+            raise OpdlabError(f"{path} cannot be written ({problem.strerror}); make room and run it again") from problem
 
     def lines(self, name: str) -> list[dict]:
         """Return the lines of ``history`` or ``evaluations``, or raise an OpdlabError if one is damaged."""
@@ -221,7 +198,7 @@ class Run:
             kept = [line for line in self._read(name)[0] if line["step"] <= step]
             self._check(name, kept, step if name == "history" else 0)
             if self._path(name).exists():
-                write_text(self._path(name), "".join(json.dumps(line) + "\n" for line in kept))
+                files.write_text(self._path(name), "".join(json.dumps(line) + "\n" for line in kept))
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"

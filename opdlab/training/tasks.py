@@ -132,11 +132,7 @@ class Task:
         return chosen if 0 < len(chosen) < len(self.data) else {min(self.data, key=_hashed)}
 
     def reward(self, prompt: str, completion: str) -> float:
-        """Return the reward of a completion.
-
-        Raises:
-            OpdlabError: if the task's function raises or returns no finite number, quoting the prompt.
-        """
+        """Return the reward of a completion, or raise an OpdlabError that quotes it if there is no finite one."""
         where = f"on the prompt {prompt[:60]!r} and the completion {completion[:60]!r}"
         try:
             reward = float(self.score(prompt, completion))
@@ -153,10 +149,7 @@ class Task:
     def prompts(self, count: int, rng: np.random.Generator, evaluation: bool = False) -> list[str]:
         """Draw ``count`` prompts of the training set, or ``count`` different ones of the evaluation set.
 
-        From a data set, a batch has no prompt twice.
-
-        Raises:
-            OpdlabError: if there are not so many.
+        From a data set, a batch has no prompt twice. If there are not so many, an OpdlabError is raised.
         """
         if self.data:
             chosen = [prompt for prompt in self.data if (prompt in self._evaluation) == evaluation]

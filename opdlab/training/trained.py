@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from opdlab.errors import OpdlabError
@@ -19,9 +20,6 @@ from opdlab.training.rollouts import encode_completions, encode_prompts
 from opdlab.training.store import Run
 from opdlab.training.tasks import Task
 from opdlab.training.trainer import Trainer, answers, score
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Shares of a training after which weights are kept, dense early.
 SNAPSHOTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -157,8 +155,6 @@ class Trained:
         return self._table("evaluations")
 
     def _table(self, name: str) -> pd.DataFrame:
-        import pandas as pd
-
         table = pd.DataFrame(self.run.lines(name))
         # None becomes NaN.
         return table.astype({column: float for column in ("accuracy", "kl_teacher") if column in table})
@@ -205,8 +201,6 @@ class Trained:
         Raises:
             OpdlabError: if fewer are held out, or the student's folder is gone.
         """
-        import pandas as pd
-
         experiment, task = self.run.experiment, self.run.experiment.task
         # No teacher is asked.
         alone = Arm(experiment.arm.student, "task", "cross_entropy", weight_dtype=experiment.arm.weight_dtype)

@@ -16,31 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import update_mask
-from opdlab.models.folders import context_length
 from opdlab.processes import find_device
 from opdlab.training import objectives
 from opdlab.training.config import Experiment
 from opdlab.training.losses import LOSSES, RANKINGS, token_weights
-from opdlab.training.opening import open_models
+from opdlab.training.opening import encode, open_models
 from opdlab.training.optimizers import make_optimizers
 from opdlab.training.projection import Projector
-from opdlab.training.rollouts import (
-    MicroBatch,
-    Rollouts,
-    encode_completions,
-    encode_prompts,
-    logits_of,
-    micro_batches,
-    sample,
-)
+from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, logits_of, micro_batches, sample
 from opdlab.training.tasks import Task
 
+Tensors = dict[str, Tensor]
 _PURPOSES = {"prompts": 0, "rollouts": 1, "evaluation prompts": 2, "evaluation rollouts": 3, "tokens": 4, "authors": 5}
 
 #: What is added up over a batch, and what messages call it.
@@ -57,36 +49,28 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
-def answers(tokenizer: transformers.PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[str], list[bool]]:
+def answers(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[str], list[bool]]:
     """Return the text of each completion without its end, special tokens included, and whether it ended or was cut."""
     ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
     kept = (tokens[: len(tokens) - whole] for tokens, whole in zip(rollouts.completions, ended, strict=True))
     return tokenizer.batch_decode(list(kept)), ended
 
 
-def score(
-    tokenizer: transformers.PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts
-) -> Tensor:
+def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts) -> Tensor:
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
 
     A completion without the end of the sequence was cut, and earns nothing.
     """
     of_each = enumerate(zip(*answers(tokenizer, rollouts), strict=True))
-    return torch.tensor(
-        [task.reward(prompts[i // rollouts.samples], text) if ended else 0.0 for i, (text, ended) in of_each]
-    )
+    rewards = [task.reward(prompts[i // rollouts.samples], text) if ended else 0.0 for i, (text, ended) in of_each]
+    return torch.tensor(rewards)
 
 
 class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
     def __init__(self, experiment: Experiment):
-        """Load the models of an experiment, and check that they can be trained on its task.
-
-        Raises:
-            OpdlabError: if a model cannot be opened, student and teacher differ in vocabulary, ends or the tokens of a
-                prompt, or a model's passes are not those of each sequence alone.
-        """
+        """Load and check the models of an experiment; raises what :func:`opdlab.training.opening.open_models` does."""
         self.experiment = experiment
         self.arm, self.task, self.recipe = experiment.arm, experiment.task, experiment.recipe
         self.device = find_device(experiment.compute.gpu)
@@ -152,12 +136,11 @@ class Trainer:
         """Return the completions of a step, and their rewards (B,) if a student wrote them."""
         recipe, seed = self.recipe, self.experiment.seed
         prompts = self.task.prompts(recipe.prompts, random_numbers(seed, "prompts", step))
-        texts = self.task.texts(self.tokenizer, prompts)
         if self.writer is None:
-            room = context_length(self.student.config) - self.experiment.max_new_tokens
-            authors = random_numbers(seed, "authors", step)
-            solutions = encode_completions(self.tokenizer, self.task.demonstrations(prompts, authors))
-            return Rollouts(encode_prompts(self.tokenizer, texts, room), solutions), None
+            solutions = self.task.demonstrations(prompts, random_numbers(seed, "authors", step))
+            asked = encode(self.experiment, self.tokenizer, self.student, prompts)
+            return Rollouts(asked, encode_completions(self.tokenizer, solutions)), None
+        texts = self.task.texts(self.tokenizer, prompts)
         how: Any = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": self.experiment.temperature}
         how |= {"samples": recipe.samples, "generator": torch_generator(random_numbers(seed, "rollouts", step))}
         by_teacher = round(self.arm.teacher_share * len(prompts))
@@ -169,12 +152,10 @@ class Trainer:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
 
-    def _gradients(
-        self, step: int, rollouts: Rollouts, advantages: Tensor | None
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def _gradients(self, step: int, rollouts: Rollouts, advantages: Tensor | None) -> tuple[dict[str, float], Tensors]:
         """Add up the gradients of a batch, and return loss, entropy and KL, and a mixture's gradients (P,) by loss."""
         random = torch_generator(random_numbers(self.experiment.seed, "tokens", step))
-        sums, gradients = dict.fromkeys(_SUMS, 0.0), dict[str, Tensor]()
+        sums, gradients = dict.fromkeys(_SUMS, 0.0), Tensors()
         self.student.zero_grad()
         self.student.train(self.experiment.compute.recompute)  # Only then does transformers recompute.
         for part in micro_batches(rollouts, self.experiment.compute.micro_batch, self.student.device, advantages):
@@ -186,12 +167,10 @@ class Trainer:
         self.student.eval()
         return sums, gradients
 
-    def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[dict, dict]:
-        """Let the models read a micro-batch of a batch with so many ``tokens``.
+    def read(self, part: MicroBatch, tokens: int, random: torch.Generator) -> tuple[Tensors, Tensors]:
+        """Let the models read a micro-batch of a batch with so many ``tokens``, and return two tables of scalars.
 
-        Returns:
-            Each of the arm's losses by name, as its share of that of the batch, and the "entropy" and "kl" (to the
-            teacher), summed over the tokens; all scalars.
+        They are the arm's losses, shares of the batch's, and "entropy" and "kl" (to the teacher), summed over tokens.
         """
         at_once = self.experiment.compute.tokens_at_once
         noise = torch.rand(part.tokens.shape, generator=random).to(self.device)
@@ -206,14 +185,14 @@ class Trainer:
         if not at_once:
             return self._losses(part, ours, theirs, tokens)
 
-        def look(piece: MicroBatch, ours: Tensor, theirs: Tensor | None) -> tuple[dict, dict]:
+        def look(piece: MicroBatch, ours: Tensor, theirs: Tensor | None) -> tuple[Tensors, Tensors]:
             with self.precision():
                 logits = logits_of(self.student, ours)
             with torch.no_grad():
                 teacher = None if theirs is None else logits_of(self.teacher, theirs)
             return self._losses(piece, logits, teacher, tokens)
 
-        totals: tuple[dict, dict] = {}, {}
+        totals: tuple[Tensors, Tensors] = {}, {}
         pieces = list(part.pieces(at_once))
         # The logits of a piece are made again when its gradient is due, so those of two are never there together.
         again = look if len(pieces) == 1 else partial(checkpoint, look, use_reentrant=False, preserve_rng_state=False)
@@ -223,9 +202,7 @@ class Trainer:
                 total |= {name: total.get(name, 0.0) + value for name, value in values.items()}
         return totals
 
-    def _losses(
-        self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _losses(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None, tokens: int) -> tuple[Tensors, Tensors]:
         """Return what :meth:`read` does, of logits (C, T, V); of rollouts at the temperature that they have."""
         if self.writer is not None and self.experiment.temperature != 1:
             logits = logits / self.experiment.temperature
@@ -242,14 +219,14 @@ class Trainer:
             losses[name] = objectives.token_mean(per_token * weights, part.mask, normalizer=tokens)
         return losses, sums
 
-    def _sums(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None) -> dict[str, Tensor]:
+    def _sums(self, part: MicroBatch, logits: Tensor, teacher: Tensor | None) -> Tensors:
         """Return the entropy, and KL(student || teacher) if there is one, summed over the tokens of a micro-batch."""
         found = {"entropy": objectives.in_pieces(objectives.entropy, logits), "kl": logits.new_zeros(part.mask.shape)}
         if teacher is not None:
             found["kl"] = objectives.in_pieces(objectives.reverse_kl, logits, teacher)
         return {name: values[part.mask].sum() for name, values in found.items()}
 
-    def _accumulate(self, losses: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    def _accumulate(self, losses: Tensors, gradients: Tensors) -> None:
         """Add the gradients of a micro-batch; those of a mixture are kept apart, to weigh and compare them."""
         if len(losses) == 1:
             next(iter(losses.values())).backward()
@@ -261,7 +238,7 @@ class Trainer:
             gradients[name] = gradients[name] + whole if name in gradients else whole
 
     @torch.no_grad()
-    def _mix(self, gradients: dict[str, Tensor]) -> dict[str, float]:
+    def _mix(self, gradients: Tensors) -> dict[str, float]:
         """Put a mixture's gradients together, and return their norms and cosine; nothing without a mixture."""
         if not gradients:
             return {}
@@ -291,7 +268,7 @@ class Trainer:
 
     # --- what the steps work with -------------------------------------------------------------------------------------
 
-    def in_dtype(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    def in_dtype(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a model, or a copy of it in the dtype of the passes: casting once is cheaper than at every token."""
         return model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()  # type: ignore[arg-type]
 
@@ -355,7 +332,7 @@ class Trainer:
         return self.task.prompts(count, random_numbers(0, "evaluation prompts", 0), evaluation=True)
 
     def answer(
-        self, student: transformers.PreTrainedModel, prompts: list[str], temperature: float = 1.0, samples: int = 1
+        self, student: PreTrainedModel, prompts: list[str], temperature: float = 1.0, samples: int = 1
     ) -> Rollouts:
         """Sample completions for each prompt of an evaluation."""
         how: dict[str, Any] = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": temperature}
@@ -376,9 +353,9 @@ class Trainer:
 
     # --- stopping and going on ----------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Return weights and optimizer moments, by kind and name."""
-        found: dict[str, Tensor] = {}
+        found: Tensors = {}
         for name, weight in self.student.named_parameters():
             found[f"weight.{name}"] = weight
             for optimizer in self.optimizers:
@@ -386,7 +363,7 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Tensors) -> None:
         """Take back what :meth:`state` returned."""
         weights = dict(self.student.named_parameters())
         groups = [(optimizer, group) for optimizer in self.optimizers for group in optimizer.param_groups]

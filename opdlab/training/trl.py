@@ -146,8 +146,7 @@ def _arguments(experiment: Experiment, trainer: str, share: int, gpu: bool, vllm
         # The paper's ratio is 1. TRL's correction for vLLM's rounding drops whole completions, the long ones first.
         found["vllm_importance_sampling_correction"] = False
     found |= {"num_generations": recipe.samples, "num_iterations": 1, "mask_truncated_completions": False}
-    found |= {"beta": 0.0, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "scale_rewards": "group"}
-    return found
+    return found | {"beta": 0.0, "epsilon": 0.2, "epsilon_high": 0.28, "loss_type": "dapo", "scale_rewards": "group"}
 
 
 def accelerate_arguments(config: dict) -> dict:
@@ -239,8 +238,7 @@ def write(config: dict, experiment: Experiment, callback: Callable, folder: Path
 def run(path: Path) -> None:
     """Train what was written into ``path``, or go on from the last checkpoint beside it, as one process of all.
 
-    Raises:
-        OpdlabError: as :func:`opdlab.training.loop.train` does, or if weights are no longer finite.
+    Raises what :func:`opdlab.training.loop.train` does, and an OpdlabError if weights are no longer finite.
     """
     config, experiment, callback = pickle.loads(path.read_bytes())  # what launch wrote on this machine a moment ago
     folder = path.parent
@@ -306,15 +304,17 @@ def _rows(experiment: Experiment, trainer: str, tokenizer: Any, encode: Callable
     a_step = recipe.prompts * repeats
 
     @lru_cache(maxsize=2)
-    def prompts_of(step: int) -> list[str]:
-        return task.prompts(recipe.prompts, random_numbers(experiment.seed, "prompts", step))
+    def pairs_of(step: int) -> list[tuple[str, str]]:
+        prompts = task.prompts(recipe.prompts, random_numbers(experiment.seed, "prompts", step))
+        solutions = task.demonstrations(prompts, random_numbers(experiment.seed, "authors", step))
+        return list(zip(prompts, solutions, strict=True))
 
     def draw(batch: dict[str, list[int]]) -> dict[str, list]:
-        prompts = [prompts_of(number // a_step)[number % a_step // repeats] for number in batch["number"]]
+        pairs = [pairs_of(number // a_step)[number % a_step // repeats] for number in batch["number"]]
+        prompts, solutions = [prompt for prompt, _ in pairs], [solution for _, solution in pairs]
         if trainer != "SFT":
             return {"prompt": prompts}
-        solutions = encode_completions(tokenizer, [task.demonstration(prompt) for prompt in prompts])
-        rows = list(zip(encode(prompts), solutions, strict=True))
+        rows = list(zip(encode(prompts), encode_completions(tokenizer, solutions), strict=True))
         return {"input_ids": [a + b for a, b in rows], "labels": [[-100] * len(a) + b for a, b in rows]}
 
     return datasets.Dataset.from_dict({"number": range(done * a_step, recipe.steps * a_step)}).with_transform(draw)

@@ -28,6 +28,7 @@ from torch import Tensor
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
 from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.tasks import CARELESS_SUM
 from opdlab.measuring.callback import callback_for
 from opdlab.measuring.sources import find_trajectory
 from opdlab.measuring.update import measure
@@ -240,6 +241,10 @@ def test_alone(arm, ours, short, tmp_path, monkeypatch):
 def test_temperature_and_weight_decay(arm, short, tmp_path, monkeypatch):
     """One meaning of temperature, and one rule of what decays: neither norms nor biases."""
     compare(replace(shortened(short[arm], weight_decay=0.1), temperature=0.7), tmp_path, monkeypatch)
+
+
+def test_sft_reads_what_the_authors_of_a_task_wrote(short, tmp_path, monkeypatch):
+    compare(shortened(short["sft"], CARELESS_SUM), tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
