@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.foreign import refuse_foreign
 from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
-from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored
+from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored, refuse_foreign
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
 # The options of PEFT's LoRA that leave an update a product of two matrices, added to the base. An adapter that sets any
