@@ -118,9 +118,8 @@ def _updated(
     if not fits or (b.shape[0], a.shape[1]) != (origin.shape[::-1] if turned else origin.shape):
         raise OpdlabError(f"{a.stored} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
     scaling = _scaling(config, file, module, a.shape[0])
-    return origin.part(
-        origin.shape, partial(_merged, file=file, a=a.stored, b=b.stored, scaling=scaling, turned=turned)
-    )
+    take = partial(_merged, file=file, a=a.stored, b=b.stored, scaling=scaling, turned=turned)
+    return origin.part(origin.shape, take)
 
 
 def _scaling(config: dict, file: Path, module: str, rank: int) -> float:
