@@ -36,8 +36,7 @@ _WHOLE = {
 def open_all(base: Source, path: Iterable[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """Open a base and the checkpoints after it; models of the hub are fetched first.
 
-    Raises:
-        OpdlabError: as :func:`opdlab.models.checkpoints.open_checkpoint` does, or if a model cannot be fetched.
+    Raises as :func:`~opdlab.models.files.local_folder` and :func:`~opdlab.models.checkpoints.open_checkpoint` do.
     """
     opened = _open(base)
     return opened, tuple(_open(source, opened) for source in path)

@@ -100,11 +100,7 @@ def read_stored(file: Path | Mapping[str, Tensor], name: str, index: int | slice
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files in a model folder, sorted by name.
-
-    Raises:
-        OpdlabError: if the folder does not exist or contains no safetensors, with what it holds instead.
-    """
+    """Return the safetensors files of a model folder by name, or raise an OpdlabError with what it holds instead."""
     if not folder.is_dir():
         raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
     files = sorted(folder.glob("*.safetensors"))
