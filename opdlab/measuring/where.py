@@ -83,10 +83,14 @@ def standing(
     """Return where one update stands, as far as it is known.
 
     Keys: relative_norm, sparsity (in bfloat16), low_overlap_a30 and relative_operator_norm, means over the matrices in
-    :func:`~opdlab.geometry.summary.of_layers`. Of a run by AdamW also, from its history and recipe: steps, those that
-    changed a weight; coherence, over these steps, as Adam moves each weight by about the learning rate; step_size, at
-    the peak of the schedule; clipped; and growth, the slope of log norm on log step over snapshots from 5 % on. What
-    they mean is in :attr:`Where.notes`.
+    :func:`~opdlab.geometry.summary.of_layers`. Of a run by AdamW also, from its history and recipe,
+
+    - steps, those that changed a weight;
+    - coherence, C = rms(dW) / sqrt(sum of lr^2) over these steps: Adam moves each weight by about lr, so that it is 1
+      for a walk on noise, and sqrt(steps) for a straight line;
+    - step_size, lr / rms(W) at the peak of the schedule;
+    - clipped, the share of steps whose gradient was clipped;
+    - growth, the exponent of the norm in steps: the slope of log norm on log step over snapshots from 5 % on.
     """
     layers = of_layers(matrices)
     known = [name for name in _MEANS if name in layers]
