@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from opdlab.errors import OpdlabError, exit_status
 from opdlab.geometry import bf16_equal, describe
-from opdlab.measuring.common import in_common
+from opdlab.measuring.sources import in_common
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.files import cache_folder, write_json
 

@@ -41,11 +41,7 @@ class ArmFigures:
     looks: Mapping[str, Look]  #: by the arm's name in the column ``arm`` of the tables
 
     def look_of(self, arm: str) -> Look:
-        """Return the look of an arm.
-
-        Raises:
-            OpdlabError: if the arm has no look.
-        """
+        """Return the look of an arm, or raise an OpdlabError if it has none."""
         if arm not in self.looks:
             raise OpdlabError(f"looks has no entry for the arm {arm!r}: add its label, colour and marker")
         return self.looks[arm]

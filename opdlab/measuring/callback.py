@@ -130,18 +130,16 @@ class GeometryCallback(TrainerCallback):
             for name, piece in pieces.items()
             if len(piece.shape) == 2 and any(map(self.matrices.search, (name, plain_name(piece.stored))))
         }
-        block = {name: identity(name, piece.shape)["block"] for name, piece in found.items()}
         if not found:
             raise OpdlabError(
                 f"no trained matrix has a name with {self.matrices.pattern!r}: say which in matrices, for example "
                 "'mlp'; an adapter is measured once it is saved, with 'opdlab measure'"
             )
-        for name in [name for name in found if block[name] in LAYERS] or found:
-            if min(found[name].shape) < self.k:
-                raise OpdlabError(
-                    f"k is {self.k}, more than a side of {name} {found[name].shape}: choose a smaller one"
-                )
-            self._followed.setdefault(found[name].stored, {})[name] = found[name]
+        in_layers = {name: piece for name, piece in found.items() if identity(name, piece.shape)["block"] in LAYERS}
+        for name, piece in (in_layers or found).items():
+            if min(piece.shape) < self.k:
+                raise OpdlabError(f"k is {self.k}, more than a side of {name} {piece.shape}: choose a smaller one")
+            self._followed.setdefault(piece.stored, {})[name] = piece
 
     def _weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the matrices that are followed; every process must ask for all of them."""

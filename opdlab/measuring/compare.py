@@ -57,17 +57,12 @@ class Comparison(Shown):
         """
         from opdlab.measuring.report import write_comparison
 
-        folder, means = Path(folder).expanduser(), self.means
+        folder = Path(folder).expanduser()
         write_table(folder / "pairs.csv", self.pairs)
         flat = self.models.set_axis([f"{label}, {kind}" for label, kind in self.models.columns], axis="columns")
         write_table(folder / "models.csv", flat.rename_axis("diagnostic").reset_index())
-        what = {
-            "updates": self.updates,
-            "notes": self.notes,
-            "weighting": "per matrix",
-            "pairs": means.to_dict("records"),
-        }
-        write_json(folder / "compare.json", what)
+        what = {"updates": self.updates, "notes": self.notes, "weighting": "per matrix"}
+        write_json(folder / "compare.json", what | {"pairs": self.means.to_dict("records")})
         write_comparison(folder / "compare.html", self)
 
     def parts(self) -> list[str | pd.DataFrame]:

@@ -24,8 +24,7 @@ from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.matrices import TOWERS
 from opdlab.geometry.summary import largest_k, means, means_over, of_layers, views
-from opdlab.measuring.common import beside_noise, on_views
-from opdlab.measuring.update import Update, as_html
+from opdlab.measuring.update import Update, as_html, beside_noise, on_views
 from opdlab.measuring.where import published_sizes
 from opdlab.models.files import write_text
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 _COLOURS = {"attention": "#0072B2", "mlp": "#D55E00"}
 _BLUE, _ORANGE, _GREEN = *_COLOURS.values(), "#009E73"
 _DOTTED: dict[str, Any] = {"color": "0.6", "linestyle": ":", "linewidth": 1}
-# Inches. A panel is a picture of its own, which a phone shows alone: as small as this its letters can still be read.
-_WIDTH, _HEIGHT = 4.2, 2.9
 
 _Panels = Mapping[str, Callable[[Axes], None]]
 
@@ -139,7 +136,8 @@ def _drawn(caption: str, draw: _Panels) -> dict[str, Any]:
     """Return a figure for the page: its caption, and a picture of each panel, under its title or one of its own."""
     pictures = []
     for title, of_panel in draw.items():
-        figure, (axis,) = panels(1, width=_WIDTH, height=_HEIGHT)
+        # A phone shows it alone: as small as this its letters can still be read.
+        figure, (axis,) = panels(1, width=4.2)
         of_panel(axis)
         if title:
             axis.set_title(title)

@@ -1,17 +1,21 @@
-"""The checkpoints of an update: where they are, whether they belong together, and their steps."""
+"""The checkpoints of an update: where they are, their steps, and what they have in common, which alone is measured."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import chain, pairwise
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from opdlab.errors import OpdlabError
+from opdlab.geometry.matrices import OUTSIDE, describe, identity, tower_of
 from opdlab.models.checkpoints import Source, open_checkpoint
 from opdlab.models.files import local_folder
-from opdlab.models.pieces import Checkpoint
+from opdlab.models.names import HEAD, embedding_of
+from opdlab.models.pieces import Checkpoint, Piece
 
 # Where trainers put the model of a step, below the folder that bears the step: verl's actor, merged or as an adapter.
 _INSIDE = ("actor/lora_adapter", "actor/huggingface", "lora_adapter", "huggingface", "hf_ckpt", "actor")
@@ -20,12 +24,19 @@ _BELOW = {name for path in _INSIDE for name in path.split("/")}
 _ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
 _NO_CHECKPOINT = "no checkpoint"
 
+_GIVE = "give a model and what was tuned from it"
+# Of models that use their embedding as a head, if they store none.
+_WITH_A_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_WHOLE = {
+    "fused": "it holds several matrices side by side, and how is not known",
+    "stacked": "it has more than two dimensions, as a stack of matrices or a convolution has",
+}
+
 
 def open_all(base: Source, path: Iterable[Source]) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """Open a base and the checkpoints after it; models of the hub are fetched first.
 
-    Raises:
-        OpdlabError: as :func:`opdlab.models.checkpoints.open_checkpoint` does, or if a model cannot be fetched.
+    Raises as :func:`~opdlab.models.files.local_folder` and :func:`~opdlab.models.checkpoints.open_checkpoint` do.
     """
     opened = _open(base)
     return opened, tuple(_open(source, opened) for source in path)
@@ -187,11 +198,7 @@ def _why_not(place: Path) -> str:
 
 
 def weights_folder(place: Path) -> Path:
-    """Return where in the folder of a step its model is: the folder itself, unless only a known subfolder has weights.
-
-    >>> weights_folder(Path("run/checkpoint-100"))
-    PosixPath('run/checkpoint-100')
-    """
+    """Return where in a step's folder its model is: the folder itself, unless only a known subfolder has weights."""
     for kinds in (("*.safetensors",), ("*.pt", "*.bin")):
         for inside in (place, *(place / name for name in _INSIDE)):
             if any(any(inside.glob(kind)) for kind in kinds):
@@ -214,3 +221,112 @@ def default_out(measured: Path | str) -> Path:
     if name in _ABOVE and run.name:
         return Path(f"geometry-{run.name}")
     return Path(f"geometry-{name}" if step_of(place) is None else f"geometry-{run.name}-{name}")
+
+
+class LeftOut(NamedTuple):
+    """A tensor that was left out, or of which some rows were, or that is in no mean."""
+
+    name: str
+    reason: str
+    share: float  #: of the parameters of its checkpoint
+
+
+def in_common(base: Checkpoint, path: Sequence[Checkpoint]) -> tuple[list[Checkpoint], list[LeftOut]]:
+    """Return the checkpoints with what all of them have, the base first, and what was left out or is in no mean.
+
+    They have the layers of one language model. Of embeddings and output heads, the rows that all have are kept; a model
+    that ties them has its embedding for a head. Towers and heads of other kinds that not all have are left out.
+
+    Raises:
+        OpdlabError: if two are one checkpoint, or differ in more than that, naming the first difference.
+    """
+    ends = [base, *path]
+    for end in path:
+        if base is end or (isinstance(base.path, Path) and place_of(base) == place_of(end)):
+            raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
+        _check_layers(base, end)
+    left = {name: LeftOut(name, reason, 0.0) for end in ends for name, reason in end.left_out.items()}
+    kept = _with_heads(ends)
+    for name in dict.fromkeys(chain.from_iterable(kept)):
+        shapes = [pieces[name].shape if name in pieces else None for pieces in kept]
+        if len(set(shapes)) > 1:
+            rows, left[name] = _difference(name, shapes, ends)
+            for pieces in kept:
+                piece = pieces.pop(name, None)
+                if piece and rows:
+                    pieces[name] = piece.rows(0, rows)
+    if path and not kept[0]:
+        raise OpdlabError(f"{base.path} and {path[0].path} have no tensor in common: {_GIVE}")
+    common = [replace(end, pieces=pieces) for end, pieces in zip(ends, kept, strict=True)]
+    return common, [*left.values(), *_in_no_mean(common[0])]
+
+
+def _difference(name: str, shapes: list[tuple[int, ...] | None], ends: list[Checkpoint]) -> tuple[int, LeftOut]:
+    """Return how many rows of a tensor all checkpoints have, and what is left out of it."""
+    held = [(shape, end) for shape, end in zip(shapes, ends, strict=True) if shape is not None]
+    shape, end = max(held, key=lambda one: one[0])
+    rows, described = 0, describe(name)
+    if len(held) < len(ends):
+        lacking = ends[shapes.index(None)]
+        reason = f"{name_of(end)} has it and {name_of(lacking)} does not"
+    elif described.layer < 0 and described.block in OUTSIDE[:2] and len({shape[1:] for shape, _ in held}) == 1:
+        rows = min(shape[0] for shape, _ in held)
+        reason = f"{name_of(end)} has {shape[0]} rows, and {rows} are in common"
+    elif tower_of(name):
+        reason = f"its shapes are {' and '.join(map(str, dict.fromkeys(shapes)))}"
+    else:
+        base, (shape, end) = ends[0], next(one for one in held if one[0] != shapes[0])
+        raise OpdlabError(f"{name} is {shapes[0]} in {base.path} and {shape} in {end.path}: {_GIVE}")
+    entries = prod(shape) - rows * prod(shape[1:])
+    return rows, LeftOut(name, reason, entries / sum(prod(piece.shape) for piece in end.pieces.values()))
+
+
+def _check_layers(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise unless two checkpoints have matrices of the same names in the layers of the language model."""
+    ours, theirs = _layers(base), _layers(tuned)
+    depths = [len(set(layers.values())) for layers in (ours, theirs)]
+    if depths[0] != depths[1]:
+        raise OpdlabError(f"{base.path} has {depths[0]} layers and {tuned.path} has {depths[1]}: {_GIVE}")
+    alone = sorted(ours.keys() ^ theirs.keys())
+    if alone:
+        raise OpdlabError(
+            f"{base.path} and {tuned.path} have different architectures: {len(alone)} matrices of the layers are in "
+            f"one of them only, such as {alone[0]} in {(base if alone[0] in ours else tuned).path}"
+        )
+
+
+def _layers(end: Checkpoint) -> dict[str, int]:
+    """Return the layer of each matrix in the layers of the language model."""
+    matrices = [name for name, piece in end.pieces.items() if len(piece.shape) > 1 and not tower_of(name)]
+    described = {name: describe(name) for name in matrices}
+    return {name: layer for name, (layer, _, block) in described.items() if layer >= 0 and block not in OUTSIDE}
+
+
+def _with_heads(ends: list[Checkpoint]) -> list[dict[str, Piece]]:
+    """Return the tensors of each checkpoint; if any has a head, one that ties it has its embedding for a head."""
+    kept = [dict(end.pieces) for end in ends]
+    headed = any(HEAD in pieces for pieces in kept)
+    for end, pieces in zip(ends, kept, strict=True):
+        embedding = embedding_of(pieces)
+        if headed and HEAD not in pieces and embedding and _ties(end):
+            pieces[HEAD] = pieces[embedding]
+    return kept
+
+
+def _ties(end: Checkpoint) -> bool:
+    architectures = " ".join(end.config.get("architectures") or [])
+    text = end.config.get("text_config") or {}
+    said = end.config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    return bool(any(kind in architectures for kind in _WITH_A_HEAD) if said is None else said)
+
+
+def _in_no_mean(end: Checkpoint) -> list[LeftOut]:
+    """Return the tensors of the layers that no rule splits, with their share of the parameters of the layers."""
+    described = [identity(name, piece.shape) for name, piece in end.pieces.items()]
+    inside = [one for one in described if one["layer"] >= 0]
+    total = sum(one["parameters"] for one in inside)
+    return [
+        LeftOut(one["matrix"], f"{_WHOLE[one['block']]}, so it is in no mean", one["parameters"] / total)
+        for one in inside
+        if one["block"] in _WHOLE
+    ]

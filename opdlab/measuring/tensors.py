@@ -23,8 +23,7 @@ from tqdm import tqdm
 from opdlab.errors import OpdlabError
 from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_rows, svd
 from opdlab.geometry.matrices import identity
-from opdlab.measuring.common import LeftOut, in_common, left_out_of_means
-from opdlab.measuring.sources import open_all
+from opdlab.measuring.sources import LeftOut, in_common, open_all
 from opdlab.models.files import load_tensors, save_tensors, write_json, write_text
 from opdlab.models.pieces import Checkpoint
 from opdlab.processes import cpu_threads, workers
@@ -55,8 +54,7 @@ class Job:
         """Open what was given by its path, and keep what all checkpoints have."""
         origin, path = open_all(self.base, self.path)
         (self.base, *rest), left_out = in_common(origin, path)
-        described = [identity(name, piece.shape) for name, piece in self.base.pieces.items()]
-        self.path, self.left_out = tuple(rest), (*left_out, *left_out_of_means(pd.DataFrame(described)))
+        self.path, self.left_out = tuple(rest), tuple(left_out)
 
     def identity(self) -> dict:
         """Return what stopped work must share with this to be resumed: files and options."""

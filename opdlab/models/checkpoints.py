@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
-from opdlab.models.foreign import refuse_quantised, refuse_tensors
 from opdlab.models.lora import with_adapter
 from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_names, split_all
-from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_json, stored_pieces
+from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_json, refuse_quantised, refuse_tensors, stored_pieces
 
 # Constants that older models store alongside their weights.
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
@@ -57,8 +56,8 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
 
 def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None) -> Checkpoint:
     if isinstance(source, nn.Module):
-        what, config = f"the {type(source).__name__} in memory", getattr(source, "config", None)
-        config = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+        what = f"the {type(source).__name__} in memory"
+        config: dict = getattr(getattr(source, "config", None), "to_dict", dict)()
         tensors: dict[str, Tensor] = dict(source.named_parameters())  # each once, also where two layers share one
     else:
         what, config, tensors = "the state dict in memory", base.config if base else {}, dict(source)

@@ -195,11 +195,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
-
-    Raises:
-        OpdlabError: if the file is missing, truncated, changed or not a safetensors file.
-    """
+    """Return tensors and metadata of a safetensors file, or raise an OpdlabError if it is missing or damaged."""
     remedy = "delete its run folder and train again"
     try:
         with safe_open(path, framework="pt") as file:

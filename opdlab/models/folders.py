@@ -163,11 +163,7 @@ def link_model(weights: Path, tokenizer: Path, folder: Path) -> None:
 
 
 def check_same_vocabulary(student: Path, teacher: Path) -> None:
-    """Check that student and teacher share one vocabulary and one end of sequence, as every distillation loss assumes.
-
-    Raises:
-        OpdlabError: if the vocabularies or the end-of-sequence tokens differ, also those of a model and its tokenizer.
-    """
+    """Raise an OpdlabError unless all vocabularies and ends of sequences agree, as every distillation loss assumes."""
     ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if mine != other:

@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.foreign import refuse_foreign
 from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
-from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored
+from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored, refuse_foreign
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
 # The options of PEFT's LoRA that leave an update a product of two matrices, added to the base. An adapter that sets any
@@ -119,9 +118,8 @@ def _updated(
     if not fits or (b.shape[0], a.shape[1]) != (origin.shape[::-1] if turned else origin.shape):
         raise OpdlabError(f"{a.stored} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")
     scaling = _scaling(config, file, module, a.shape[0])
-    return origin.part(
-        origin.shape, partial(_merged, file=file, a=a.stored, b=b.stored, scaling=scaling, turned=turned)
-    )
+    take = partial(_merged, file=file, a=a.stored, b=b.stored, scaling=scaling, turned=turned)
+    return origin.part(origin.shape, take)
 
 
 def _scaling(config: dict, file: Path, module: str, rank: int) -> float:

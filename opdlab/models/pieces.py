@@ -1,11 +1,16 @@
-"""The files of a checkpoint, and its tensors: where each is stored, and what makes it of the stored tensor."""
+"""The files of a checkpoint, and its tensors: where each is stored, and what makes it of the stored tensor.
+
+What people bring that is no checkpoint to measure is refused, saying what it is: foreign.toml lists the kinds. Of such
+files only the first bytes are read: pickles can run code.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
-from opdlab.models.foreign import refuse_foreign
 
 #: What safetensors calls the dtypes that can be measured, and what torch calls them.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -96,11 +100,7 @@ def read_stored(file: Path | Mapping[str, Tensor], name: str, index: int | slice
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files in a model folder, sorted by name.
-
-    Raises:
-        OpdlabError: if the folder does not exist or contains no safetensors, with what it holds instead.
-    """
+    """Return the safetensors files of a model folder by name, or raise an OpdlabError with what it holds instead."""
     if not folder.is_dir():
         raise OpdlabError(f"there is no model folder {folder}; run 'opdlab models' to make the lab's models")
     files = sorted(folder.glob("*.safetensors"))
@@ -213,3 +213,64 @@ def pieces_of(file: Path) -> dict[str, Piece]:
             f"{file} is damaged or not a safetensors file ({problem}): fetch it, or train its run, again"
         ) from problem
     return pieces
+
+
+# What people bring that is no checkpoint to measure.
+_FOREIGN = tomllib.loads(Path(__file__).with_name("foreign.toml").read_text("utf-8"))
+_SAFETENSORS = re.compile(rb".{4}\x00{4}{", re.DOTALL)  # the length of its header, and the header
+# The codes of quantised weights; integers may also be counters, tables or masks, which stop nothing.
+_CODES = re.compile(r"(?:F|float)[468].*|(?:[IU]|u?int)(?:8|16|32)")
+_CODED = re.compile(r"weight|_blocks$|W_q|codes")
+# What transformers calls the config that turns a quantised model into one with weights, by its quant_method.
+_DEQUANTISE = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+
+
+def refuse_foreign(files: Iterable[Path]) -> None:
+    """Raise, saying what they are, if one of the files is of a kind that is known and cannot be measured."""
+    starts = {file: start for file in files if file.is_file() and not _SAFETENSORS.match(start := _start(file))}
+    for kind in _FOREIGN["files"]:
+        begins = tuple(begin.encode("latin-1") for begin in kind.get("starts", ()))
+        for file, start in starts.items():
+            if re.search(rf"/(?:{kind.get('names', '')})$", file.absolute().as_posix()) or start.startswith(begins):
+                where = {"path": file, "folder": file.parent, "name": file.name, "stem": file.with_suffix("")}
+                common = {key: remedy.format(**where) for key, remedy in _FOREIGN["remedies"].items()}
+                raise OpdlabError(f"{file} is {kind['what']}: {kind['remedy'].format(**where, **common)}")
+
+
+def _start(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(32)
+    except OSError:
+        return b""
+
+
+def refuse_tensors(path: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise, saying what it is, if a checkpoint has tensors that are not the weights of a model."""
+    remedies = _FOREIGN["remedies"]
+    for name, shape in shapes.items():
+        if name.endswith(".weight") and shape == (0,):
+            left = f"what DeepSpeed's ZeRO left of a model (its {name} is empty)"
+            raise OpdlabError(f"{path} is {left}: {remedies['zero']}")
+    for kind in _FOREIGN["tensors"]:
+        for name in shapes:
+            if re.search(kind["names"], name):
+                raise OpdlabError(f"{path} is {kind['what']} (it has {name}): {kind['remedy'].format(**remedies)}")
+
+
+def refuse_quantised(path: Path | str, name: str, dtype: str, config: dict) -> None:
+    """Raise if a tensor holds the codes of a quantised weight: the difference of two codes is no update."""
+    said = config.get("quantization_config") or config.get("quantization")
+    floats = dtype.lower().startswith("f")
+    if not _CODES.fullmatch(dtype) or not (said or floats or _CODED.search(name)):
+        return
+    method = str(said.get("quant_method", "")) if isinstance(said, dict) else ""
+    remedy = "give the model from before it was quantised"
+    if method in _DEQUANTISE:
+        remedy += (
+            f', or dequantise it with python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained('
+            f"'{path}', dtype='bfloat16', quantization_config=t.{_DEQUANTISE[method]}(dequantize=True))"
+            f".save_pretrained('{path}-bf16', save_original_format=False)\" and measure {path}-bf16"
+        )
+    of = f" by {method}" if method else ""
+    raise OpdlabError(f"{path} is quantised{of} ({name} is {dtype}): quantised weights cannot be measured; {remedy}")

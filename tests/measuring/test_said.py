@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from opdlab.cli import main
-from opdlab.measuring.common import LeftOut, notes
 from opdlab.measuring.compare import compare
-from opdlab.measuring.update import load_update, measure
+from opdlab.measuring.sources import LeftOut
+from opdlab.measuring.update import load_update, measure, notes
 
 
 def test_an_ordinary_pair(pair, tmp_path, monkeypatch, capsys):
