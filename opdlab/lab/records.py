@@ -113,6 +113,7 @@ def load(
         OpdlabError: if a record is missing, with the command that makes it, or a file is damaged.
     """
     lab = scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root)
+    asked = analyses is not None
     if analyses is None:
         analyses = recorded_analyses(lab) if arms is None else ()
     arms = recorded_arms(lab) if arms is None else tuple(arms)
@@ -135,13 +136,16 @@ def load(
     tables = {name: pd.concat(of_arms, ignore_index=True) for name, of_arms in parts.items()}
     runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
     runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
-    return Records(**tables, runs=runs, analyses={name: _analysis(name, lab, seeds, index) for name in analyses})
+    # Keys take long, so what was found to be recorded is not asked again.
+    found = {name: _analysis(name, lab, seeds, index if asked else None) for name in analyses}
+    return Records(**tables, runs=runs, analyses=found)
 
 
-def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None, index: pd.DataFrame) -> pd.DataFrame:
+def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None, index: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the rows of an analysis that count, after a look whether it is due if an index of the runs is given."""
     analysis = ANALYSES[name]
     wanted = [seed for seed in analysis.seeds(lab) if seeds is None or seed in seeds]
-    if any(_is_due(analysis, seed, lab, index) for seed in wanted):
+    if index is not None and any(_is_due(analysis, seed, lab, index) for seed in wanted):
         raise OpdlabError(
             f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
             f"'opdlab record --scale {lab.scale.name} --analysis {name}'{lab.elsewhere}"
