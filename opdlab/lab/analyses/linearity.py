@@ -27,14 +27,13 @@ FIRST = 0.05
 def straightness(products: Tensor, progress: Sequence[float]) -> dict[str, float]:
     """Return how straight the path of an update is, from the inner products (T, T) of the updates at T times.
 
+    They are those of one matrix, or the sum of those of several; ``progress`` has the T shares of the training,
+    ascending to its end.
+
     Keys: ``r2``, the share of their squared norms that is on the best line through the origin, progress times slope,
     fitted to the times from :data:`FIRST` on; ``cosine``, of the update at the time nearest to :data:`EARLY` with the
     last one; and ``error``, by how much that update over its progress misses the last one, as a share of its norm. NaN
     where an update is zero.
-
-    Args:
-        products: of one matrix, or the sum of those of several.
-        progress: T shares of the training, ascending; the last is the end.
 
     Source: 2605.21468, where lines are fitted to coefficients, and 15 % is the shortest window.
 
