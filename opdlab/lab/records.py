@@ -119,12 +119,12 @@ def load(
     arms = recorded_arms(lab) if arms is None else tuple(arms)
     index = read_index(lab.records)
     wanted = [(arm, seed) for arm in arms for seed in (lab.seeds_of(arm) if seeds is None else seeds)]
-    missing = [arm for arm, seed in wanted if not has_record(arm, seed, lab, index)]
+    missing = dict.fromkeys(arm for arm, seed in wanted if not has_record(arm, seed, lab, index))
     if missing or not wanted:
-        named = " ".join(f"--arm {arm}" for arm in dict.fromkeys(missing))
+        named = "".join(f" --arm {arm}" for arm in missing)
         raise OpdlabError(
-            f"{lab.records} has no record of {', '.join(dict.fromkeys(missing)) or 'any arm'} as it would be made now: "
-            f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'{lab.elsewhere}"
+            f"{lab.records} has no record of {', '.join(missing) or 'any arm'} as it would be made now: run "
+            f"'opdlab record --scale {lab.scale.name}{named}'{lab.elsewhere}"
         )
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for arm in arms:
