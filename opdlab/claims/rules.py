@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -140,8 +140,8 @@ class Runs:
     def __init__(self, records: Records):
         """Keep the records."""
         self.records = records
-        self.values = lru_cache(maxsize=None)(lambda metric: metric.values(records))
-        self.estimates = lru_cache(maxsize=None)(self._estimates)
+        self.values = cache(lambda metric: metric.values(records))
+        self.estimates = cache(self._estimates)
         alike = records.runs.groupby("arm")[["seed", "student", "recipe.steps", "recipe.learning_rate"]]
         self._how = {arm: set(rows.itertuples(index=False, name=None)) for arm, rows in alike}
 
