@@ -356,9 +356,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     arms, analyses = _asked(options, lab)
     missing = missing_records((*arms, *analyses), seeds, lab)
     if missing:
-        listed = ", ".join(map(str, seeds))
-        what = f"{lab.records} has no record of {', '.join(missing[:5])} with seeds {listed}"
-        raise OpdlabError(f"{what}: record them first{lab.elsewhere}")
+        listed = f"{', '.join(missing[:5])} with seeds {', '.join(map(str, seeds))}"
+        raise OpdlabError(f"{lab.records} has no record of {listed}: record them first{lab.elsewhere}")
     repeated = Laboratory(lab.scale, lab.runs.parent / "reproduce")
     print(f"retraining in {repeated.root}")
     if options.keep_models:

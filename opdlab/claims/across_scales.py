@@ -21,7 +21,7 @@ def records_at(
     lab = Laboratory.at(name, root)
     there = recorded_arms(lab)
     found = tuple(arm for arm in arms if arm in there)
-    if not found or set(analyses) - set(recorded_analyses(lab)):
+    if not found or (analyses and set(analyses) - set(recorded_analyses(lab))):
         return None
     return load(lab, found, analyses=analyses)
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -140,8 +140,8 @@ class Runs:
     def __init__(self, records: Records):
         """Keep the records."""
         self.records = records
-        self.values = lru_cache(maxsize=None)(lambda metric: metric.values(records))
-        self.estimates = lru_cache(maxsize=None)(self._estimates)
+        self.values = cache(lambda metric: metric.values(records))
+        self.estimates = cache(self._estimates)
         alike = records.runs.groupby("arm")[["seed", "student", "recipe.steps", "recipe.learning_rate"]]
         self._how = {arm: set(rows.itertuples(index=False, name=None)) for arm, rows in alike}
 
@@ -226,15 +226,8 @@ def digests(claims: Sequence[Claim]) -> dict[str, str]:
 def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> set[str]:
     """Return the names of the claims that a run they look at, or a row of an analysis, was made without.
 
-    A claim with another criterion is another.
-
-    Args:
-        claims: of which the records have all arms and analyses.
-        records: with the runs and the rows of analyses, each of which names a set of claims.
-        folder: the records' folder, whose claims.json says what was in each set.
-
-    Raises:
-        OpdlabError: if that file is damaged.
+    A claim with another criterion is another. Each run and row names a set of claims, and claims.json, in the records'
+    ``folder``, says what was in it; raises an OpdlabError if that file is damaged.
     """
     path = folder / "claims.json"
     sets = read_json(path, "restore it") if path.is_file() else {}
@@ -270,14 +263,10 @@ class Verdict:
 
 
 def judge(claims: Sequence[Claim], records: Records) -> list[Verdict]:
-    """Return the verdicts on claims.
-
-    Args:
-        claims: all that are judged together, since the tests of one finding are corrected together.
-        records: with the arms and analyses that the claims need (:meth:`Claim.judgeable`).
+    """Return the verdicts on claims, which are judged together: the tests of one finding are corrected together.
 
     Raises:
-        OpdlabError: if the records lack an arm, an analysis or a column, which it names.
+        OpdlabError: if the records lack an arm, an analysis or a column, which it names (:meth:`Claim.judgeable`).
     """
     runs = Runs(records)
     half, once, twice = (_words(claims, runs, factor) for factor in (0.5, 1.0, 2.0))
@@ -296,17 +285,8 @@ def seeds_to_decide(claim: Claim, runs: Runs, seeds: int, corrected: tuple[float
     """Return about how many seeds would decide an undecided claim, if the effect and its scatter stayed as they are.
 
     The z-score of the test that is nearer to passing grows with the root of the number of seeds, and has to reach the
-    one of :data:`LEVEL` over the number of tests that its p-value is corrected for. A number of hundreds says that the
-    effect lies on the margin.
-
-    Args:
-        claim: that is undecided.
-        runs: it was judged by.
-        seeds: of them.
-        corrected: the p-values for and against the claim.
-
-    Returns:
-        The number, or None where the effect is not known, or lies on the margin itself.
+    one of :data:`LEVEL` over the number of tests that its p-value is ``corrected`` for, for and against the claim. A
+    number of hundreds says that the effect lies on the margin; None that it is not known, or lies there exactly.
     """
     p, raw = min(zip(corrected, _both_ways(claim.kind, runs.estimates(claim.effect), claim.margin), strict=True))
     if not 0 < raw < 0.5:

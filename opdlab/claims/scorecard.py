@@ -140,9 +140,7 @@ def judgeable(records: Records, finding: str = "", claims: Sequence[Claim] = CLA
 def scorecard(verdicts: Sequence[Verdict], after: Collection[str] = ()) -> pd.DataFrame:
     """Return verdicts as a table, one row per claim, under plain names.
 
-    Args:
-        verdicts: of :func:`opdlab.claims.rules.judge`.
-        after: names of the claims that were written after a run (:func:`opdlab.claims.rules.written_after`).
+    ``after`` has the names of the claims that were written after a run (:func:`opdlab.claims.rules.written_after`).
     """
     rows = []
     for found in verdicts:
@@ -176,12 +174,9 @@ def claims_table(
 ) -> Html:
     """Return every claim as a row of four columns, in HTML; a script of the site lets a reader filter the rows.
 
-    They are the claim with its finding, the verdict as a badge, what other papers found, and all else, folded.
-
-    Args:
-        verdicts: of the toy model.
-        real: verdicts of the real model on the same claims, by name, where it can decide them.
-        after: names of the claims that were written after a run.
+    They are the claim with its finding, the verdict as a badge, what other papers found, and all else, folded. Beside
+    the ``verdicts`` of the toy model stand those of the ``real`` one, by the names of the claims that it can decide;
+    ``after`` is that of :func:`scorecard`.
     """
     real, table = real or {}, scorecard(verdicts, after)
     rows = [_row(found, real.get(found.claim.name), table.loc[found.claim.name]) for found in verdicts]

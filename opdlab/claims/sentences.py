@@ -15,11 +15,9 @@ def states(*said: Any, at: str = "tiny") -> Any:
     >>> states("Two is more than one.", 2 > 1, "Three is more.", 3 > 2, at="").data
     'Two is more than one. Three is more.'
 
-    Args:
-        said: sentences in Markdown, each followed by the condition under which it is true. A percentage gets the blank
-            before its sign that it has in all prose of the book.
-        at: the scale whose records the sentences are about. At another scale they are shown as what they say of that
-            one, and nothing is checked; "" stands for sentences that are true at all scales.
+    The sentences are in Markdown, each followed by the condition under which it is true. They are about the records of
+    the scale ``at``: at another one they are shown as what they say of that, and nothing is checked; "" stands for
+    sentences that are true at all scales. A percentage gets the blank before its sign that it has in the book's prose.
 
     Raises:
         OpdlabError: if a condition does not hold, with its sentence.
@@ -37,18 +35,14 @@ def states(*said: Any, at: str = "tiny") -> Any:
 
 
 def check(answer: Any, right: Any, near: float = 0.02, hint: str = "Not yet.") -> str:
-    """Return what there is to say of a reader's answer to an exercise.
+    """Return what there is to say of a reader's answer to an exercise: ``hint``, if it is not right.
+
+    Numbers may differ from the right one by the share ``near`` of it.
 
     >>> check(None, 1.5)
     'Not answered yet: put your answer in the place of None, and run both cells.'
     >>> check(1.51, 1.5), check(1.2, 1.5, hint="Not yet: is the update rounded?")
     ('Right.', 'Not yet: is the update rounded?')
-
-    Args:
-        answer: the reader's, or None.
-        right: the right one; numbers may differ from it by a share of it.
-        near: that share.
-        hint: for an answer that is not right.
     """
     if answer is None:
         return "Not answered yet: put your answer in the place of None, and run both cells."

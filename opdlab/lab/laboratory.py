@@ -218,14 +218,13 @@ class Laboratory:
             OpdlabError: if a model is missing, and whatever the loop raises.
         """
         named = self.arm(name)
-        folders = self.models_of(name, seed)
-        for folder in folders:
+        missing = [folder for folder in self.models_of(name, seed) if not (self.models / folder).is_dir()]
+        for folder in missing:
             if not self.model(folder).known:  # Without a digest the run has no key: say what is missing.
                 self.model_folder(folder)
         experiment = change(self.experiment(name, seed))
-        if not Run(experiment, self.runs).finished:
-            for folder in folders:
-                self.model_folder(folder)
+        if missing and not Run(experiment, self.runs).finished:
+            self.model_folder(missing[0])
         return train(
             experiment,
             self.runs,

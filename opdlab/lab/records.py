@@ -113,17 +113,18 @@ def load(
         OpdlabError: if a record is missing, with the command that makes it, or a file is damaged.
     """
     lab = scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root)
+    asked = analyses is not None
     if analyses is None:
         analyses = recorded_analyses(lab) if arms is None else ()
     arms = recorded_arms(lab) if arms is None else tuple(arms)
     index = read_index(lab.records)
     wanted = [(arm, seed) for arm in arms for seed in (lab.seeds_of(arm) if seeds is None else seeds)]
-    missing = [arm for arm, seed in wanted if not has_record(arm, seed, lab, index)]
+    missing = dict.fromkeys(arm for arm, seed in wanted if not has_record(arm, seed, lab, index))
     if missing or not wanted:
-        named = " ".join(f"--arm {arm}" for arm in dict.fromkeys(missing))
+        named = "".join(f" --arm {arm}" for arm in missing)
         raise OpdlabError(
-            f"{lab.records} has no record of {', '.join(dict.fromkeys(missing)) or 'any arm'} as it would be made now: "
-            f"run 'opdlab record --scale {lab.scale.name}{' ' * bool(named)}{named}'{lab.elsewhere}"
+            f"{lab.records} has no record of {', '.join(missing) or 'any arm'} as it would be made now: run "
+            f"'opdlab record --scale {lab.scale.name}{named}'{lab.elsewhere}"
         )
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
     for arm in arms:
@@ -135,13 +136,16 @@ def load(
     tables = {name: pd.concat(of_arms, ignore_index=True) for name, of_arms in parts.items()}
     runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
     runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
-    return Records(**tables, runs=runs, analyses={name: _analysis(name, lab, seeds, index) for name in analyses})
+    # Keys take long, so what was found to be recorded is not asked again.
+    found = {name: _analysis(name, lab, seeds, index if asked else None) for name in analyses}
+    return Records(**tables, runs=runs, analyses=found)
 
 
-def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None, index: pd.DataFrame) -> pd.DataFrame:
+def _analysis(name: str, lab: Laboratory, seeds: Sequence[int] | None, index: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the rows of an analysis that count, after a look whether it is due if an index of the runs is given."""
     analysis = ANALYSES[name]
     wanted = [seed for seed in analysis.seeds(lab) if seeds is None or seed in seeds]
-    if any(_is_due(analysis, seed, lab, index) for seed in wanted):
+    if index is not None and any(_is_due(analysis, seed, lab, index) for seed in wanted):
         raise OpdlabError(
             f"{lab.records} has no record of the analysis {name!r} as it would be made now: run "
             f"'opdlab record --scale {lab.scale.name} --analysis {name}'{lab.elsewhere}"
@@ -302,7 +306,7 @@ def _keep_claims(named: Sequence[str | None], lab: Laboratory) -> None:
     """Write down what is in the laboratory's set of claims, if new records name it."""
     if (own := config_key(dict(lab.claims))) in named:
         path = lab.records / "claims.json"
-        known = read_json(path, REMEDY) if path.is_file() else {}
+        known = read_json(path, "restore it") if path.is_file() else {}
         write_json(path, known | {own: dict(lab.claims)})
 
 

@@ -125,10 +125,7 @@ TINY = Scale(
     ),
     policy=RecordPolicy(
         arms=RECORDED,
-        analyses=(
-            *("similarity", "span", "landscape", "extrapolation", "gradients"),
-            *("linearity", "retention", "taught"),
-        ),
+        analyses=("similarity", "span", "landscape", "extrapolation", "gradients", "linearity", "retention", "taught"),
         other_seeds={
             **dict.fromkeys(("opd", "sft"), tuple(range(8))),
             # As many as were asked for, when three had left a claim undecided, by the table of open questions.
@@ -186,7 +183,6 @@ SMOKE = replace(
         variant_seeds=(0,),
         other_seeds={},
         variant_snapshots=(0.2, 0.5, 1.0),
-        variant_evaluations=(1.0,),
     ),
 )
 

@@ -175,11 +175,8 @@ def _begin_record(lab: Laboratory) -> None:
         )
     # Hub and package differ in their bits.
     files = {folder: lab.models / folder / "source.json" for folder in lab.scale.models.pretrained}
-    sources = {
-        folder: read_json(file, "remove its folder and fetch it again")
-        for folder, file in files.items()
-        if file.is_file()
-    }
+    there = {folder: file for folder, file in files.items() if file.is_file()}
+    sources = {folder: read_json(file, "remove its folder and fetch it again") for folder, file in there.items()}
     if sources:
         write_json(lab.records / "pretrained.json", sources)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import accumulate, chain
+from itertools import accumulate
 from threading import current_thread, main_thread
 from types import MappingProxyType
 from typing import Any
@@ -223,12 +223,8 @@ def after_equals(prompt: str, completion: str) -> str | None:
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
 
 
-def _restated(name: str, **settings: Any) -> Task:
-    """Return the task of a dataset of reasoning-gym whose question is one expression."""
-    return _task(name, partial(expression_prompt, name=name, **settings), restated_demonstration, after_equals)
-
-
-CHAIN_SUM = _restated("chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+_two_terms = partial(expression_prompt, name="chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+CHAIN_SUM = _task("chain_sum", _two_terms, restated_demonstration, after_equals)
 
 
 # --- for large models: competition mathematics, from the Hugging Face hub --------------------------------------
@@ -253,8 +249,7 @@ def _competition() -> dict[str, str]:
             "and HF_HUB_OFFLINE"
         ) from problem
     asked = "\nPut the final answer in \\boxed{}.\n"
-    rows = chain.from_iterable(parts)
-    return {row["problem"] + asked: row["solution"] for row in rows if _last_box(row["solution"])}
+    return {row["problem"] + asked: row["solution"] for part in parts for row in part if _last_box(row["solution"])}
 
 
 def _math_prompt(rng: np.random.Generator) -> str:

@@ -146,6 +146,15 @@ def test_a_damaged_record(name, damage, own):
         load(own, ("sft",), seeds=(0,))
 
 
+def test_damaged_sets_of_claims(own):
+    """To train again would not bring them back."""
+    judging = replace(own, claims={"it": "01234567"})
+    tables = find_tables("sft", 0, judging)
+    write_whole(own.records / "claims.json", lambda file: file.write_text("{"))
+    with pytest.raises(OpdlabError, match=r"claims.json is missing or damaged \(.*\): restore it"):
+        add_run(tables, judging)
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     path.write_text("before")

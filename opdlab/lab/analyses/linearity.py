@@ -27,14 +27,13 @@ FIRST = 0.05
 def straightness(products: Tensor, progress: Sequence[float]) -> dict[str, float]:
     """Return how straight the path of an update is, from the inner products (T, T) of the updates at T times.
 
+    They are those of one matrix, or the sum of those of several; ``progress`` has the T shares of the training,
+    ascending to its end.
+
     Keys: ``r2``, the share of their squared norms that is on the best line through the origin, progress times slope,
     fitted to the times from :data:`FIRST` on; ``cosine``, of the update at the time nearest to :data:`EARLY` with the
     last one; and ``error``, by how much that update over its progress misses the last one, as a share of its norm. NaN
     where an update is zero.
-
-    Args:
-        products: of one matrix, or the sum of those of several.
-        progress: T shares of the training, ascending; the last is the end.
 
     Source: 2605.21468, where lines are fitted to coefficients, and 15 % is the shortest window.
 
@@ -95,12 +94,13 @@ def _rows(runs: RunSet, arm: str) -> list[dict]:
     found: dict[str, dict[str, Path]] = {"": {}, "_bf16": {}, "_null": {}}
     matrices = weight_matrices(snapshots[0])
     for name, origin in matrices.items():
-        weights = [snapshot[name] for snapshot in snapshots]
-        updates = _since_first([weight.double() for weight in weights])
+        weights = [snapshot[name].double() for snapshot in snapshots]
+        rounded = [snapshot[name].bfloat16().double() for snapshot in snapshots]
+        updates = [weight - weights[0] for weight in weights[1:]]
         lengths = [frobenius(after - before) for before, after in pairwise([torch.zeros_like(updates[0]), *updates])]
         seen = {
             "": updates,
-            "_bf16": _since_first([weight.bfloat16().double() for weight in weights]),
+            "_bf16": [weight - rounded[0] for weight in rounded[1:]],
             "_null": list(random_walk(lengths, origin.shape, generator_of(runs.seed, name))),
         }
         for view, path in seen.items():
@@ -118,10 +118,6 @@ def _rows(runs: RunSet, arm: str) -> list[dict]:
                 row[f"{key}{view}"] = pd.Series([getattr(path, key) for path in chosen]).mean()
         rows.append(row)
     return rows
-
-
-def _since_first(weights: Sequence[Tensor]) -> list[Tensor]:
-    return [weight - weights[0] for weight in weights[1:]]
 
 
 LINEARITY = Analysis("linearity", "whether the path of an update is a straight line, told by its first part", measure)
