@@ -26,7 +26,9 @@ class Plain(NamedTuple):
 #:
 #: :meta hide-value:
 PLAIN = {
-    "reproduced": Plain("holds up", "The effect is there, and everything simpler that was tried leaves most of it."),
+    "reproduced": Plain(
+        "holds up", "The effect is there, and nothing simpler that was tried takes half of it for sure."
+    ),
     "seen": Plain("seen, not tested further", "The effect is there, and nothing was tried that could explain it."),
     "explained": Plain("seen, but explained", "The effect is there, and a simpler cause is enough for it."),
     "uninformative": Plain("tells nothing", "The test passes, and so does another for which it should have failed."),
@@ -68,7 +70,8 @@ def fold(table: pd.DataFrame, summary: str) -> Html:
 
 #: How the columns of a chapter's verdicts are read.
 _NOTE = (
-    "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
+    "The effect is the difference that the claim is about, with its 95 % interval over seeds, whose scatter is pooled "
+    "over the arms of a page: as a factor where sizes "
     "or ranks are compared, which are those of the matrices of attention, else in the units of the quantity. To count "
     "it has to be as large as the margin below it, which is negative where the claim is that nothing is lost. Where "
     "the claim is that two arms are alike, it has to be smaller than the margin. Of a claim about a whole curve the "
@@ -97,7 +100,7 @@ def _effect(found: Verdict) -> str:
     return f"{'not measured' if np.isnan(found.effect.mean) else shown}<br><small>margin {margin}</small>"
 
 
-def _left(share: Interval | None) -> str:
+def left_of_effect(share: Interval | None) -> str:
     """Say how much of an effect a simpler cause leaves."""
     if share is None or share.high - share.low > 2:
         return "cannot be told"
@@ -110,7 +113,7 @@ def _causes(found: Verdict) -> str:
     """Say what simpler causes leave of an effect, and what passes a test that it should fail."""
     passes = [f"{found.by} passes the test as well"] if found.verdict == "uninformative" else []
     # What is said of a control after a comma is what was expected of it.
-    left = (f"{name.partition(',')[0]}: {_left(share)}" for name, share in found.share.items())
+    left = (f"{name.partition(',')[0]}: {left_of_effect(share)}" for name, share in found.share.items())
     return "; ".join([*passes, *left])
 
 
@@ -155,7 +158,7 @@ def scorecard(verdicts: Sequence[Verdict], after: Collection[str] = ()) -> pd.Da
                 "known": claim.known,
                 "effect": f"{found.effect:+.3g}",
                 "margin": f"{claim.margin:.3g}",
-                "left by the controls": f"{share:.0%}" if share else "",
+                "left by the controls": left_of_effect(share) if share else "",
                 "p for": f"{found.p:.2g}",
                 "p against": f"{found.p_against:.2g}",
                 "seeds": found.seeds,

@@ -86,8 +86,8 @@ def standing(
     :func:`~opdlab.geometry.summary.of_layers`. Of a run by AdamW also, from its history and recipe,
 
     - steps, those that changed a weight;
-    - coherence, C = rms(dW) / sqrt(sum of lr^2) over these steps: Adam moves each weight by about lr, so that it is 1
-      for a walk on noise, and sqrt(steps) for a straight line;
+    - coherence, C = rms(dW) / sqrt(sum of lr^2) over these steps, by Adam about 1
+      on noise, and sqrt(steps) for a straight line;
     - step_size, lr / rms(W) at the peak of the schedule;
     - clipped, the share of steps whose gradient was clipped;
     - growth, the exponent of the norm in steps: the slope of log norm on log step over snapshots from 5 % on.

@@ -93,7 +93,7 @@ def test_a_scorecard_says_what_the_verdicts_do(verdicts):
     assert one["effect"] == "+1 [+0.5, +1.5]"
     assert (one["paper"], one["known"], two["elsewhere"]) == ("Figure 0", "printed", "others agree")
     assert (one["margin"], one["p for"], two["p against"], two["seeds"]) == ("0.25", "0.01", "0.6", 3)
-    assert (one["left by the controls"], two["left by the controls"]) == ("12 % [10 %, 15 %]", "")
+    assert (one["left by the controls"], two["left by the controls"]) == ("12 % [10 %, 15 %] left", "")
     assert (two["at half the margin"], two["at twice"]) == ("seen, not tested further", "not seen")
     assert (one["written"], two["written"]) == ("before", "after")
 
@@ -157,7 +157,7 @@ def test_the_table_of_all_claims_has_four_columns_and_the_rest_folded(verdicts):
     assert badge("seen") in two and "<dt>effect in the real model</dt><dd>+2 [+1.5, +2.5]</dd>" in two
     assert "<td>others agree</td>" in two and "<dt>elsewhere</dt>" not in html
     assert "<dt>paper</dt><dd>Figure 0</dd>" in one and "<dt>written</dt><dd>after</dd>" in two
-    assert "<dt>left by the controls</dt><dd>12 % [10 %, 15 %]</dd>" in one
+    assert "<dt>left by the controls</dt><dd>12 % [10 %, 15 %] left</dd>" in one
     assert "left by the controls" not in two, "what is empty is left out"
     assert 'aria-label="Details of: It is not."' in two
 
