@@ -22,6 +22,9 @@ _INSIDE = ("actor/lora_adapter", "actor/huggingface", "lora_adapter", "huggingfa
 _BELOW = {name for path in _INSIDE for name in path.split("/")}
 # Where they put the folders of the steps, below that of the run: prime-rl, OpenRLHF, this library, others.
 _ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
+# A number, and what may multiply it.
+_NUMBER, _UNIT = r"\d+(?:\.\d+)?(?:e\d+)?", r"(?:([kKmMbB])(?![a-zA-Z\d]))?"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NO_CHECKPOINT = "no checkpoint"
 
 _GIVE = "give a model and what was tuned from it"
@@ -68,28 +71,35 @@ def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint]) -> None:
 class Trajectory(list[Source]):
     """Checkpoints in the order in which training made them."""
 
-    def __init__(self, places: Iterable[Source], steps: Iterable[int], said: Iterable[str] = ()):
+    def __init__(self, places: Iterable[Source], steps: Iterable[float], said: Iterable[str] = ()):
         """Keep the checkpoints, the step of each, and what a reader must know of how they were chosen."""
         super().__init__(places)
         self.steps, self.said = tuple(steps), tuple(said)
 
 
-def step_of(path: Path | str) -> int | None:
+def step_of(path: Path | str) -> float | None:
     """Return the step in a checkpoint's name: the number after step, checkpoint, iter or epoch, or else the last one.
 
     >>> [step_of(name) for name in ("checkpoint-100-r16", "step1000-tokens4B", "iter_0000063", "sft-3", "final")]
     [100, 1000, 63, 3, None]
+    >>> [step_of(name) for name in ("step-2k", "step_1_000", "epoch-0.5")]
+    [2000, 1000, 0.5]
     """
     name = _of_step(Path(path)).name.removesuffix(".safetensors")
-    found = _number_after_a_word(name) or re.findall(r"\d+", name)[-1:]
-    return int(float(found[0])) if found else None
+    found = _number_after_a_word(name) or [match.groups() for match in re.finditer(rf"({_NUMBER}){_UNIT}", name)][-1:]
+    if not found:
+        return None
+    number, unit = found[0]
+    step = float(re.sub("[_,]", "", number)) * _UNITS[(unit or "").lower()]
+    return int(step) if step.is_integer() else step
 
 
-def _number_after_a_word(name: str) -> list[str]:
-    """Return the number that a word calls a step, as a list of one; "globalstep" is a step, "timestep" is none."""
+def _number_after_a_word(name: str) -> list[tuple[str, ...]]:
+    """Return the number that a word calls a step, and its unit, in a list; "globalstep" is a step, "timestep" none."""
     words = (r"(?:global[\W_]*)?steps?", "checkpoint|ckpt", "iter(?:ation)?", "epoch")
-    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*(\d+(?:e\d+)?)", name, re.IGNORECASE) for word in words)
-    return next(([match[1]] for match in found if match), [])
+    number = rf"(\d{{1,3}}(?:[_,]\d{{3}})+(?!\d)|{_NUMBER}){_UNIT}"
+    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*{number}", name, re.IGNORECASE) for word in words)
+    return next(([match.groups()] for match in found if match), [])
 
 
 def _of_step(path: Path) -> Path:
@@ -98,7 +108,7 @@ def _of_step(path: Path) -> Path:
     return above if re.search(r"\d", above.name) else path
 
 
-def _order(path: Path | str) -> tuple[int, int]:
+def _order(path: Path | str) -> tuple[int, float]:
     """Return the stage of pretraining (as OLMo counts them) and the step."""
     stage = re.search(r"(?<![a-z])stage[\W_]*(\d+)", _of_step(Path(path)).name, re.IGNORECASE)
     return int(stage[1]) if stage else 0, step_of(path) or 0
@@ -134,10 +144,10 @@ def _by_step(places: Iterable[Any], said: list[str]) -> Trajectory:
     for before, after in pairwise(ordered):
         if _order(before) == _order(after):
             raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
-    steps = [_order(place)[1] for place in ordered]
+    steps: list[float] = [_order(place)[1] for place in ordered]
     if steps != sorted(set(steps)):
         said = [*said, "Each stage counts its steps anew: the checkpoints are numbered 1, 2, 3 ... instead."]
-        steps = list(range(1, len(ordered) + 1))
+        steps = [*range(1, len(ordered) + 1)]
     return Trajectory(ordered, steps, said)
 
 
