@@ -14,7 +14,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import OUTSIDE, describe, identity, tower_of
 from opdlab.models.checkpoints import Source, open_checkpoint
 from opdlab.models.files import local_folder
-from opdlab.models.names import HEAD, embedding_of
+from opdlab.models.names import HEAD, canonical_name, embedding_of
 from opdlab.models.pieces import Checkpoint, Piece
 
 # Where trainers put the model of a step, below the folder that bears the step: verl's actor, merged or as an adapter.
@@ -255,8 +255,9 @@ def in_common(base: Checkpoint, path: Sequence[Checkpoint]) -> tuple[list[Checkp
         if base is end or (isinstance(base.path, Path) and place_of(base) == place_of(end)):
             raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
         _check_layers(base, end)
-    left = {name: LeftOut(name, reason, 0.0) for end in ends for name, reason in end.left_out.items()}
     kept = _with_heads(ends)
+    absent = [one for end in ends for one in end.left_out.items() if canonical_name(one[0]) not in kept[0]]
+    left = {name: LeftOut(name, reason, 0.0) for name, reason in absent}
     for name in dict.fromkeys(chain.from_iterable(kept)):
         shapes = [pieces[name].shape if name in pieces else None for pieces in kept]
         if len(set(shapes)) > 1:
@@ -324,6 +325,8 @@ def _with_heads(ends: list[Checkpoint]) -> list[dict[str, Piece]]:
 
 
 def _ties(end: Checkpoint) -> bool:
+    if HEAD in map(canonical_name, end.left_out):  # as a copy of the embedding, which says more than a config
+        return True
     architectures = " ".join(end.config.get("architectures") or [])
     text = end.config.get("text_config") or {}
     said = end.config.get("tie_word_embeddings", text.get("tie_word_embeddings"))

@@ -203,6 +203,17 @@ def test_a_copy_of_tied_embeddings_is_left_out(pair, measured, tmp_path):
     assert "lm_head.weight" not in set(measure(base, path, out=tmp_path / "way").table["matrix"])
 
 
+def test_copies_that_came_apart_are_two_matrices():
+    """As training changes both names of a tied model's state dict; a model that had the copy had this head."""
+    embedding = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    before = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    after = {name: weight + i for i, (name, weight) in enumerate(before.items(), 1)}
+    for base, tuned, sizes in ((before, after, [6.0, 12.0]), (after, before, [6.0, 12.0])):
+        update = measure(base, tuned)
+        found = update.table.set_index("matrix").loc[list(before), "frobenius"]
+        assert found.tolist() == pytest.approx(sizes, rel=1e-6) and not update.left_out
+
+
 def test_means_count_only_what_is_defined_on_both_sides():
     table = pd.DataFrame(
         {
