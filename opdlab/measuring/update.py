@@ -209,7 +209,8 @@ class Update(Shown):
         """Write matrices.csv, summary.json and report.html, and with several checkpoints trajectory.csv.
 
         Raises:
-            OpdlabError: if the folder cannot be written or is one of the checkpoints.
+            OpdlabError: if the folder cannot be written, is one of the checkpoints, or has files of the same names from
+                elsewhere.
         """
         from opdlab.measuring.report import write_report
 
