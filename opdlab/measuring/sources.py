@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import OUTSIDE, describe, identity, tower_of
-from opdlab.models.checkpoints import Source, open_checkpoint
+from opdlab.models.checkpoints import Source, as_saved, model_in, open_checkpoint
 from opdlab.models.files import local_folder
-from opdlab.models.names import HEAD, canonical_name, embedding_of
+from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_name
 from opdlab.models.pieces import Checkpoint, Piece
 
 # Where trainers put the model of a step, below the folder that bears the step: verl's actor, merged or as an adapter.
@@ -45,8 +47,20 @@ def open_all(base: Source, path: Iterable[Source]) -> tuple[Checkpoint, tuple[Ch
 
     Raises as :func:`~opdlab.models.files.local_folder` and :func:`~opdlab.models.checkpoints.open_checkpoint` do.
     """
-    opened = _open(base)
-    return opened, tuple(_open(source, opened) for source in path)
+    modules = [source for source in (base, *path) if isinstance(source, nn.Module)]
+    first, *rest = [_called_as(modules[0], source) if modules else source for source in (base, *path)]
+    opened = _open(first)
+    return opened, tuple(_open(source, opened) for source in rest)
+
+
+def _called_as(module: nn.Module, source: Source) -> Source:
+    """Return a source; weights in memory that are called as in a module are of that model, and named as it is saved."""
+    if isinstance(source, Mapping):
+        plain = {plain_name(name): weight for name, weight in source.items()}
+        for weights, one in ((plain, model_in(module)[1]), (source, module)):
+            if weights.keys() <= one.state_dict().keys():
+                return open_checkpoint(as_saved(weights, one), open_checkpoint(module))
+    return source
 
 
 def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:
