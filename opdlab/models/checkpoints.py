@@ -116,7 +116,9 @@ def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Che
             refuse_quantised(path, name, piece.dtype, config)
             left_out[plain] = f"a buffer of {piece.dtype}, not a weight"
     if not pieces:
-        raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
+        coded = [name for name, piece in stored.items() if piece.dtype not in FLOATS.values()]
+        which = f" ({coded[0]} is stored as {stored[coded[0]].dtype})" if coded else ""
+        raise OpdlabError(f"{path} holds no weights{which}: give the checkpoint of a model, with real numbers")
     return _checkpoint(path, pieces, config, left_out)
 
 

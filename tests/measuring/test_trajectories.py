@@ -128,6 +128,8 @@ def test_two_of_one_step_and_none(tmp_path):
         find_trajectory(place(tmp_path / "twice", "checkpoint-5", "epoch-5"))
     with pytest.raises(OpdlabError, match=r"no checkpoints in .*none, which holds final: give the folder with"):
         find_trajectory(place(tmp_path / "none", "final"))
+    with pytest.raises(OpdlabError, match=r"there is no folder .*nowhere: give the one with the checkpoints"):
+        find_trajectory(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
