@@ -91,6 +91,11 @@ def compare(
     Raises:
         OpdlabError: on bad input, naming the file.
     """
+    for one in updates:
+        if not isinstance(one, (Update, Path, str)):
+            raise OpdlabError(
+                f"updates has a {type(one).__name__}: give measured updates, or folders of 'opdlab measure'"
+            )
     asked = [one if isinstance(one, Update) else Path(one).expanduser() for one in updates]
     asked = [one / "summary.json" if isinstance(one, Path) and one.is_dir() else one for one in asked]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:

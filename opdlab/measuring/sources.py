@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from math import prod
@@ -47,6 +47,11 @@ def open_all(base: Source, path: Iterable[Source]) -> tuple[Checkpoint, tuple[Ch
 
     Raises as :func:`~opdlab.models.files.local_folder` and :func:`~opdlab.models.checkpoints.open_checkpoint` do.
     """
+    path = tuple(path)
+    for name, source in (("base", base), *(("tuned", source) for source in path)):
+        if not isinstance(source, (Path, str, Mapping, nn.Module, Checkpoint)):
+            what = "a model folder, a .safetensors file, OWNER/NAME on the hub, a state dict or a module"
+            raise OpdlabError(f"{name} is a {type(source).__name__}: give {what}{', or a list' * (name == 'tuned')}")
     modules = [source for source in (base, *path) if isinstance(source, nn.Module)]
     first, *rest = [_called_as(modules[0], source) if modules else source for source in (base, *path)]
     opened = _open(first)
@@ -78,6 +83,13 @@ def name_of(checkpoint: Checkpoint) -> str:
 def place_of(checkpoint: Checkpoint) -> str:
     """Return where a checkpoint is, as results name it."""
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
+
+
+def same_memory(one: Checkpoint, other: Checkpoint) -> bool:
+    """Return whether weights of two checkpoints in memory are the same memory, so that changing one changes both."""
+    pairs = [(piece, other.pieces[name]) for name, piece in one.pieces.items() if name in other.pieces]
+    held = [[piece.file[piece.stored] for piece in pair if isinstance(piece.file, Mapping)] for pair in pairs]
+    return any(len({tensor.untyped_storage().data_ptr() for tensor in both}) < len(both) for both in held)
 
 
 def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint] = ()) -> None:
@@ -142,7 +154,7 @@ def _order(path: Path | str) -> tuple[int, float]:
     return int(stage[1]) if stage else 0, step_of(path) or 0
 
 
-def in_order(sources: Source | Sequence[Source]) -> Trajectory:
+def in_order(sources: Source | Iterable[Source]) -> Trajectory:
     """Return checkpoints with their steps: those in their names, if they ascend, or else 1, 2, 3 ...
 
     Checkpoints of one folder whose names call a number their step are sorted by it; others keep the order given.
@@ -154,7 +166,9 @@ def in_order(sources: Source | Sequence[Source]) -> Trajectory:
     """
     if isinstance(sources, Trajectory):
         return sources
-    several: list[Any] = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    several: list[Any] = list(sources) if isinstance(sources, (list, tuple, Iterator)) else [sources]
+    if not several:
+        raise OpdlabError("tuned is empty: give one checkpoint or more, in order")
     places = [_of_step(Path(source)) for source in several if isinstance(source, (str, Path))]
     steps = [step for place in places if (step := step_of(place)) is not None]
     if len(several) == len(steps) > 1 and steps != sorted(set(steps)):
@@ -185,7 +199,9 @@ def find_trajectory(folder: Path) -> Trajectory:
     Raises:
         OpdlabError: if there is none, or two are of one step.
     """
-    inside = sorted(place for place in folder.iterdir() if place.name[0] != ".") if folder.is_dir() else []
+    if not folder.is_dir():
+        raise OpdlabError(f"there is no folder {folder}: give the one with the checkpoints of a training")
+    inside = sorted(place for place in folder.iterdir() if place.name[0] != ".")
     found: list[Path] = []
     left: dict[str, list[str]] = {}
     # Links come last, so that they give way to what they link to.
