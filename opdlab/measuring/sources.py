@@ -85,11 +85,13 @@ def place_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
 
 
-def same_memory(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether weights of two checkpoints in memory are the same memory, so that changing one changes both."""
+def same_weights(one: Checkpoint, other: Checkpoint) -> str:
+    """Return what to say of two checkpoints without a difference: in memory, changing one may change the other."""
     pairs = [(piece, other.pieces[name]) for name, piece in one.pieces.items() if name in other.pieces]
     held = [[piece.file[piece.stored] for piece in pair if isinstance(piece.file, Mapping)] for pair in pairs]
-    return any(len({tensor.untyped_storage().data_ptr() for tensor in both}) < len(both) for both in held)
+    shared = any(len({tensor.untyped_storage().data_ptr() for tensor in both}) < len(both) for both in held)
+    copy = "before training copy the first, as by {k: v.clone() for k, v in model.state_dict().items()}"
+    return f"{one.path} and {other.path} hold the same weights{f', being the same memory ({copy})' if shared else ''}"
 
 
 def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint] = ()) -> None:

@@ -28,7 +28,7 @@ from opdlab.geometry.summary import (
     trajectory_means,
     views,
 )
-from opdlab.measuring.sources import LeftOut, check_apart, in_order, name_of, open_all, place_of, same_memory
+from opdlab.measuring.sources import LeftOut, check_apart, in_order, name_of, open_all, place_of, same_weights
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
 from opdlab.models.files import write_json, write_whole
@@ -93,9 +93,7 @@ def measure(
             return update
     if out:
         (out / "job.json").unlink(missing_ok=True)
-    copy = "copy the first before training, as by {k: v.clone() for k, v in model.state_dict().items()}"
-    memory = f", being the same memory, so {copy}" if same_memory(origin, path[-1]) else ""
-    raise OpdlabError(f"{origin.path} and {path[-1].path} hold the same weights: there is no update to measure{memory}")
+    raise OpdlabError(f"{same_weights(origin, path[-1])}: there is no update to measure")
 
 
 class Shown(ABC):
