@@ -11,6 +11,7 @@ Names are imported when they are first used; what lies behind them is on the pag
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,9 +103,12 @@ def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Com
     Raises:
         OpdlabError: if there are fewer than two, or they are not of the same matrices.
     """
+    from opdlab.errors import OpdlabError
     from opdlab.measuring.compare import compare as compare_updates
     from opdlab.training.trained import Trained
 
+    if isinstance(updates, (str, Path)) or not isinstance(updates, Iterable):
+        raise OpdlabError(f"updates is {updates!r}: give a list of two or more")
     measured = [update.trajectory if isinstance(update, Trained) else update for update in updates]
     return compare_updates(measured, **options)
 
@@ -115,11 +119,16 @@ def judge(records: Records, finding: str = "") -> pd.DataFrame:
     ``finding``, a key of :data:`opdlab.claims.paper.FINDINGS`, leaves only the claims of this one.
 
     Raises:
-        OpdlabError: if there is no such finding.
+        OpdlabError: if there is no such finding, or ``records`` are none.
     """
     from opdlab import claims
     from opdlab.errors import OpdlabError
+    from opdlab.lab.records import Records
 
+    if not isinstance(records, Records):
+        raise OpdlabError(
+            f"records is a {type(records).__name__}: give what ol.load returns, as in judge(load('tiny'))"
+        )
     if finding and finding not in claims.FINDINGS:
         raise OpdlabError(f"there is no finding {finding!r}; choose one of {', '.join(claims.FINDINGS)}")
     return claims.scorecard(claims.judge(claims.judgeable(records, finding), records))

@@ -22,9 +22,9 @@ _TOWERS = {
 # Blocks outside attention and MLP, by what a module is called; the first counts.
 _OTHERS = {
     "bias": re.compile(r"bias"),
+    "norm": re.compile(r"norm|^ln_"),
     "head": re.compile(r"head|^score$|^classifier$"),
     "embedding": re.compile(r"embed|^w[tp]e$|^shared$"),
-    "norm": re.compile(r"norm|^ln_"),
 }
 # Several matrices side by side, or one above the other, of which no rule says how to split them.
 _SEVERAL = {
@@ -33,9 +33,11 @@ _SEVERAL = {
 }
 # The matrices of a layer, by what a name has after its layer; the first counts.
 _IN_LAYERS = {
-    "attention": re.compile(r"attn|attention|\.[qkvo]_proj$"),
+    "attention": re.compile(r"attn|attention|\.[qkvo]_proj$|mlstm_layer\.(?:[qkv]|out_proj)$"),
     "router": re.compile(r"\.(?:gate|router|shared_expert_gate)(?:\.|$)"),
-    "mlp": re.compile(r"mlp|experts|feed_forward|ffn|densereludense|\.(?:fc[12]|(?:gate|up|down)_proj)$"),
+    "mlp": re.compile(
+        r"mlp|experts|feed_forward|ffn|densereludense|\.(?:fc[12]|(?:gate|up|down)_proj)$|^\.(?:intermediate|output)\.dense$"
+    ),
     "mixer": re.compile(r"mixer|mamba|ssm|conv|temporal_block"),
 }
 

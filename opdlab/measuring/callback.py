@@ -57,7 +57,8 @@ class GeometryCallback(TrainerCallback):
 
     Raises:
         OpdlabError: if an argument makes no sense; when training begins, if no trained matrix is chosen, k exceeds a
-            side of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a snapshot cannot be written.
+            side of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a weight is not finite or a
+            snapshot cannot be written.
 
     Example::
 
@@ -75,6 +76,10 @@ class GeometryCallback(TrainerCallback):
         snapshot_steps: Collection[int] = (),
     ):
         """Prepare to measure; nothing is kept before training begins."""
+        if not isinstance(trainer, Trainer):
+            raise OpdlabError(
+                f"trainer is a {type(trainer).__name__}; expected transformers' Trainer, or one of its kind"
+            )
         if not all(isinstance(number, int) and number >= 1 for number in (every, k)):
             raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
         try:
@@ -97,6 +102,11 @@ class GeometryCallback(TrainerCallback):
         self._measured = 0
         self._followed: dict[str, dict[str, Piece]] = {}
         _check_whole(kwargs["model"])
+        if late := sorted(step for step in self.snapshot_steps if step > state.max_steps > 0):
+            warnings.warn(
+                f"training ends at step {state.max_steps}, so there will be no snapshots of the snapshot_steps {late}",
+                stacklevel=2,
+            )
         if state.global_step > 0:
             warnings.warn(
                 f"training resumes at step {state.global_step}, so its first weights are not here and GeometryCallback "
@@ -114,6 +124,11 @@ class GeometryCallback(TrainerCallback):
             self._snapshot(state, kwargs["model"])
         if state.global_step % self.every == 0:
             self._log(state, control, kwargs["model"])
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure the last step when training's own last line is logged: the best weights may take its place next."""
+        if "train_loss" in (kwargs.get("logs") or {}):
+            self.on_train_end(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the last step, unless it was measured already."""
@@ -169,7 +184,12 @@ class GeometryCallback(TrainerCallback):
         if not self._followed:
             return
         self._measured, start = state.global_step, time.perf_counter()
-        rows = [self._measure(name, weight) for name, weight in self._weights(model)]
+        try:
+            rows = [self._measure(name, weight) for name, weight in self._weights(model)]
+        except OpdlabError as problem:
+            raise OpdlabError(
+                f"at step {state.global_step} {problem}: the training has diverged, so lower its learning rate"
+            ) from problem
         # A matrix that did not move has no direction yet.
         means = pd.DataFrame(rows).mean().dropna().add_prefix("geometry/")
         logs = means.to_dict() | {"geometry/seconds": time.perf_counter() - start}

@@ -21,7 +21,7 @@ from opdlab import geometry as g
 from opdlab.errors import OpdlabError
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.geometry.summary import largest_k, means_over, of_layers
-from opdlab.measuring.sources import name_of, place_of
+from opdlab.measuring.sources import check_apart, name_of, place_of
 from opdlab.measuring.tensors import resumable_map
 from opdlab.measuring.update import Shown, Update, load_update, write_table
 from opdlab.models.files import write_json
@@ -53,11 +53,11 @@ class Comparison(Shown):
         """Write models.csv, pairs.csv, compare.json and compare.html.
 
         Raises:
-            OpdlabError: if the folder cannot be written.
+            OpdlabError: if the folder cannot be written or has files of the same names from elsewhere.
         """
         from opdlab.measuring.report import write_comparison
 
-        folder = Path(folder).expanduser()
+        check_apart(folder := Path(folder).expanduser())
         write_table(folder / "pairs.csv", self.pairs)
         flat = self.models.set_axis([f"{label}, {kind}" for label, kind in self.models.columns], axis="columns")
         write_table(folder / "models.csv", flat.rename_axis("diagnostic").reset_index())
@@ -91,6 +91,11 @@ def compare(
     Raises:
         OpdlabError: on bad input, naming the file.
     """
+    for one in updates:
+        if not isinstance(one, (Update, Path, str)):
+            raise OpdlabError(
+                f"updates has a {type(one).__name__}: give measured updates, or folders of 'opdlab measure'"
+            )
     asked = [one if isinstance(one, Update) else Path(one).expanduser() for one in updates]
     asked = [one / "summary.json" if isinstance(one, Path) and one.is_dir() else one for one in asked]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
@@ -101,7 +106,7 @@ def compare(
     norms = [table["frobenius"].astype(float).to_dict() for table in tables]
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
-    folder = Path(out).expanduser() if out else None
+    check_apart(folder := Path(out).expanduser() if out else None)
     # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
     on_disk = all(isinstance(end.path, Path) for update in measured.values() for end in (update.base, update.path[-1]))
     log, processes = (folder, processes) if on_disk else (None, 1)

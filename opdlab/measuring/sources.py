@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from opdlab.errors import OpdlabError
 from opdlab.geometry.matrices import OUTSIDE, describe, identity, tower_of
-from opdlab.models.checkpoints import Source, open_checkpoint
+from opdlab.models.checkpoints import Source, as_saved, model_in, open_checkpoint
 from opdlab.models.files import local_folder
-from opdlab.models.names import HEAD, embedding_of
+from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_name
 from opdlab.models.pieces import Checkpoint, Piece
 
 # Where trainers put the model of a step, below the folder that bears the step: verl's actor, merged or as an adapter.
@@ -22,6 +25,12 @@ _INSIDE = ("actor/lora_adapter", "actor/huggingface", "lora_adapter", "huggingfa
 _BELOW = {name for path in _INSIDE for name in path.split("/")}
 # Where they put the folders of the steps, below that of the run: prime-rl, OpenRLHF, this library, others.
 _ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
+# What results are called, and what each kind of JSON file among them says.
+_OWN = {"job.json": {"opdlab", "norms"}, "summary.json": {"provenance"}, "compare.json": {"weighting"}}
+_RESULTS = (*_OWN, "matrices.csv", "trajectory.csv", "models.csv", "pairs.csv", "report.html", "compare.html")
+# A number, and what may multiply it.
+_NUMBER, _UNIT = r"\d+(?:\.\d+)?(?:e\d+)?", r"(?:([kKmMbB])(?![a-zA-Z\d]))?"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NO_CHECKPOINT = "no checkpoint"
 
 _GIVE = "give a model and what was tuned from it"
@@ -38,8 +47,25 @@ def open_all(base: Source, path: Iterable[Source]) -> tuple[Checkpoint, tuple[Ch
 
     Raises as :func:`~opdlab.models.files.local_folder` and :func:`~opdlab.models.checkpoints.open_checkpoint` do.
     """
-    opened = _open(base)
-    return opened, tuple(_open(source, opened) for source in path)
+    path = tuple(path)
+    for name, source in (("base", base), *(("tuned", source) for source in path)):
+        if not isinstance(source, (Path, str, Mapping, nn.Module, Checkpoint)):
+            what = "a model folder, a .safetensors file, OWNER/NAME on the hub, a state dict or a module"
+            raise OpdlabError(f"{name} is a {type(source).__name__}: give {what}{', or a list' * (name == 'tuned')}")
+    modules = [source for source in (base, *path) if isinstance(source, nn.Module)]
+    first, *rest = [_called_as(modules[0], source) if modules else source for source in (base, *path)]
+    opened = _open(first)
+    return opened, tuple(_open(source, opened) for source in rest)
+
+
+def _called_as(module: nn.Module, source: Source) -> Source:
+    """Return a source; weights in memory that are called as in a module are of that model, and named as it is saved."""
+    if isinstance(source, Mapping):
+        plain = {plain_name(name): weight for name, weight in source.items()}
+        for weights, one in ((plain, model_in(module)[1]), (source, module)):
+            if weights.keys() <= one.state_dict().keys():
+                return open_checkpoint(as_saved(weights, one), open_checkpoint(module))
+    return source
 
 
 def _open(source: Source, base: Checkpoint | None = None) -> Checkpoint:
@@ -59,37 +85,63 @@ def place_of(checkpoint: Checkpoint) -> str:
     return str(checkpoint.path.resolve()) if isinstance(checkpoint.path, Path) else checkpoint.path
 
 
-def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint]) -> None:
-    """Raise if results would be written into one of the checkpoints."""
+def same_weights(one: Checkpoint, other: Checkpoint) -> str:
+    """Return what to say of two checkpoints without a difference: in memory, changing one may change the other."""
+    pairs = [(piece, other.pieces[name]) for name, piece in one.pieces.items() if name in other.pieces]
+    held = [[piece.file[piece.stored] for piece in pair if isinstance(piece.file, Mapping)] for pair in pairs]
+    shared = any(len({tensor.untyped_storage().data_ptr() for tensor in both}) < len(both) for both in held)
+    copy = "before training copy the first, as by {k: v.clone() for k, v in model.state_dict().items()}"
+    return f"{one.path} and {other.path} hold the same weights{f', being the same memory ({copy})' if shared else ''}"
+
+
+def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint] = ()) -> None:
+    """Raise if results would be written into one of the checkpoints, or over files of somebody else."""
     if out and str(out.resolve()) in map(place_of, checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
+    there = [out / name for name in _RESULTS if (out / name).exists()] if out else []
+    if there and not any(map(_is_own, there)):
+        raise OpdlabError(f"{there[0]} is no result of opdlab: choose another folder with --out, or move it away")
+
+
+def _is_own(file: Path) -> bool:
+    try:
+        return file.name in _OWN and not _OWN[file.name].isdisjoint(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 class Trajectory(list[Source]):
     """Checkpoints in the order in which training made them."""
 
-    def __init__(self, places: Iterable[Source], steps: Iterable[int], said: Iterable[str] = ()):
+    def __init__(self, places: Iterable[Source], steps: Iterable[float], said: Iterable[str] = ()):
         """Keep the checkpoints, the step of each, and what a reader must know of how they were chosen."""
         super().__init__(places)
         self.steps, self.said = tuple(steps), tuple(said)
 
 
-def step_of(path: Path | str) -> int | None:
+def step_of(path: Path | str) -> float | None:
     """Return the step in a checkpoint's name: the number after step, checkpoint, iter or epoch, or else the last one.
 
     >>> [step_of(name) for name in ("checkpoint-100-r16", "step1000-tokens4B", "iter_0000063", "sft-3", "final")]
     [100, 1000, 63, 3, None]
+    >>> [step_of(name) for name in ("step-2k", "step_1_000", "epoch-0.5")]
+    [2000, 1000, 0.5]
     """
     name = _of_step(Path(path)).name.removesuffix(".safetensors")
-    found = _number_after_a_word(name) or re.findall(r"\d+", name)[-1:]
-    return int(float(found[0])) if found else None
+    found = _number_after_a_word(name) or [match.groups() for match in re.finditer(rf"({_NUMBER}){_UNIT}", name)][-1:]
+    if not found:
+        return None
+    number, unit = found[0]
+    step = float(re.sub("[_,]", "", number)) * _UNITS[(unit or "").lower()]
+    return int(step) if step.is_integer() else step
 
 
-def _number_after_a_word(name: str) -> list[str]:
-    """Return the number that a word calls a step, as a list of one; "globalstep" is a step, "timestep" is none."""
+def _number_after_a_word(name: str) -> list[tuple[str, ...]]:
+    """Return the number that a word calls a step, and its unit, in a list; "globalstep" is a step, "timestep" none."""
     words = (r"(?:global[\W_]*)?steps?", "checkpoint|ckpt", "iter(?:ation)?", "epoch")
-    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*(\d+(?:e\d+)?)", name, re.IGNORECASE) for word in words)
-    return next(([match[1]] for match in found if match), [])
+    number = rf"(\d{{1,3}}(?:[_,]\d{{3}})+(?!\d)|{_NUMBER}){_UNIT}"
+    found = (re.search(rf"(?<![a-z])(?:{word})[\W_]*{number}", name, re.IGNORECASE) for word in words)
+    return next(([match.groups()] for match in found if match), [])
 
 
 def _of_step(path: Path) -> Path:
@@ -98,13 +150,13 @@ def _of_step(path: Path) -> Path:
     return above if re.search(r"\d", above.name) else path
 
 
-def _order(path: Path | str) -> tuple[int, int]:
+def _order(path: Path | str) -> tuple[int, float]:
     """Return the stage of pretraining (as OLMo counts them) and the step."""
     stage = re.search(r"(?<![a-z])stage[\W_]*(\d+)", _of_step(Path(path)).name, re.IGNORECASE)
     return int(stage[1]) if stage else 0, step_of(path) or 0
 
 
-def in_order(sources: Source | Sequence[Source]) -> Trajectory:
+def in_order(sources: Source | Iterable[Source]) -> Trajectory:
     """Return checkpoints with their steps: those in their names, if they ascend, or else 1, 2, 3 ...
 
     Checkpoints of one folder whose names call a number their step are sorted by it; others keep the order given.
@@ -116,7 +168,9 @@ def in_order(sources: Source | Sequence[Source]) -> Trajectory:
     """
     if isinstance(sources, Trajectory):
         return sources
-    several: list[Any] = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    several: list[Any] = list(sources) if isinstance(sources, (list, tuple, Iterator)) else [sources]
+    if not several:
+        raise OpdlabError("tuned is empty: give one checkpoint or more, in order")
     places = [_of_step(Path(source)) for source in several if isinstance(source, (str, Path))]
     steps = [step for place in places if (step := step_of(place)) is not None]
     if len(several) == len(steps) > 1 and steps != sorted(set(steps)):
@@ -134,10 +188,10 @@ def _by_step(places: Iterable[Any], said: list[str]) -> Trajectory:
     for before, after in pairwise(ordered):
         if _order(before) == _order(after):
             raise OpdlabError(f"{before} and {after} are of one step: leave one, or give the checkpoints in order")
-    steps = [_order(place)[1] for place in ordered]
+    steps: list[float] = [_order(place)[1] for place in ordered]
     if steps != sorted(set(steps)):
         said = [*said, "Each stage counts its steps anew: the checkpoints are numbered 1, 2, 3 ... instead."]
-        steps = list(range(1, len(ordered) + 1))
+        steps = [*range(1, len(ordered) + 1)]
     return Trajectory(ordered, steps, said)
 
 
@@ -147,7 +201,9 @@ def find_trajectory(folder: Path) -> Trajectory:
     Raises:
         OpdlabError: if there is none, or two are of one step.
     """
-    inside = sorted(place for place in folder.iterdir() if place.name[0] != ".") if folder.is_dir() else []
+    if not folder.is_dir():
+        raise OpdlabError(f"there is no folder {folder}: give the one with the checkpoints of a training")
+    inside = sorted(place for place in folder.iterdir() if place.name[0] != ".")
     found: list[Path] = []
     left: dict[str, list[str]] = {}
     # Links come last, so that they give way to what they link to.
@@ -245,8 +301,9 @@ def in_common(base: Checkpoint, path: Sequence[Checkpoint]) -> tuple[list[Checkp
         if base is end or (isinstance(base.path, Path) and place_of(base) == place_of(end)):
             raise OpdlabError(f"base and tuned are the same checkpoint, {base.path}: give two")
         _check_layers(base, end)
-    left = {name: LeftOut(name, reason, 0.0) for end in ends for name, reason in end.left_out.items()}
     kept = _with_heads(ends)
+    absent = [one for end in ends for one in end.left_out.items() if canonical_name(one[0]) not in kept[0]]
+    left = {name: LeftOut(name, reason, 0.0) for name, reason in absent}
     for name in dict.fromkeys(chain.from_iterable(kept)):
         shapes = [pieces[name].shape if name in pieces else None for pieces in kept]
         if len(set(shapes)) > 1:
@@ -314,6 +371,8 @@ def _with_heads(ends: list[Checkpoint]) -> list[dict[str, Piece]]:
 
 
 def _ties(end: Checkpoint) -> bool:
+    if HEAD in map(canonical_name, end.left_out):  # as a copy of the embedding, which says more than a config
+        return True
     architectures = " ".join(end.config.get("architectures") or [])
     text = end.config.get("text_config") or {}
     said = end.config.get("tie_word_embeddings", text.get("tie_word_embeddings"))

@@ -40,7 +40,7 @@ class Job:
 
     base: Checkpoint
     path: tuple[Checkpoint, ...]
-    steps: tuple[int, ...]
+    steps: tuple[float, ...]
     seed: int = 0  #: of the nulls
     nulls: bool = True
     blocks: Collection[str] | None = None  #: of the tensors to measure; by default all

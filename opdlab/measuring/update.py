@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -28,7 +28,7 @@ from opdlab.geometry.summary import (
     trajectory_means,
     views,
 )
-from opdlab.measuring.sources import LeftOut, check_apart, in_order, name_of, open_all, place_of
+from opdlab.measuring.sources import LeftOut, check_apart, in_order, name_of, open_all, place_of, same_weights
 from opdlab.measuring.tensors import Job, measured
 from opdlab.models.checkpoints import Source
 from opdlab.models.files import write_json, write_whole
@@ -46,7 +46,7 @@ _FOUR_DIGITS = "{:.4g}".format
 
 def measure(
     base: Source,
-    tuned: Source | Sequence[Source],
+    tuned: Source | Iterable[Source],
     *,
     out: Path | str | None = None,
     seed: int = 0,
@@ -61,7 +61,7 @@ def measure(
 
     Args:
         base: the checkpoint before: a folder, a safetensors file, OWNER/NAME on the hub, a state dict or a module.
-        tuned: the same after, or a LoRA adapter's folder, or a list of several in order; the last ends the update.
+        tuned: the same after, or a LoRA adapter's folder, or several in order, in a list; the last ends the update.
         out: folder for the results (:meth:`Update.save`); what an earlier call left unfinished there is resumed.
         seed: of the nulls.
         nulls: whether to compute the nulls and the norm-matched diagnostics.
@@ -93,7 +93,7 @@ def measure(
             return update
     if out:
         (out / "job.json").unlink(missing_ok=True)
-    raise OpdlabError(f"{origin.path} and {path[-1].path} hold the same weights: there is no update to measure")
+    raise OpdlabError(f"{same_weights(origin, path[-1])}: there is no update to measure")
 
 
 class Shown(ABC):
@@ -209,7 +209,8 @@ class Update(Shown):
         """Write matrices.csv, summary.json and report.html, and with several checkpoints trajectory.csv.
 
         Raises:
-            OpdlabError: if the folder cannot be written or is one of the checkpoints.
+            OpdlabError: if the folder cannot be written, is one of the checkpoints, or has files of the same names from
+                elsewhere.
         """
         from opdlab.measuring.report import write_report
 

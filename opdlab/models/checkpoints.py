@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_json, refuse_qu
 # Constants that older models store alongside their weights.
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))
 _BUFFERS += ("rotary_emb.inv_freq", "position_ids")
+_BUFFERS += (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay")  # of MiniMax's linear attention
 
 #: What :func:`open_checkpoint` opens.
 Source = Path | str | Mapping[str, Tensor] | nn.Module | Checkpoint
@@ -57,16 +60,46 @@ def open_checkpoint(source: Source, base: Checkpoint | None = None) -> Checkpoin
 def _in_memory(source: Mapping[str, Tensor] | nn.Module, base: Checkpoint | None) -> Checkpoint:
     if isinstance(source, nn.Module):
         what = f"the {type(source).__name__} in memory"
-        config: dict = getattr(getattr(source, "config", None), "to_dict", dict)()
-        tensors: dict[str, Tensor] = dict(source.named_parameters())  # each once, also where two layers share one
+        # Shared weights come once.
+        tensors = as_saved({name: weight.detach() for name, weight in source.named_parameters()}, source)
+        config = _config(model_in(source)[1])
     else:
         what, config, tensors = "the state dict in memory", base.config if base else {}, dict(source)
     stored: dict[str, Piece] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise OpdlabError(f"{name} in {what} is of type {type(tensor).__name__}: give names and tensors only")
+        if tensor.is_meta:
+            raise OpdlabError(f"{name} of {what} is on the meta device: load it without device_map, or give its folder")
         stored[name] = Piece(tensors, name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
     return _of_weights(what, stored, config)
+
+
+def as_saved(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Return weights that are called as in a module as ``save_pretrained`` writes those of the model in it."""
+    place, model = model_in(module)
+    begins, rest = f"{place}." if place else "", dict(weights)
+    own = {name.removeprefix(begins): rest.pop(name) for name in weights if name.startswith(begins)}
+    if hasattr(model, "save_pretrained"):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        with suppress(Exception):  # What transformers cannot turn back, as of quantised models, keeps its name.
+            own = revert_weight_conversion(cast(Any, model), own)
+    return own | {f"{type(module).__name__}.{name}" if name in own else name: beside for name, beside in rest.items()}
+
+
+def model_in(module: nn.Module) -> tuple[str, nn.Module]:
+    """Return the model of transformers that a module is or wraps, and its place there; or the module itself."""
+    found = [(name, inside) for name, inside in module.named_modules() if _config(inside)]
+    if not found:
+        return "", module
+    from transformers import PreTrainedModel  # imported late, which takes seconds, and here somebody has done it
+
+    return next((one for one in found if isinstance(one[1], PreTrainedModel)), found[0])
+
+
+def _config(module: nn.Module) -> dict:
+    return getattr(getattr(module, "config", None), "to_dict", dict)()
 
 
 def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Checkpoint:
@@ -83,7 +116,9 @@ def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Che
             refuse_quantised(path, name, piece.dtype, config)
             left_out[plain] = f"a buffer of {piece.dtype}, not a weight"
     if not pieces:
-        raise OpdlabError(f"{path} holds no weights: give the checkpoint of a model")
+        coded = [name for name, piece in stored.items() if piece.dtype not in FLOATS.values()]
+        which = f" ({coded[0]} is stored as {stored[coded[0]].dtype})" if coded else ""
+        raise OpdlabError(f"{path} holds no weights{which}: give the checkpoint of a model, with real numbers")
     return _checkpoint(path, pieces, config, left_out)
 
 

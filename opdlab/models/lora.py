@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, p
 from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored, refuse_foreign
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
+# Two copies of a module, the one trained and the one before, which PEFT stores where the vocabulary was resized.
+_COPY = re.compile(r"(?P<module>.+)\.(?P<copy>modules_to_save|original_module)(?:\.default)?\.(?P<end>\w+)")
 # The options of PEFT's LoRA that leave an update a product of two matrices, added to the base. An adapter that sets any
 # other option is refused: what that option does, only the PEFT that knows it can say.
 _PLAIN = re.compile(
@@ -59,13 +61,14 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
     called = {canonical_name(name): name for name in pieces}  # one version of transformers may have saved each
     saved = config.get("modules_to_save") or []
     saved = saved if isinstance(saved, list) else [saved]
-    for key, name in plain_names(stored).items():
+    for key, name in _trained(stored, saved):
         whole = name.replace(".base_layer.", ".")
         whole = called.get(canonical_name(whole), whole)
         if found := _LORA.fullmatch(name):
             updates.setdefault(found["module"], {})[found["part"]] = stored[key]
         elif whole in pieces or _among(saved, whole.rpartition(".")[0]):
-            if whole == embedding_of(pieces) and ".base_layer." not in name and HEAD not in called:
+            headless = HEAD not in map(canonical_name, pieces)
+            if headless and whole == embedding_of(pieces) and ".base_layer." not in name:
                 pieces[HEAD] = pieces[whole]  # PEFT leaves a head that was tied to the embedding as it was.
             pieces[whole] = stored[key]
         elif whole != HEAD:  # of a tied head, whose update is refused below
@@ -75,6 +78,16 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
         name = called.get(canonical_name(f"{module}.weight"), f"{module}.weight")
         pieces[name] = _updated(module, name, parts, pieces.get(name), base, config)
     return pieces
+
+
+def _trained(stored: Collection[str], saved: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the plain names by those in the file, without what tells copies of a module that is saved whole apart."""
+    for key, name in plain_names(stored).items():
+        found = _COPY.fullmatch(name)
+        if not found or not _among(saved, found["module"]):
+            yield key, name
+        elif found["copy"] == "modules_to_save":
+            yield key, f"{found['module']}.{found['end']}"
 
 
 def _check_plain(folder: Path, base: Path | str, config: dict) -> None:

@@ -34,6 +34,7 @@ _BARE = {"model.": re.compile(r"(?:layers|embed_tokens|norm)\."), "transformer."
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _RENAMED = {re.compile(pattern): name for pattern, name in _TABLE["renamed"].items()}
 _FAMILIES: dict[str, list[str]] = _TABLE["families"]
+_SEVERAL = "holds several matrices; to split it, put the model's config.json beside it, or give the module in memory"
 _QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv")
 
 
@@ -182,7 +183,7 @@ def _of_attention(name: str, rows: int, config: dict) -> list[_Take]:
     family, counts = config.get("model_type"), ("num_attention_heads", "n_head", "n_heads", "num_heads")
     heads = next((config[key] for key in counts if config.get(key)), None)
     if not heads:
-        raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
+        raise OpdlabError(f"{name} {_SEVERAL}")
     if family not in _FAMILIES["in_blocks"] + _FAMILIES["in_groups"]:
         return []
     groups = _key_heads(config, heads)
@@ -205,7 +206,7 @@ def _of_linear_attention(name: str, rows: int, config: dict, count: int) -> list
     """Take the projections of a gated delta net: one after the other in Qwen3.5, by groups of heads in Qwen3-Next."""
     keys, values = config.get("linear_num_key_heads"), config.get("linear_num_value_heads")
     if not keys or not values:
-        raise OpdlabError(f"{name} holds several matrices; to split it, put the model's config.json beside it")
+        raise OpdlabError(f"{name} {_SEVERAL}")
     k, v = config["linear_key_head_dim"], values // keys * config["linear_value_head_dim"]
     sizes = {2: [values // keys] * 2, 3: [k, k, v], 4: [k, k, v, v]}[count]
     if keys * sum(sizes) != rows:

@@ -383,12 +383,36 @@ def test_enrichment():
         (lambda w: g.absolute_sparsity(w, w, -1), "atol is -1"),
         (lambda w: g.relative_sparsity(w, w, nan), "eta is nan"),
         (lambda w: g.enrichment(0.3, 2), "alpha is 2"),
+        (
+            lambda w: g.frobenius(torch.complex(w, w)),
+            "delta holds torch.complex128 .*; expected a dense tensor of real",
+        ),
+        (lambda w: g.bf16_sparsity(w, torch.complex(w, w)), "w1 holds torch.complex128"),
+        (lambda w: g.frobenius(w.to_sparse()), "delta holds torch.float64 as torch.sparse_coo"),
+        (lambda w: g.stable_rank(w.to("meta")), "delta holds torch.float64 as torch.strided on meta"),
+        (lambda w: g.stable_rank(w.numpy()), "delta is a ndarray; expected a torch tensor"),
+        (lambda w: g.jaccard((w > 0).numpy(), w > 0), "a is a ndarray"),
+        (
+            lambda w: g.cosine(w * 1e160, w),
+            "the largest entry of delta_a is .*e.160; expected one from 1e-140",
+        ),
+        (lambda w: g.stable_rank(w * 1e160), "the largest entry of delta is .*e.160"),
+        (lambda w: g.frobenius(w * 1e-200), "the largest entry of delta is .*e-200"),
+        (lambda w: g.subspace_energy(w * 1e-162, w, 2), "the largest entry of delta is .*e-162"),
         (lambda w: g.subspace_energy(w.T, w, 2), r"delta has shape \(5, 6\); expected that of w0, \(6, 5\)"),
     ],
 )
 def test_errors_name_the_argument(call, message: str):
     with pytest.raises(OpdlabError, match=message):
         call(gaussian(6, 5))
+
+
+@pytest.mark.parametrize("size", [1e-139, 1e138])
+def test_what_is_large_or_small_and_allowed_is_as_any(size: float):
+    w, d = gaussian(6, 5), gaussian(6, 5, seed=1)
+    assert g.cosine(size * d, w) == pytest.approx(g.cosine(d, w))
+    assert g.subspace_energy(size * d, size * w, 2) == pytest.approx(g.subspace_energy(d, w, 2))
+    assert g.stable_rank(size * d) == pytest.approx(g.stable_rank(d))
 
 
 # --- properties -------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ from conftest import SMALL_SHAPE
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
 from opdlab.measuring.callback import GeometryCallback
 from opdlab.measuring.sources import find_trajectory
+from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.files import load_tensors
 from opdlab.models.folders import new_model
 
@@ -78,6 +79,48 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 3
 
 
+@pytest.mark.parametrize("patience", [None, 1])
+def test_the_last_step_is_measured_before_the_best_weights_are_put_back(trainer, tmp_path, patience):
+    """A growing loss is sought, at a large learning rate, so that the best weights are early ones."""
+    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 5, "learning_rate": 3e-3}
+    options |= {"eval_strategy": "epoch", "save_strategy": "epoch", "per_device_train_batch_size": 16}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    args, data = TrainingArguments(tmp_path / "best", **options), trainer.train_dataset
+    origin = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer = Trainer(trainer.model, args=args, train_dataset=data, eval_dataset=data)
+    trainer.add_callback(GeometryCallback(trainer, every=9, k=4, matrices="q_proj"))
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    trainer.train()
+    (entry,), end = geometry(trainer), trainer.state.global_step
+    assert entry["step"] == end == (2 if patience else 5) and trainer.state.best_model_checkpoint.endswith("-1")
+    last = open_checkpoint(tmp_path / "best" / f"checkpoint-{end}")
+    sizes = [g.relative_norm(origin[name], last.read(name)) for name in origin if "q_proj" in name]
+    assert entry["geometry/relative_norm"] == pytest.approx(sum(sizes) / len(sizes), rel=1e-6)
+
+
+def test_a_training_that_diverges_is_named_by_its_step(trainer):
+    class Break(TrainerCallback):
+        """Breaks a weight."""
+
+        def on_step_end(self, args, state, control, model, **_):
+            """Break it at the second step."""
+            if state.global_step == 2:
+                model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+
+    trainer.add_callback(Break())
+    trainer.add_callback(GeometryCallback(trainer, every=3, k=4))
+    with pytest.raises(OpdlabError, match=r"^at step 3 .*k_proj.weight has .* NaN .*lower its learning rate$"):
+        trainer.train()
+
+
+def test_snapshots_after_the_end_are_said_at_the_start(trainer, tmp_path):
+    trainer.add_callback(GeometryCallback(trainer, k=4, snapshots=tmp_path / "s", snapshot_steps=[2, 9, 7]))
+    with pytest.warns(UserWarning, match=r"ends at step 5, so there will be no snapshots of .* \[7, 9\]"):
+        trainer.train()
+    assert [path.name for path in find_trajectory(tmp_path / "s")] == ["step-000002.safetensors"]
+
+
 def test_snapshots_are_whole_and_can_be_measured(trainer, tmp_path):
     snapshots = tmp_path / "snapshots"
     trainer.add_callback(GeometryCallback(trainer, every=5, k=4, snapshots=snapshots, snapshot_steps=[2, 5]))
@@ -118,6 +161,8 @@ def test_what_it_refuses(trainer):
             trainer.add_callback(GeometryCallback(trainer, **options))
             trainer.train()
         trainer.remove_callback(GeometryCallback)
+    with pytest.raises(OpdlabError, match="trainer is a NoneType; expected transformers' Trainer"):
+        GeometryCallback(None)
     for options, message in (
         ({"snapshots": "here", "snapshot_steps": [2, 0]}, r"snapshot_steps is \[2, 0\]; expected a list of steps"),
         ({"snapshots": "here", "snapshot_steps": [2.5]}, r"snapshot_steps is \[2.5\]"),

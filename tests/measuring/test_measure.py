@@ -15,6 +15,7 @@ from conftest import pair_table, path_table
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+import opdlab as ol
 from opdlab import geometry as g
 from opdlab.errors import OpdlabError
 from opdlab.geometry.summary import means
@@ -228,6 +229,51 @@ def test_without_a_network_it_says_what_to_do(pair):
 def test_what_is_no_model_in_memory(base, message):
     with pytest.raises(OpdlabError, match=message):
         measure(base, {name: torch.ones(4, 4) for name in base})
+
+
+W0S = {"model.layers.0.mlp.up_proj.weight": torch.eye(4)}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: measure(None, W0S), "^base is a NoneType: give a model folder"),
+        (lambda: measure(W0S, None), "^tuned is a NoneType: give a model folder, .* or a list$"),
+        (lambda: measure(W0S, {"a folder"}), "^tuned is a set: give a model folder"),
+        (lambda: measure(W0S, []), "^tuned is empty: give one checkpoint or more"),
+        (lambda: measure(W0S, iter(())), "^tuned is empty: give one checkpoint or more"),
+        (lambda: ol.compare("s"), "^updates is 's': give a list of two or more"),
+        (lambda: ol.compare(None), "^updates is None: give a list of two or more"),
+        (lambda: ol.compare([None, None]), "^updates has a NoneType: give measured updates"),
+        (lambda: ol.judge("tiny"), "^records is a str: give what ol.load returns"),
+        (lambda: ol.judge(None), "^records is a NoneType: give what ol.load returns"),
+        (lambda: measure({"w": torch.arange(9)}, W0S), r"holds no weights \(w is stored as int64\)"),
+        (
+            lambda: measure({"h.0.attn.c_attn.weight": torch.ones(8, 24)}, W0S),
+            "c_attn.weight holds several matrices; .* or give the module in memory",
+        ),
+    ],
+)
+def test_one_sentence_names_the_argument(call, message):
+    with pytest.raises(OpdlabError, match=message):
+        call()
+
+
+def test_a_generator_gives_the_checkpoints_in_order():
+    moved = [{name: w0 * size for name, w0 in W0S.items()} for size in (2, 3)]
+    expected = measure(W0S, moved).trajectory
+    pd.testing.assert_frame_equal(measure(W0S, (weights for weights in moved)).trajectory, expected)
+
+
+def test_a_state_dict_that_training_changed_too_is_said_to_be_the_same_memory():
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    before = model.state_dict()
+    with torch.no_grad():
+        model.layers[0].weight.mul_(2)
+    with pytest.raises(OpdlabError, match=r"same weights, being the same memory \(before .* copy .* v\.clone\(\)"):
+        measure(before, model)
+    with pytest.raises(OpdlabError, match=r"hold the same weights: there is no update"):
+        measure({name: weight.clone() for name, weight in before.items()}, model)
 
 
 def test_means_weigh_sparsity_by_parameters_and_can_be_taken_again():

@@ -151,6 +151,13 @@ def test_a_hybrid_has_the_means_of_attention_and_mlp(tmp_path):
         ("v_head.summary.weight", "head"),
         ("score.weight", "head"),
         ("shared.weight", "embedding"),
+        ("bert.encoder.layer.0.intermediate.dense.weight", "mlp"),
+        ("bert.encoder.layer.0.output.dense.weight", "mlp"),
+        ("bert.encoder.layer.0.attention.output.dense.weight", "attention"),
+        ("backbone.blocks.0.mlstm_layer.q.weight", "attention"),
+        ("backbone.blocks.0.mlstm_layer.out_proj.weight", "attention"),
+        ("backbone.blocks.0.mlstm_layer.multihead_norm.weight", "norm"),
+        ("model.embedding_norm.weight", "norm"),
     ],
 )
 def test_blocks(name, block):

@@ -49,7 +49,16 @@ def place(folder, *names):
         ("Qwen3-0.6B-step100", 100),
         ("timestep-model-12", 12),
         ("step-000040.safetensors", 40),
-        ("10k", 10),
+        ("10k", 10_000),
+        ("step-1k", 1000),
+        ("step-1.5k-r16", 1500),
+        ("step1M", 1_000_000),
+        ("step_1_000", 1000),
+        ("checkpoint-12,500", 12_500),
+        ("step_1000_256", 1000),
+        ("checkpoint-5b3f", 5),
+        ("checkpoint-1.5", 1.5),
+        ("epoch-0.5", 0.5),
         ("global_step20_hf", 20),
         ("global_step_50/actor/huggingface", 50),
         ("500/actor", 500),
@@ -119,12 +128,17 @@ def test_two_of_one_step_and_none(tmp_path):
         find_trajectory(place(tmp_path / "twice", "checkpoint-5", "epoch-5"))
     with pytest.raises(OpdlabError, match=r"no checkpoints in .*none, which holds final: give the folder with"):
         find_trajectory(place(tmp_path / "none", "final"))
+    with pytest.raises(OpdlabError, match=r"there is no folder .*nowhere: give the one with the checkpoints"):
+        find_trajectory(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("given", "order", "steps", "said"),
     [
         (["run/checkpoint-1000", "run/checkpoint-200"], [1, 0], (200, 1000), "were sorted"),
+        (["run/step-500", "run/step-1k", "run/step-2k"], [0, 1, 2], (500, 1000, 2000), ""),
+        (["run/step-2M", "run/step-500k"], [1, 0], (500_000, 2_000_000), "were sorted"),
+        (["run/epoch-0.5", "run/epoch-1", "run/epoch-1.5"], [0, 1, 2], (0.5, 1, 1.5), ""),
         (["run/500", "run/50"], [1, 0], (50, 500), "were sorted"),
         (["run/global_step_9/actor", "run/global_step_5/actor"], [1, 0], (5, 9), "were sorted"),
         (["OWNER/MODEL@step900", "OWNER/MODEL@step100"], [1, 0], (100, 900), "were sorted"),

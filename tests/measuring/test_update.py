@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +204,17 @@ def test_a_copy_of_tied_embeddings_is_left_out(pair, measured, tmp_path):
     assert "lm_head.weight" not in set(measure(base, path, out=tmp_path / "way").table["matrix"])
 
 
+def test_copies_that_came_apart_are_two_matrices():
+    """As training changes both names of a tied model's state dict; a model that had the copy had this head."""
+    embedding = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    before = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    after = {name: weight + i for i, (name, weight) in enumerate(before.items(), 1)}
+    for base, tuned, sizes in ((before, after, [6.0, 12.0]), (after, before, [6.0, 12.0])):
+        update = measure(base, tuned)
+        found = update.table.set_index("matrix").loc[list(before), "frobenius"]
+        assert found.tolist() == pytest.approx(sizes, rel=1e-6) and not update.left_out
+
+
 def test_means_count_only_what_is_defined_on_both_sides():
     table = pd.DataFrame(
         {
@@ -319,6 +331,20 @@ def test_what_cannot_be_compared(pair, tmp_path):
     blocked.write_text("")
     with pytest.raises(OpdlabError, match="cannot be used"):
         measure(pair[0], pair[1:], out=blocked)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "report.html", "job.json", "matrices.csv", "compare.html"])
+def test_files_of_somebody_else_are_not_overwritten(name, tmp_path):
+    w0s, out = {"layers.0.mlp.up_proj.weight": torch.eye(4)}, tmp_path / "out"
+    moved = [{key: w0 * size for key, w0 in w0s.items()} for size in (2, 3)]
+    updates = [measure(w0s, one, out=out) for one in moved]  # over its own results it may write
+    compare(updates, out=out)
+    compare(updates, out=out)
+    (tmp_path / name).write_text('{"theirs": 1}')
+    for call in (partial(measure, w0s, moved[0]), partial(compare, updates)):
+        with pytest.raises(OpdlabError, match=f"{name} is no result of opdlab: choose another folder"):
+            call(out=tmp_path)
+    assert (tmp_path / name).read_text() == '{"theirs": 1}' and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_command(pair, tmp_path, monkeypatch, capsys):

@@ -138,6 +138,7 @@ EQUAL = {
     "embeddings of a tied model": {"base": "tied", "target_modules": ["embed_tokens", "q_proj"]},
     "a head of a tied model saved whole": {"base": "tied", "modules_to_save": ["lm_head"]},
     "embeddings of a tied model saved whole": {"base": "tied", "modules_to_save": ["embed_tokens"]},
+    "both of a tied model saved whole": {"base": "tied", "modules_to_save": ["embed_tokens", "lm_head"]},
     "several towers": {"base": "llava", "alpha_pattern": {r".*language_model\.layers\.1.*": 3}},
     "encoder and decoder": {"base": "t5", "target_modules": ["q", "v", "wi"]},
     "attention of a mixture of experts": {"base": "moe", "target_modules": ["q_proj", "o_proj"]},
@@ -157,6 +158,23 @@ def test_adapters_of_half_precision(dtype, bases, tmp_path):
     path = adapter / "adapter_model.safetensors"
     save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path)
     assert_as_peft_merges(bases / "qwen3", adapter, tmp_path)
+
+
+@pytest.mark.parametrize("base", ["qwen3", "tied"])
+def test_new_tokens_with_embedding_and_head_saved_whole(base, bases, tmp_path):
+    """PEFT loads such an adapter on a base of the same size only, and stores three copies of both."""
+    model = load(bases / base)
+    model.resize_token_embeddings(53, mean_resizing=False)
+    both = ["embed_tokens", "lm_head"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=both))
+    for name, weight in model.named_parameters():
+        weight.data += 0.1 * torch.randn_like(weight) * ("modules_to_save" in name)
+    model.save_pretrained(tmp_path / "adapter")
+    found = open_checkpoint(tmp_path / "adapter", open_checkpoint(bases / base))
+    trained = dict(model.named_parameters())
+    for name, begins in (("lm_head", ""), ("model.embed_tokens", "model.")):
+        weight = trained[f"base_model.model.{begins}{both[begins == '']}.modules_to_save.default.weight"]
+        assert torch.equal(found.read(f"{name}.weight"), weight)
 
 
 WRAPPERS = {

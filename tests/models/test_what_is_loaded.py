@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from opdlab.cli import main
 from opdlab.errors import OpdlabError
+from opdlab.measuring.sources import open_all
 from opdlab.models.checkpoints import open_checkpoint
 from opdlab.models.names import plain_name, plain_names
 
@@ -242,3 +243,50 @@ def test_a_real_wrapper(states, tmp_path):
     found, expected = open_checkpoint(own.state_dict()), open_checkpoint(states[0])
     assert found.pieces.keys() == expected.pieces.keys()
     assert all(torch.equal(found.read(name), expected.read(name)) for name in found.pieces)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+RENAMED = {
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4)
+    ),
+    "moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**SHAPE, **HEADS, num_experts=4, moe_intermediate_size=16)
+    ),
+    "minimax": lambda: transformers.MiniMaxForCausalLM(
+        transformers.MiniMaxConfig(**SHAPE, **HEADS, num_local_experts=4, layer_types=["linear_attention"] * 2)
+    ),
+}
+
+
+class Holder(torch.nn.Module):
+    """A module of one's own that holds a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_a_module_is_called_as_its_folder_whatever_wraps_it(family, tmp_path):
+    model = RENAMED[family]()
+    model.save_pretrained(tmp_path)
+    saved = open_checkpoint(tmp_path)
+    wrapped = [model, torch.nn.DataParallel(model), Holder(model), torch.nn.DataParallel(Holder(model))]
+    for module in wrapped:
+        found = open_checkpoint(module)
+        assert found.pieces.keys() == saved.pieces.keys()
+        assert all(found.read(name).equal(saved.read(name)) for name in saved.pieces)
+    # Weights in memory that were taken of a module meet it, whichever of the two is wrapped.
+    for module, other in product(wrapped[:2], wrapped[:2]):
+        before, (after,) = open_all({name: weight.clone() for name, weight in other.state_dict().items()}, [module])
+        assert before.pieces.keys() == after.pieces.keys() == saved.pieces.keys()
+    assert sum(saved.read(name).numel() for name in saved.pieces) == model.num_parameters()
+
+
+def test_a_module_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = RENAMED["gpt2"]()
+    with pytest.raises(OpdlabError, match=r"wte.weight of the GPT2LMHeadModel in memory is on the meta device: load"):
+        open_checkpoint(model)

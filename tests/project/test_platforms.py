@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import Trainer, TrainingArguments
 
 import opdlab as ol
 from opdlab.cli import main
@@ -50,7 +51,8 @@ def test_a_tilde_is_the_home_in_python(home, monkeypatch):
     assert list((home / "cache").iterdir())
     ol.compare(["~/out", update], out=Path("~/both"))
     assert (home / "both" / "compare.html").is_file()
-    callback = ol.GeometryCallback(load_model(home / "base"), snapshots="~/snapshots", snapshot_steps=(1,))
+    trainer = Trainer(load_model(home / "base"), TrainingArguments(home / "run", use_cpu=True, report_to=[]))
+    callback = ol.GeometryCallback(trainer, snapshots="~/snapshots", snapshot_steps=(1,))
     assert callback.snapshots == home / "snapshots"
     monkeypatch.setenv("OPDLAB_HOME", "~/lab")
     assert Laboratory.at("tiny").root == Laboratory.at("tiny", Path("~/lab")).root == home / "lab"
