@@ -17,6 +17,7 @@ Beside it lies ``origins``: the weights and the accuracy before the first step, 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -33,14 +34,21 @@ from opdlab.training.config import Experiment, config_key
 
 REMEDY = "delete its run folder and train again"
 LINES = ("history", "evaluations")
+# Where a run writes, and what is left there of a file of its own when it is killed: its name, a process, and "part".
+_PLACES = (".", "snapshots", "states", "origins")
+_LEFT = re.compile(
+    r"(config|provenance|history|evaluations|checkpoint|step-\d+|[0-9a-f]{8,}(-\w+)?|trl|accelerate|run|trainer_state)"
+    r"\.(jsonl?|safetensors|pickle)\.\d+\.part"
+)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Train in the ``with`` block on a run's folder, which raises an OpdlabError if another process is there."""
     with files.only_process(folder, "trains"):
-        for left in folder.rglob("*.part"):  # half written by a process that was killed
-            left.unlink()
+        for left in (path for place in _PLACES for path in (folder / place).glob("*.part")):
+            if _LEFT.fullmatch(left.name) and left.is_file():
+                left.unlink()
         yield
 
 
