@@ -63,15 +63,30 @@ class Run:
         """
         self.experiment, self.root, self.steps = experiment, root, experiment.recipe.steps
         self.folder = folder or root / experiment.folder
+        if folder:
+            self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Raise an OpdlabError if something else is in the folder, or another experiment."""
+        path = self.folder / "config.json"
+        there = files.read_json(path, REMEDY) if path.is_file() else {}
+        if not (isinstance(there, dict) and {"arm", "data", "recipe"} <= there.keys()):
+            # A run writes its config.json first. Without it such files are of somebody else.
+            for name in (
+                "config.json",
+                *(f"{name}.jsonl" for name in LINES),
+                "snapshots/*.safetensors",
+                "model",
+                "states",
+            ):
+                for found in self.folder.glob(name):
+                    what = found.relative_to(self.folder)
+                    raise OpdlabError(f"out is {self.folder}, which holds {what} of something else: choose another")
         # A run that failed before its first step holds nothing yet, so another reward may follow.
-        if folder and (folder / "config.json").is_file():
-            there = files.read_json(folder / "config.json", REMEDY)
-            if "recipe" not in there:
-                raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
-            if there != self.config and self._read("history")[1]:
-                differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
-                said = ", ".join("data or reward" if key == "data" else key for key in differ)
-                raise OpdlabError(f"out is {folder}, which holds another experiment ({said} differ): choose another")
+        elif there != self.config and (self._read("history")[1] or [*self.folder.glob("snapshots/step-*[1-9]*.*")]):
+            differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
+            said = ", ".join("data or reward" if key == "data" else key for key in differ)
+            raise OpdlabError(f"out is {self.folder}, which holds another experiment ({said} differ): choose another")
 
     @property
     def config(self) -> dict:

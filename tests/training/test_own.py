@@ -326,9 +326,36 @@ def test_out_that_holds_another_experiment(models, tmp_path):
         with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({part} differ"):
             ol.train(chosen.pop("arm"), task_of(), out=out, **QUICK | chosen)
     shutil.copytree(models / "student", tmp_path / "model")
-    with pytest.raises(OpdlabError, match=r"^out is .*model, which holds a config.json of something else: choose"):
+    with pytest.raises(OpdlabError, match=r"^out is .*model, which holds config.json of something else: choose"):
         ol.train(arm, task_of(), out=tmp_path / "model", **QUICK)
     assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["history.jsonl", "evaluations.jsonl", "snapshots/step-000004.safetensors", "model/config.json"]
+)
+def test_out_that_holds_what_looks_like_a_run(name, models, tmp_path):
+    """As the snapshots that a GeometryCallback wrote there: without the config of a run they are of something else."""
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text('{"epoch": 1}\n')
+    (out / "notes.txt").write_text("of mine")
+    said = rf"^out is .*run, which holds {name[:5]}.* of something else: choose another$"
+    with pytest.raises(OpdlabError, match=said):
+        ol.train(ol.rlvr(models / "student"), task_of(), out=out, **QUICK)
+    there = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert there == {"notes.txt": "of mine", name: '{"epoch": 1}\n'}
+
+
+def test_files_of_ones_own_beside_a_run_stay(models, tmp_path):
+    """Of what is half written only what a run itself left there is deleted."""
+    mine = [tmp_path / name for name in ("thesis.zip.part", "a/config.json.7.part", "history.jsonl.part", "b.1.part/c")]
+    left = [tmp_path / name for name in ("history.jsonl.7.part", "snapshots/step-000002.safetensors.4711.part")]
+    for path in (*mine, *left, tmp_path / "origins/1234567890abcdef-float32.safetensors.4711.part"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    assert ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path, **QUICK).run.finished
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file() and ".part" in str(path)) == sorted(mine)
 
 
 BONUS = 0.25
