@@ -58,15 +58,19 @@ def make_experiment(
     Raises:
         OpdlabError: if a field is unknown, or a model or a number cannot be used.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise OpdlabError(f"steps is {steps!r}: give a whole number above 0")
     arm = arm.fetched()
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
-    recipe = Recipe(steps, prompts, samples, learning_rate, warmup=min(10, steps // 10))
+    recipe = Recipe(
+        steps,
+        prompts,
+        samples,
+        learning_rate,
+    )
     experiment = Experiment(arm, task, recipe, seed, min(256, context // 2), name=name)
     measured: dict[str, Any] = {
+        "warmup": min(10, steps // 10),
         "evaluations": recipe.steps_at(EVALUATIONS),
         "evaluation_prompts": min(EVALUATION_PROMPTS, task.held_out or EVALUATION_PROMPTS),
         "snapshots": recipe.steps_at(SNAPSHOTS),
@@ -97,19 +101,18 @@ def _sizes(arm: Arm) -> tuple[int, int]:
 
 
 def _check_numbers(experiment: Experiment, context: int) -> None:
-    """Refuse numbers that no step could be made with."""
+    """Refuse numbers that do not fit the task, the arm or the models."""
     recipe, task, steps = experiment.recipe, experiment.task, experiment.recipe.steps
+    if experiment.arm.reads_rewards and recipe.samples < 2:
+        raise OpdlabError(f"samples is {recipe.samples}: give at least 2")
     limits = {
-        "prompts": (recipe.prompts, 1, task.training_prompts, "the prompts to train on"),
-        "samples": (recipe.samples, 2 if experiment.arm.reads_rewards else 1, None, ""),
-        "evaluation_prompts": (experiment.evaluation_prompts, 1, task.held_out, "the prompts held out"),
-        "max_new_tokens": (experiment.max_new_tokens, 1, context - 1, "what the context leaves beside a prompt"),
-        "evaluations": (max(experiment.evaluations), 1, steps, "the steps"),
-        "snapshots": (max(experiment.snapshots), 1, steps, "the steps"),
+        "prompts": (recipe.prompts, task.training_prompts, "the prompts to train on"),
+        "evaluation_prompts": (experiment.evaluation_prompts, task.held_out, "the prompts held out"),
+        "max_new_tokens": (experiment.max_new_tokens, context - 1, "what the context leaves beside a prompt"),
+        "evaluations": (max(experiment.evaluations), steps, "the steps"),
+        "snapshots": (max(experiment.snapshots), steps, "the steps"),
     }
-    for name, (number, least, most, what) in limits.items():
-        if number < least:
-            raise OpdlabError(f"{name} is {number}: give at least {least}")
+    for name, (number, most, what) in limits.items():
         if most is not None and number > most:
             raise OpdlabError(f"{name} is {number}, more than {what} ({most}): give fewer, or leave it out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -543,6 +544,13 @@ def test_a_model_that_does_not_exist(models, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+NO = [
+    *(("steps", True), ("clip", -1.0), ("weight_decay", -0.1), ("warmup", -1), ("betas", (0.9, 1.0)), ("seed", -1)),
+    *(("tokens_at_once", -1), ("micro_batch", 0), ("threads", 0), ("evaluation_samples", 0), ("snapshots", (-3,))),
+    *(("prompts", 0), ("evaluation_prompts", 0), ("max_new_tokens", 0), ("teacher_share", 1.5), ("alpha", -0.5)),
+]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -551,6 +559,14 @@ def test_a_model_that_does_not_exist(models, tmp_path):
         ({"learning_rate": float("nan")}, r"^learning_rate is nan: give a number above 0 and up to 1e\+30$"),
         ({"prompts": 65}, r"^prompts is 65, more than the prompts to train on \(64\): give fewer, or leave it out$"),
         ({"evaluation_prompts": 9}, r"^evaluation_prompts is 9, more than the prompts held out \(8\): give fewer"),
+        *(
+            ({name: value}, rf"^{name} is {re.escape(repr(value))}: give (a|two) .*(number|steps)")
+            for name, value in NO
+        ),
+        ({"seed": None}, r"^seed is None: give a whole number, 0 or above$"),
+        ({"clip": float("nan")}, r"^clip is nan: give a number above 0$"),
+        ({"schedule": "Cosine"}, r"^schedule is 'Cosine': give constant or cosine$"),
+        ({"projection": ol.project(k=17)}, r"^k is 17; expected 16 at most, as .* is smaller$"),
         ({"samples": 1}, r"^samples is 1: give at least 2$"),
         ({"snapshots": (3, 9)}, r"^snapshots is 9, more than the steps \(4\)"),
         ({"max_new_tokens": 32}, r"^max_new_tokens is 32, more than what the context leaves beside a prompt \(31\)"),
@@ -564,6 +580,13 @@ def test_settings_that_cannot_be(settings, message, models, tmp_path):
     with pytest.raises(OpdlabError, match=message):
         ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "run", **QUICK | settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", [{"k": 0}, {"k": True}, {"start": 1.0}, {"acts_on": "weights"}, {"block": "attn"}])
+def test_a_projection_onto_nothing(field):
+    (name, value), *_ = field.items()
+    with pytest.raises(OpdlabError, match=rf"^{name} is {value!r}: give "):
+        ol.project(**field)
 
 
 def test_a_small_data_set_shrinks_the_batch(models):
