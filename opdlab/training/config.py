@@ -173,6 +173,8 @@ class Experiment:
         if self.task.chat and arm.student.folder:
             template = str(load_tokenizer(arm.student.folder).chat_template or "")
             config["template"] = hashlib.sha256(template.encode()).hexdigest()[:8]
+        if self.task.version:
+            config["version"] = self.task.version
         if self.evaluation_samples != 1:
             config["evaluation_samples"] = self.evaluation_samples
         dtypes = {"compute": self.compute.dtype, "cpu_compute": self.compute.cpu_dtype}

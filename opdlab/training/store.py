@@ -34,7 +34,8 @@ from opdlab.training.config import Experiment, config_key
 
 REMEDY = "delete its run folder and train again"
 LINES = ("history", "evaluations")
-# Where a run writes, and what is left there of a file of its own when it is killed: its name, a process, and "part".
+# What a run has; where it writes, and what a kill leaves there of a file: its name, the process, and "part".
+_ITS_OWN = ("config.json", "history.jsonl", "evaluations.jsonl", "model", "states", "snapshots/*.safetensors")
 _PLACES = (".", "snapshots", "states", "origins")
 _LEFT = re.compile(
     r"(config|provenance|history|evaluations|checkpoint|step-\d+|[0-9a-f]{8,}(-\w+)?|trl|accelerate|run|trainer_state)"
@@ -72,21 +73,26 @@ class Run:
         there = files.read_json(path, REMEDY) if path.is_file() else {}
         if not (isinstance(there, dict) and {"arm", "data", "recipe"} <= there.keys()):
             # A run writes its config.json first. Without it such files are of somebody else.
-            for name in (
-                "config.json",
-                *(f"{name}.jsonl" for name in LINES),
-                "snapshots/*.safetensors",
-                "model",
-                "states",
-            ):
+            for name in _ITS_OWN:
                 for found in self.folder.glob(name):
                     what = found.relative_to(self.folder)
                     raise OpdlabError(f"out is {self.folder}, which holds {what} of something else: choose another")
         # A run that failed before its first step holds nothing yet, so another reward may follow.
-        elif there != self.config and (self._read("history")[1] or [*self.folder.glob("snapshots/step-*[1-9]*.*")]):
+        elif self._read("history")[1] or [*self.folder.glob("snapshots/step-*[1-9]*.*")]:
+            rows, task = there.pop("rows", ""), self.experiment.task
             differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
+            same_rows = {*differ} <= {"data", "version"} and rows == task.rows
+            may_go_on = same_rows and "version" not in there and not self.finished
+            if not differ or (may_go_on and task.version):
+                return
             said = ", ".join("data or reward" if key == "data" else key for key in differ)
-            raise OpdlabError(f"out is {self.folder}, which holds another experiment ({said} differ): choose another")
+            what = f"out is {self.folder}, which holds another experiment ({said} differ): choose another"
+            if same_rows and not may_go_on and "version" not in there:
+                what += ", and give the task a version=... if its reward only looks like another one"
+            elif same_rows:
+                named = repr(there.get("version", "..."))
+                what += f", or give the task version={named} if the reward is the same, or was mended"
+            raise OpdlabError(what)
 
     @property
     def config(self) -> dict:
@@ -115,9 +121,14 @@ class Run:
         """Return the file with the whole state of training after ``step`` updates, kept where other runs branch off."""
         return self.folder / "states" / f"step-{step:06d}.safetensors"
 
+    def write_config(self) -> None:
+        """Write all that decides the result, and the digest of the rows, which says whether only the reward differs."""
+        rows = self.experiment.task.rows
+        files.write_json(self.folder / "config.json", self.config | ({"rows": rows} if rows else {}))
+
     def begin(self, device: torch.device) -> None:
         """Write what the run is; of one that was killed before its first checkpoint nothing counts, not even step 0."""
-        files.write_json(self.folder / "config.json", self.config)
+        self.write_config()
         files.write_json(self.folder / "provenance.json", provenance(device))
         self.truncate_after(-1)
 

@@ -55,7 +55,9 @@ class Task:
     score: Callable[[str, str], float]  #: the reward of (prompt, completion)
     data: tuple[str, ...] = ()  #: the prompts of a data set, in order
     chat: bool = False  #: write prompts through the chat template of the tokenizer, where it has one
-    content: str = ""  #: a digest of a data set and its reward
+    rows: str = ""  #: a digest of a data set
+    content: str = ""  #: one of it and its reward
+    version: str = ""  #: what stands for the reward in the digest; empty for its code and what it gives
     #: Writes a completion of a prompt by chance, for SFT on authors who do not always write the same.
     author: Callable[[str, np.random.Generator], str] | None = None
 
@@ -70,6 +72,7 @@ class Task:
         demonstration: str | None = None,
         name: str = "",
         chat: bool = True,
+        version: str = "",
     ) -> Task:
         """Make a task of a data set, with one prompt in eight held out for evaluation, chosen by a hash of its text.
 
@@ -77,6 +80,9 @@ class Task:
 
         The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
         task is another, and a run on the old one does not go on. What functions of other modules do is not looked at.
+        A reward with a cache, a counter or chance in it looks like another one each time, and so does a mended one:
+        give a ``version``, and it alone says which reward it is. A run that began without a version goes on under one
+        until it is finished, if its rows and all else are the same.
 
         Args:
             rows: dicts, a JSONL file, a ``datasets.Dataset``, or the name of one on the hub (its split "train").
@@ -87,6 +93,7 @@ class Task:
             demonstration: the column that SFT imitates; by default ``answer``.
             name: of the task; by default that of the file or data set.
             chat: write prompts through the tokenizer's chat template, where it has one.
+            version: a name of yours that stands for the reward: its code, its values and what it gives.
 
         Raises:
             OpdlabError: if the rows cannot be read, are of fewer than two prompts, lack a column, or have two answers
@@ -102,13 +109,10 @@ class Task:
         records, found_name = _read_rows(rows)
         columns = {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer}
         table = _table(records, columns)
-        for asked, (right, _) in table.items() if reward is None else ():
-            if not last_word(asked, right, right):
-                raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
-        reward = reward or last_word
-        content = hashlib.sha256(json.dumps([table, _identity(reward)]).encode()).hexdigest()
-        score = partial(_graded, table, reward)
-        return cls(name or found_name, None, partial(_demonstration, table), score, tuple(table), chat, content)
+        reward = reward or _last_word_of(table)
+        content = _sha256([table, {"version": version} if version else _identity(reward)])
+        score, shown = partial(_graded, table, reward), partial(_demonstration, table)
+        return cls(name or found_name, None, shown, score, tuple(table), chat, _sha256(table), content, version)
 
     def __repr__(self) -> str:
         """Say how many prompts there are, without writing them out."""
@@ -141,7 +145,8 @@ class Task:
         except Exception as problem:
             why = f"{type(problem).__name__} ({(str(problem).splitlines() or ['without a message'])[0]})"
             message = f"the reward of task {self.name!r} raised {why} {where}: mend the reward function"
-            raise OpdlabError(message) from problem
+            named = "" if self.version or not self.data else ", and give its task a version=... if a run is to go on"
+            raise OpdlabError(message + named) from problem
         if not math.isfinite(reward):
             raise OpdlabError(f"the reward of task {self.name!r} is {reward} {where}: return a finite number")
         return reward
@@ -183,16 +188,22 @@ class Task:
         """The identity of prompts, demonstrations and rewards, 8 hex digits.
 
         It hashes what the reward gives for 64 demonstrations, each with its own prompt and with another's, and of a
-        data set also all rows and the code of the reward. So a comment in it changes nothing, and a value does.
+        data set also all rows and the code of the reward. So a comment in it changes nothing, and a value does. Of a
+        reward with a version only that is hashed.
         """
         prompts, random = list(self.data[:DIGESTED]), np.random.default_rng(0)
         if self.draw:
             prompts = [self.draw(random) for _ in range(DIGESTED)]
         texts = self.demonstrations(prompts, random)
         scrambled = texts[1:] + texts[:1]
-        rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in (texts, scrambled)]
-        told = json.dumps([self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat])
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+        compared = () if self.version else (texts, scrambled)
+        rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in compared]
+        told = [self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat]
+        return _sha256(told)[:8]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -234,6 +245,14 @@ def last_word(prompt: str, completion: str, answer: str) -> float:
     """
     words, right = completion.strip().rstrip(".").split(), answer.strip().rstrip(".").split()
     return float(bool(right) and words[-len(right) :] == right)
+
+
+def _last_word_of(table: Mapping[str, tuple[str, str]]) -> Reward:
+    """Return :func:`last_word`, or raise an OpdlabError if it could never find an answer."""
+    for asked, (right, _) in table.items():
+        if not last_word(asked, right, right):
+            raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
+    return last_word
 
 
 def _identity(reward: Any) -> Any:

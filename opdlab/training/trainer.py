@@ -78,7 +78,9 @@ class Trainer:
         prompts = self.task.prompts(min(2, self.recipe.prompts), random_numbers(experiment.seed, "prompts", 0))
         self.tokenizer, self.student, self.teacher = open_models(experiment, prompts, self.device, self.dtype)
         if self.arm.projection:
-            projected_matrices(self.arm.projection, self.student.state_dict())  # which refuses a k that does not fit
+            projected_matrices(
+                self.arm.projection, dict(self.student.named_parameters())
+            )  # which refuses a k that does not fit
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}

@@ -97,6 +97,14 @@ def test_a_reward_that_fails_has_a_digest_and_says_so_when_it_is_asked():
         task.reward(ROWS[0]["prompt"], "?")
 
 
+def test_a_version_stands_for_the_reward_and_not_for_the_rows():
+    counted = iter(range(10**6))
+    random = [make(lambda prompt, completion, answer: next(counted), version=version) for version in "112"]
+    assert random[0].digest == random[1].digest == make(version="1").digest != random[2].digest
+    assert next(counted) == 0, "it is not asked"
+    assert make(rows=OTHER_ROWS, version="1").digest != make(version="1").digest != make().digest
+
+
 # --- runs of two tasks with one name ----------------------------------------------------------------------------------
 
 

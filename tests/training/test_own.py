@@ -309,6 +309,48 @@ def test_a_reward_that_is_mended_needs_no_new_folder(models, tmp_path):
     )
 
 
+@pytest.fixture
+def broken_off(models, tmp_path, monkeypatch):
+    """A run that stopped after two steps, and what trains it with a task."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+
+    def train(reward=share, out="run", rows_=None, **options):
+        task = ol.Task.from_dataset(rows_ or rows(), prompt="word", answer="sorted", reward=reward, **options)
+        return ol.train(ol.rlvr(models / "student"), task, out=tmp_path / out, **QUICK)
+
+    def stop(**options):
+        step = Trainer.step
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Trainer, "step", lambda self, number: step(self, number if number < 2 else 1 // 0))
+            train(lambda p, c, a: 2 * share(p, c, a) / 2, **options)
+        assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 2
+        return train
+
+    return stop
+
+
+def test_a_run_without_a_version_goes_on_under_one(broken_off):
+    train = broken_off()
+    others = r"^out is .*run, which holds another experiment \(data or reward%s differ\): choose another"
+    with pytest.raises(OpdlabError, match=others % "" + r", or give the task version='...' if the reward is the same"):
+        train()
+    with pytest.raises(OpdlabError, match=others % ", version" + "$"):
+        train(rows_=[*rows()[:-1], rows()[-1] | {"sorted": "a"}], version="mended")
+    gone_on = train(version="mended")
+    assert histories(gone_on) == histories(train(out="whole"))
+    # Finished: it is the run of this version alone.
+    assert histories(train(lambda p, c, a: 0.0, version="mended")) == histories(gone_on)
+    for other, differ in ((other, others % ", version") for other in ({}, {"version": "another"})):
+        with pytest.raises(OpdlabError, match=differ + ", or give the task version='mended' if the reward is the"):
+            train(**other)
+    with pytest.raises(OpdlabError, match=(others % ", version").replace("run", "whole") + ", and give the"):
+        train(out="whole", version="mended")
+
+
+def test_a_version_alone_says_which_reward_it_is(broken_off):
+    assert histories(broken_off(version="1")(version="1"))[0][-1]["step"] == 4
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +415,9 @@ def with_helper(prompt, completion, answer):
 def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path, monkeypatch):
     arm, out = ol.rlvr(models / "student"), tmp_path / "run"
     ol.train(arm, task_of(with_helper), out=out, **QUICK)
-    refused = r"^out is .* which holds another experiment \(data or reward differ\): choose another$"
+    refused = (
+        r"^out is .* which holds another experiment \(data or reward differ\): choose another(, and give the task|$)"
+    )
 
     def asked(task):
         with pytest.raises(OpdlabError, match=refused):
