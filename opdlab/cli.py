@@ -139,8 +139,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 # What belongs to a task of one's own, and what to the book.
-_OWN = ("prompt", "answer", "demonstration", "reward", "reward_version", "student", "teacher", "steps")
-_OWN += ("learning_rate", "out")
+_OWN = (
+    "prompt", "answer", "demonstration", "reward", "reward_version", "student", "teacher", "steps", "learning_rate",
+    "out",
+)  # fmt: skip
 _BOOK = ("scale", "home", "engine", "processes", "dry_run")
 
 

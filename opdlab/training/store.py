@@ -75,8 +75,8 @@ class Run:
             # A run writes its config.json first. Without it such files are of somebody else.
             for name in _ITS_OWN:
                 for found in self.folder.glob(name):
-                    what = found.relative_to(self.folder)
-                    raise OpdlabError(f"out is {self.folder}, which holds {what} of something else: choose another")
+                    name = str(found.relative_to(self.folder))
+                    raise OpdlabError(f"out is {self.folder}, which holds {name} of something else: choose another")
         # A run that failed before its first step holds nothing yet, so another reward may follow.
         elif self._read("history")[1] or [*self.folder.glob("snapshots/step-*[1-9]*.*")]:
             rows, task = there.pop("rows", ""), self.experiment.task

@@ -12,12 +12,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
 from functools import cached_property, partial
-from pathlib import Path
-from types import CellType, CodeType
+from pathlib import Path, PurePath
+from types import CellType, CodeType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import numpy as np
+import torch
 
 from opdlab.errors import OpdlabError
 
@@ -28,6 +34,9 @@ if TYPE_CHECKING:
 EVALUATION_SHARE = 8
 # On so many prompts the digest of a task looks at demonstrations and rewards.
 DIGESTED = 64
+
+# Values of other modules that are known by what Python writes of them.
+PLAIN = (bytearray, date, Decimal, Enum, Fraction, PurePath, range, time, timedelta, UUID)
 
 Reward = Callable[[str, str, str], float]
 
@@ -79,7 +88,8 @@ class Task:
         Of a set so small that the hash holds out none, or all, it is the one prompt with the smallest hash.
 
         The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
-        task is another, and a run on the old one does not go on. What functions of other modules do is not looked at.
+        task is another, and a run on the old one does not go on. Not seen are what other modules do and hold, files,
+        networks, and objects of other modules but arrays, tensors, models' weights, and plain values such as dates.
         A reward with a cache, a counter or chance in it looks like another one each time, and so does a mended one:
         give a ``version``, and it alone says which reward it is. A run that began without a version goes on under one
         until it is finished, if its rows and all else are the same.
@@ -104,15 +114,12 @@ class Task:
         >>> task, task.reward("2 + 3 = ?", "5")
         (Task('data': 87 prompts to train on, 13 held out), 1.0)
         """
-        if reward is not None and not callable(reward):
-            raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
         records, found_name = _read_rows(rows)
-        columns = {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer}
-        table = _table(records, columns)
-        reward = reward or _last_word_of(table)
+        table = _table(records, {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer})
+        reward = _checked(reward, table)
         content = _sha256([table, {"version": version} if version else _identity(reward)])
-        score, shown = partial(_graded, table, reward), partial(_demonstration, table)
-        return cls(name or found_name, None, shown, score, tuple(table), chat, _sha256(table), content, version)
+        functions = None, partial(_demonstration, table), partial(_graded, table, reward)
+        return cls(name or found_name, *functions, tuple(table), chat, _sha256(table), content, version)
 
     def __repr__(self) -> str:
         """Say how many prompts there are, without writing them out."""
@@ -247,8 +254,12 @@ def last_word(prompt: str, completion: str, answer: str) -> float:
     return float(bool(right) and words[-len(right) :] == right)
 
 
-def _last_word_of(table: Mapping[str, tuple[str, str]]) -> Reward:
-    """Return :func:`last_word`, or raise an OpdlabError if it could never find an answer."""
+def _checked(reward: Reward | None, table: Mapping[str, tuple[str, str]]) -> Reward:
+    """Return a reward that is a function, or else :func:`last_word` if that can find the answers."""
+    if reward is not None:
+        if not callable(reward):
+            raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
+        return reward
     for asked, (right, _) in table.items():
         if not last_word(asked, right, right):
             raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
@@ -275,16 +286,25 @@ def _identity(reward: Any) -> Any:
         if isinstance(value, Mapping | list | tuple):
             seen[id(value)] = value
             return all_of(*(value.items() if isinstance(value, Mapping) else value))
+        if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+            return _array(value)
+        if isinstance(value, property | cached_property):
+            return all_of(*(getattr(value, name, None) for name in ("fget", "fset", "func")))
         if isinstance(value, set | frozenset):
             return sorted(map(repr, value))
         if isinstance(value, partial):
             return all_of(value.func, value.args, value.keywords)
         if inspect.ismethod(value):
             return all_of(value.__self__, value.__func__)
-        value = inspect.unwrap(value) if callable(value) else value
+        value = inspect.unwrap(value) if callable(value) or isinstance(value, classmethod) else value
         kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
         if kind.__module__ != home or inspect.isbuiltin(value):
-            return f"{kind.__module__}.{kind.__qualname__}"
+            if isinstance(value, PLAIN):
+                return repr(value)
+            named = f"{kind.__module__}.{kind.__qualname__}"
+            held = value.state_dict() if isinstance(value, torch.nn.Module) else None
+            held = vars(value) if kind is SimpleNamespace else held
+            return named if held is None else [named, told(held)]
         seen[id(value)] = value
         if inspect.isfunction(value):
             code, around = value.__code__, value.__globals__
@@ -292,10 +312,29 @@ def _identity(reward: Any) -> Any:
             cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
             return [_code(code, value.__doc__), *all_of(value.__defaults__, value.__kwdefaults__, cells, read)]
         if isinstance(value, type):
-            return all_of(*filter(callable, vars(value).values()))
-        return all_of(kind, getattr(value, "__dict__", {}))
+            return all_of(*filter(callable, vars(value).values()), *_around(value, home))
+        return all_of(kind, object.__getstate__(value) or {})
 
     return told(reward)
+
+
+def _around(kind: type, home: str | None) -> list:
+    """Return what a class has beside its functions: its constants and properties, and its bases of the same module."""
+    own = {name: value for name, value in vars(kind).items() if not (callable(value) or name.startswith("__"))}
+    bases = [base for base in kind.__bases__ if base.__module__ == home]
+    return [part for part in (own, *bases) if part]
+
+
+def _array(value: Any) -> Any:
+    """Return what an array or a tensor holds, by a digest of its bytes where it has some."""
+    kind = [str(value.dtype), *value.shape]
+    if isinstance(value, torch.Tensor):
+        if value.is_meta or value.layout != torch.strided:
+            return kind
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    elif value.dtype.hasobject:
+        return [*kind, repr(value.tolist())]
+    return [*kind, hashlib.sha256(value.tobytes()).hexdigest()]
 
 
 def _names(code: CodeType) -> set[str]:
