@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import numpy as np
+import pandas as pd
 import torch
 
 from opdlab.errors import OpdlabError
@@ -221,10 +222,11 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
         if not isinstance(row, Mapping):
             raise OpdlabError(f"{this} is {str(row)[:60]!r}: give rows as dicts, such as one split")
         for role, column in columns.items():
-            if row.get(column) is None:
+            value = row.get(column)
+            if pd.api.types.is_scalar(value) and pd.isna(value):
                 has = f"has no {role} in a column {column!r}, and has {', '.join(map(str, row))}"
-                raise OpdlabError(f"{this} {has}: say which column it is by {role}=")
-        prompt, answer, demonstration = (str(row[column]) for column in columns.values())
+                raise OpdlabError(f"{this} {has}: say which column it is by {role}=, or leave the row out")
+        prompt, answer, demonstration = (_text(row[column], column, this) for column in columns.values())
         if table.setdefault(prompt, (answer, demonstration)) != (answer, demonstration):
             raise OpdlabError(
                 f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
@@ -232,6 +234,21 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
     if len(table) < 2:
         raise OpdlabError("the data set has fewer than two different prompts: give more, as one at least is held out")
     return table
+
+
+def _text(value: Any, column: str, row: str) -> str:
+    """Return a text or a finite number as text, and a chat that is one message of the user by what it says."""
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content") if value[0].get("role") == "user" else value
+    if not isinstance(value, str | int | float | np.integer | np.floating | Decimal) or value in (math.inf, -math.inf):
+        raise OpdlabError(
+            f"{row} has {str(value)[:60]!r} in its column {column!r}: give text, a finite number, or a chat of one "
+            "message by the user"
+        )
+    text = str(value)
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise OpdlabError(f"{row} has half a character in its column {column!r}, {text[:60]!r}: write it as Unicode")
+    return text
 
 
 def _demonstration(table: Mapping[str, tuple[str, str]], prompt: str) -> str:

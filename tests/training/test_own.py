@@ -438,6 +438,15 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
     assert ol.train(arm, task_of(with_helper), out=out, **QUICK).run.finished
 
 
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "cab"}]
+
+
+def test_a_chat_of_one_message_is_its_text():
+    chats = [{"word": [{"role": "user", "content": word}], "sorted": n} for n, word in enumerate(words())]
+    task = ol.Task.from_dataset(chats, prompt="word", answer="sorted")
+    assert task.data == tuple(words()) and task.demonstration(words()[3]) == "3"
+
+
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
@@ -460,9 +469,31 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
         ),
         ([*rows(), {"word": "aaa", "sorted": "b"}], {"answer": "sorted"}, r"^row 72 asks 'aaa' again with another"),
         ("nowhere.jsonl", {}, r"^the data set nowhere.jsonl cannot be read .*: give one JSON object a line$"),
-        (rows(), {"reward": "exact"}, r"^reward is 'exact': give a function of \(prompt, completion, answer\)$"),
+        *(
+            ([*rows(), row], {"answer": "sorted"}, rf"^row 72 of the data set has no {role} in a column '{column}'")
+            for missing in (None, float("nan"), pd.NA, np.float32("nan"), pd.NaT)
+            for role, column, row in (
+                ("prompt", "word", {"word": missing, "sorted": "b"}),
+                ("answer", "sorted", {"word": "b", "sorted": missing}),
+            )
+        ),
+        *(
+            ([*rows(), row], {"answer": "sorted"}, rf"^row 72 of the data set has .* in its column '{column}'.*: {do}")
+            for column, row, do in (
+                ("word", {"word": CHAT, "sorted": "b"}, "give text, a finite number, or a chat of one message by the"),
+                ("word", {"word": CHAT[:1], "sorted": "b"}, "give text"),
+                ("sorted", {"word": "b", "sorted": ["a", "b"]}, "give text"),
+                ("sorted", {"word": "b", "sorted": np.array(["a", "b"])}, "give text"),
+                ("sorted", {"word": "b", "sorted": float("inf")}, "give text"),
+                ("word", {"word": "\ud83d", "sorted": "b"}, "write it as Unicode"),
+            )
+        ),
+        (
+            rows(),
+            {"answer": "sorted", "reward": "exact"},
+            r"^reward is 'exact': give a function of \(prompt, completion, answer\)$",
+        ),
     ],
-    ids=["answer", "demonstration", "no dicts", "too few", "blank", "two answers", "no file", "no function"],
 )
 def test_a_data_set_that_cannot_be_used(data, options, message):
     with pytest.raises(OpdlabError, match=message):
