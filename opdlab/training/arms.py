@@ -172,7 +172,13 @@ def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = Non
     With a teacher, its completions are imitated instead (matched SFT, the control of the book). A model is given by its
     folder; ``variant`` sets other fields of :class:`Arm`.
     """
-    return Arm(_model(student), "task" if teacher is None else "teacher", "cross_entropy", _model(teacher), **variant)
+    return Arm(
+        _model("student", student),
+        "task" if teacher is None else "teacher",
+        "cross_entropy",
+        _model("teacher", teacher),
+        **variant,
+    )
 
 
 def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
@@ -185,7 +191,7 @@ def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: 
     if estimator not in ESTIMATORS:
         raise OpdlabError(f"there is no estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     options = {"rollouts_by": "student"} | variant
-    return Arm(_model(student), loss=ESTIMATORS[estimator], teacher=_model(teacher), **options)
+    return Arm(_model("student", student), loss=ESTIMATORS[estimator], teacher=_model("teacher", teacher), **options)
 
 
 def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
@@ -194,12 +200,17 @@ def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = No
     A teacher is never listened to: with one, evaluations also say how far the student is from it. Models are given by
     their folders; ``variant`` sets other fields of :class:`Arm`.
     """
-    return Arm(_model(student), "student", "grpo", _model(teacher), **variant)
+    return Arm(_model("student", student), "student", "grpo", _model("teacher", teacher), **variant)
 
 
-def _model(given: Model | str | Path | None) -> Any:
-    """Return a model that is given as one or by its folder, or None."""
-    return given if given is None or isinstance(given, Model) else Model(str(given))
+def _model(role: str, given: Model | str | Path | None) -> Any:
+    """Return a model that is given as one or by its folder; a teacher may be None."""
+    if isinstance(given, Model) or (given is None and role == "teacher"):
+        return given
+    if not isinstance(given, str | Path):
+        what = "None" if given is None else f"an object ({type(given).__name__})"
+        raise OpdlabError(f"{role} is {what}: give the folder of a model, or OWNER/NAME on the hub")
+    return Model(str(given))
 
 
 def changed_fields(value: Any) -> dict[str, Any]:

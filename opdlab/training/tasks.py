@@ -6,27 +6,20 @@ No text holds the end of the sequence: that is a token, which differs from model
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time, timedelta
 from decimal import Decimal
-from enum import Enum
-from fractions import Fraction
 from functools import cached_property, partial
-from pathlib import Path, PurePath
-from types import CellType, CodeType, SimpleNamespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import numpy as np
 import pandas as pd
-import torch
 
 from opdlab.errors import OpdlabError
+from opdlab.training.identity import identity
 
 if TYPE_CHECKING:
     import transformers
@@ -35,9 +28,6 @@ if TYPE_CHECKING:
 EVALUATION_SHARE = 8
 # On so many prompts the digest of a task looks at demonstrations and rewards.
 DIGESTED = 64
-
-# Values of other modules that are known by what Python writes of them.
-PLAIN = (bytearray, date, Decimal, Enum, Fraction, PurePath, range, time, timedelta, UUID)
 
 Reward = Callable[[str, str, str], float]
 
@@ -96,7 +86,8 @@ class Task:
         until it is finished, if its rows and all else are the same.
 
         Args:
-            rows: dicts, a JSONL file, a ``datasets.Dataset``, or the name of one on the hub (its split "train").
+            rows: dicts, a file of JSON lines or an array, a ``datasets.Dataset``, or the name of one on the hub (its
+                split "train").
             prompt: the column with the question.
             answer: the column with the right answer, which only the reward and SFT see.
             reward: (prompt, completion, answer) -> any number; by default 1.0 where the completion ends with the words
@@ -118,7 +109,7 @@ class Task:
         records, found_name = _read_rows(rows)
         table = _table(records, {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer})
         reward = _checked(reward, table)
-        content = _sha256([table, {"version": version} if version else _identity(reward)])
+        content = _sha256([table, {"version": version} if version else identity(reward)])
         functions = None, partial(_demonstration, table), partial(_graded, table, reward)
         return cls(name or found_name, *functions, tuple(table), chat, _sha256(table), content, version)
 
@@ -189,7 +180,11 @@ class Task:
         if not (self.chat and tokenizer.chat_template):
             return list(prompts)
         asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
-        return [str(tokenizer.apply_chat_template(a, tokenize=False, add_generation_prompt=True)) for a in asked]
+        try:
+            return [str(tokenizer.apply_chat_template(a, tokenize=False, add_generation_prompt=True)) for a in asked]
+        except Exception as problem:  # whatever the template's own code raises, or Jinja about it
+            what = f"the chat template of {tokenizer.name_or_path} refuses a prompt ({str(problem).splitlines()[0]})"
+            raise OpdlabError(f"{what}: mend it, or make the task with chat=False") from problem
 
     @cached_property
     def digest(self) -> str:
@@ -283,92 +278,6 @@ def _checked(reward: Reward | None, table: Mapping[str, tuple[str, str]]) -> Rew
     return last_word
 
 
-def _identity(reward: Any) -> Any:
-    """Return what a reward does, as JSON values: its code, without names, comments and lines, and the values it reads.
-
-    In doubt two rewards look different, as under two versions of Python. Functions and classes are looked into where
-    they are of the module of the reward, and known by their names elsewhere.
-    """
-    home = getattr(inspect.unwrap(reward), "__module__", None)
-    seen: dict[int, Any] = {}  # by id, and kept, so that no id comes twice
-
-    def all_of(*values: Any) -> list:
-        return [told(value) for value in values]
-
-    def told(value: Any) -> Any:
-        if isinstance(value, str | int | float | complex | bytes | re.Pattern | None):
-            return repr(value)
-        if id(value) in seen:
-            return "again"
-        if isinstance(value, Mapping | list | tuple):
-            seen[id(value)] = value
-            return all_of(*(value.items() if isinstance(value, Mapping) else value))
-        if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-            return _array(value)
-        if isinstance(value, property | cached_property):
-            return all_of(*(getattr(value, name, None) for name in ("fget", "fset", "func")))
-        if isinstance(value, set | frozenset):
-            return sorted(map(repr, value))
-        if isinstance(value, partial):
-            return all_of(value.func, value.args, value.keywords)
-        if inspect.ismethod(value):
-            return all_of(value.__self__, value.__func__)
-        value = inspect.unwrap(value) if callable(value) or isinstance(value, classmethod) else value
-        kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
-        if kind.__module__ != home or inspect.isbuiltin(value):
-            if isinstance(value, PLAIN):
-                return repr(value)
-            named = f"{kind.__module__}.{kind.__qualname__}"
-            held = value.state_dict() if isinstance(value, torch.nn.Module) else None
-            held = vars(value) if kind is SimpleNamespace else held
-            return named if held is None else [named, told(held)]
-        seen[id(value)] = value
-        if inspect.isfunction(value):
-            code, around = value.__code__, value.__globals__
-            read = {name: around[name] for name in sorted(_names(code) & set(around))}
-            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-            return [_code(code, value.__doc__), *all_of(value.__defaults__, value.__kwdefaults__, cells, read)]
-        if isinstance(value, type):
-            return all_of(*filter(callable, vars(value).values()), *_around(value, home))
-        return all_of(kind, object.__getstate__(value) or {})
-
-    return told(reward)
-
-
-def _around(kind: type, home: str | None) -> list:
-    """Return what a class has beside its functions: its constants and properties, and its bases of the same module."""
-    own = {name: value for name, value in vars(kind).items() if not (callable(value) or name.startswith("__"))}
-    bases = [base for base in kind.__bases__ if base.__module__ == home]
-    return [part for part in (own, *bases) if part]
-
-
-def _array(value: Any) -> Any:
-    """Return what an array or a tensor holds, by a digest of its bytes where it has some."""
-    kind = [str(value.dtype), *value.shape]
-    if isinstance(value, torch.Tensor):
-        if value.is_meta or value.layout != torch.strided:
-            return kind
-        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    elif value.dtype.hasobject:
-        return [*kind, repr(value.tolist())]
-    return [*kind, hashlib.sha256(value.tobytes()).hexdigest()]
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names}.union(*inner)
-
-
-def _code(code: CodeType, doc: str | None = None) -> Any:
-    def told(constant: Any) -> Any:
-        if isinstance(constant, frozenset):  # whose order is another in every process
-            return sorted(map(repr, constant))
-        return _code(constant) if isinstance(constant, CodeType) else repr(constant)
-
-    # Without a docstring, None is in its place.
-    return [code.co_code.hex(), code.co_names, [told(None if c == doc else c) for c in code.co_consts]]
-
-
 def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float | str:
     """Return a reward for the digest; one that fails on a scrambled answer is known by its error."""
     try:
@@ -379,12 +288,17 @@ def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float 
 
 def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
     """Return the rows of whatever a data set is given as, and a name for it."""
+    if not isinstance(rows, str | Path | Iterable):
+        raise OpdlabError(f"rows is {rows!r}: give a list of dicts, a JSONL file, or a data set or its name on the hub")
     if not isinstance(rows, str | Path):
         return rows, getattr(getattr(rows, "info", None), "dataset_name", None) or "data"
     path = Path(rows).expanduser()
     if path.suffix in (".jsonl", ".json") or path.exists():
         try:
-            return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()], path.stem
+            text = path.read_text("utf-8-sig")
+            if text.lstrip().startswith("["):
+                return json.loads(text), path.stem
+            return [json.loads(line) for line in text.split("\n") if line.strip()], path.stem
         except (OSError, ValueError) as problem:
             what = f"the data set {path} cannot be read ({problem})"
             raise OpdlabError(f"{what}: give one JSON object a line") from problem

@@ -12,7 +12,14 @@ import pandas as pd
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import ALPHABET, context_length, load_config, load_tokenizer, with_weights
+from opdlab.models.folders import (
+    ALPHABET,
+    character_tokenizer,
+    context_length,
+    load_config,
+    load_tokenizer,
+    with_weights,
+)
 from opdlab.training.arms import Arm
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
@@ -56,8 +63,14 @@ def make_experiment(
             a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``.
 
     Raises:
-        OpdlabError: if a field is unknown, or a model or a number cannot be used.
+        OpdlabError: if a field is unknown, or an arm, a task, a model or a number cannot be used.
     """
+    for role, value, kind, made in (
+        ("arm", arm, Arm, "ol.sft, ol.opd or ol.rlvr"),
+        ("task", task, Task, "ol.Task.from_dataset"),
+    ):
+        if not isinstance(value, kind):
+            raise OpdlabError(f"{role} is {str(value)[:60]!r}: give one that {made} made")
     arm = arm.fetched()
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
@@ -118,12 +131,13 @@ def _check_numbers(experiment: Experiment, context: int) -> None:
 
 
 def _check_lengths(experiment: Experiment, context: int) -> None:
-    """Refuse a data set with a prompt or a demonstration that is too long, before the training comes to it."""
-    task, budget = experiment.task, experiment.max_new_tokens
-    if not task.data or not experiment.arm.student.folder:
+    """Refuse a data set with an empty prompt, or a text that is too long, before the training comes to it."""
+    task, budget, folder = experiment.task, experiment.max_new_tokens, experiment.arm.student.folder
+    if not task.data:
         return
-    tokenizer = load_tokenizer(experiment.arm.student.folder)
-    encode_prompts(tokenizer, task.texts(tokenizer, sorted(task.data, key=len)[-CHECKED:]), context - budget)
+    tokenizer = load_tokenizer(folder) if folder else character_tokenizer()
+    looked_at = [prompt for prompt in task.data if not prompt.strip()] + sorted(task.data, key=len)[-CHECKED:]
+    encode_prompts(tokenizer, task.texts(tokenizer, looked_at), context - budget)
     if experiment.arm.rollouts_by != "task":
         return
     texts = sorted(map(task.demonstration, task.data), key=len)[-CHECKED:]

@@ -438,6 +438,55 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
     assert ol.train(arm, task_of(with_helper), out=out, **QUICK).run.finished
 
 
+@pytest.mark.parametrize("text", ["[{}, {}]", "\n[\n{},\n{}]", "\ufeff{}\n{}\n", "\ufeff[{},{}]"])
+def test_rows_in_an_array_or_behind_a_byte_order_mark(text, tmp_path):
+    text = text.replace("{}", '{"prompt": "a", "answer": 1}', 1).replace("{}", '{"prompt": "b", "answer": 2}')
+    (tmp_path / "some.json").write_text(text, "utf-8")
+    assert ol.Task.from_dataset(tmp_path / "some.json").data == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arm": "opd"}, r"^arm is 'opd': give one that ol.sft, ol.opd or ol.rlvr made$"),
+        ({"task": rows()}, r"^task is .*: give one that ol.Task.from_dataset made$"),
+        ({"out": None}, r"^out is None: give the folder of the run$"),
+        ({"student": None}, r"^student is None: give the folder of a model, or OWNER/NAME on the hub$"),
+        ({"student": torch.nn.Linear(1, 1)}, r"^student is an object \(Linear\): give the folder of a model"),
+        ({"teacher": 3}, r"^teacher is an object \(int\): give the folder of a model"),
+        ({"rows": None}, r"^rows is None: give a list of dicts, a JSONL file, or a data set or its name on the hub$"),
+    ],
+)
+def test_arguments_that_are_something_else(arguments, message, models, tmp_path):
+    given = {"student": models / "student", "teacher": models / "teacher", "rows": rows(), "out": tmp_path / "run"}
+    given |= arguments
+    with pytest.raises(OpdlabError, match=message):
+        task = ol.Task.from_dataset(given["rows"], prompt="word", answer="sorted")
+        arm = ol.opd(given["student"], given["teacher"])
+        ol.train(given.get("arm", arm), given.get("task", task), out=given["out"], **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system') }}", "{% for m in messages %}"])
+def test_a_chat_template_that_refuses(template, tmp_path):
+    student = own_model(tmp_path / "student", template=template)
+    said = r"^the chat template of .*student refuses a prompt \(.+\): mend it, or make the task with chat=False$"
+    with pytest.raises(OpdlabError, match=said):
+        ol.train(ol.rlvr(student), task_of(), out=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [3, 1100])
+def test_an_empty_prompt_is_refused_before_the_first_step(count, models, tmp_path):
+    data = [{"prompt": "a" * (n % 7 + 1) + "bcdef"[n % 5] * (n // 70), "answer": "a"} for n in range(count)]
+    task = ol.Task.from_dataset([*data, {"prompt": "", "answer": "a"}], chat=False)
+    with pytest.raises(OpdlabError, match=r"^the prompt '' has no token to start from: leave it out, or write"):
+        ol.train(
+            ol.rlvr(models / "student"), task, out=tmp_path / "run", **QUICK | {"prompts": 2, "evaluation_prompts": 1}
+        )
+    assert not (tmp_path / "run").exists()
+
+
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "cab"}]
 
 
