@@ -157,15 +157,16 @@ class Trained:
         self.run, self._measure = run, measure
 
     def __repr__(self) -> str:
-        """Say what was trained, how well it does, and if it learned nothing."""
+        """Say what was trained, how well it does, and if most steps changed nothing."""
         before, after = self.evaluations["sampled"].iloc[0], self.accuracy
         said = f"{self.run.experiment.title}, {self.run.steps} steps: mean reward {before:.3g} -> {after:.3g}"
-        if not self.history["skipped"].all():
+        skipped = int(self.history["skipped"].sum())
+        if 2 * skipped <= self.run.steps:
             return said
         most = self.run.experiment.recipe.completions * self.run.experiment.max_new_tokens
         cut = (self.history["tokens"] == most).all()  # but for some that ended with the last token
         why = "every completion went on up to max_new_tokens" if cut else "all completions of a prompt earned the same"
-        return f"{said}; no step changed a weight, as {why}"
+        return f"{said}; {skipped} of {self.run.steps} steps changed no weight, as {why}"
 
     @cached_property
     def history(self) -> pd.DataFrame:

@@ -218,10 +218,11 @@ def test_graded_rewards_are_reported_as_means(models, tmp_path):
 def test_a_reward_that_never_differs_leaves_nothing_to_measure(models, tmp_path):
     run = ol.train(ol.rlvr(models / "student"), task_of(lambda p, c, a: 0.0), out=tmp_path / "run", **QUICK)
     assert re.fullmatch(
-        r"run, 4 steps: mean reward 0 -> 0; no step changed a weight, as all completions of a prompt .* same", repr(run)
+        r"run, 4 steps: mean reward 0 -> 0; 4 of 4 steps changed no weight, as all completions of a prompt .* same",
+        repr(run),
     )
     short = ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "short", **QUICK | {"max_new_tokens": 1})
-    assert repr(short).endswith("; no step changed a weight, as every completion went on up to max_new_tokens")
+    assert repr(short).endswith("; 4 of 4 steps changed no weight, as every completion went on up to max_new_tokens")
     with pytest.raises(OpdlabError, match=r"^no step of run changed a weight, since .*: give a reward that tells them"):
         _ = run.trajectory
 
