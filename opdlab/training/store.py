@@ -70,18 +70,19 @@ class Run:
     def _refuse_others(self) -> None:
         """Raise an OpdlabError if something else is in the folder, or another experiment."""
         path = self.folder / "config.json"
-        there = files.read_json(path, REMEDY) if path.is_file() else {}
+        there = files.read_json(path, f"{REMEDY}, or choose another out") if path.is_file() else {}
         if not (isinstance(there, dict) and {"arm", "data", "recipe"} <= there.keys()):
             # A run writes its config.json first. Without it such files are of somebody else.
             for name in _ITS_OWN:
                 for found in self.folder.glob(name):
-                    name = str(found.relative_to(self.folder))
-                    raise OpdlabError(f"out is {self.folder}, which holds {name} of something else: choose another")
+                    said = found.relative_to(self.folder).as_posix()
+                    raise OpdlabError(f"out is {self.folder}, which holds {said} of something else: choose another")
         # A run that failed before its first step holds nothing yet, so another reward may follow.
         elif self._read("history")[1] or [*self.folder.glob("snapshots/step-*[1-9]*.*")]:
             rows, task = there.pop("rows", ""), self.experiment.task
             differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
             same_rows = {*differ} <= {"data", "version"} and rows == task.rows
+            # By a version the user answers for the reward; a finished run would be returned as that of another one.
             may_go_on = same_rows and "version" not in there and not self.finished
             if not differ or (may_go_on and task.version):
                 return
