@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 # Values of other modules that are known by what Python writes of them.
-PLAIN = (bytearray, date, Decimal, Enum, Fraction, PurePath, range, time, timedelta, UUID)
+_PLAIN = (bytearray, date, Decimal, Enum, Fraction, PurePath, range, time, timedelta, UUID)
 
 
 def identity(reward: Any) -> Any:
@@ -56,7 +56,7 @@ def identity(reward: Any) -> Any:
         value = inspect.unwrap(value) if callable(value) or isinstance(value, classmethod) else value
         kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
         if kind.__module__ != home or inspect.isbuiltin(value):
-            if isinstance(value, PLAIN):
+            if isinstance(value, _PLAIN):
                 return repr(value)
             named = f"{kind.__module__}.{kind.__qualname__}"
             held = value.state_dict() if isinstance(value, torch.nn.Module) else None

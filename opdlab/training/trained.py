@@ -65,12 +65,7 @@ def make_experiment(
     Raises:
         OpdlabError: if a field is unknown, or an arm, a task, a model or a number cannot be used.
     """
-    for role, value, kind, made in (
-        ("arm", arm, Arm, "ol.sft, ol.opd or ol.rlvr"),
-        ("task", task, Task, "ol.Task.from_dataset"),
-    ):
-        if not isinstance(value, kind):
-            raise OpdlabError(f"{role} is {str(value)[:60]!r}: give one that {made} made")
+    _check_kinds(arm, task)
     arm = arm.fetched()
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
@@ -96,6 +91,16 @@ def make_experiment(
     _check_numbers(experiment, context)
     _check_lengths(experiment, context)
     return experiment
+
+
+def _check_kinds(arm: Any, task: Any) -> None:
+    """Refuse an arm and a task that are something else."""
+    for role, value, kind, made in (
+        ("arm", arm, Arm, "ol.sft, ol.opd or ol.rlvr"),
+        ("task", task, Task, "ol.Task.from_dataset"),
+    ):
+        if not isinstance(value, kind):
+            raise OpdlabError(f"{role} is {str(value)[:60]!r}: give one that {made} made")
 
 
 def _sizes(arm: Arm) -> tuple[int, int]:
