@@ -88,6 +88,8 @@ def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path |
     from opdlab.training.loop import train as train_experiment
     from opdlab.training.trained import Trained, make_experiment
 
+    if not isinstance(out, Path | str):
+        raise import_module("opdlab.errors").OpdlabError(f"out is {out!r}: give the folder of the run")
     folder, progress = Path(out).expanduser().resolve(), settings.pop("progress", True)
     settings = {"name": folder.name} | settings
     experiment = make_experiment(arm, task, steps=steps, learning_rate=learning_rate, **settings)

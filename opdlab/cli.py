@@ -125,6 +125,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--demonstration", help="its column that sft imitates (default: that of the answer)")
     what = "(prompt, completion, answer) -> number (default: the last word)"
     own.add_argument("--reward", metavar="MODULE:FUNCTION", help=what)
+    what = "a name that stands for it, where it was mended or is never twice the same"
+    own.add_argument("--reward-version", metavar="NAME", help=what)
     own.add_argument("--student", help="model folder, or OWNER/NAME on the hub")
     own.add_argument("--teacher", help="the same; its vocabulary must be the student's")
     own.add_argument("--steps", type=int, help="number of updates")
@@ -137,7 +139,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 # What belongs to a task of one's own, and what to the book.
-_OWN = ("prompt", "answer", "demonstration", "reward", "student", "teacher", "steps", "learning_rate", "out")
+_OWN = (
+    "prompt", "answer", "demonstration", "reward", "reward_version", "student", "teacher", "steps", "learning_rate",
+    "out",
+)  # fmt: skip
 _BOOK = ("scale", "home", "engine", "processes", "dry_run")
 
 
@@ -176,7 +181,7 @@ def _train_own(options: argparse.Namespace) -> None:
             raise OpdlabError(f"arm {options.arm!r} on --data needs --{name.replace('_', '-')}: give it")
     columns = {name: getattr(options, name) for name in ("prompt", "answer", "demonstration") if getattr(options, name)}
     reward = _imported(options.reward) if options.reward else None
-    task = opdlab.Task.from_dataset(options.data, reward=reward, **columns)
+    task = opdlab.Task.from_dataset(options.data, reward=reward, version=options.reward_version or "", **columns)
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "learning_rate", "out", "seed")}
     arm = getattr(opdlab, options.arm)(options.student, teacher=options.teacher)
     run = opdlab.train(arm, task, **settings | _settings(options.set))

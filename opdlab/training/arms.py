@@ -14,6 +14,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
 from opdlab.models.pieces import weights_digest
 from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
+from opdlab.training.rules import SHARE, check_fields, number, one_of, whole
 
 if TYPE_CHECKING:
     from opdlab.training.config import Experiment
@@ -64,6 +65,14 @@ class Tokens:
             raise OpdlabError(f"the share of tokens must lie above 0 and not above 1, not {self.share}")
 
 
+_PROJECTION = {
+    "start": number("a number from 0 to below 1", lambda share: 0 <= share < 1), "k": whole(1),
+    "space": one_of("update", "weights", "random", "entries", "random entries"),
+    "acts_on": one_of("update", "gradient"),
+    "block": (lambda block: block in ("", "attention", "mlp"), "attention or mlp, or leave it out"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Projection:
     """What training is projected onto, and from when on (2606.07082, section 4). Embeddings and norms stay free.
@@ -81,6 +90,10 @@ class Projection:
     block: str = ""  #: "attention" leaves the MLP free; the paper has only attention matrices
     reset: bool = False  #: forget the optimizer's moments at ``start``
     rescale: bool = False  #: give a projected update the norm that it had before
+
+    def __post_init__(self) -> None:
+        """Refuse what projects nothing, and a space that there is not."""
+        check_fields(self, _PROJECTION)
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         """Refuse what no step could be made of."""
+        check_fields(self, {"teacher_share": SHARE} | ({} if self.alpha is None else {"alpha": SHARE}))
         if self.rollouts_by not in WRITERS:
             raise OpdlabError(f"rollouts_by is {self.rollouts_by!r}; choose one of {', '.join(WRITERS)}")
         if self.loss not in LOSSES:
@@ -158,7 +172,13 @@ def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = Non
     With a teacher, its completions are imitated instead (matched SFT, the control of the book). A model is given by its
     folder; ``variant`` sets other fields of :class:`Arm`.
     """
-    return Arm(_model(student), "task" if teacher is None else "teacher", "cross_entropy", _model(teacher), **variant)
+    return Arm(
+        _model("student", student),
+        "task" if teacher is None else "teacher",
+        "cross_entropy",
+        _model("teacher", teacher),
+        **variant,
+    )
 
 
 def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
@@ -171,7 +191,7 @@ def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: 
     if estimator not in ESTIMATORS:
         raise OpdlabError(f"there is no estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
     options = {"rollouts_by": "student"} | variant
-    return Arm(_model(student), loss=ESTIMATORS[estimator], teacher=_model(teacher), **options)
+    return Arm(_model("student", student), loss=ESTIMATORS[estimator], teacher=_model("teacher", teacher), **options)
 
 
 def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:
@@ -180,12 +200,17 @@ def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = No
     A teacher is never listened to: with one, evaluations also say how far the student is from it. Models are given by
     their folders; ``variant`` sets other fields of :class:`Arm`.
     """
-    return Arm(_model(student), "student", "grpo", _model(teacher), **variant)
+    return Arm(_model("student", student), "student", "grpo", _model("teacher", teacher), **variant)
 
 
-def _model(given: Model | str | Path | None) -> Any:
-    """Return a model that is given as one or by its folder, or None."""
-    return given if given is None or isinstance(given, Model) else Model(str(given))
+def _model(role: str, given: Model | str | Path | None) -> Any:
+    """Return a model that is given as one or by its folder; a teacher may be None."""
+    if isinstance(given, Model) or (given is None and role == "teacher"):
+        return given
+    if not isinstance(given, str | Path):
+        what = "None" if given is None else f"an object ({type(given).__name__})"
+        raise OpdlabError(f"{role} is {what}: give the folder of a model, or OWNER/NAME on the hub")
+    return Model(str(given))
 
 
 def changed_fields(value: Any) -> dict[str, Any]:

@@ -21,10 +21,29 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
 from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, changed_fields
+from opdlab.training.rules import LIMIT, POSITIVE, STEPS, Rule, check_fields, number, one_of, whole
 from opdlab.training.tasks import Task
 
 #: The largest learning rate that leaves AdamW within float32.
 LARGEST_RATE = 1e30
+_DTYPE = one_of("float32", "bfloat16")
+_BETAS = (lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1")
+#: What the fields of each part must be.
+RULES: dict[str, dict[str, Rule]] = {
+    "Recipe": {
+        "steps": whole(1), "prompts": whole(1), "samples": whole(1),
+        "learning_rate": number(f"a number above 0 and up to {LARGEST_RATE:g}", lambda rate: 0 < rate <= LARGEST_RATE),
+        "schedule": one_of("constant", "cosine"), "warmup": whole(0), "betas": _BETAS, "clip": LIMIT,
+        "weight_decay": number("a number, 0 or above", lambda decay: 0 <= decay < inf),
+    },
+    "Compute": {
+        "dtype": _DTYPE, "cpu_dtype": _DTYPE, "micro_batch": whole(1), "threads": whole(1), "tokens_at_once": whole(0),
+    },
+    "Experiment": {
+        "seed": whole(0), "max_new_tokens": whole(1), "temperature": POSITIVE, "evaluations": STEPS,
+        "evaluation_prompts": whole(1), "evaluation_samples": whole(1), "snapshots": STEPS,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,10 +63,8 @@ class Recipe:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a learning rate that no optimizer could use."""
-        rate = self.learning_rate
-        if not isinstance(rate, int | float) or not 0 < rate <= LARGEST_RATE:
-            raise OpdlabError(f"learning_rate is {rate!r}: give a number above 0 and up to {LARGEST_RATE:g}")
+        """Refuse what no optimizer could use."""
+        check_fields(self, RULES["Recipe"])
 
     @property
     def completions(self) -> int:
@@ -84,9 +101,7 @@ class Compute:
 
     def __post_init__(self) -> None:
         """Refuse what no pass computes in."""
-        for name in ("dtype", "cpu_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise OpdlabError(f"{name} is {getattr(self, name)!r}: give float32 or bfloat16")
+        check_fields(self, RULES["Compute"])
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Return what passes compute in on a device; an OpdlabError if in bfloat16 on a CPU that lacks it."""
@@ -122,9 +137,8 @@ class Experiment:
     name: str = ""  #: of the run in folders and messages; it decides nothing
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that no loss could be taken at."""
-        if not 0 < self.temperature < inf:
-            raise OpdlabError(f"temperature is {self.temperature}: give a number above 0")
+        """Refuse numbers that no step could be made with."""
+        check_fields(self, RULES["Experiment"])
 
     @property
     def begin(self) -> int | None:
@@ -159,6 +173,8 @@ class Experiment:
         if self.task.chat and arm.student.folder:
             template = str(load_tokenizer(arm.student.folder).chat_template or "")
             config["template"] = hashlib.sha256(template.encode()).hexdigest()[:8]
+        if self.task.version:
+            config["version"] = self.task.version
         if self.evaluation_samples != 1:
             config["evaluation_samples"] = self.evaluation_samples
         dtypes = {"compute": self.compute.dtype, "cpu_compute": self.compute.cpu_dtype}

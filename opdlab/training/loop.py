@@ -78,6 +78,7 @@ def _resume(run: Run, trainer: Trainer) -> int:
     if run.checkpoint.exists():
         tensors, metadata = load_tensors(run.checkpoint)
         trainer.restore(tensors)
+        run.write_config()  # It may go on under a version of its reward.
         done = int(metadata["step"])
         run.truncate_after(done)
         return done

@@ -19,6 +19,15 @@ from opdlab.geometry.matrices import describe
 from opdlab.training.arms import Projection
 
 
+def projected_matrices(projection: Projection, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the matrices of a state dict that a projection is about, or raise an OpdlabError if k exceeds one."""
+    found = {n: matrix for n, matrix in weight_matrices(weights).items() if projection.block in ("", describe(n).block)}
+    for name, matrix in found.items():
+        if projection.k > (least := min(matrix.shape)):
+            raise OpdlabError(f"k is {projection.k}; expected {least} at most, as {name} is smaller")
+    return found
+
+
 class Projector:
     """The subspaces of a projection, one per matrix, found once at the start of projected training."""
 
@@ -40,18 +49,15 @@ class Projector:
             device: of the gradients or updates that are projected.
 
         Raises:
-            OpdlabError: if the kind of space is unknown, or k exceeds a matrix.
+            OpdlabError: if k exceeds a matrix.
         """
         self.acts_on, self.rescale = projection.acts_on, projection.rescale
         self.random = torch.Generator().manual_seed(seed)
         self.of: dict[str, Tensor] = {}
-        for name, matrix in weight_matrices(start).items():
-            if projection.block in ("", describe(name).block):
-                if projection.k > (least := min(matrix.shape)):
-                    raise OpdlabError(f"k is {projection.k}; expected {least} at most, as {name} is smaller")
-                w0 = matrix.double()
-                found = self._find(projection, w0, weights[name].double() - w0)
-                self.of[name] = found.to(device, None if found.dtype == torch.bool else matrix.dtype)
+        for name, matrix in projected_matrices(projection, start).items():
+            w0 = matrix.double()
+            found = self._find(projection, w0, weights[name].double() - w0)
+            self.of[name] = found.to(device, None if found.dtype == torch.bool else matrix.dtype)
 
     def _find(self, projection: Projection, w0: Tensor, delta: Tensor) -> Tensor:
         """Return V (n, k), or a mask (m, n) of entries."""
@@ -63,11 +69,7 @@ class Projector:
         count = round(projection.k / w0.shape[1] * w0.numel())
         if projection.space == "entries":
             return largest_entries(delta, count)
-        if projection.space == "random entries":
-            return largest_entries(torch.rand(w0.shape, generator=self.random, dtype=torch.float64), count)
-        raise OpdlabError(
-            f"there is no space {projection.space!r}; choose update, weights, random, entries or random entries"
-        )
+        return largest_entries(torch.rand(w0.shape, generator=self.random, dtype=torch.float64), count)
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """Return the part of ``tensor`` (m, n) that lies in the subspace of the matrix called ``name``.

@@ -17,6 +17,7 @@ Beside it lies ``origins``: the weights and the accuracy before the first step, 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -33,14 +34,22 @@ from opdlab.training.config import Experiment, config_key
 
 REMEDY = "delete its run folder and train again"
 LINES = ("history", "evaluations")
+# What a run has; where it writes, and what a kill leaves there of a file: its name, the process, and "part".
+_ITS_OWN = ("config.json", "history.jsonl", "evaluations.jsonl", "model", "states", "snapshots/*.safetensors")
+_PLACES = (".", "snapshots", "states", "origins")
+_LEFT = re.compile(
+    r"(config|provenance|history|evaluations|checkpoint|step-\d+|[0-9a-f]{8,}(-\w+)?|trl|accelerate|run|trainer_state)"
+    r"\.(jsonl?|safetensors|pickle)\.\d+\.part"
+)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Train in the ``with`` block on a run's folder, which raises an OpdlabError if another process is there."""
     with files.only_process(folder, "trains"):
-        for left in folder.rglob("*.part"):  # half written by a process that was killed
-            left.unlink()
+        for left in (path for place in _PLACES for path in (folder / place).glob("*.part")):
+            if _LEFT.fullmatch(left.name) and left.is_file():
+                left.unlink()
         yield
 
 
@@ -55,15 +64,36 @@ class Run:
         """
         self.experiment, self.root, self.steps = experiment, root, experiment.recipe.steps
         self.folder = folder or root / experiment.folder
+        if folder:
+            self._refuse_others()
+
+    def _refuse_others(self) -> None:
+        """Raise an OpdlabError if something else is in the folder, or another experiment."""
+        path = self.folder / "config.json"
+        there = files.read_json(path, f"{REMEDY}, or choose another out") if path.is_file() else {}
+        if not (isinstance(there, dict) and {"arm", "data", "recipe"} <= there.keys()):
+            # A run writes its config.json first. Without it such files are of somebody else.
+            for name in _ITS_OWN:
+                for found in self.folder.glob(name):
+                    said = found.relative_to(self.folder).as_posix()
+                    raise OpdlabError(f"out is {self.folder}, which holds {said} of something else: choose another")
         # A run that failed before its first step holds nothing yet, so another reward may follow.
-        if folder and (folder / "config.json").is_file():
-            there = files.read_json(folder / "config.json", REMEDY)
-            if "recipe" not in there:
-                raise OpdlabError(f"out is {folder}, which holds a config.json of something else: choose another")
-            if there != self.config and self._read("history")[1]:
-                differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
-                said = ", ".join("data or reward" if key == "data" else key for key in differ)
-                raise OpdlabError(f"out is {folder}, which holds another experiment ({said} differ): choose another")
+        elif self._read("history")[1] or [*self.folder.glob("snapshots/step-*[1-9]*.*")]:
+            rows, task = there.pop("rows", ""), self.experiment.task
+            differ = sorted(key for key in {*there, *self.config} if there.get(key) != self.config.get(key))
+            same_rows = {*differ} <= {"data", "version"} and rows == task.rows
+            # By a version the user answers for the reward; a finished run would be returned as that of another one.
+            may_go_on = same_rows and "version" not in there and not self.finished
+            if not differ or (may_go_on and task.version):
+                return
+            said = ", ".join("data or reward" if key == "data" else key for key in differ)
+            what = f"out is {self.folder}, which holds another experiment ({said} differ): choose another"
+            if same_rows and not may_go_on and "version" not in there:
+                what += ", and give the task a version=... if its reward only looks like another one"
+            elif same_rows:
+                named = repr(there.get("version", "..."))
+                what += f", or give the task version={named} if the reward is the same, or was mended"
+            raise OpdlabError(what)
 
     @property
     def config(self) -> dict:
@@ -92,9 +122,14 @@ class Run:
         """Return the file with the whole state of training after ``step`` updates, kept where other runs branch off."""
         return self.folder / "states" / f"step-{step:06d}.safetensors"
 
+    def write_config(self) -> None:
+        """Write all that decides the result, and the digest of the rows, which says whether only the reward differs."""
+        rows = self.experiment.task.rows
+        files.write_json(self.folder / "config.json", self.config | ({"rows": rows} if rows else {}))
+
     def begin(self, device: torch.device) -> None:
         """Write what the run is; of one that was killed before its first checkpoint nothing counts, not even step 0."""
-        files.write_json(self.folder / "config.json", self.config)
+        self.write_config()
         files.write_json(self.folder / "provenance.json", provenance(device))
         self.truncate_after(-1)
 

@@ -6,20 +6,20 @@ No text holds the end of the sequence: that is a token, which differs from model
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
-from types import CellType, CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from opdlab.errors import OpdlabError
+from opdlab.training.identity import identity
 
 if TYPE_CHECKING:
     import transformers
@@ -55,7 +55,9 @@ class Task:
     score: Callable[[str, str], float]  #: the reward of (prompt, completion)
     data: tuple[str, ...] = ()  #: the prompts of a data set, in order
     chat: bool = False  #: write prompts through the chat template of the tokenizer, where it has one
-    content: str = ""  #: a digest of a data set and its reward
+    rows: str = ""  #: a digest of a data set
+    content: str = ""  #: one of it and its reward
+    version: str = ""  #: what stands for the reward in the digest; empty for its code and what it gives
     #: Writes a completion of a prompt by chance, for SFT on authors who do not always write the same.
     author: Callable[[str, np.random.Generator], str] | None = None
 
@@ -70,16 +72,22 @@ class Task:
         demonstration: str | None = None,
         name: str = "",
         chat: bool = True,
+        version: str = "",
     ) -> Task:
         """Make a task of a data set, with one prompt in eight held out for evaluation, chosen by a hash of its text.
 
         Of a set so small that the hash holds out none, or all, it is the one prompt with the smallest hash.
 
         The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
-        task is another, and a run on the old one does not go on. What functions of other modules do is not looked at.
+        task is another, and a run on the old one does not go on. Not seen are what other modules do and hold, files,
+        networks, and objects of other modules but arrays, tensors, models' weights, and plain values such as dates.
+        A reward with a cache, a counter or chance in it looks like another one each time, and so does a mended one:
+        give a ``version``, and it alone says which reward it is. A run that began without a version goes on under one
+        until it is finished, if its rows and all else are the same.
 
         Args:
-            rows: dicts, a JSONL file, a ``datasets.Dataset``, or the name of one on the hub (its split "train").
+            rows: dicts, a file of JSON lines or an array, a ``datasets.Dataset``, or the name of one on the hub (its
+                split "train").
             prompt: the column with the question.
             answer: the column with the right answer, which only the reward and SFT see.
             reward: (prompt, completion, answer) -> any number; by default 1.0 where the completion ends with the words
@@ -87,6 +95,7 @@ class Task:
             demonstration: the column that SFT imitates; by default ``answer``.
             name: of the task; by default that of the file or data set.
             chat: write prompts through the tokenizer's chat template, where it has one.
+            version: a name of yours that stands for the reward: its code, its values and what it gives.
 
         Raises:
             OpdlabError: if the rows cannot be read, are of fewer than two prompts, lack a column, or have two answers
@@ -97,18 +106,12 @@ class Task:
         >>> task, task.reward("2 + 3 = ?", "5")
         (Task('data': 87 prompts to train on, 13 held out), 1.0)
         """
-        if reward is not None and not callable(reward):
-            raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
         records, found_name = _read_rows(rows)
-        columns = {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer}
-        table = _table(records, columns)
-        for asked, (right, _) in table.items() if reward is None else ():
-            if not last_word(asked, right, right):
-                raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
-        reward = reward or last_word
-        content = hashlib.sha256(json.dumps([table, _identity(reward)]).encode()).hexdigest()
-        score = partial(_graded, table, reward)
-        return cls(name or found_name, None, partial(_demonstration, table), score, tuple(table), chat, content)
+        table = _table(records, {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer})
+        reward = _checked(reward, table)
+        content = _sha256([table, {"version": version} if version else identity(reward)])
+        functions = None, partial(_demonstration, table), partial(_graded, table, reward)
+        return cls(name or found_name, *functions, tuple(table), chat, _sha256(table), content, version)
 
     def __repr__(self) -> str:
         """Say how many prompts there are, without writing them out."""
@@ -141,7 +144,8 @@ class Task:
         except Exception as problem:
             why = f"{type(problem).__name__} ({(str(problem).splitlines() or ['without a message'])[0]})"
             message = f"the reward of task {self.name!r} raised {why} {where}: mend the reward function"
-            raise OpdlabError(message) from problem
+            named = "" if self.version or not self.data else ", and give its task a version=... if a run is to go on"
+            raise OpdlabError(message + named) from problem
         if not math.isfinite(reward):
             raise OpdlabError(f"the reward of task {self.name!r} is {reward} {where}: return a finite number")
         return reward
@@ -176,23 +180,33 @@ class Task:
         if not (self.chat and tokenizer.chat_template):
             return list(prompts)
         asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
-        return [str(tokenizer.apply_chat_template(a, tokenize=False, add_generation_prompt=True)) for a in asked]
+        try:
+            return [str(tokenizer.apply_chat_template(a, tokenize=False, add_generation_prompt=True)) for a in asked]
+        except Exception as problem:  # whatever the template's own code raises, or Jinja about it
+            what = f"the chat template of {tokenizer.name_or_path} refuses a prompt ({str(problem).splitlines()[0]})"
+            raise OpdlabError(f"{what}: mend it, or make the task with chat=False") from problem
 
     @cached_property
     def digest(self) -> str:
         """The identity of prompts, demonstrations and rewards, 8 hex digits.
 
         It hashes what the reward gives for 64 demonstrations, each with its own prompt and with another's, and of a
-        data set also all rows and the code of the reward. So a comment in it changes nothing, and a value does.
+        data set also all rows and the code of the reward. So a comment in it changes nothing, and a value does. Of a
+        reward with a version only that is hashed.
         """
         prompts, random = list(self.data[:DIGESTED]), np.random.default_rng(0)
         if self.draw:
             prompts = [self.draw(random) for _ in range(DIGESTED)]
         texts = self.demonstrations(prompts, random)
         scrambled = texts[1:] + texts[:1]
-        rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in (texts, scrambled)]
-        told = json.dumps([self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat])
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+        compared = () if self.version else (texts, scrambled)
+        rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in compared]
+        told = [self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat]
+        return _sha256(told)[:8]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -203,10 +217,11 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
         if not isinstance(row, Mapping):
             raise OpdlabError(f"{this} is {str(row)[:60]!r}: give rows as dicts, such as one split")
         for role, column in columns.items():
-            if row.get(column) is None:
+            value = row.get(column)
+            if pd.api.types.is_scalar(value) and pd.isna(value):
                 has = f"has no {role} in a column {column!r}, and has {', '.join(map(str, row))}"
-                raise OpdlabError(f"{this} {has}: say which column it is by {role}=")
-        prompt, answer, demonstration = (str(row[column]) for column in columns.values())
+                raise OpdlabError(f"{this} {has}: say which column it is by {role}=, or leave the row out")
+        prompt, answer, demonstration = (_text(row[column], column, this) for column in columns.values())
         if table.setdefault(prompt, (answer, demonstration)) != (answer, demonstration):
             raise OpdlabError(
                 f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
@@ -214,6 +229,21 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
     if len(table) < 2:
         raise OpdlabError("the data set has fewer than two different prompts: give more, as one at least is held out")
     return table
+
+
+def _text(value: Any, column: str, row: str) -> str:
+    """Return a text or a finite number as text, and a chat that is one message of the user by what it says."""
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content") if value[0].get("role") == "user" else value
+    if not isinstance(value, str | int | float | np.integer | np.floating | Decimal) or value in (math.inf, -math.inf):
+        raise OpdlabError(
+            f"{row} has {str(value)[:60]!r} in its column {column!r}: give text, a finite number, or a chat of one "
+            "message by the user"
+        )
+    text = str(value)
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise OpdlabError(f"{row} has half a character in its column {column!r}, {text[:60]!r}: write it as Unicode")
+    return text
 
 
 def _demonstration(table: Mapping[str, tuple[str, str]], prompt: str) -> str:
@@ -236,62 +266,16 @@ def last_word(prompt: str, completion: str, answer: str) -> float:
     return float(bool(right) and words[-len(right) :] == right)
 
 
-def _identity(reward: Any) -> Any:
-    """Return what a reward does, as JSON values: its code, without names, comments and lines, and the values it reads.
-
-    In doubt two rewards look different, as under two versions of Python. Functions and classes are looked into where
-    they are of the module of the reward, and known by their names elsewhere.
-    """
-    home = getattr(inspect.unwrap(reward), "__module__", None)
-    seen: dict[int, Any] = {}  # by id, and kept, so that no id comes twice
-
-    def all_of(*values: Any) -> list:
-        return [told(value) for value in values]
-
-    def told(value: Any) -> Any:
-        if isinstance(value, str | int | float | complex | bytes | re.Pattern | None):
-            return repr(value)
-        if id(value) in seen:
-            return "again"
-        if isinstance(value, Mapping | list | tuple):
-            seen[id(value)] = value
-            return all_of(*(value.items() if isinstance(value, Mapping) else value))
-        if isinstance(value, set | frozenset):
-            return sorted(map(repr, value))
-        if isinstance(value, partial):
-            return all_of(value.func, value.args, value.keywords)
-        if inspect.ismethod(value):
-            return all_of(value.__self__, value.__func__)
-        value = inspect.unwrap(value) if callable(value) else value
-        kind = value if isinstance(value, type) or inspect.isroutine(value) else type(value)
-        if kind.__module__ != home or inspect.isbuiltin(value):
-            return f"{kind.__module__}.{kind.__qualname__}"
-        seen[id(value)] = value
-        if inspect.isfunction(value):
-            code, around = value.__code__, value.__globals__
-            read = {name: around[name] for name in sorted(_names(code) & set(around))}
-            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-            return [_code(code, value.__doc__), *all_of(value.__defaults__, value.__kwdefaults__, cells, read)]
-        if isinstance(value, type):
-            return all_of(*filter(callable, vars(value).values()))
-        return all_of(kind, getattr(value, "__dict__", {}))
-
-    return told(reward)
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names}.union(*inner)
-
-
-def _code(code: CodeType, doc: str | None = None) -> Any:
-    def told(constant: Any) -> Any:
-        if isinstance(constant, frozenset):  # whose order is another in every process
-            return sorted(map(repr, constant))
-        return _code(constant) if isinstance(constant, CodeType) else repr(constant)
-
-    # Without a docstring, None is in its place.
-    return [code.co_code.hex(), code.co_names, [told(None if c == doc else c) for c in code.co_consts]]
+def _checked(reward: Reward | None, table: Mapping[str, tuple[str, str]]) -> Reward:
+    """Return a reward that is a function, or else :func:`last_word` if that can find the answers."""
+    if reward is not None:
+        if not callable(reward):
+            raise OpdlabError(f"reward is {reward!r}: give a function of (prompt, completion, answer)")
+        return reward
+    for asked, (right, _) in table.items():
+        if not last_word(asked, right, right):
+            raise OpdlabError(f"the answer to {asked[:60]!r} is {right!r}: no completion can end with it; mend it")
+    return last_word
 
 
 def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float | str:
@@ -304,12 +288,17 @@ def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float 
 
 def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
     """Return the rows of whatever a data set is given as, and a name for it."""
+    if not isinstance(rows, str | Path | Iterable):
+        raise OpdlabError(f"rows is {rows!r}: give a list of dicts, a JSONL file, or a data set or its name on the hub")
     if not isinstance(rows, str | Path):
         return rows, getattr(getattr(rows, "info", None), "dataset_name", None) or "data"
     path = Path(rows).expanduser()
     if path.suffix in (".jsonl", ".json") or path.exists():
         try:
-            return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.strip()], path.stem
+            text = path.read_text("utf-8-sig")
+            if text.lstrip().startswith("["):
+                return json.loads(text), path.stem
+            return [json.loads(line) for line in text.split("\n") if line.strip()], path.stem
         except (OSError, ValueError) as problem:
             what = f"the data set {path} cannot be read ({problem})"
             raise OpdlabError(f"{what}: give one JSON object a line") from problem

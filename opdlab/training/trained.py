@@ -12,7 +12,14 @@ import pandas as pd
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import ALPHABET, context_length, load_config, load_tokenizer, with_weights
+from opdlab.models.folders import (
+    ALPHABET,
+    character_tokenizer,
+    context_length,
+    load_config,
+    load_tokenizer,
+    with_weights,
+)
 from opdlab.training.arms import Arm
 from opdlab.training.config import Experiment, Recipe, with_fields
 from opdlab.training.loop import install_model
@@ -56,17 +63,22 @@ def make_experiment(
             a batch, ``max_new_tokens``, ``schedule="cosine"``, ``threads`` or ``dtype="bfloat16"``.
 
     Raises:
-        OpdlabError: if a field is unknown, or a model or a number cannot be used.
+        OpdlabError: if a field is unknown, or an arm, a task, a model or a number cannot be used.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise OpdlabError(f"steps is {steps!r}: give a whole number above 0")
+    _check_kinds(arm, task)
     arm = arm.fetched()
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
-    recipe = Recipe(steps, prompts, samples, learning_rate, warmup=min(10, steps // 10))
+    recipe = Recipe(
+        steps,
+        prompts,
+        samples,
+        learning_rate,
+    )
     experiment = Experiment(arm, task, recipe, seed, min(256, context // 2), name=name)
     measured: dict[str, Any] = {
+        "warmup": min(10, steps // 10),
         "evaluations": recipe.steps_at(EVALUATIONS),
         "evaluation_prompts": min(EVALUATION_PROMPTS, task.held_out or EVALUATION_PROMPTS),
         "snapshots": recipe.steps_at(SNAPSHOTS),
@@ -79,6 +91,16 @@ def make_experiment(
     _check_numbers(experiment, context)
     _check_lengths(experiment, context)
     return experiment
+
+
+def _check_kinds(arm: Any, task: Any) -> None:
+    """Refuse an arm and a task that are something else."""
+    for role, value, kind, made in (
+        ("arm", arm, Arm, "ol.sft, ol.opd or ol.rlvr"),
+        ("task", task, Task, "ol.Task.from_dataset"),
+    ):
+        if not isinstance(value, kind):
+            raise OpdlabError(f"{role} is {str(value)[:60]!r}: give one that {made} made")
 
 
 def _sizes(arm: Arm) -> tuple[int, int]:
@@ -97,30 +119,30 @@ def _sizes(arm: Arm) -> tuple[int, int]:
 
 
 def _check_numbers(experiment: Experiment, context: int) -> None:
-    """Refuse numbers that no step could be made with."""
+    """Refuse numbers that do not fit the task, the arm or the models."""
     recipe, task, steps = experiment.recipe, experiment.task, experiment.recipe.steps
+    if experiment.arm.reads_rewards and recipe.samples < 2:
+        raise OpdlabError(f"samples is {recipe.samples}: give at least 2")
     limits = {
-        "prompts": (recipe.prompts, 1, task.training_prompts, "the prompts to train on"),
-        "samples": (recipe.samples, 2 if experiment.arm.reads_rewards else 1, None, ""),
-        "evaluation_prompts": (experiment.evaluation_prompts, 1, task.held_out, "the prompts held out"),
-        "max_new_tokens": (experiment.max_new_tokens, 1, context - 1, "what the context leaves beside a prompt"),
-        "evaluations": (max(experiment.evaluations), 1, steps, "the steps"),
-        "snapshots": (max(experiment.snapshots), 1, steps, "the steps"),
+        "prompts": (recipe.prompts, task.training_prompts, "the prompts to train on"),
+        "evaluation_prompts": (experiment.evaluation_prompts, task.held_out, "the prompts held out"),
+        "max_new_tokens": (experiment.max_new_tokens, context - 1, "what the context leaves beside a prompt"),
+        "evaluations": (max(experiment.evaluations), steps, "the steps"),
+        "snapshots": (max(experiment.snapshots), steps, "the steps"),
     }
-    for name, (number, least, most, what) in limits.items():
-        if number < least:
-            raise OpdlabError(f"{name} is {number}: give at least {least}")
+    for name, (number, most, what) in limits.items():
         if most is not None and number > most:
             raise OpdlabError(f"{name} is {number}, more than {what} ({most}): give fewer, or leave it out")
 
 
 def _check_lengths(experiment: Experiment, context: int) -> None:
-    """Refuse a data set with a prompt or a demonstration that is too long, before the training comes to it."""
-    task, budget = experiment.task, experiment.max_new_tokens
-    if not task.data or not experiment.arm.student.folder:
+    """Refuse a data set with an empty prompt, or a text that is too long, before the training comes to it."""
+    task, budget, folder = experiment.task, experiment.max_new_tokens, experiment.arm.student.folder
+    if not task.data:
         return
-    tokenizer = load_tokenizer(experiment.arm.student.folder)
-    encode_prompts(tokenizer, task.texts(tokenizer, sorted(task.data, key=len)[-CHECKED:]), context - budget)
+    tokenizer = load_tokenizer(folder) if folder else character_tokenizer()
+    looked_at = [prompt for prompt in task.data if not prompt.strip()] + sorted(task.data, key=len)[-CHECKED:]
+    encode_prompts(tokenizer, task.texts(tokenizer, looked_at), context - budget)
     if experiment.arm.rollouts_by != "task":
         return
     texts = sorted(map(task.demonstration, task.data), key=len)[-CHECKED:]
@@ -140,9 +162,16 @@ class Trained:
         self.run, self._measure = run, measure
 
     def __repr__(self) -> str:
-        """Say what was trained, and how well it does."""
+        """Say what was trained, how well it does, and if most steps changed nothing."""
         before, after = self.evaluations["sampled"].iloc[0], self.accuracy
-        return f"{self.run.experiment.title}, {self.run.steps} steps: mean reward {before:.3g} -> {after:.3g}"
+        said = f"{self.run.experiment.title}, {self.run.steps} steps: mean reward {before:.3g} -> {after:.3g}"
+        skipped = int(self.history["skipped"].sum())
+        if 2 * skipped <= self.run.steps:
+            return said
+        most = self.run.experiment.recipe.completions * self.run.experiment.max_new_tokens
+        cut = (self.history["tokens"] == most).all()  # but for some that ended with the last token
+        why = "every completion went on up to max_new_tokens" if cut else "all completions of a prompt earned the same"
+        return f"{said}; {skipped} of {self.run.steps} steps changed no weight, as {why}"
 
     @cached_property
     def history(self) -> pd.DataFrame:

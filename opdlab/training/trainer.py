@@ -28,7 +28,7 @@ from opdlab.training.config import Experiment
 from opdlab.training.losses import LOSSES, RANKINGS, token_weights
 from opdlab.training.opening import encode, open_models
 from opdlab.training.optimizers import make_optimizers
-from opdlab.training.projection import Projector
+from opdlab.training.projection import Projector, projected_matrices
 from opdlab.training.rollouts import MicroBatch, Rollouts, encode_completions, logits_of, micro_batches, sample
 from opdlab.training.tasks import Task
 
@@ -77,6 +77,10 @@ class Trainer:
         self.dtype = experiment.compute.dtype_on(self.device)
         prompts = self.task.prompts(min(2, self.recipe.prompts), random_numbers(experiment.seed, "prompts", 0))
         self.tokenizer, self.student, self.teacher = open_models(experiment, prompts, self.device, self.dtype)
+        if self.arm.projection:
+            projected_matrices(
+                self.arm.projection, dict(self.student.named_parameters())
+            )  # which refuses a k that does not fit
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}

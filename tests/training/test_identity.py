@@ -2,9 +2,14 @@
 
 import pickle
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from opdlab.errors import OpdlabError
 from opdlab.processes import workers
@@ -69,6 +74,45 @@ def test_a_comment_in_the_reward_changes_nothing_and_another_value_does():
     assert len({make(defined(code)).digest for code in (plain, half, wrong)}) == 3
 
 
+@pytest.mark.parametrize(
+    ("kept", "changed"),
+    [
+        (np.array([1.0]), np.array([2.0])),
+        (np.array(["a", None]), np.array(["b", None])),
+        (np.float32(1), np.float32(2)),
+        (torch.tensor([1.0]).bfloat16(), torch.tensor([2.0]).bfloat16()),
+        (Decimal("1"), Decimal("2")),
+        (SimpleNamespace(a=[1]), SimpleNamespace(a=[2])),
+        (date(2026, 1, 1), date(2026, 1, 2)),
+        (range(3), range(4)),
+        (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_of_other_modules_count(kept, changed):
+    def reading(value):
+        return lambda prompt, completion, answer: float(completion == answer) if value is not None else 0.0
+
+    assert make(reading(kept)).digest == make(reading(pickle.loads(pickle.dumps(kept)))).digest
+    assert make(reading(kept)).digest != make(reading(changed)).digest
+
+
+@pytest.mark.parametrize(
+    "change", ["bonus = 2", "@property\n    def p(self): return 2", "@classmethod\n    def m(cls): return 2"]
+)
+def test_all_that_a_class_has_counts(change):
+    """In it and in its bases: constants and properties as well as functions."""
+    code = (
+        "class Base:\n    CHANGE\nclass Graded(Base):\n    __slots__ = ('w',)\n    def __init__(self, w): self.w = w\n"
+    )
+    code += "    def __call__(self, prompt, completion, answer): return 1.0\nreward = Graded(W)"
+    made = [
+        make(defined(code.replace("CHANGE", told).replace("W)", f"{weight})"))).digest
+        for told, weight in ((change, 1), (change, 1), (change.replace("2", "3"), 1), (change, 2))
+    ]
+    assert made[0] == made[1] and len({*made}) == 3
+
+
 def test_closures_and_lambdas_are_told_apart_by_what_they_give():
     def scaled(size):
         return lambda prompt, completion, answer: size * (completion == answer)
@@ -95,6 +139,14 @@ def test_a_reward_that_fails_has_a_digest_and_says_so_when_it_is_asked():
     assert task.digest != make().digest and task.reward(*ROWS[0].values()) == 1.0
     with pytest.raises(OpdlabError, match=r"reward of task 'sums' raised ValueError \(no such answer\) on the prompt"):
         task.reward(ROWS[0]["prompt"], "?")
+
+
+def test_a_version_stands_for_the_reward_and_not_for_the_rows():
+    counted = iter(range(10**6))
+    random = [make(lambda prompt, completion, answer: next(counted), version=version) for version in "112"]
+    assert random[0].digest == random[1].digest == make(version="1").digest != random[2].digest
+    assert next(counted) == 0, "it is not asked"
+    assert make(rows=OTHER_ROWS, version="1").digest != make(version="1").digest != make().digest
 
 
 # --- runs of two tasks with one name ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -216,6 +217,12 @@ def test_graded_rewards_are_reported_as_means(models, tmp_path):
 
 def test_a_reward_that_never_differs_leaves_nothing_to_measure(models, tmp_path):
     run = ol.train(ol.rlvr(models / "student"), task_of(lambda p, c, a: 0.0), out=tmp_path / "run", **QUICK)
+    assert re.fullmatch(
+        r"run, 4 steps: mean reward 0 -> 0; 4 of 4 steps changed no weight, as all completions of a prompt .* same",
+        repr(run),
+    )
+    short = ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "short", **QUICK | {"max_new_tokens": 1})
+    assert repr(short).endswith("; 4 of 4 steps changed no weight, as every completion went on up to max_new_tokens")
     with pytest.raises(OpdlabError, match=r"^no step of run changed a weight, since .*: give a reward that tells them"):
         _ = run.trajectory
 
@@ -308,6 +315,48 @@ def test_a_reward_that_is_mended_needs_no_new_folder(models, tmp_path):
     )
 
 
+@pytest.fixture
+def broken_off(models, tmp_path, monkeypatch):
+    """A run that stopped after two steps, and what trains it with a task."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+
+    def train(reward=share, out="run", rows_=None, **options):
+        task = ol.Task.from_dataset(rows_ or rows(), prompt="word", answer="sorted", reward=reward, **options)
+        return ol.train(ol.rlvr(models / "student"), task, out=tmp_path / out, **QUICK)
+
+    def stop(**options):
+        step = Trainer.step
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Trainer, "step", lambda self, number: step(self, number if number < 2 else 1 // 0))
+            train(lambda p, c, a: 2 * share(p, c, a) / 2, **options)
+        assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 2
+        return train
+
+    return stop
+
+
+def test_a_run_without_a_version_goes_on_under_one(broken_off):
+    train = broken_off()
+    others = r"^out is .*run, which holds another experiment \(data or reward%s differ\): choose another"
+    with pytest.raises(OpdlabError, match=others % "" + r", or give the task version='...' if the reward is the same"):
+        train()
+    with pytest.raises(OpdlabError, match=others % ", version" + "$"):
+        train(rows_=[*rows()[:-1], rows()[-1] | {"sorted": "a"}], version="mended")
+    gone_on = train(version="mended")
+    assert histories(gone_on) == histories(train(out="whole"))
+    # Finished: it is the run of this version alone.
+    assert histories(train(lambda p, c, a: 0.0, version="mended")) == histories(gone_on)
+    for other, differ in ((other, others % ", version") for other in ({}, {"version": "another"})):
+        with pytest.raises(OpdlabError, match=differ + ", or give the task version='mended' if the reward is the"):
+            train(**other)
+    with pytest.raises(OpdlabError, match=(others % ", version").replace("run", "whole") + ", and give the"):
+        train(out="whole", version="mended")
+
+
+def test_a_version_alone_says_which_reward_it_is(broken_off):
+    assert histories(broken_off(version="1")(version="1"))[0][-1]["step"] == 4
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -326,9 +375,36 @@ def test_out_that_holds_another_experiment(models, tmp_path):
         with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({part} differ"):
             ol.train(chosen.pop("arm"), task_of(), out=out, **QUICK | chosen)
     shutil.copytree(models / "student", tmp_path / "model")
-    with pytest.raises(OpdlabError, match=r"^out is .*model, which holds a config.json of something else: choose"):
+    with pytest.raises(OpdlabError, match=r"^out is .*model, which holds config.json of something else: choose"):
         ol.train(arm, task_of(), out=tmp_path / "model", **QUICK)
     assert files(out) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["history.jsonl", "evaluations.jsonl", "snapshots/step-000004.safetensors", "model/config.json"]
+)
+def test_out_that_holds_what_looks_like_a_run(name, models, tmp_path):
+    """As the snapshots that a GeometryCallback wrote there: without the config of a run they are of something else."""
+    out = tmp_path / "run"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text('{"epoch": 1}\n')
+    (out / "notes.txt").write_text("of mine")
+    said = rf"^out is .*run, which holds {name[:5]}.* of something else: choose another$"
+    with pytest.raises(OpdlabError, match=said):
+        ol.train(ol.rlvr(models / "student"), task_of(), out=out, **QUICK)
+    there = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert there == {"notes.txt": "of mine", name: '{"epoch": 1}\n'}
+
+
+def test_files_of_ones_own_beside_a_run_stay(models, tmp_path):
+    """Of what is half written only what a run itself left there is deleted."""
+    mine = [tmp_path / name for name in ("thesis.zip.part", "a/config.json.7.part", "history.jsonl.part", "b.1.part/c")]
+    left = [tmp_path / name for name in ("history.jsonl.7.part", "snapshots/step-000002.safetensors.4711.part")]
+    for path in (*mine, *left, tmp_path / "origins/1234567890abcdef-float32.safetensors.4711.part"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    assert ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path, **QUICK).run.finished
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file() and ".part" in str(path)) == sorted(mine)
 
 
 BONUS = 0.25
@@ -345,7 +421,9 @@ def with_helper(prompt, completion, answer):
 def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path, monkeypatch):
     arm, out = ol.rlvr(models / "student"), tmp_path / "run"
     ol.train(arm, task_of(with_helper), out=out, **QUICK)
-    refused = r"^out is .* which holds another experiment \(data or reward differ\): choose another$"
+    refused = (
+        r"^out is .* which holds another experiment \(data or reward differ\): choose another(, and give the task|$)"
+    )
 
     def asked(task):
         with pytest.raises(OpdlabError, match=refused):
@@ -364,6 +442,64 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
         patch.setitem(globals(), "helper", lambda completion: BONUS * len(completion) + 0 * len(completion))
         asked(task_of(with_helper))
     assert ol.train(arm, task_of(with_helper), out=out, **QUICK).run.finished
+
+
+@pytest.mark.parametrize("text", ["[{}, {}]", "\n[\n{},\n{}]", "\ufeff{}\n{}\n", "\ufeff[{},{}]"])
+def test_rows_in_an_array_or_behind_a_byte_order_mark(text, tmp_path):
+    text = text.replace("{}", '{"prompt": "a", "answer": 1}', 1).replace("{}", '{"prompt": "b", "answer": 2}')
+    (tmp_path / "some.json").write_text(text, "utf-8")
+    assert ol.Task.from_dataset(tmp_path / "some.json").data == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"arm": "opd"}, r"^arm is 'opd': give one that ol.sft, ol.opd or ol.rlvr made$"),
+        ({"task": rows()}, r"^task is .*: give one that ol.Task.from_dataset made$"),
+        ({"out": None}, r"^out is None: give the folder of the run$"),
+        ({"student": None}, r"^student is None: give the folder of a model, or OWNER/NAME on the hub$"),
+        ({"student": torch.nn.Linear(1, 1)}, r"^student is an object \(Linear\): give the folder of a model"),
+        ({"teacher": 3}, r"^teacher is an object \(int\): give the folder of a model"),
+        ({"rows": None}, r"^rows is None: give a list of dicts, a JSONL file, or a data set or its name on the hub$"),
+    ],
+)
+def test_arguments_that_are_something_else(arguments, message, models, tmp_path):
+    given = {"student": models / "student", "teacher": models / "teacher", "rows": rows(), "out": tmp_path / "run"}
+    given |= arguments
+    with pytest.raises(OpdlabError, match=message):
+        task = ol.Task.from_dataset(given["rows"], prompt="word", answer="sorted")
+        arm = ol.opd(given["student"], given["teacher"])
+        ol.train(given.get("arm", arm), given.get("task", task), out=given["out"], **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system') }}", "{% for m in messages %}"])
+def test_a_chat_template_that_refuses(template, tmp_path):
+    student = own_model(tmp_path / "student", template=template)
+    said = r"^the chat template of .*student refuses a prompt \(.+\): mend it, or make the task with chat=False$"
+    with pytest.raises(OpdlabError, match=said):
+        ol.train(ol.rlvr(student), task_of(), out=tmp_path / "run", **QUICK)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("count", [3, 1100])
+def test_an_empty_prompt_is_refused_before_the_first_step(count, models, tmp_path):
+    data = [{"prompt": "a" * (n % 7 + 1) + "bcdef"[n % 5] * (n // 70), "answer": "a"} for n in range(count)]
+    task = ol.Task.from_dataset([*data, {"prompt": "", "answer": "a"}], chat=False)
+    with pytest.raises(OpdlabError, match=r"^the prompt '' has no token to start from: leave it out, or write"):
+        ol.train(
+            ol.rlvr(models / "student"), task, out=tmp_path / "run", **QUICK | {"prompts": 2, "evaluation_prompts": 1}
+        )
+    assert not (tmp_path / "run").exists()
+
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "cab"}]
+
+
+def test_a_chat_of_one_message_is_its_text():
+    chats = [{"word": [{"role": "user", "content": word}], "sorted": n} for n, word in enumerate(words())]
+    task = ol.Task.from_dataset(chats, prompt="word", answer="sorted")
+    assert task.data == tuple(words()) and task.demonstration(words()[3]) == "3"
 
 
 @pytest.mark.parametrize(
@@ -388,9 +524,31 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
         ),
         ([*rows(), {"word": "aaa", "sorted": "b"}], {"answer": "sorted"}, r"^row 72 asks 'aaa' again with another"),
         ("nowhere.jsonl", {}, r"^the data set nowhere.jsonl cannot be read .*: give one JSON object a line$"),
-        (rows(), {"reward": "exact"}, r"^reward is 'exact': give a function of \(prompt, completion, answer\)$"),
+        *(
+            ([*rows(), row], {"answer": "sorted"}, rf"^row 72 of the data set has no {role} in a column '{column}'")
+            for missing in (None, float("nan"), pd.NA, np.float32("nan"), pd.NaT)
+            for role, column, row in (
+                ("prompt", "word", {"word": missing, "sorted": "b"}),
+                ("answer", "sorted", {"word": "b", "sorted": missing}),
+            )
+        ),
+        *(
+            ([*rows(), row], {"answer": "sorted"}, rf"^row 72 of the data set has .* in its column '{column}'.*: {do}")
+            for column, row, do in (
+                ("word", {"word": CHAT, "sorted": "b"}, "give text, a finite number, or a chat of one message by the"),
+                ("word", {"word": CHAT[:1], "sorted": "b"}, "give text"),
+                ("sorted", {"word": "b", "sorted": ["a", "b"]}, "give text"),
+                ("sorted", {"word": "b", "sorted": np.array(["a", "b"])}, "give text"),
+                ("sorted", {"word": "b", "sorted": float("inf")}, "give text"),
+                ("word", {"word": "\ud83d", "sorted": "b"}, "write it as Unicode"),
+            )
+        ),
+        (
+            rows(),
+            {"answer": "sorted", "reward": "exact"},
+            r"^reward is 'exact': give a function of \(prompt, completion, answer\)$",
+        ),
     ],
-    ids=["answer", "demonstration", "no dicts", "too few", "blank", "two answers", "no file", "no function"],
 )
 def test_a_data_set_that_cannot_be_used(data, options, message):
     with pytest.raises(OpdlabError, match=message):
@@ -516,6 +674,13 @@ def test_a_model_that_does_not_exist(models, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+NO = [
+    *(("steps", True), ("clip", -1.0), ("weight_decay", -0.1), ("warmup", -1), ("betas", (0.9, 1.0)), ("seed", -1)),
+    *(("tokens_at_once", -1), ("micro_batch", 0), ("threads", 0), ("evaluation_samples", 0), ("snapshots", (-3,))),
+    *(("prompts", 0), ("evaluation_prompts", 0), ("max_new_tokens", 0), ("teacher_share", 1.5), ("alpha", -0.5)),
+]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -524,6 +689,14 @@ def test_a_model_that_does_not_exist(models, tmp_path):
         ({"learning_rate": float("nan")}, r"^learning_rate is nan: give a number above 0 and up to 1e\+30$"),
         ({"prompts": 65}, r"^prompts is 65, more than the prompts to train on \(64\): give fewer, or leave it out$"),
         ({"evaluation_prompts": 9}, r"^evaluation_prompts is 9, more than the prompts held out \(8\): give fewer"),
+        *(
+            ({name: value}, rf"^{name} is {re.escape(repr(value))}: give (a|two) .*(number|steps)")
+            for name, value in NO
+        ),
+        ({"seed": None}, r"^seed is None: give a whole number, 0 or above$"),
+        ({"clip": float("nan")}, r"^clip is nan: give a number above 0$"),
+        ({"schedule": "Cosine"}, r"^schedule is 'Cosine': give constant or cosine$"),
+        ({"projection": ol.project(k=17)}, r"^k is 17; expected 16 at most, as .* is smaller$"),
         ({"samples": 1}, r"^samples is 1: give at least 2$"),
         ({"snapshots": (3, 9)}, r"^snapshots is 9, more than the steps \(4\)"),
         ({"max_new_tokens": 32}, r"^max_new_tokens is 32, more than what the context leaves beside a prompt \(31\)"),
@@ -537,6 +710,13 @@ def test_settings_that_cannot_be(settings, message, models, tmp_path):
     with pytest.raises(OpdlabError, match=message):
         ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "run", **QUICK | settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", [{"k": 0}, {"k": True}, {"start": 1.0}, {"acts_on": "weights"}, {"block": "attn"}])
+def test_a_projection_onto_nothing(field):
+    (name, value), *_ = field.items()
+    with pytest.raises(OpdlabError, match=rf"^{name} is {value!r}: give "):
+        ol.project(**field)
 
 
 def test_a_small_data_set_shrinks_the_batch(models):

@@ -90,7 +90,7 @@ def test_a_rescaled_update_keeps_its_norm(weights):
 def test_what_cannot_be_projected(weights):
     with pytest.raises(OpdlabError, match="expected 16 at most"):
         Projector(Projection(k=17), *weights)
-    with pytest.raises(OpdlabError, match="no space 'here'"):
+    with pytest.raises(OpdlabError, match=r"^space is 'here': give update, weights, "):
         Projector(Projection(k=2, space="here"), *weights)
     assert not Projector(Projection(k=2, block="mlp"), *weights).of
 
