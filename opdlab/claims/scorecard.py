@@ -70,8 +70,7 @@ def fold(table: pd.DataFrame, summary: str) -> Html:
 
 #: How the columns of a chapter's verdicts are read.
 _NOTE = (
-    "The effect is the difference that the claim is about, with its 95 % interval over seeds, whose scatter is pooled "
-    "over the arms of a page: as a factor where sizes "
+    "The effect is the difference that the claim is about, with its 95 % interval over seeds: as a factor where sizes "
     "or ranks are compared, which are those of the matrices of attention, else in the units of the quantity. To count "
     "it has to be as large as the margin below it, which is negative where the claim is that nothing is lost. Where "
     "the claim is that two arms are alike, it has to be smaller than the margin. Of a claim about a whole curve the "
