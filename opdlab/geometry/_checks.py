@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 
-# Of the largest entry, below which squares vanish, as they overflow above its inverse.
+# Squares vanish where the largest entry is below this, and overflow where it is above the inverse.
 _SMALLEST = 1e-140
 
 
@@ -30,13 +30,22 @@ def finite(w: Tensor, name: str) -> Tensor:
     if not w.numel():
         return w
     # If an entry is not finite, neither is the smallest or the largest.
-    size = float(torch.stack(w.aminmax()).abs().max())
-    if not isfinite(size):
+    if not isfinite(size := _largest(w)):
         broken = int((~w.isfinite()).sum())
         raise OpdlabError(f"{name} has {broken} entries that are NaN or infinite; expected finite weights")
-    if size and not _SMALLEST < size < 1 / _SMALLEST:
-        raise OpdlabError(f"the largest entry of {name} is {size:.0e}; expected one from 1e-140 to 1e140: rescale it")
+    if size > 1 / _SMALLEST:
+        raise OpdlabError(f"the largest entry of {name} is {size:.0e}; expected one of 1e140 at most: rescale it")
     return w
+
+
+def squarable(w: Tensor) -> tuple[Tensor, float]:
+    """Return ``w`` divided by a number that keeps its squares from vanishing, and that number, which as a rule is 1."""
+    size = _largest(w) if w.numel() else 0.0
+    return (w / size, size) if 0 < size < _SMALLEST else (w, 1.0)
+
+
+def _largest(w: Tensor) -> float:
+    return float(torch.stack(w.aminmax()).abs().max())
 
 
 def matrix(w: Tensor, name: str) -> Tensor:

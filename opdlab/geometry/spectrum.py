@@ -34,8 +34,8 @@ class Svd(NamedTuple):
 # A Gram matrix squares the spectrum: its eigenvalues carry an error of a few eps s[0]^2, so a singular value one of a
 # few eps s[0]^2 / s. If the smallest is above this share of the largest, every value is good to about 2e-10 of the
 # largest; below it, or where a matrix has no full rank, LAPACK's SVD takes over. (A square Gaussian matrix of 4096 rows
-# has a smallest value of some 1e-4 of the largest.)
-_GRAM_FLOOR = 1e-5
+# has a smallest value of some 1e-4 of the largest.) So it does where the squares are too small to be exact.
+_GRAM_FLOOR, _EXACT = 1e-5, 1e-280
 # Its leading subspaces are s[0] / 2 s[k] times less sure than those of the full SVD, so the last vector wanted must
 # belong to a value above this share of the largest.
 _GRAM_LEADING = 1e-2
@@ -66,7 +66,7 @@ def svd(w: Tensor | Svd, name: str = "w", k: int | None = None) -> Svd:
         return Svd(uh.T, s, v.T)
     if k is not None:
         squares, vectors = eigenvalues(gram(w), _checks.whole(k, "k", 1, w.shape[1]))  # ascending
-        if squares[0] > _GRAM_FLOOR**2 * squares[-1] and squares[-k] > _GRAM_LEADING**2 * squares[-1]:
+        if _sure(squares) and squares[-k] > _GRAM_LEADING**2 * squares[-1]:
             v = vectors.flip(1)
             # The columns of w @ v are orthogonal already except for rounding, which QR removes.
             u, r = torch.linalg.qr(w @ v)
@@ -87,9 +87,13 @@ def singular_values(w: Tensor | Svd, name: str = "w") -> Tensor:
     w = _checks.matrix(w, name)
     tall = w if w.shape[0] >= w.shape[1] else w.T
     squares, _ = eigenvalues(gram(tall))
-    if squares[0] > _GRAM_FLOOR**2 * squares[-1]:
+    if _sure(squares):
         return squares.flip(0).sqrt()
     return torch.linalg.svdvals(tall)
+
+
+def _sure(squares: Tensor) -> bool:
+    return bool(squares[0] > _GRAM_FLOOR**2 * squares[-1] > _GRAM_FLOOR**2 * _EXACT)
 
 
 def gram(tall: Tensor) -> Tensor:
@@ -135,7 +139,8 @@ def frobenius(delta: Tensor) -> float:
     >>> frobenius(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     5.0
     """
-    return float(torch.linalg.vector_norm(_checks.finite(delta, "delta")))
+    delta, unit = _checks.squarable(_checks.finite(delta, "delta"))
+    return float(torch.linalg.vector_norm(delta)) * unit
 
 
 def relative_norm(w0: Tensor, w1: Tensor) -> float:

@@ -121,7 +121,7 @@ def subspace_energy(delta: Tensor, w0: Tensor | Svd, k: int) -> Energy:
     >>> subspace_energy(torch.ones(2, 2), torch.diag(torch.tensor([2.0, 1.0])), 1)
     Energy(left=0.5, right=0.5, both=0.25)
     """
-    delta = _checks.matrix(delta, "delta")
+    delta, _ = _checks.squarable(_checks.matrix(delta, "delta"))
     svd0 = svd(w0, "w0", k)
     u, v = top_left(svd0, k), top_right(svd0, k)
     if delta.shape != (len(u), len(v)):
@@ -141,7 +141,8 @@ def cosine(delta_a: Tensor, delta_b: Tensor) -> float:
     >>> round(cosine(torch.eye(2), torch.ones(2, 2)), 4)  # 1 / sqrt(2)
     0.7071
     """
-    a, b = (delta.flatten() for delta in _checks.pair(delta_a, delta_b, "delta_a", "delta_b"))
+    both = _checks.pair(delta_a, delta_b, "delta_a", "delta_b")
+    a, b = (_checks.squarable(delta)[0].flatten() for delta in both)
     # Divide before multiplying: the product of two very small updates would underflow.
     size_a, size_b = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
     return float((a / size_a) @ (b / size_b)) if size_a > 0 and size_b > 0 else nan

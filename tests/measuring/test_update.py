@@ -324,8 +324,8 @@ def test_what_cannot_be_compared(pair, tmp_path):
         measure(base, pair[1:], out=tmp_path / "out", device="nowhere")
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
         measure(base, pair[1:], out=pair[1])
-    for path, processes in (([], 1), (pair[1:], 0)):
-        with pytest.raises(OpdlabError, match="expected one or more of both"):
+    for path, processes, said in (([], 1, "tuned is empty"), (pair[1:], 0, "expected one or more of both")):
+        with pytest.raises(OpdlabError, match=said):
             measure(base, path, out=tmp_path / "out", processes=processes)
     blocked = tmp_path / "file"
     blocked.write_text("")
