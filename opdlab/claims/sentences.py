@@ -17,7 +17,7 @@ def states(*said: Any, at: str = "tiny") -> Any:
 
     The sentences are in Markdown, each followed by the condition under which it is true. They are about the records of
     the scale ``at``: at another one they are shown as what they say of that, and nothing is checked; "" stands for
-    sentences that are true at all scales. A percentage gets the blank before its sign that it has in the book's prose.
+    sentences that are true at all scales. A percentage has a blank before its sign, at which no line ends.
 
     Raises:
         OpdlabError: if a condition does not hold, with its sentence.
@@ -25,7 +25,7 @@ def states(*said: Any, at: str = "tiny") -> Any:
     from IPython.display import Markdown  # imported late: only notebooks have it
 
     pairs = list(zip(said[::2], said[1::2], strict=True))
-    paragraph = re.sub(r"(\d)%", r"\1 %", " ".join(sentence for sentence, _ in pairs))
+    paragraph = re.sub(r"(\d) ?%", "\\1\u00a0%", " ".join(sentence for sentence, _ in pairs))
     if at and get_scale().name != at:
         return Markdown(f"*Not at this scale. At {at}:* {paragraph}")
     for sentence, holds in pairs:

@@ -8,7 +8,7 @@ from opdlab.errors import OpdlabError
 
 def test_sentences_have_to_be_true(monkeypatch):
     monkeypatch.setenv("OPDLAB_SCALE", "tiny")
-    assert states("It rises.", True, f"It ends at {0.5:.0%}.", 2 > 1).data == "It rises. It ends at 50 %."
+    assert states("It rises.", True, f"It ends at {0.5:.0%}.", 2 > 1).data == "It rises. It ends at 50\u00a0%."
     with pytest.raises(OpdlabError, match=r"^the records do not say that 'It ends high.': rewrite the sentence"):
         states("It rises.", True, "It ends high.", False)
     with pytest.raises(ValueError):

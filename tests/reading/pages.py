@@ -51,7 +51,7 @@ def page_text(name: str, folded: bool = True) -> str:
 
 def page_hash(name: str) -> str:
     """Return 12 hex digits of a page's text without folded tables, and without numbers: a seed more may change them."""
-    words = re.sub(r"\d+(\.\d+)?( ?%)?", "0", page_text(name, folded=False))
+    words = re.sub(r"\d+(\.\d+)?(\s?%)?", "0", page_text(name, folded=False))
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
