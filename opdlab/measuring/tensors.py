@@ -8,12 +8,11 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TextIO
 
 import pandas as pd
 import torch
@@ -24,7 +23,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_rows, svd
 from opdlab.geometry.matrices import identity
 from opdlab.measuring.sources import LeftOut, in_common, open_all
-from opdlab.models.files import load_tensors, save_tensors, write_json, write_text
+from opdlab.models.files import append_json, load_tensors, save_tensors, write_json, write_text
 from opdlab.models.pieces import Checkpoint
 from opdlab.processes import cpu_threads, workers
 
@@ -147,9 +146,8 @@ def measured(
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
     """
-    ends = len(job.path)
-    if not ends or (processes is not None and processes < 1):
-        raise OpdlabError(f"there are {ends} checkpoints and {processes} processes; expected one or more of both")
+    if processes is not None and processes < 1:
+        raise OpdlabError(f"processes is {processes}; expected 1 or more")
     if job.steps != tuple(sorted(set(job.steps))):
         raise OpdlabError(f"path has the steps {list(job.steps)}; expected them ascending, none twice")
     _check_device(job.device)
@@ -220,26 +218,16 @@ def resumable_map(
     """
     done = _resume(out, key) if out else {}
     left = {name: size for name, size in sizes.items() if name not in done}
-    with (
-        tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", delay=1, disable=not progress) as bar,
-        open(out / "rows.jsonl", "a") if out else nullcontext() as log,
-    ):
+    with tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", delay=1, disable=not progress) as bar:
         for name, found in _in_parallel(work, left, processes):
             done[name] = found
-            if log:
-                _write_line(log, {"name": name, "found": found})
+            if out:
+                append_json(out / "rows.jsonl", {"name": name, "found": found})
             bar.set_postfix_str(name[-40:], refresh=False)
             bar.update()
     yield done
     if out:
         (out / "rows.jsonl").unlink(missing_ok=True)
-
-
-def _write_line(log: TextIO, line: dict) -> None:
-    try:
-        print(json.dumps(line), file=log, flush=True)
-    except OSError as problem:
-        raise OpdlabError(f"{log.name} cannot be written ({problem.strerror}); make room, run again") from problem
 
 
 # What a worker process does with each tensor. It is sent there once, as it names every tensor of several models.

@@ -164,6 +164,15 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(_defined(value), indent=1, allow_nan=False) + "\n")
 
 
+def append_json(path: Path, line: dict) -> None:
+    """Add a line to a file of JSON lines, or raise an OpdlabError that names it."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as problem:
+        raise OpdlabError(f"{path} cannot be written ({problem.strerror}); make room and run it again") from problem
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file; raises as :func:`write_whole` does."""
     write_whole(path, lambda temporary: temporary.write_text(text, "utf-8"))

@@ -209,12 +209,7 @@ class Run:
 
     def append(self, name: str, line: dict) -> None:
         """Add one line to ``history`` or ``evaluations``."""
-        path = self._path(name)
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as problem:
-            raise OpdlabError(f"{path} cannot be written ({problem.strerror}); make room and run it again") from problem
+        files.append_json(self._path(name), line)
 
     def lines(self, name: str) -> list[dict]:
         """Return the lines of ``history`` or ``evaluations``, or raise an OpdlabError if one is damaged."""

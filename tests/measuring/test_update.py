@@ -324,7 +324,7 @@ def test_what_cannot_be_compared(pair, tmp_path):
         measure(base, pair[1:], out=tmp_path / "out", device="nowhere")
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
         measure(base, pair[1:], out=pair[1])
-    for path, processes, said in (([], 1, "tuned is empty"), (pair[1:], 0, "expected one or more of both")):
+    for path, processes, said in (([], 1, "tuned is empty"), (pair[1:], 0, "processes is 0; expected 1 or more")):
         with pytest.raises(OpdlabError, match=said):
             measure(base, path, out=tmp_path / "out", processes=processes)
     blocked = tmp_path / "file"
