@@ -161,10 +161,13 @@ def sim_k(v_a: Tensor, v_b: Tensor) -> float:
     """
     _checks.same_shape(v_a, "v_a", v_b, "v_b")
     a, b = _checks.basis(v_a, "v_a"), _checks.basis(v_b, "v_b")
-    if a is None or b is None:
-        return nan
+    return nan if a is None or b is None else shared(a, b)
+
+
+def shared(a: Tensor, b: Tensor) -> float:
+    """Return :func:`sim_k` of two bases that come from an SVD, and so need no check; NaN if one holds NaN."""
     # Equal subspaces can come out as 1 + 1e-15.
-    return min(1.0, float((a.T @ b).square().sum()) / a.shape[1])
+    return min(float((a.T @ b).square().sum()) / a.shape[1], 1.0)
 
 
 def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
@@ -182,7 +185,7 @@ def similarity_to_end(deltas: Sequence[Tensor | Svd], k: int) -> Similarity:
         raise OpdlabError("deltas is empty; expected one update or more")
     svds = [svd(delta, f"deltas[{t}]", k) for t, delta in enumerate(deltas)]
     sides = [[top(delta, k) for delta in svds] for top in (top_left, top_right)]
-    return Similarity(*([sim_k(basis, bases[-1]) for basis in bases] for bases in sides))
+    return Similarity(*([shared(basis, bases[-1]) for basis in bases] for bases in sides))
 
 
 def _leading(vectors: Tensor, rank: int, k: int) -> Tensor:

@@ -14,7 +14,7 @@ from opdlab.geometry.measure import Resolution, generator_of
 from opdlab.geometry.nulls import permute, random_walk
 from opdlab.geometry.sparsity import bf16_sparsity
 from opdlab.geometry.spectrum import frobenius, relative_norm, spectrum_stats, stable_rank, svd
-from opdlab.geometry.subspaces import sim_k, similarity_to_end, top_left, top_right
+from opdlab.geometry.subspaces import shared, similarity_to_end, top_left, top_right
 
 
 def measure_matrix_trajectory(
@@ -111,13 +111,17 @@ def _view(origin: Tensor, at: Callable[[int], Tensor], count: int, on: Resolutio
         rows.append(row | spectrum_stats(svds[t], on.k))
         before = w_t
     columns = {key: [row[key] for row in rows] for key in rows[0]}
+    of_all = (svds, rests, intervals)
+    bases = {
+        side: [[top(found, vectors) for found in part] for part in of_all]
+        for side, top in (("right", top_right), ("left", top_left))
+    }
     for k in on.sim_ks:
-        to_end = similarity_to_end(svds, k)
-        for side, top in (("right", top_right), ("left", top_left)):
-            rest = [sim_k(top(a, k), top(b, k)) for a, b in zip(svds, rests, strict=True)]
-            consecutive = [sim_k(top(a, k), top(b, k)) for a, b in pairwise(intervals)]
-            columns |= {f"sim_{side}_K{k}": getattr(to_end, side), f"sim_{side}_K{k}_rest": rest}
-            columns[f"sim_{side}_K{k}_interval"] = [nan, *consecutive]
+        for side, parts in bases.items():
+            past, rest, interval = ([basis[:, :k] for basis in part] for part in parts)
+            columns[f"sim_{side}_K{k}"] = [shared(basis, past[-1]) for basis in past]
+            columns[f"sim_{side}_K{k}_rest"] = [shared(*pair) for pair in zip(past, rest, strict=True)]
+            columns[f"sim_{side}_K{k}_interval"] = [nan, *(shared(*pair) for pair in pairwise(interval))]
     return columns
 
 
