@@ -25,6 +25,7 @@ from opdlab.geometry import bf16_sparsity, frobenius, relative_norm, weight_matr
 from opdlab.lab.laboratory import Laboratory, default_root
 from opdlab.lab.scheduler import all_models, build, plan
 from opdlab.lab.small_regime import SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS
+from opdlab.processes import computes_in_bfloat16
 from opdlab.training.config import Experiment
 
 IN_THE_MAKING = {SMALL_REGIME.name: (SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGIME_TASKS)}
@@ -33,6 +34,8 @@ IN_THE_MAKING = {SMALL_REGIME.name: (SMALL_REGIME, SMALL_REGIME_ARMS, SMALL_REGI
 def laboratory(name: str, root: Path) -> Laboratory:
     """Return the laboratory of a scale in the making."""
     scale, arms, tasks = IN_THE_MAKING[name]
+    if not computes_in_bfloat16():  # The records of a scale are of one kind: what is there in bfloat16 is made again.
+        scale = replace(scale, compute=replace(scale.compute, cpu_dtype="float32"))
     return Laboratory(scale, root, dict(arms), dict(tasks), digests(CLAIMS))
 
 
