@@ -34,7 +34,8 @@ def means(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ())
     A row of ``table`` is one matrix, with its number of ``parameters``, or a group that was averaged before, with the
     number of its ``matrices`` as well. Without keys all rows are one group; without columns everything that was
     measured is averaged, where what is NaN for a matrix does not count. The groups stand in the order of their first
-    rows, with the totals ``matrices`` and ``parameters``.
+    rows, with the totals ``matrices`` and ``parameters``. A matrix that did not move, as most of a LoRA do not, counts
+    in the sparsity alone, unless none of its group did.
 
     Source: 2606.07082, Appendix C.3.
 
@@ -45,7 +46,8 @@ def means(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ())
     """
     numbers = list(columns) or table.select_dtypes("number").columns.difference([*keys, *_NOT_MEASURED], sort=False)
     groups = [table[key] for key in keys] or [pd.Series(0, table.index)]
-    weights = {name: _weights(table, name) for name in numbers}
+    moved = _moved(table, groups)
+    weights = {name: _weights(table, name).where(moved | name.startswith("sparsity"), 0) for name in numbers}
     parts = {
         "sum": pd.DataFrame({name: table[name] * weights[name] for name in numbers}),
         # What is undefined for a matrix does not count in the mean.
@@ -151,6 +153,12 @@ def largest_k(table: pd.DataFrame) -> int | None:
     return max((k for k in ks if table[f"sim_right_K{k}"].notna().any()), default=ks[0] if ks else None)
 
 
+def _moved(table: pd.DataFrame, groups: list[pd.Series]) -> pd.Series:
+    """Tell of each row whether its matrix moved, or no matrix of its group did."""
+    moved = table["frobenius"] > 0 if "frobenius" in table else pd.Series(True, table.index)
+    return moved | ~moved.groupby(groups).transform("any")
+
+
 def _weights(table: pd.DataFrame, column: str) -> pd.Series:
     """Return what each row weighs in the mean of a column."""
     if column.startswith("sparsity"):
@@ -168,7 +176,9 @@ def _mean(rows: pd.DataFrame, column: str) -> float:
 def _summary(rows: pd.DataFrame) -> dict:
     """Return the entries of one group of matrices."""
     found: dict = {"tensors": len(rows), "parameters": int(rows["parameters"].sum())}
+    whole, moved = rows, rows[_moved(rows, [pd.Series(0, rows.index)])]
     for column, null in SUMMARY.items():
+        rows = whole if column.startswith("sparsity") else moved
         columns = [name for name in (column, null) if name in rows and rows[name].notna().any()]
         # Where a diagnostic or its null is undefined or infinite, neither counts.
         known = rows.replace([inf, -inf], nan).dropna(subset=["parameters", *columns])

@@ -291,5 +291,6 @@ def get_scale(name: str | None = None) -> Scale:
     """
     name = name or os.environ.get("OPDLAB_SCALE") or TINY.name
     if name not in SCALES:
-        raise OpdlabError(f"there is no scale {name!r}; choose one of {', '.join(SCALES)}")
+        run = "; a run of your own is opened by the same call of ol.train again" if os.path.isdir(name) else ""
+        raise OpdlabError(f"there is no scale {name!r}; choose one of {', '.join(SCALES)}{run}")
     return SCALES[name]

@@ -190,8 +190,11 @@ class GeometryCallback(TrainerCallback):
             raise OpdlabError(
                 f"at step {state.global_step} {problem}: the training has diverged, so lower its learning rate"
             ) from problem
-        # A matrix that did not move has no direction yet.
-        means = pd.DataFrame(rows).mean().dropna().add_prefix("geometry/")
+        # A matrix that did not move has no direction, and counts in the sparsity alone where others did.
+        table = pd.DataFrame(rows)
+        if (moved := table["relative_norm"] > 0).any():
+            table["relative_norm"] = table["relative_norm"].where(moved)
+        means = table.mean().dropna().add_prefix("geometry/")
         logs = means.to_dict() | {"geometry/seconds": time.perf_counter() - start}
         # Trainer's own method: those of derived trainers would add their metrics here and then forget them. Logging
         # also tells the trainer that this step's loss has been logged, which it has not.

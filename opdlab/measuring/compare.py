@@ -6,6 +6,7 @@ densities, and masks of permuted updates, which have in common what rounding alo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,10 +113,11 @@ def compare(
     log, processes = (folder, processes) if on_disk else (None, 1)
     work = partial(_compare_matrix, updates=measured, seed=seed)
     with resumable_map(work, sizes, identity, out=log, processes=processes, progress=progress) as found:
+        bases = dict(zip(measured, zip(*(found[name]["bases"] for name in sizes), strict=True), strict=True))
         by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
         pairs = pd.DataFrame(list(chain.from_iterable(by_pair)))
         models = {label: update.means.filter(_KINDS) for label, update in measured.items()}
-        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named, _notes(measured))
+        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named, _notes(measured, bases))
         if folder:
             comparison.save(folder)
     return comparison
@@ -145,26 +147,27 @@ def _comparable(asked: Sequence[Update | Path], updates: Sequence[Update]) -> li
     return tables
 
 
-def _notes(measured: Mapping[str, Update]) -> list[str]:
-    """Return what is compared, whether from one base, and what each update has that is not compared."""
+def _notes(measured: Mapping[str, Update], bases: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return what is compared, and whether from one base, by the digests of the matrices of each."""
     said = [f"Compared are {means_over(next(iter(measured.values())).table)}; what else was measured is not."]
-    places, names = ({of(update.base) for update in measured.values()} for of in (place_of, name_of))
-    if len(places) > 1:
+    if len({*bases.values()}) > 1:
+        places, names = ({of(update.base) for update in measured.values()} for of in (place_of, name_of))
         called = name_of if len(names) == len(places) else place_of
-        bases = "; ".join(f"{label} from {called(update.base)}" for label, update in measured.items())
-        said.append(f"They start from different bases: {bases}.")
+        each = "; ".join(f"{label} from {called(update.base)}" for label, update in measured.items())
+        said.append(f"They start from different bases: {each}.")
     return said
 
 
 def _compare_matrix(name: str, updates: Mapping[str, Update], seed: int) -> dict:
     seen = [_see(name, label, update, seed) for label, update in updates.items()]
-    return {"pairs": [_row(name, a, b) for a, b in combinations(seen, 2)]}
+    return {"pairs": [_row(name, a, b) for a, b in combinations(seen, 2)], "bases": [one.base for one in seen]}
 
 
 class _Seen(NamedTuple):
     """One update of one matrix, as comparisons see it."""
 
     label: str
+    base: str  # a digest of its weights
     directions: g.Svd
     delta: Tensor
     masks: dict[str, tuple[Tensor, Tensor]]  # by size, the visible update and its permuted null
@@ -186,7 +189,8 @@ def _see(name: str, label: str, update: Update, seed: int) -> _Seen:
     scale = MATCHED_NORM * g.frobenius(w0) / norm if norm else 0.0
     matched, null = (g.update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
     masks = {"": (g.update_mask(w0, w1), g.update_mask(w0, w0 + shuffled)), "_matched": (matched, null)}
-    return _Seen(label, g.svd(delta, k=max(g.Resolution.of(delta.shape).sim_ks)), delta, masks)
+    digest = hashlib.blake2b(w0.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    return _Seen(label, digest, g.svd(delta, k=max(g.Resolution.of(delta.shape).sim_ks)), delta, masks)
 
 
 def _row(name: str, a: _Seen, b: _Seen) -> dict[str, Any]:

@@ -148,9 +148,7 @@ class Update(Shown):
         """What was measured, what was left out and why, and what to keep in mind when reading the results."""
         tuned = self.path[-1]
         said = [*self.said, *notes(self.table, self.left_out), *beside_noise(self.table), *on_views(self.trajectory)]
-        # An adapter is added in float64.
-        adapter = (Path(tuned.path) / "adapter_config.json").is_file()
-        if {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")) and not adapter:
+        if {"bfloat16", "float16"} & set(tuned.dtypes.split(", ")):
             said.append(
                 f"The tuned weights are stored in {tuned.dtypes}, so their rounding is part of the update and of all "
                 "that is seen of it. It adds directions to a small one, and permuting it is no null for masks: compare "
@@ -255,7 +253,7 @@ def load_update(summary: Path) -> Update:
         left_out = tuple(LeftOut(**one) for one in found.get("left_out", []))
     except (OSError, ValueError, LookupError, TypeError) as problem:
         raise OpdlabError(
-            f"{summary} is no summary.json of 'opdlab measure' with its matrices.csv beside it"
+            f"{summary} is no summary.json of 'opdlab measure' with matrices.csv beside it: measure the update first"
         ) from problem
     return Update(*open_all(base, path), table, trajectory, seed, device, left_out)
 

@@ -84,7 +84,9 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> str:
-        """The dtypes in which the weights are stored, such as "bfloat16", separated by commas."""
+        """The dtypes in which the weights are stored, such as "bfloat16", separated by commas, or that of an adapter."""
+        if (Path(self.path) / "adapter_config.json").is_file():
+            return "an adapter, added in float64"
         return ", ".join(sorted({piece.dtype for piece in self.pieces.values()}))
 
 
@@ -107,7 +109,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         if inside := sorted({file.parent for file in folder.glob("*/*.safetensors")}):
             names = ", ".join(str(place) for place in inside[:4])
-            raise OpdlabError(f"{folder} has no weights of its own, but folders in it have: give one of them ({names})")
+            what = f"{folder} has no weights of its own, but folders in it have"
+            raise OpdlabError(f"{what}: give one of them ({names}), or all of a training as --trajectory {folder}")
         held = sorted(folder.iterdir())
         refuse_foreign(file for file in (*held, *sorted(folder.glob("*/*"))) if file.suffix != ".json")
         names = ", ".join(path.name for path in held[:4]) or "nothing"

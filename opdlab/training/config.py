@@ -24,6 +24,12 @@ from opdlab.training.arms import Arm, changed_fields
 from opdlab.training.rules import LIMIT, POSITIVE, STEPS, Rule, check_fields, number, one_of, whole
 from opdlab.training.tasks import Task
 
+#: What other libraries call a field, and what it is called here.
+ELSEWHERE = {
+    "num_generations": "samples", "batch_size": "prompts", "per_device_train_batch_size": "prompts",
+    "lr": "learning_rate", "max_completion_length": "max_new_tokens", "max_grad_norm": "clip",
+    "lr_scheduler_type": "schedule", "warmup_steps": "warmup", "bf16": "dtype", "gradient_checkpointing": "recompute",
+}  # fmt: skip
 #: The largest learning rate that leaves AdamW within float32.
 LARGEST_RATE = 1e30
 _DTYPE = one_of("float32", "bfloat16")
@@ -220,7 +226,7 @@ def with_fields(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
     for name, value in settings.items():
         if name not in known:
             names = [name for name in known if name not in parts]
-            near = get_close_matches(name, names, 3) or names
+            near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, names, 3) or sorted(names)
             raise OpdlabError(f"an experiment has no field {name!r}: choose another, such as {', '.join(near)}")
         part, kind = known[name]
         if not _fits(value, kind):

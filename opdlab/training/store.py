@@ -53,6 +53,25 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+# What is known by a digest, and what to say where it is another.
+_DIGESTS = {
+    "data": "data or reward differ", "student": "student differs", "teacher": "teacher differs",
+    "template": "chat template differs", "run": "the run that gives directions differs",
+}  # fmt: skip
+
+
+def _differences(there: dict, here: dict) -> Iterator[str]:
+    """Say in which entries two configurations differ, part by part; the steps that are kept follow from others."""
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
+        elif name in _DIGESTS and old != new:
+            yield _DIGESTS[name]
+        elif name not in ("evaluations", "snapshots") and old != new:
+            yield f"{name} is {new} and was {old}"
+
+
 class Run:
     """One run's folder."""
 
@@ -86,8 +105,10 @@ class Run:
             may_go_on = same_rows and "version" not in there and not self.finished
             if not differ or (may_go_on and task.version):
                 return
-            said = ", ".join("data or reward" if key == "data" else key for key in differ)
-            what = f"out is {self.folder}, which holds another experiment ({said} differ): choose another"
+            said = ", ".join(_differences(there, self.config)) or f"{' and '.join(differ)} differ"
+            what = f"out is {self.folder}, which holds another experiment ({said}): choose another"
+            if there["recipe"].get("steps", 0) < self.steps:
+                what += ", and to train on, begin there with the model of this run as the student"
             if same_rows and not may_go_on and "version" not in there:
                 what += ", and give the task a version=... if its reward only looks like another one"
             elif same_rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -56,7 +57,7 @@ class Task:
     data: tuple[str, ...] = ()  #: the prompts of a data set, in order
     chat: bool = False  #: write prompts through the chat template of the tokenizer, where it has one
     rows: str = ""  #: a digest of a data set
-    content: str = ""  #: one of it and its reward
+    content: str | Callable[[], str] = ""  #: one of it and its reward, or what gives it as the reward is now
     version: str = ""  #: what stands for the reward in the digest; empty for its code and what it gives
     #: Writes a completion of a prompt by chance, for SFT on authors who do not always write the same.
     author: Callable[[str, np.random.Generator], str] | None = None
@@ -76,7 +77,8 @@ class Task:
     ) -> Task:
         """Make a task of a data set, with one prompt in eight held out for evaluation, chosen by a hash of its text.
 
-        Of a set so small that the hash holds out none, or all, it is the one prompt with the smallest hash.
+        Of a set so small that the hash holds out none, or all, it is the one prompt with the smallest hash. Of rows
+        that repeat a prompt the first is kept.
 
         The reward belongs to the task: with another one (its code, or the values that it reads from around it) the
         task is another, and a run on the old one does not go on. Not seen are what other modules do and hold, files,
@@ -86,10 +88,10 @@ class Task:
         until it is finished, if its rows and all else are the same.
 
         Args:
-            rows: dicts, a file of JSON lines or an array, a ``datasets.Dataset``, or the name of one on the hub (its
-                split "train").
+            rows: dicts, a data frame, a file of JSON lines, an array or CSV, a ``datasets.Dataset``, or the name of one
+                on the hub (its split "train").
             prompt: the column with the question.
-            answer: the column with the right answer, which only the reward and SFT see.
+            answer: the column with the right answer, which only the reward and SFT see, a number as text ("4").
             reward: (prompt, completion, answer) -> any number; by default 1.0 where the completion ends with the words
                 of the answer, and 0.0 elsewhere (:func:`last_word`). A completion that is cut before its end earns 0.0.
             demonstration: the column that SFT imitates; by default ``answer``.
@@ -109,7 +111,7 @@ class Task:
         records, found_name = _read_rows(rows)
         table = _table(records, {"prompt": prompt, "answer": answer, "demonstration": demonstration or answer})
         reward = _checked(reward, table)
-        content = _sha256([table, {"version": version} if version else identity(reward)])
+        content = partial(_content, table, reward, version)
         functions = None, partial(_demonstration, table), partial(_graded, table, reward)
         return cls(name or found_name, *functions, tuple(table), chat, _sha256(table), content, version)
 
@@ -138,7 +140,10 @@ class Task:
         """Return the reward of a completion, or raise an OpdlabError that quotes it if there is no finite one."""
         where = f"on the prompt {prompt[:60]!r} and the completion {completion[:60]!r}"
         try:
-            reward = float(self.score(prompt, completion))
+            found = self.score(prompt, completion)
+            if found is None:
+                raise OpdlabError(f"the reward of task {self.name!r} returned nothing {where}: return a number")
+            reward = float(found)
         except OpdlabError:
             raise
         except Exception as problem:
@@ -201,8 +206,20 @@ class Task:
         scrambled = texts[1:] + texts[:1]
         compared = () if self.version else (texts, scrambled)
         rewards = [[_tried(self.score, p, t) for p, t in zip(prompts, of, strict=True)] for of in compared]
-        told = [self.name if not self.data else "", self.content, prompts, texts, rewards, self.chat]
+        if self.data and compared and not any(rewards[0]):
+            first = f"{texts[0][:40]!r} on the prompt {prompts[0][:40]!r}"
+            warnings.warn(
+                f"the reward of task {self.name!r} gives 0 to its own demonstrations, such as {first}: the answer is "
+                "given to it as text",
+                stacklevel=2,
+            )
+        content = self.content() if callable(self.content) else self.content
+        told = [self.name if not self.data else "", content, prompts, texts, rewards, self.chat]
         return _sha256(told)[:8]
+
+
+def _content(table: Mapping[str, tuple[str, str]], reward: Reward, version: str) -> str:
+    return _sha256([table, {"version": version} if version else identity(reward)])
 
 
 def _sha256(value: Any) -> str:
@@ -286,19 +303,30 @@ def _tried(score: Callable[[str, str], float], prompt: str, text: str) -> float 
         return type(problem).__name__
 
 
+def _row(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as problem:
+        raise ValueError(f"line {number}: {str(problem).replace('line 1 ', '')}") from problem
+
+
 def _read_rows(rows: Any) -> tuple[Iterable[Any], str]:
     """Return the rows of whatever a data set is given as, and a name for it."""
+    if isinstance(rows, pd.DataFrame):
+        return rows.to_dict("records"), "data"
     if not isinstance(rows, str | Path | Iterable):
         raise OpdlabError(f"rows is {rows!r}: give a list of dicts, a JSONL file, or a data set or its name on the hub")
     if not isinstance(rows, str | Path):
         return rows, getattr(getattr(rows, "info", None), "dataset_name", None) or "data"
     path = Path(rows).expanduser()
-    if path.suffix in (".jsonl", ".json") or path.exists():
+    if path.suffix in (".jsonl", ".json", ".csv") or path.exists():
         try:
+            if path.suffix == ".csv":
+                return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"), path.stem
             text = path.read_text("utf-8-sig")
             if text.lstrip().startswith("["):
                 return json.loads(text), path.stem
-            return [json.loads(line) for line in text.split("\n") if line.strip()], path.stem
+            return [_row(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()], path.stem
         except (OSError, ValueError) as problem:
             what = f"the data set {path} cannot be read ({problem})"
             raise OpdlabError(f"{what}: give one JSON object a line") from problem

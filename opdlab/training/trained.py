@@ -66,7 +66,7 @@ def make_experiment(
         OpdlabError: if a field is unknown, or an arm, a task, a model or a number cannot be used.
     """
     _check_kinds(arm, task)
-    arm = arm.fetched()
+    arm, task = arm.fetched(), replace(task)  # whose digest is of the reward as it is now
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
@@ -109,6 +109,9 @@ def _sizes(arm: Arm) -> tuple[int, int]:
         return dict(arm.student.shape).get("max_position_embeddings", 1024), len(ALPHABET)
     configs = []
     for role, model in {"student": arm.student, "teacher": arm.teacher or arm.student}.items():
+        if (Path(model.folder) / "adapter_config.json").is_file():
+            how = "merge_and_unload() of PEFT and save_pretrained, with the tokenizer"
+            raise OpdlabError(f"the {role} is {model.folder!r}, a LoRA adapter: merge it with its base first, by {how}")
         if not (Path(model.folder) / "config.json").is_file():
             raise OpdlabError(
                 f"the {role} is {model.folder!r}, where there is no model: give a folder with its config.json, weights "
@@ -168,19 +171,20 @@ class Trained:
         skipped = int(self.history["skipped"].sum())
         if 2 * skipped <= self.run.steps:
             return said
-        most = self.run.experiment.recipe.completions * self.run.experiment.max_new_tokens
-        cut = (self.history["tokens"] == most).all()  # but for some that ended with the last token
-        why = "every completion went on up to max_new_tokens" if cut else "all completions of a prompt earned the same"
+        cut = self.history["cut"].mean()
+        why = "all completions of a prompt earned the same"
+        if cut > 0.5:
+            why = f"{cut:.0%} of the completions were cut at max_new_tokens, and earned 0"
         return f"{said}; {skipped} of {self.run.steps} steps changed no weight, as {why}"
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per step, with loss, mean reward of its rollouts, entropy, kl_teacher, norms, tokens, seconds."""
+        """One row per step: loss, mean reward, entropy, kl_teacher, norms, tokens, the share that was cut, seconds."""
         return self._table("history").rename(columns={"accuracy": "reward"})
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """One row per evaluation, with the mean reward of held-out prompts, greedy and sampled, entropy, kl_teacher."""
+        """One row per evaluation: mean reward on held-out prompts, greedy and sampled, cut, entropy, kl_teacher."""
         return self._table("evaluations")
 
     def _table(self, name: str) -> pd.DataFrame:
@@ -228,9 +232,14 @@ class Trained:
         Texts are as the reward sees them, special tokens included. One that was cut ends in an ellipsis, and earns 0.
 
         Raises:
-            OpdlabError: if fewer are held out, or the student's folder is gone.
+            OpdlabError: if fewer are held out, the student's folder is gone, or the reward reads other values now.
         """
         experiment, task = self.run.experiment, self.run.experiment.task
+        if replace(task).digest != experiment.config["data"]:
+            raise OpdlabError(
+                f"the reward of task {task.name!r} is not the one that {experiment.title} was trained with: set back "
+                "what it reads"
+            )
         # No teacher is asked.
         alone = Arm(experiment.arm.student, "task", "cross_entropy", weight_dtype=experiment.arm.weight_dtype)
         trainer = Trainer(replace(experiment, arm=alone))

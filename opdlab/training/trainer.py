@@ -56,6 +56,11 @@ def answers(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[lis
     return tokenizer.batch_decode(list(kept)), ended
 
 
+def cut_share(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> float:
+    """Return the share of the completions that were cut before their end."""
+    return float(np.mean([tokens[-1] != tokenizer.eos_token_id for tokens in rollouts.completions]))
+
+
 def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts) -> Tensor:
     """Return the reward of each completion (B,) of ``prompts``, the texts that the rollouts started from.
 
@@ -125,6 +130,7 @@ class Trainer:
             "update_norm": update_norm,
             "skipped": skipped,
             "tokens": rollouts.tokens,
+            "cut": cut_share(self.tokenizer, rollouts),
             "seconds": round(clock() - began, 4),
         } | mixed
 
@@ -313,6 +319,7 @@ class Trainer:
         for mode, temperature, samples in (("greedy", 0.0, 1), ("sampled", 1.0, self.experiment.evaluation_samples)):
             rollouts = self.answer(student, prompts, temperature, samples)
             result[mode] = float(score(self.tokenizer, self.task, prompts, rollouts).mean())
+        result["cut"] = cut_share(self.tokenizer, rollouts)  # of the sampled ones
         if step == self.recipe.steps:
             result["memory_change"] = self.memory_change()
         return result | self.distance_to_teacher(rollouts)

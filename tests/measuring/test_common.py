@@ -208,11 +208,14 @@ def test_adapters_of_a_small_rank_are_compared_at_their_rank(untied, tmp_path):
     """Each pair at the largest K that both updates have; and that their bases differ is said."""
     shutil.copytree(untied / "base", tmp_path / "again")
     base = load_file(untied / "base" / "model.safetensors")
+    shutil.copytree(untied / "base", tmp_path / "moved")
+    save_file(base | {QUERY: base[QUERY] + 0.01}, tmp_path / "moved" / "model.safetensors")
     generator, updates = torch.Generator().manual_seed(0), []
     for name, rank, origin in (
         ("low", 4, untied / "base"),
         ("also", 4, untied / "base"),
         ("full", 16, tmp_path / "again"),
+        ("other", 16, tmp_path / "moved"),
     ):
 
         def draw(*shape):
@@ -228,9 +231,11 @@ def test_adapters_of_a_small_rank_are_compared_at_their_rank(untied, tmp_path):
         updates.append(measure(origin, tmp_path / name, out=tmp_path / f"out-{name}"))
     compared = compare([updates[0], updates[1]], out=tmp_path / "two")
     assert compared.means["sim_right_K4"].notna().all() and len(compared.notes) == 1
-    compared = compare(updates)
+    # What is stored twice is one base; what differs in a weight is not.
+    assert len(compare([updates[0], updates[2]]).notes) == 1
+    compared = compare([*updates[:2], updates[3]])
     means = compared.means.set_index(["a", "b"])
     assert means.loc[("low", "also"), "sim_right_K4"] == pytest.approx(
         compared.pairs.query("b == 'also'")["sim_right_K4"].mean()
     )
-    assert "different bases: low from" in repr(compared) and "full from" in compared.notes[1]
+    assert "different bases: low from" in repr(compared) and "other from" in compared.notes[1]

@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from opdlab.errors import OpdlabError
+from opdlab.geometry.summary import means, of_layers, trajectory_means
+from opdlab.measuring.update import measure
 from opdlab.models.checkpoints import open_checkpoint
 
 peft = pytest.importorskip("peft")
@@ -241,6 +243,24 @@ def test_refused_by_name(case, bases, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", **{key: config[key] for key in config.keys() - {"base"}})
     with pytest.raises(OpdlabError, match=message):
         open_checkpoint(adapter, open_checkpoint(base))
+
+
+def test_the_means_are_those_of_what_moved(bases, tmp_path):
+    adapter = make_adapter(bases / "llama", tmp_path / "lora", target_modules=["q_proj"])
+    update = measure(bases / "llama", [adapter, adapter], nulls=False)
+    layers = of_layers(update.table)
+    moved = layers[layers["frobenius"] > 0]
+    assert 0 < len(moved) < len(layers)
+    for column in ("relative_norm", "frobenius", "density", "nss", "stable_rank", "angle_left_mean"):
+        assert update.means.loc[column, "value"] == pytest.approx(moved[column].mean()), column
+    over_all = (layers["sparsity"] * layers["parameters"]).sum() / layers["parameters"].sum()
+    assert update.means.loc["sparsity", "value"] == pytest.approx(over_all)
+    last = trajectory_means(update.trajectory).iloc[-1]
+    assert [last["relative_norm"], last["sparsity"]] == pytest.approx([moved["relative_norm"].mean(), over_all])
+    of_blocks = means(layers, ["block"]).set_index("block")
+    assert (
+        of_blocks.loc["mlp", "relative_norm"] == 0 and of_blocks.loc["mlp", "matrices"] == 3 * layers["layer"].nunique()
+    )
 
 
 def test_what_the_config_does_not_ask_for_is_not_added(bases, tmp_path):

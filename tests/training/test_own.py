@@ -116,6 +116,7 @@ def test_ten_lines(models, tmp_path):
     assert list(run.history["step"]) == [1, 2, 3, 4]
     assert {"loss", "reward", "entropy", "kl_teacher", "tokens", "seconds"} <= set(run.history)
     assert run.history[["loss", "reward", "entropy", "kl_teacher"]].notna().all(axis=None)
+    assert run.history["cut"].between(0, 1).all() and run.evaluations["cut"].between(0, 1).all()
     assert run.accuracy == run.evaluations["sampled"].iloc[-1]
     assert run.trajectory.plot("stable_rank").axes
     assert {"coherence", "growth", "clipped"} <= set(run.where().wide) and run.where().wide["steps"].iloc[-1] == "4"
@@ -197,10 +198,27 @@ def test_rows_come_from_where_they_are(tmp_path):
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
     from_file = ol.Task.from_dataset(file, prompt="word", answer="sorted")
     assert from_file.name == "words" and from_file.data == (*words(), "a\u2028b")
+    frame = pd.DataFrame(rows())
+    frame.to_csv(tmp_path / "words.csv", index=False)
+    columns = {"prompt": "word", "answer": "sorted"}
+    of_all = [ol.Task.from_dataset(place, **columns) for place in (frame, tmp_path / "words.csv", rows(), rows() * 2)]
+    assert len({task.digest for task in of_all}) == 1 and of_all[1].name == "words"
+    file.write_text('{"word": "a", "sorted": "a"}\n{"word": \n')
+    with pytest.raises(OpdlabError, match=r"words.jsonl cannot be read \(line 2: Expecting value: column 10"):
+        ol.Task.from_dataset(file, **columns)
     datasets = pytest.importorskip("datasets")
     from_datasets = ol.Task.from_dataset(datasets.Dataset.from_list(rows()), prompt="word", answer="sorted")
     assert from_datasets.data == tuple(words())
     assert from_datasets.digest == ol.Task.from_dataset(rows(), prompt="word", answer="sorted").digest
+
+
+def test_a_reward_that_finds_no_answer_right_is_called_so():
+    def graded(prompt, completion, answer):
+        return float(completion == answer and isinstance(answer, int))
+
+    numbers = [{"prompt": f"{n} + 1", "answer": n + 1} for n in range(20)]
+    with pytest.warns(UserWarning, match=r"gives 0 to its own demonstrations, such as '1' on the prompt '0 \+ 1': the"):
+        _ = ol.Task.from_dataset(numbers, reward=graded).digest
 
 
 def test_a_task_shows_itself_in_a_line():
@@ -211,7 +229,8 @@ def test_graded_rewards_are_reported_as_means(models, tmp_path):
     run = ol.train(ol.rlvr(models / "student"), task_of(lambda p, c, a: 7.5), out=tmp_path / "run", **QUICK)
     ended = run.history["reward"] / 7.5
     # What is cut before its end earns nothing.
-    assert ended.between(0, 1).all() and ended.max() > 0
+    assert ended.to_numpy() == pytest.approx(1 - run.history["cut"]) and ended.max() > 0
+    assert run.accuracy / 7.5 == pytest.approx(1 - run.evaluations["cut"].iloc[-1])
     assert "accuracy" not in run.history and 0 < run.accuracy <= 7.5
 
 
@@ -222,7 +241,7 @@ def test_a_reward_that_never_differs_leaves_nothing_to_measure(models, tmp_path)
         repr(run),
     )
     short = ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "short", **QUICK | {"max_new_tokens": 1})
-    assert repr(short).endswith("; 4 of 4 steps changed no weight, as every completion went on up to max_new_tokens")
+    assert re.search(r"; 4 of 4 steps changed no weight, as \d\d% of the completions were cut at max_new", repr(short))
     with pytest.raises(OpdlabError, match=r"^no step of run changed a weight, since .*: give a reward that tells them"):
         _ = run.trajectory
 
@@ -337,19 +356,20 @@ def broken_off(models, tmp_path, monkeypatch):
 
 def test_a_run_without_a_version_goes_on_under_one(broken_off):
     train = broken_off()
-    others = r"^out is .*run, which holds another experiment \(data or reward%s differ\): choose another"
+    others = r"^out is .*run, which holds another experiment \(data or reward differ%s\): choose another"
+    version = ", version is .* and was .*"
     with pytest.raises(OpdlabError, match=others % "" + r", or give the task version='...' if the reward is the same"):
         train()
-    with pytest.raises(OpdlabError, match=others % ", version" + "$"):
+    with pytest.raises(OpdlabError, match=others % version + "$"):
         train(rows_=[*rows()[:-1], rows()[-1] | {"sorted": "a"}], version="mended")
     gone_on = train(version="mended")
     assert histories(gone_on) == histories(train(out="whole"))
     # Finished: it is the run of this version alone.
     assert histories(train(lambda p, c, a: 0.0, version="mended")) == histories(gone_on)
-    for other, differ in ((other, others % ", version") for other in ({}, {"version": "another"})):
+    for other, differ in ((other, others % version) for other in ({}, {"version": "another"})):
         with pytest.raises(OpdlabError, match=differ + ", or give the task version='mended' if the reward is the"):
             train(**other)
-    with pytest.raises(OpdlabError, match=(others % ", version").replace("run", "whole") + ", and give the"):
+    with pytest.raises(OpdlabError, match=(others % version).replace("run", "whole") + ", and give the"):
         train(out="whole", version="mended")
 
 
@@ -365,15 +385,19 @@ def test_out_that_holds_another_experiment(models, tmp_path):
     ol.train(arm, task_of(), out=out, **QUICK)
     before = files(out)
     others = {
-        "seed": {"seed": 1},
-        "recipe": {"samples": 3},
-        "student": {"arm": ol.rlvr(models / "teacher")},
-        "arm": {"arm": ol.rlvr(models / "student", optimizer="sgd")},
+        "seed is 1 and was 0": {"seed": 1},
+        "learning_rate is 0.002 and was 0.001, samples is 3 and was 2": {"samples": 3, "learning_rate": 2e-3},
+        "student differs": {"arm": ol.rlvr(models / "teacher")},
+        "optimizer is sgd and was None": {"arm": ol.rlvr(models / "student", optimizer="sgd")},
+        "snapshots differ": {"snapshots": (1, 3, 4)},
     }
     for part, change in others.items():
         chosen = {"arm": arm} | change
-        with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({part} differ"):
+        with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({part}\)"):
             ol.train(chosen.pop("arm"), task_of(), out=out, **QUICK | chosen)
+    longer = r"\(steps is 8 and was 4\): choose another, and to train on, begin there with the model of this run"
+    with pytest.raises(OpdlabError, match=longer):
+        ol.train(arm, task_of(), out=out, **QUICK | {"steps": 8})
     shutil.copytree(models / "student", tmp_path / "model")
     with pytest.raises(OpdlabError, match=r"^out is .*model, which holds config.json of something else: choose"):
         ol.train(arm, task_of(), out=tmp_path / "model", **QUICK)
@@ -420,7 +444,8 @@ def with_helper(prompt, completion, answer):
 
 def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path, monkeypatch):
     arm, out = ol.rlvr(models / "student"), tmp_path / "run"
-    ol.train(arm, task_of(with_helper), out=out, **QUICK)
+    task = task_of(with_helper)
+    run = ol.train(arm, task, out=out, **QUICK)
     refused = (
         r"^out is .* which holds another experiment \(data or reward differ\): choose another(, and give the task|$)"
     )
@@ -430,6 +455,8 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
             ol.train(arm, task, out=out, **QUICK)
 
     asked(task_of(share))
+    with pytest.raises(OpdlabError, match=r"^there is no scale '.*run'; .* opened by the same call of ol.train again"):
+        ol.load(str(out))
     # On right answers and on each other's this gives what `with_helper` does.
     asked(task_of(lambda p, c, a: 0.0 if len(c) > 9 else with_helper(p, c, a)))
     one_more = [*rows(), {"word": "abcdef", "sorted": "abcdef"}]
@@ -438,6 +465,10 @@ def test_another_reward_or_data_set_is_never_given_the_old_run(models, tmp_path,
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "BONUS", 0.5)
         asked(task_of(with_helper))
+        # Also of a task that was made, and used, before.
+        asked(task)
+        with pytest.raises(OpdlabError, match=r"^the reward of task 'data' is not the one that run was trained with"):
+            run.transcripts(2)
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "helper", lambda completion: BONUS * len(completion) + 0 * len(completion))
         asked(task_of(with_helper))
@@ -560,7 +591,8 @@ def test_a_data_set_that_cannot_be_used(data, options, message):
     [
         (lambda p, c, a: 1 / 0, r"raised ZeroDivisionError \(division by zero\)"),
         (lambda p, c, a: float("nan"), r"is nan"),
-        (lambda p, c, a: None, r"raised TypeError \(float\(\) argument .*\)"),
+        (lambda p, c, a: "much", r"raised ValueError \(could not convert .*\)"),
+        (lambda p, c, a: None, r"returned nothing"),
     ],
 )
 def test_a_reward_that_fails_quotes_the_prompt(reward, said, models, tmp_path):
@@ -671,6 +703,10 @@ def test_a_model_that_does_not_exist(models, tmp_path):
         folders = {"student": models / "student", "teacher": models / "teacher"} | {role: tmp_path / "nowhere"}
         with pytest.raises(OpdlabError, match=rf"^the {role} is '.*nowhere', where there is no model: give a folder"):
             ol.train(ol.opd(**folders), task_of(), out=tmp_path / "run", **QUICK)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    with pytest.raises(OpdlabError, match=r"^the student is '.*lora', a LoRA adapter: merge it with its base first"):
+        ol.train(ol.rlvr(tmp_path / "lora"), task_of(), out=tmp_path / "run", **QUICK)
     assert not (tmp_path / "run").exists()
 
 
@@ -702,6 +738,7 @@ NO = [
         ({"max_new_tokens": 32}, r"^max_new_tokens is 32, more than what the context leaves beside a prompt \(31\)"),
         ({"max_new_tokens": 28}, r"^the prompt '<\|user\|>.*' has 5 tokens, but only 4 fit the context"),
         ({"sample": 4}, r"^an experiment has no field 'sample': choose another, such as samples"),
+        ({"num_generations": 4}, r"^an experiment has no field 'num_generations': choose another, such as samples$"),
         ({"samples": "four"}, r"^samples is 'four', which is no int: give one$"),
         ({"tokens": 0.25}, r"^tokens is 0.25, which is no .*Tokens \| None: give one$"),
     ],
