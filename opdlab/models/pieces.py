@@ -84,7 +84,7 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> str:
-        """The dtypes in which the weights are stored, such as "bfloat16", separated by commas, or that of an adapter."""
+        """The dtypes in which the weights are stored, such as "bfloat16", separated by commas; or an adapter."""
         if (Path(self.path) / "adapter_config.json").is_file():
             return "an adapter, added in float64"
         return ", ".join(sorted({piece.dtype for piece in self.pieces.values()}))
