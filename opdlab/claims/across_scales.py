@@ -7,7 +7,7 @@ from pathlib import Path
 
 from opdlab.claims import Verdict, judge, judgeable
 from opdlab.lab.laboratory import Laboratory
-from opdlab.lab.records import Records, load, recorded_analyses, recorded_arms
+from opdlab.lab.records import Reading, Records, load, recorded_analyses, recorded_arms
 
 
 def records_at(
@@ -18,7 +18,7 @@ def records_at(
     It is None as well if the scale lacks one of the analyses. ``root`` holds data/records; by default it is the
     repository.
     """
-    lab = Laboratory.at(name, root)
+    lab = Reading.of(Laboratory.at(name, root))
     there = recorded_arms(lab)
     found = tuple(arm for arm in arms if arm in there)
     if not found or (analyses and set(analyses) - set(recorded_analyses(lab))):
@@ -28,6 +28,8 @@ def records_at(
 
 def judge_at(name: str, root: Path | None = None) -> list[Verdict]:
     """Return the verdicts on the claims that the records of a scale can decide."""
-    lab = Laboratory.at(name, root)
-    records = records_at(name, lab.scale.policy.arms, root, recorded_analyses(lab))
-    return judge(judgeable(records), records) if records else []
+    lab = Reading.of(Laboratory.at(name, root))
+    if not recorded_arms(lab):
+        return []
+    records = load(lab)
+    return judge(judgeable(records), records)

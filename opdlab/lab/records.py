@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from opdlab.measuring.tensors import Job, measured
 from opdlab.measuring.where import Where, beside_published, of_seeds
 from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
 from opdlab.processes import cpu_threads, find_device, provenance
-from opdlab.training.config import config_key
+from opdlab.training.config import Experiment, config_key
 from opdlab.training.store import REMEDY
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
@@ -91,6 +92,25 @@ class Records:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+class Reading(Laboratory):
+    """A laboratory whose models stay as they are: each experiment, and so its key, is found out once."""
+
+    @classmethod
+    def of(cls, lab: Laboratory) -> Reading:
+        """Return a laboratory as one that is only read from."""
+        return lab if isinstance(lab, cls) else cls(*(getattr(lab, part.name) for part in fields(lab)))
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, int], Experiment]:
+        return {}
+
+    def experiment(self, name: str, seed: int = 0) -> Experiment:
+        """Return the experiment of an arm and a seed, as it was at first."""
+        if (name, seed) not in self._found:
+            self._found[name, seed] = super().experiment(name, seed)
+        return self._found[name, seed]
+
+
 def load(
     scale: str | Laboratory | None = None,
     arms: Sequence[str] | None = None,
@@ -112,7 +132,7 @@ def load(
     Raises:
         OpdlabError: if a record is missing, with the command that makes it, or a file is damaged.
     """
-    lab = scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root)
+    lab = Reading.of(scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root))
     asked = analyses is not None
     if analyses is None:
         analyses = recorded_analyses(lab) if arms is None else ()
@@ -136,7 +156,7 @@ def load(
     tables = {name: pd.concat(of_arms, ignore_index=True) for name, of_arms in parts.items()}
     runs = pd.DataFrame(wanted, columns=["arm", "seed"]).merge(index, on=["arm", "seed"], how="left")
     runs.insert(1, "label", [lab.arm(arm).label for arm in runs["arm"]])
-    # Keys take long, so what was found to be recorded is not asked again.
+    # What was found to be recorded is not asked again.
     found = {name: _analysis(name, lab, seeds, index if asked else None) for name in analyses}
     return Records(**tables, runs=runs, analyses=found)
 
