@@ -29,10 +29,15 @@ _FROM = 0.05
 _READ = (
     "A range is of several updates or, after ≈, an estimate; brackets hold the 95 % interval over seeds. 2606.13657 "
     "was read at second hand, and calls unchanged what moved by 1e-5 at most.",
-    "coherence is the rms of the update over the root of the summed squares of the learning rates: 1 for Adam's walk "
-    "on noise, the root of the steps for a straight line. growth is the exponent of the norm in steps, step_size the "
-    "learning rate over the rms of the weights, clipped the share of steps with a clipped gradient.",
 )
+_COHERENCE = (
+    "coherence is the rms of the update over the root of the summed squares of the learning rates: 1 for Adam's walk "
+    "on noise, the root of the steps for a straight line. "
+)
+_MEANS_WHAT = {
+    "growth": "the exponent of the norm in steps", "step_size": "the learning rate over the rms of the weights",
+    "clipped": "the share of steps with a clipped gradient",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -55,7 +60,9 @@ class Where(Shown):
 
     def parts(self) -> list[str | pd.DataFrame]:
         """Return the table, and how to read it."""
-        return [self.wide, *self.notes]
+        wide = self.wide
+        columns = ", ".join(f"{name} {what}" for name, what in _MEANS_WHAT.items() if name in wide)
+        return [wide, *self.notes, f"{_COHERENCE}{columns.replace(' ', ' is ', 1)}."]
 
 
 def published() -> pd.DataFrame:
