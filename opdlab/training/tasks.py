@@ -88,8 +88,7 @@ class Task:
         until it is finished, if its rows and all else are the same.
 
         Args:
-            rows: dicts, a data frame, a file of JSON lines, an array or CSV, a ``datasets.Dataset``, or the name of one
-                on the hub (its split "train").
+            rows: dicts, a data frame, a JSONL, JSON or CSV file, a ``datasets.Dataset``, or its name on the hub.
             prompt: the column with the question.
             answer: the column with the right answer, which only the reward and SFT see, a number as text ("4").
             reward: (prompt, completion, answer) -> any number; by default 1.0 where the completion ends with the words
