@@ -179,12 +179,12 @@ class Trained:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per step: loss, mean reward, entropy, kl_teacher, norms, tokens, the share that was cut, seconds."""
+        """One row per step, with loss, mean reward, entropy, kl_teacher, norms, tokens, the share cut, seconds."""
         return self._table("history").rename(columns={"accuracy": "reward"})
 
     @cached_property
     def evaluations(self) -> pd.DataFrame:
-        """One row per evaluation: mean reward on held-out prompts, greedy and sampled, cut, entropy, kl_teacher."""
+        """One row per evaluation, with rewards of held-out prompts, greedy and sampled, cut, entropy, kl_teacher."""
         return self._table("evaluations")
 
     def _table(self, name: str) -> pd.DataFrame:
