@@ -189,7 +189,7 @@ def _see(name: str, label: str, update: Update, seed: int) -> _Seen:
     scale = MATCHED_NORM * g.frobenius(w0) / norm if norm else 0.0
     matched, null = (g.update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
     masks = {"": (g.update_mask(w0, w1), g.update_mask(w0, w0 + shuffled)), "_matched": (matched, null)}
-    digest = hashlib.blake2b(w0.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(w0.contiguous().cpu().numpy().tobytes(), digest_size=8).hexdigest()
     return _Seen(label, digest, g.svd(delta, k=max(g.Resolution.of(delta.shape).sim_ks)), delta, masks)
 
 

@@ -172,7 +172,7 @@ class Trained:
         skipped = int(self.history["skipped"].sum())
         if 2 * skipped <= self.run.steps:
             return said
-        cut = self.history["cut"].mean()
+        cut = self.history["cut"].mean() if "cut" in self.history else 0.0  # which older runs did not write down
         why = "all completions of a prompt earned the same"
         if cut > 0.5:
             why = f"{cut:.0%} of the completions were cut at max_new_tokens, and earned 0"
