@@ -176,12 +176,12 @@ def _mean(rows: pd.DataFrame, column: str) -> float:
 def _summary(rows: pd.DataFrame) -> dict:
     """Return the entries of one group of matrices."""
     found: dict = {"tensors": len(rows), "parameters": int(rows["parameters"].sum())}
-    whole, moved = rows, rows[_moved(rows, [pd.Series(0, rows.index)])]
+    moved = rows[_moved(rows, [pd.Series(0, rows.index)])]
     for column, null in SUMMARY.items():
-        rows = whole if column.startswith("sparsity") else moved
-        columns = [name for name in (column, null) if name in rows and rows[name].notna().any()]
+        counted = rows if column.startswith("sparsity") else moved
+        columns = [name for name in (column, null) if name in counted and counted[name].notna().any()]
         # Where a diagnostic or its null is undefined or infinite, neither counts.
-        known = rows.replace([inf, -inf], nan).dropna(subset=["parameters", *columns])
+        known = counted.replace([inf, -inf], nan).dropna(subset=["parameters", *columns])
         if column in columns and len(known):
             found[column] = _entry(known, column, null if null in columns else None)
     return found

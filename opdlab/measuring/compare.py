@@ -6,7 +6,6 @@ densities, and masks of permuted updates, which have in common what rounding alo
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from opdlab.geometry.summary import largest_k, means_over, of_layers
 from opdlab.measuring.sources import check_apart, name_of, place_of
 from opdlab.measuring.tensors import resumable_map
 from opdlab.measuring.update import Shown, Update, load_update, write_table
-from opdlab.models.files import write_json
+from opdlab.models.files import content_digest, write_json
 
 # The means of an update that stand beside those of others.
 _KINDS = ["value", "ruler", "null", "noise", "at equal norm", "null at equal norm"]
@@ -189,8 +188,7 @@ def _see(name: str, label: str, update: Update, seed: int) -> _Seen:
     scale = MATCHED_NORM * g.frobenius(w0) / norm if norm else 0.0
     matched, null = (g.update_mask(w0, torch.add(w0, d, alpha=scale)) for d in (delta, shuffled))
     masks = {"": (g.update_mask(w0, w1), g.update_mask(w0, w0 + shuffled)), "_matched": (matched, null)}
-    digest = hashlib.blake2b(w0.contiguous().cpu().numpy().tobytes(), digest_size=8).hexdigest()
-    return _Seen(label, digest, g.svd(delta, k=max(g.Resolution.of(delta.shape).sim_ks)), delta, masks)
+    return _Seen(label, content_digest(w0), g.svd(delta, k=max(g.Resolution.of(delta.shape).sim_ks)), delta, masks)
 
 
 def _row(name: str, a: _Seen, b: _Seen) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,7 +22,7 @@ from opdlab.errors import OpdlabError
 from opdlab.geometry import Resolution, Svd, measure_matrix, measure_matrix_trajectory, measure_rows, svd
 from opdlab.geometry.matrices import identity
 from opdlab.measuring.sources import LeftOut, in_common, open_all
-from opdlab.models.files import append_json, load_tensors, save_tensors, write_json, write_text
+from opdlab.models.files import append_json, content_digest, load_tensors, save_tensors, write_json, write_text
 from opdlab.models.pieces import Checkpoint
 from opdlab.processes import cpu_threads, workers
 
@@ -119,9 +118,8 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     """Return the Svd of a base matrix with k vectors, from the cache if its content was decomposed before."""
     if cache is None:
         return svd(w0, k=k)
-    content = hashlib.sha256(w0.cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()[:32]
     kind = f"{str(w0.dtype).removeprefix('torch.')}-{'x'.join(map(str, w0.shape))}-k{k}-v{version('opdlab')}"
-    file = cache / f"svd-{content}-{kind}.safetensors"
+    file = cache / f"svd-{content_digest(w0)[:32]}-{kind}.safetensors"
     # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
     with suppress(OpdlabError, KeyError):
         tensors, _ = load_tensors(file)

@@ -216,6 +216,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def content_digest(tensor: Tensor) -> str:
+    """Return the SHA-256 of the bytes of a tensor, on whatever device it is."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
 def tensors_digest(path: Path) -> str:
     """Return the first 16 hex digits of the SHA-256 of the tensors in a snapshot: equal if they agree bit for bit."""
     digest = hashlib.sha256()

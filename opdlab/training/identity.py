@@ -19,6 +19,8 @@ from uuid import UUID
 import numpy as np
 import torch
 
+from opdlab.models.files import content_digest
+
 # Values of other modules that are known by what Python writes of them.
 _PLAIN = (bytearray, date, Decimal, Enum, Fraction, PurePath, range, time, timedelta, UUID)
 
@@ -88,8 +90,8 @@ def _array(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         if value.is_meta or value.layout != torch.strided:
             return kind
-        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    elif value.dtype.hasobject:
+        return [*kind, content_digest(value)]
+    if value.dtype.hasobject:
         return [*kind, repr(value.tolist())]
     return [*kind, hashlib.sha256(value.tobytes()).hexdigest()]
 

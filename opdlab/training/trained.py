@@ -71,12 +71,7 @@ def make_experiment(
     context, vocabulary = _sizes(arm)
     large: dict[str, Any] = {"tokens_at_once": LOGITS // vocabulary, "threads": torch.get_num_threads()}
     prompts, samples = min(PROMPTS, task.training_prompts or PROMPTS), 1 if arm.rollouts_by == "task" else SAMPLES
-    recipe = Recipe(
-        steps,
-        prompts,
-        samples,
-        learning_rate,
-    )
+    recipe = Recipe(steps, prompts, samples, learning_rate)
     experiment = Experiment(arm, task, recipe, seed, min(256, context // 2), name=name)
     measured: dict[str, Any] = {
         "warmup": min(10, steps // 10),

@@ -51,14 +51,14 @@ def torch_generator(rng: np.random.Generator) -> torch.Generator:
 
 def answers(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> tuple[list[str], list[bool]]:
     """Return the text of each completion without its end, special tokens included, and whether it ended or was cut."""
-    ended = [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
+    ended = have_ended(tokenizer, rollouts)
     kept = (tokens[: len(tokens) - whole] for tokens, whole in zip(rollouts.completions, ended, strict=True))
     return tokenizer.batch_decode(list(kept)), ended
 
 
-def cut_share(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> float:
-    """Return the share of the completions that were cut before their end."""
-    return float(np.mean([tokens[-1] != tokenizer.eos_token_id for tokens in rollouts.completions]))
+def have_ended(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[bool]:
+    """Tell of each completion whether it came to its end; the others were cut."""
+    return [tokens[-1] == tokenizer.eos_token_id for tokens in rollouts.completions]
 
 
 def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], rollouts: Rollouts) -> Tensor:
@@ -130,7 +130,7 @@ class Trainer:
             "update_norm": update_norm,
             "skipped": skipped,
             "tokens": rollouts.tokens,
-            "cut": cut_share(self.tokenizer, rollouts),
+            "cut": 1 - float(np.mean(have_ended(self.tokenizer, rollouts))),
             "seconds": round(clock() - began, 4),
         } | mixed
 
@@ -319,7 +319,7 @@ class Trainer:
         for mode, temperature, samples in (("greedy", 0.0, 1), ("sampled", 1.0, self.experiment.evaluation_samples)):
             rollouts = self.answer(student, prompts, temperature, samples)
             result[mode] = float(score(self.tokenizer, self.task, prompts, rollouts).mean())
-        result["cut"] = cut_share(self.tokenizer, rollouts)  # of the sampled ones
+        result["cut"] = 1 - float(np.mean(have_ended(self.tokenizer, rollouts)))  # of the sampled ones
         if step == self.recipe.steps:
             result["memory_change"] = self.memory_change()
         return result | self.distance_to_teacher(rollouts)
