@@ -1,7 +1,7 @@
 """The geometry of an update: what changed between two sets of weights, as functions on tensors.
 
-Nothing here knows how the weights were trained. Read the modules in this order, one idea each: sparsity, spectrum,
-subspaces, masks, nulls; then matrices, measure, rows and trajectory, which measure a weight by all of it.
+Nothing here knows how the weights were trained. Read the modules in this order, one idea each: spectrum, subspaces,
+masks, nulls; then matrices, measure and trajectory, which measure a weight by all of it.
 
 Conventions: ``w0`` is the origin, ``w1`` the endpoint, ``delta = w1 - w0``. A weight is (m, n) = (outputs, inputs), so
 left is the output side and right the input side. Arithmetic is in float64, on the device of the tensor. What is
@@ -10,6 +10,10 @@ undefined is NaN, never 0. Entries that are not finite, shapes that differ and n
 """
 
 from opdlab.geometry.masks import (
+    absolute_sparsity,
+    bf16_equal,
+    bf16_sparsity,
+    density,
     enrichment,
     feasible_range,
     independent_jaccard,
@@ -19,10 +23,12 @@ from opdlab.geometry.masks import (
     overlap,
     principal_mask,
     reconstruct,
+    relative_sparsity,
     smallest_entries,
+    update_mask,
 )
 from opdlab.geometry.matrices import Description, describe, weight_matrices
-from opdlab.geometry.measure import Resolution, measure_matrix
+from opdlab.geometry.measure import Resolution, measure_matrix, measure_rows
 from opdlab.geometry.nulls import (
     change_probability,
     noise_curve,
@@ -33,15 +39,6 @@ from opdlab.geometry.nulls import (
     norm_matched,
     permute,
     random_walk,
-)
-from opdlab.geometry.rows import measure_rows
-from opdlab.geometry.sparsity import (
-    absolute_sparsity,
-    bf16_equal,
-    bf16_sparsity,
-    density,
-    relative_sparsity,
-    update_mask,
 )
 from opdlab.geometry.spectrum import (
     Svd,

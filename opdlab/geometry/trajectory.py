@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from opdlab.geometry import _checks
+from opdlab.geometry.masks import bf16_sparsity
 from opdlab.geometry.measure import Resolution, generator_of
 from opdlab.geometry.nulls import permute, random_walk
-from opdlab.geometry.sparsity import bf16_sparsity
 from opdlab.geometry.spectrum import frobenius, relative_norm, spectrum_stats, stable_rank, svd
 from opdlab.geometry.subspaces import shared, similarity_to_end, top_left, top_right
 

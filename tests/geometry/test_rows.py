@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opdlab import geometry as g
-from opdlab.geometry import rows
+from opdlab.geometry import measure
 
 
 def readers(*weights):
@@ -18,7 +18,7 @@ def readers(*weights):
 @pytest.mark.parametrize("shape", [(40, 7), (280,), (3, 8, 5)])
 def test_some_rows_at_a_time_are_the_whole(dtype, shape, monkeypatch):
     """Ties are many: a bfloat16 has few sizes; and blocks are small, so that they fall on either side."""
-    monkeypatch.setattr(rows, "_BLOCK", 64)
+    monkeypatch.setattr(measure, "_BLOCK", 64)
     generator = torch.Generator().manual_seed(0)
     w0 = (torch.randn(shape, generator=generator) * 20).round().div(20).to(dtype)
     w1 = (w0 + 0.004 * torch.randn(shape, generator=generator)).to(dtype)
