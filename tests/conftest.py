@@ -75,10 +75,6 @@ def more_arms():
     for name, label, projection in (
         ("opd_update2", "updates in 2", Projection(k=2)),
         ("opd_rescaled4", "updates in 4, full size", Projection(k=4, rescale=True)),
-        ("opd_reset16", "gradients in 16, new moments", Projection(acts_on="gradient", reset=True)),
-        ("opd_attention16", "gradients in 16, attention", Projection(acts_on="gradient", block="attention")),
-        ("opd_final4", "updates in 4 of its end", Projection(k=4, final=True)),
-        ("opd_entries", "an eighth of the entries", Projection(space="entries")),
     ):
         vary(arms, "opd", name, label, projection=projection)
     return arms

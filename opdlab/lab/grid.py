@@ -39,8 +39,7 @@ class NamedArm:
 
     def directions(self, seed: int, next_seed: int) -> tuple[str, int] | None:
         """Return arm and seed of the other run that a projected run takes its directions from, if it does."""
-        projection = self.arm.projection
-        if projection is None or not (self.directions_of or self.other_seed or projection.final):
+        if not (self.directions_of or self.other_seed):
             return None
         return self.directions_of or self.parent, next_seed if self.other_seed else seed
 

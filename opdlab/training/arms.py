@@ -67,9 +67,7 @@ class Tokens:
 
 _PROJECTION = {
     "start": number("a number from 0 to below 1", lambda share: 0 <= share < 1), "k": whole(1),
-    "space": one_of("update", "weights", "random", "entries", "random entries"),
-    "acts_on": one_of("update", "gradient"),
-    "block": (lambda block: block in ("", "attention", "mlp"), "attention or mlp, or leave it out"),
+    "space": one_of("update", "weights", "random"), "acts_on": one_of("update", "gradient"),
 }  # fmt: skip
 
 
@@ -78,17 +76,14 @@ class Projection:
     """What training is projected onto, and from when on (2606.07082, section 4). Embeddings and norms stay free.
 
     The ``space`` is "update", the top right singular vectors of the update W_t - W_0 so far; "weights", those of W_0;
-    "random"; "entries", the largest of the update so far; or "random entries".
+    or "random". The paper has only attention matrices, and here all matrices of a layer are projected.
     """
 
     start: float = 0.2  #: share of the training at which it begins
-    k: int = 16  #: directions on the input side of each matrix; of entries, the share k / n of them
+    k: int = 16  #: directions on the input side of each matrix
     space: str = "update"
     acts_on: str = "update"  #: after the optimizer; or "gradient", before clipping, as in the paper
     source: Experiment | None = None  #: whose update gives the directions, at the same step; None for the run's own
-    final: bool = False  #: take the update at its end, not at ``start``
-    block: str = ""  #: "attention" leaves the MLP free; the paper has only attention matrices
-    reset: bool = False  #: forget the optimizer's moments at ``start``
     rescale: bool = False  #: give a projected update the norm that it had before
 
     def __post_init__(self) -> None:

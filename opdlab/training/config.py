@@ -187,9 +187,8 @@ class Experiment:
         config |= {name: dtype for name, dtype in dtypes.items() if dtype != "float32"}
         if projection := arm.projection:
             # With which step of which run gives the directions.
-            step = (projection.source or self).recipe.steps if projection.final else self.begin
             run = {"run": projection.source.key} if projection.source else {}
-            config["projection"] = changed_fields(projection) | {"begin": self.begin, "step": step} | run
+            config["projection"] = changed_fields(projection) | {"begin": self.begin, "step": self.begin} | run
         return json.loads(json.dumps(config))
 
     @cached_property

@@ -95,7 +95,7 @@ def _go_on(
     # The laboratory's rewards are 0 or 1; one's own may be of any size.
     name, written = ("reward", ".3g") if experiment.task.data else ("accuracy", ".0%")
     shown = {name: "?"}
-    evaluations, projection = run.config["evaluations"], experiment.arm.projection
+    evaluations, projection, begin = run.config["evaluations"], experiment.arm.projection, experiment.begin or 0
 
     def evaluate(step: int) -> None:
         found = trainer.evaluate(step) if step else _at_origin(run, trainer)
@@ -106,10 +106,9 @@ def _go_on(
         evaluate(done)
     saved, took = time.monotonic(), 0.0
     for step in range(done, run.steps):
-        if projection and trainer.projector is None and step >= run.config["projection"]["begin"]:
+        if projection and trainer.projector is None and step >= begin:
             whose = train(projection.source, run.root) if projection.source else run
-            begin, of = run.config["projection"]["begin"], run.config["projection"]["step"]
-            trainer.project(whose.snapshot(0), whose.snapshot(of), at_start=step == begin)
+            trainer.project(whose.snapshot(0), whose.snapshot(begin))
         line = trainer.step(step)
         done = step + 1
         run.append("history", line)

@@ -1,4 +1,4 @@
-"""Projected training: gradients or updates projected onto a few directions, or a few entries, of each weight matrix.
+"""Projected training: gradients or updates projected onto a few directions of each weight matrix.
 
 The paper takes the top-16 right singular vectors V of an early update and replaces every gradient g by g V Vᵀ
 (2606.07082, section 4; 2.9 of its appendix). Adam then divides entry by entry, which leads out of the subspace again:
@@ -14,14 +14,12 @@ from torch import Tensor
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import svd, weight_matrices
-from opdlab.geometry.masks import largest_entries
-from opdlab.geometry.matrices import describe
 from opdlab.training.arms import Projection
 
 
 def projected_matrices(projection: Projection, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the matrices of a state dict that a projection is about, or raise an OpdlabError if k exceeds one."""
-    found = {n: matrix for n, matrix in weight_matrices(weights).items() if projection.block in ("", describe(n).block)}
+    found = weight_matrices(weights)
     for name, matrix in found.items():
         if projection.k > (least := min(matrix.shape)):
             raise OpdlabError(f"k is {projection.k}; expected {least} at most, as {name} is smaller")
@@ -56,20 +54,14 @@ class Projector:
         self.of: dict[str, Tensor] = {}
         for name, matrix in projected_matrices(projection, start).items():
             w0 = matrix.double()
-            found = self._find(projection, w0, weights[name].double() - w0)
-            self.of[name] = found.to(device, None if found.dtype == torch.bool else matrix.dtype)
+            self.of[name] = self._find(projection, w0, weights[name].double() - w0).to(device, matrix.dtype)
 
     def _find(self, projection: Projection, w0: Tensor, delta: Tensor) -> Tensor:
-        """Return V (n, k), or a mask (m, n) of entries."""
-        if projection.space in ("update", "weights"):
-            return svd(delta if projection.space == "update" else w0, k=projection.k).vh[: projection.k].T
+        """Return V (n, k)."""
         if projection.space == "random":
             gaussian = torch.randn(w0.shape[1], projection.k, generator=self.random, dtype=torch.float64)
             return torch.linalg.qr(gaussian).Q
-        count = round(projection.k / w0.shape[1] * w0.numel())
-        if projection.space == "entries":
-            return largest_entries(delta, count)
-        return largest_entries(torch.rand(w0.shape, generator=self.random, dtype=torch.float64), count)
+        return svd(delta if projection.space == "update" else w0, k=projection.k).vh[: projection.k].T
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """Return the part of ``tensor`` (m, n) that lies in the subspace of the matrix called ``name``.
@@ -80,8 +72,7 @@ class Projector:
         tensor([[1., 0.],
                 [1., 0.]])
         """
-        space = self.of[name]
-        return tensor * space if space.dtype == torch.bool else tensor @ space @ space.T
+        return tensor @ self.of[name] @ self.of[name].T
 
     @torch.no_grad()
     def project_gradients(self, parameters: Mapping[str, Tensor]) -> None:

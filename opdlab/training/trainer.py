@@ -286,15 +286,9 @@ class Trainer:
         """Return the context in which the student's passes compute in their dtype, from weights in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def project(self, start: Mapping[str, Tensor], weights: Mapping[str, Tensor], at_start: bool) -> None:
-        """Project training from now on; the update from ``start`` to ``weights`` gives the directions.
-
-        A stopped run that goes on is not ``at_start``, and keeps its moments in any case.
-        """
+    def project(self, start: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Project training from now on; the update from ``start`` to ``weights`` gives the directions."""
         self.projector = Projector(self.arm.projection, start, weights, self.experiment.seed, self.device)
-        if self.arm.projection.reset and at_start:
-            for optimizer in self.optimizers:
-                optimizer.state.clear()
 
     @torch.no_grad()
     def round_weights(self) -> None:

@@ -61,17 +61,14 @@ def weights():
     return {NAME: w0}, {NAME: w0 + torch.randn(24, 16, generator=random)}
 
 
-@pytest.mark.parametrize("space", ["update", "weights", "random", "entries", "random entries"])
+@pytest.mark.parametrize("space", ["update", "weights", "random"])
 def test_a_projection_applied_twice_is_one(space, weights):
     projector = Projector(Projection(k=3, space=space), *weights, seed=4)
     gradient = torch.randn(24, 16, generator=torch.Generator().manual_seed(2))
     once = projector.apply(NAME, gradient)
     torch.testing.assert_close(projector.apply(NAME, once), once)
     assert once.norm() < gradient.norm()
-    if "entries" in space:
-        assert int((once != 0).sum()) == round(3 / 16 * 24 * 16)
-    else:
-        assert torch.linalg.matrix_rank(once, rtol=1e-5) == 3
+    assert torch.linalg.matrix_rank(once, rtol=1e-5) == 3
     if space == "update":  # the best approximation of rank 3 keeps the update's largest directions
         delta = weights[1][NAME] - weights[0][NAME]
         values = torch.linalg.svdvals(delta.double())
@@ -90,9 +87,8 @@ def test_a_rescaled_update_keeps_its_norm(weights):
 def test_what_cannot_be_projected(weights):
     with pytest.raises(OpdlabError, match="expected 16 at most"):
         Projector(Projection(k=17), *weights)
-    with pytest.raises(OpdlabError, match=r"^space is 'here': give update, weights, "):
+    with pytest.raises(OpdlabError, match=r"^space is 'here': give update, weights or random"):
         Projector(Projection(k=2, space="here"), *weights)
-    assert not Projector(Projection(k=2, block="mlp"), *weights).of
 
 
 def test_every_arm_can_be_told_apart_by_what_decides_it():
