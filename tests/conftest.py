@@ -69,7 +69,6 @@ def more_arms():
     arms = dict(ARMS)
     vary(arms, "opd", "opd_muon", "Muon", optimizer="muon")
     vary(arms, "opd", "opd_top1", "top 1 %", tokens=Tokens("log-ratio", 0.01, per_completion=False))
-    vary(arms, "opd", "opd_teacher50", "half by the teacher", teacher_share=0.5)
     vary(arms, "opd", "opd_mix25", "α = 0.25", alpha=0.25)
     vary(arms, "opd", "opd_balanced25", "α = 0.25, balanced", alpha=0.25, balanced=True)
     for name, label, projection in (

@@ -59,10 +59,8 @@ class Tokens:
 
     def __post_init__(self) -> None:
         """Refuse an unknown ranking and a share that keeps no token."""
-        if self.ranking not in RANKINGS:
-            raise OpdlabError(f"there is no ranking {self.ranking!r} of tokens; choose one of {', '.join(RANKINGS)}")
-        if not 0 < self.share <= 1:
-            raise OpdlabError(f"the share of tokens must lie above 0 and not above 1, not {self.share}")
+        share = number("a number above 0 and up to 1", lambda share: 0 < share <= 1)
+        check_fields(self, {"ranking": one_of(*RANKINGS), "share": share})
 
 
 _PROJECTION = {
@@ -91,6 +89,12 @@ class Projection:
         check_fields(self, _PROJECTION)
 
 
+_ARM = {
+    "rollouts_by": one_of(*WRITERS), "loss": one_of(*LOSSES), "optimizer": one_of("adamw", "sgd", "muon"),
+    "weight_dtype": one_of("float32", "bfloat16", "float16"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training: from which model, on whose completions, by which loss."""
@@ -99,7 +103,6 @@ class Arm:
     rollouts_by: str  #: who writes the completions, one of WRITERS
     loss: str  #: per token, a key of opdlab.training.losses.LOSSES
     teacher: Model | None = None  #: grades or writes
-    teacher_share: float = 0.0  #: of the prompts, whose completions the teacher writes instead
     tokens: Tokens | None = None  #: which tokens count; None for all
     alpha: float | None = None  #: weight of ``loss`` in a mixture with RLVR's, which gets the rest
     balanced: bool = False  #: mix gradients scaled to equal norms, not the raw ones
@@ -109,12 +112,8 @@ class Arm:
 
     def __post_init__(self) -> None:
         """Refuse what no step could be made of."""
-        check_fields(self, {"teacher_share": SHARE} | ({} if self.alpha is None else {"alpha": SHARE}))
-        if self.rollouts_by not in WRITERS:
-            raise OpdlabError(f"rollouts_by is {self.rollouts_by!r}; choose one of {', '.join(WRITERS)}")
-        if self.loss not in LOSSES:
-            raise OpdlabError(f"there is no loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
-        if (self.reads_teacher or self.teacher_share or self.rollouts_by == "teacher") and self.teacher is None:
+        check_fields(self, _ARM | ({} if self.alpha is None else {"alpha": SHARE}))
+        if (self.reads_teacher or self.rollouts_by == "teacher") and self.teacher is None:
             raise OpdlabError(f"the loss {self.loss!r} on rollouts by the {self.rollouts_by} needs a teacher: give one")
         if self.reads_rewards and self.rollouts_by in ("task", "teacher"):
             raise OpdlabError(f"the loss {self.loss!r} needs rollouts by the student, not by the {self.rollouts_by}")

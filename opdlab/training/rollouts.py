@@ -31,10 +31,6 @@ class Rollouts:
     prompts: list[list[int]]
     completions: list[list[int]]
 
-    def __add__(self, other: Rollouts) -> Rollouts:
-        """Return both batches as one."""
-        return Rollouts(self.prompts + other.prompts, self.completions + other.completions)
-
     @property
     def samples(self) -> int:
         """The number of completions of each prompt."""

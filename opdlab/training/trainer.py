@@ -153,12 +153,8 @@ class Trainer:
         texts = self.task.texts(self.tokenizer, prompts)
         how: Any = {"max_new_tokens": self.experiment.max_new_tokens, "temperature": self.experiment.temperature}
         how |= {"samples": recipe.samples, "generator": torch_generator(random_numbers(seed, "rollouts", step))}
-        by_teacher = round(self.arm.teacher_share * len(prompts))
-        rollouts = Rollouts([], [])
-        for writer, part in ((self.teacher, texts[:by_teacher]), (self.writer, texts[by_teacher:])):
-            if part:
-                rollouts += sample(self.in_dtype(writer), self.tokenizer, part, **how)
-        if self.writer is self.teacher or by_teacher:
+        rollouts = sample(self.in_dtype(self.writer), self.tokenizer, texts, **how)
+        if self.writer is self.teacher:
             return rollouts, None
         return rollouts, score(self.tokenizer, self.task, prompts, rollouts)
 

@@ -106,7 +106,6 @@ def test_what_it_refuses(lab):
         ("sft_matched", "rollouts by the teacher and the loss cross_entropy"),
         ("opd_sign", "rollouts by the student and the loss opd_sign"),
         ("opd_top25", "tokens"),
-        ("opd_teacher50", "teacher_share"),
         ("opd_update4", "projection"),
         ("opd_mix50", "alpha"),
         ("opd_balanced25", "alpha, balanced"),
