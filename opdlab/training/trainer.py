@@ -71,6 +71,16 @@ def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], ro
     return torch.tensor(rewards)
 
 
+def check_finite(experiment: Experiment, numbers: dict[str, float], step: int) -> None:
+    """Raise an OpdlabError that names the first of some numbers of a step, counted from 1, that is not finite."""
+    for what, number in numbers.items():
+        if not math.isfinite(number):
+            raise OpdlabError(
+                f"{what} of {experiment.title!r} is {number} at step {step}: lower its learning rate "
+                f"({experiment.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
+            )
+
+
 class Trainer:
     """The models, the task and the optimizer of a run: what one training step works on."""
 
@@ -109,7 +119,7 @@ class Trainer:
         advantages = objectives.grpo_advantages(rewards, rollouts.samples) if self.arm.reads_rewards else None
         sums, gradients = self._gradients(step, rollouts, advantages)
         # What is not finite first says why: entropy is of the student's logits alone, the divergence of both models'.
-        self._check_finite({f"the {what}": sums[name] for name, what in _SUMS.items()}, step)
+        check_finite(self.experiment, {f"the {what}": sums[name] for name, what in _SUMS.items()}, step + 1)
         mixed = self._mix(gradients)
         if self.projector and self.projector.acts_on == "gradient":
             self.projector.project_gradients(dict(self.student.named_parameters()))
@@ -119,7 +129,7 @@ class Trainer:
         if not skipped:
             self._update(step)
         update_norm = self.update_norm()
-        self._check_finite({"the norm of the update": update_norm}, step)
+        check_finite(self.experiment, {"the norm of the update": update_norm}, step + 1)
         return {
             "step": step + 1,
             "loss": sums["loss"],
@@ -133,14 +143,6 @@ class Trainer:
             "cut": 1 - float(np.mean(have_ended(self.tokenizer, rollouts))),
             "seconds": round(clock() - began, 4),
         } | mixed
-
-    def _check_finite(self, numbers: dict[str, float], step: int) -> None:
-        for what, number in numbers.items():
-            if not math.isfinite(number):
-                raise OpdlabError(
-                    f"{what} of {self.experiment.title!r} is {number} at step {step + 1}: lower its learning rate "
-                    f"({self.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
-                )
 
     def batch(self, step: int) -> tuple[Rollouts, Tensor | None]:
         """Return the completions of a step, and their rewards (B,) if a student wrote them."""

@@ -57,7 +57,7 @@ from opdlab.training.objectives import grpo_advantages
 from opdlab.training.opening import link_for_vllm, open_for_trl
 from opdlab.training.rollouts import Rollouts, encode_completions
 from opdlab.training.store import Run, alone
-from opdlab.training.trainer import random_numbers, score
+from opdlab.training.trainer import check_finite, random_numbers, score
 
 #: The first word of TRL's trainer and its configuration, by who writes the completions and the loss.
 TRAINERS = {
@@ -195,9 +195,6 @@ def launch(
     Raises:
         OpdlabError: if a model is missing, or training fails.
     """
-    for model in (experiment.arm.student, experiment.arm.teacher):
-        if model and not dry_run and not Path(model.folder).is_dir():
-            raise OpdlabError(f"there is no model in {model.folder}: make it first, or give the folder of another")
     name = f"{experiment.title}-seed{experiment.seed}"
     with suppress(OpdlabError) if dry_run else nullcontext():  # then without the key, if its models are not here
         name = experiment.folder
@@ -221,14 +218,10 @@ def launch(
 
 
 def write(config: dict, experiment: Experiment, callback: Callable, folder: Path) -> list[str]:
-    """Write a run's files and return the words of its command, or raise an OpdlabError if its task cannot be packed."""
+    """Write a run's files and return the words of its command."""
     write_json(folder / "trl.json", config)
     write_json(folder / "accelerate.json", accelerate_arguments(config))
-    try:
-        packed = pickle.dumps((config, experiment, callback))
-    except (pickle.PicklingError, AttributeError) as problem:
-        what = f"task {experiment.task.name!r} cannot be handed to other processes ({problem})"
-        raise OpdlabError(f"{what}: put its reward in a module") from problem
+    packed = pickle.dumps((config, experiment, callback))
     write_whole(folder / "run.pickle", lambda temporary: temporary.write_bytes(packed))
     program = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
     options = ["--config_file", f"{folder / 'accelerate.json'}", "-m", "opdlab.training.trl"]
@@ -340,12 +333,8 @@ class _Own(_Trainer, transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse weights that are not finite, before they are written anywhere, and say when to write a checkpoint."""
         parts = [part.to_local() if hasattr(part, "to_local") else part for part in kwargs["model"].parameters()]
-        wrong = torch.stack([(~part.isfinite()).sum() for part in parts]).sum()
-        if self.accelerator.gather(wrong).any():
-            raise OpdlabError(
-                f"weights of {self.experiment.title!r} are not finite after step {state.global_step}: lower its "
-                f"learning rate ({self.experiment.recipe.learning_rate:g}); the run is kept up to its last checkpoint"
-            )
+        total = self.accelerator.gather(torch.stack([part.detach().sum() for part in parts])).sum()
+        check_finite(self.experiment, {"the sum of the weights": float(total)}, state.global_step)
         every = max(1, state.max_steps // CHECKPOINTS)
         control.should_save = state.global_step % every == 0 and state.global_step < state.max_steps
 

@@ -37,7 +37,6 @@ from opdlab.training import trl as engine
 from opdlab.training.arms import Model
 from opdlab.training.config import Experiment
 from opdlab.training.opening import link_for_vllm
-from opdlab.training.tasks import Task
 from opdlab.training.trainer import Trainer, random_numbers
 from opdlab.training.trl import accelerate_arguments, configure
 
@@ -122,18 +121,9 @@ def test_what_it_refuses(lab):
         with pytest.raises(OpdlabError, match=f"^{processes} processes cannot share a batch of 16 completions"):
             configure(opd, processes, gpu=False, vllm=False)
     empty = replace(lab, root=lab.root / "empty").experiment("opd")
-    with pytest.raises(OpdlabError, match=r"there is no model in .*empty/data/models/smoke/anchor: make it first"):
+    with pytest.raises(OpdlabError, match=r"there is no model folder .*empty/data/models/smoke/anchor; run 'opdlab"):
         config = configure(empty, 1, gpu=False, vllm=False)
         engine.launch(empty, config, lab.root / "empty", callback_for, produces=None, dry_run=False)
-
-
-def test_a_reward_that_no_other_process_can_have_is_refused(lab, tmp_path):
-    rows = [{"prompt": f"Q{n}+1=?A:", "answer": str(n + 1)} for n in range(40)]
-    own = Task.from_dataset(rows, reward=lambda prompt, completion, answer: 0.0, name="mine", chat=False)
-    rlvr = replace(lab.experiment("rlvr"), task=own)
-    config = configure(rlvr, 1, gpu=False, vllm=False)
-    with pytest.raises(OpdlabError, match=r"task 'mine' cannot be handed .*put its reward in a module"):
-        engine.write(config, rlvr, callback_for, tmp_path)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
