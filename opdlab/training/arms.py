@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
 from opdlab.models.pieces import weights_digest
 from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
-from opdlab.training.rules import SHARE, check_fields, number, one_of, whole
+from opdlab.training.rules import OPTIONAL_SHARE, Checked, number, one_of, whole
 
 if TYPE_CHECKING:
     from opdlab.training.config import Experiment
@@ -50,27 +51,20 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokens(Checked):
     """Which tokens count: the share with the largest key, ranked by one of :data:`opdlab.training.losses.RANKINGS`."""
 
     ranking: str
     share: float
     per_completion: bool = True  #: or ranked within the whole batch
 
-    def __post_init__(self) -> None:
-        """Refuse an unknown ranking and a share that keeps no token."""
-        share = number("a number above 0 and up to 1", lambda share: 0 < share <= 1)
-        check_fields(self, {"ranking": one_of(*RANKINGS), "share": share})
-
-
-_PROJECTION = {
-    "start": number("a number from 0 to below 1", lambda share: 0 <= share < 1), "k": whole(1),
-    "space": one_of("update", "weights", "random"), "acts_on": one_of("update", "gradient"),
-}  # fmt: skip
+    rules = MappingProxyType({
+        "ranking": one_of(*RANKINGS), "share": number("a number above 0 and up to 1", lambda share: 0 < share <= 1),
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Projection:
+class Projection(Checked):
     """What training is projected onto, and from when on (2606.07082, section 4). Embeddings and norms stay free.
 
     The ``space`` is "update", the top right singular vectors of the update W_t - W_0 so far; "weights", those of W_0;
@@ -84,19 +78,14 @@ class Projection:
     source: Experiment | None = None  #: whose update gives the directions, at the same step; None for the run's own
     rescale: bool = False  #: give a projected update the norm that it had before
 
-    def __post_init__(self) -> None:
-        """Refuse what projects nothing, and a space that there is not."""
-        check_fields(self, _PROJECTION)
-
-
-_ARM = {
-    "rollouts_by": one_of(*WRITERS), "loss": one_of(*LOSSES), "optimizer": one_of("adamw", "sgd", "muon"),
-    "weight_dtype": one_of("float32", "bfloat16", "float16"),
-}  # fmt: skip
+    rules = MappingProxyType({
+        "start": number("a number from 0 to below 1", lambda share: 0 <= share < 1), "k": whole(1),
+        "space": one_of("update", "weights", "random"), "acts_on": one_of("update", "gradient"),
+    })  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(Checked):
     """One way of training: from which model, on whose completions, by which loss."""
 
     student: Model
@@ -110,9 +99,14 @@ class Arm:
     optimizer: str = "adamw"  #: or "sgd" or "muon"
     weight_dtype: str = "float32"  #: that weights are rounded to after each step
 
+    rules = MappingProxyType({
+        "rollouts_by": one_of(*WRITERS), "loss": one_of(*LOSSES), "optimizer": one_of("adamw", "sgd", "muon"),
+        "alpha": OPTIONAL_SHARE, "weight_dtype": one_of("float32", "bfloat16", "float16"),
+    })  # fmt: skip
+
     def __post_init__(self) -> None:
         """Refuse what no step could be made of."""
-        check_fields(self, _ARM | ({} if self.alpha is None else {"alpha": SHARE}))
+        super().__post_init__()
         if (self.reads_teacher or self.rollouts_by == "teacher") and self.teacher is None:
             raise OpdlabError(f"the loss {self.loss!r} on rollouts by the {self.rollouts_by} needs a teacher: give one")
         if self.reads_rewards and self.rollouts_by in ("task", "teacher"):

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import cos, inf, pi
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -21,7 +21,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
 from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, changed_fields
-from opdlab.training.rules import LIMIT, POSITIVE, STEPS, Rule, check_fields, number, one_of, whole
+from opdlab.training.rules import LIMIT, POSITIVE, STEPS, Checked, number, one_of, whole
 from opdlab.training.tasks import Task
 
 #: What other libraries call a field, and what it is called here.
@@ -34,26 +34,10 @@ ELSEWHERE = {
 LARGEST_RATE = 1e30
 _DTYPE = one_of("float32", "bfloat16")
 _BETAS = (lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1")
-#: What the fields of each part must be.
-RULES: dict[str, dict[str, Rule]] = {
-    "Recipe": {
-        "steps": whole(1), "prompts": whole(1), "samples": whole(1),
-        "learning_rate": number(f"a number above 0 and up to {LARGEST_RATE:g}", lambda rate: 0 < rate <= LARGEST_RATE),
-        "schedule": one_of("constant", "cosine"), "warmup": whole(0), "betas": _BETAS, "clip": LIMIT,
-        "weight_decay": number("a number, 0 or above", lambda decay: 0 <= decay < inf),
-    },
-    "Compute": {
-        "dtype": _DTYPE, "cpu_dtype": _DTYPE, "micro_batch": whole(1), "threads": whole(1), "tokens_at_once": whole(0),
-    },
-    "Experiment": {
-        "seed": whole(0), "max_new_tokens": whole(1), "temperature": POSITIVE, "evaluations": STEPS,
-        "evaluation_prompts": whole(1), "evaluation_samples": whole(1), "snapshots": STEPS,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """The budget and the optimizer of a run. A batch is ``prompts`` x ``samples`` completions."""
 
     steps: int
@@ -68,9 +52,12 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse what no optimizer could use."""
-        check_fields(self, RULES["Recipe"])
+    rules = MappingProxyType({
+        "steps": whole(1), "prompts": whole(1), "samples": whole(1),
+        "learning_rate": number(f"a number above 0 and up to {LARGEST_RATE:g}", lambda rate: 0 < rate <= LARGEST_RATE),
+        "schedule": one_of("constant", "cosine"), "warmup": whole(0), "betas": _BETAS, "clip": LIMIT,
+        "weight_decay": number("a number, 0 or above", lambda decay: 0 <= decay < inf),
+    })  # fmt: skip
 
     @property
     def completions(self) -> int:
@@ -94,7 +81,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Compute:
+class Compute(Checked):
     """How a run is computed. None of it is meant to change a result by more than rounding."""
 
     dtype: str = "float32"  #: of the passes on a GPU; weights and moments stay float32
@@ -105,9 +92,9 @@ class Compute:
     tokens_at_once: int = 0  #: completion tokens whose logits are held at once; 0 for those of a whole micro-batch
     recompute: bool = False  #: compute the activations of a layer again instead of keeping them
 
-    def __post_init__(self) -> None:
-        """Refuse what no pass computes in."""
-        check_fields(self, RULES["Compute"])
+    rules = MappingProxyType({
+        "dtype": _DTYPE, "cpu_dtype": _DTYPE, "micro_batch": whole(1), "threads": whole(1), "tokens_at_once": whole(0),
+    })  # fmt: skip
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """Return what passes compute in on a device; an OpdlabError if in bfloat16 on a CPU that lacks it."""
@@ -126,7 +113,7 @@ class Compute:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Checked):
     """Everything that decides a run."""
 
     arm: Arm
@@ -142,9 +129,10 @@ class Experiment:
     compute: Compute = Compute()
     name: str = ""  #: of the run in folders and messages; it decides nothing
 
-    def __post_init__(self) -> None:
-        """Refuse numbers that no step could be made with."""
-        check_fields(self, RULES["Experiment"])
+    rules = MappingProxyType({
+        "seed": whole(0), "max_new_tokens": whole(1), "temperature": POSITIVE, "evaluations": STEPS,
+        "evaluation_prompts": whole(1), "evaluation_samples": whole(1), "snapshots": STEPS,
+    })  # fmt: skip
 
     @property
     def begin(self) -> int | None:

@@ -1,9 +1,10 @@
-"""Rules for the fields of an experiment: a table of them for each part, and one sentence for what breaks one."""
+"""Rules for the fields of an experiment: each part has a table of them, and one sentence says what breaks one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
 from opdlab.errors import OpdlabError
@@ -12,17 +13,22 @@ from opdlab.errors import OpdlabError
 Rule = tuple[Callable[[Any], bool], str]
 
 
-def check_fields(owner: Any, rules: Mapping[str, Rule]) -> None:
-    """Raise an OpdlabError about the first field of ``owner`` that breaks its rule.
+class Checked:
+    """A part of an experiment, whose fields are checked by its ``rules`` as soon as it is made.
 
-    >>> from types import SimpleNamespace
-    >>> check_fields(SimpleNamespace(steps=0), {"steps": whole(1)})
+    >>> from opdlab.training.config import Recipe
+    >>> Recipe(steps=0)
     Traceback (most recent call last):
     opdlab.errors.OpdlabError: steps is 0: give a whole number above 0
     """
-    for name, (fits, wanted) in rules.items():
-        if not fits(value := getattr(owner, name)):
-            raise OpdlabError(f"{name} is {value!r}: give {wanted}")
+
+    rules = MappingProxyType[str, Rule]({})
+
+    def __post_init__(self) -> None:
+        """Raise an OpdlabError about the first field that breaks its rule."""
+        for name, (fits, wanted) in self.rules.items():
+            if not fits(value := getattr(self, name)):
+                raise OpdlabError(f"{name} is {value!r}: give {wanted}")
 
 
 def whole(least: int) -> Rule:
@@ -40,10 +46,10 @@ def one_of(*choices: str) -> Rule:
     return lambda value: value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
-#: A finite number above 0; one that may be infinite; a share of a whole; and some steps.
+#: A finite number above 0; one that may be infinite; a share of a whole, or None; and some steps.
 POSITIVE = number("a number above 0", lambda value: 0 < value < inf)
 LIMIT = number("a number above 0", lambda value: value > 0)
-SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+OPTIONAL_SHARE: Rule = (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number from 0 to 1")
 STEPS: Rule = (lambda value: isinstance(value, tuple) and all(_is_whole(step, 0) for step in value), "a tuple of steps")
 
 
