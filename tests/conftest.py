@@ -70,7 +70,6 @@ def more_arms():
     vary(arms, "opd", "opd_muon", "Muon", optimizer="muon")
     vary(arms, "opd", "opd_top1", "top 1 %", tokens=Tokens("log-ratio", 0.01, per_completion=False))
     vary(arms, "opd", "opd_mix25", "α = 0.25", alpha=0.25)
-    vary(arms, "opd", "opd_balanced25", "α = 0.25, balanced", alpha=0.25, balanced=True)
     for name, label, projection in (
         ("opd_update2", "updates in 2", Projection(k=2)),
         ("opd_rescaled4", "updates in 4, full size", Projection(k=4, rescale=True)),

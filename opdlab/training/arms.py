@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 #: as it was at the start.
 WRITERS = ("task", "student", "teacher", "initial student")
 #: The estimators of OPD's objective, and the loss that each of them is.
-ESTIMATORS = {
-    "sampled": "opd_sampled", "full": "reverse_kl", "forward": "forward_kl", "sign": "opd_sign",
-    "sequence mean": "opd_sequence_mean",
-}  # fmt: skip
+ESTIMATORS = {"sampled": "opd_sampled", "full": "reverse_kl"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,6 @@ class Arm(Checked):
     teacher: Model | None = None  #: grades or writes
     tokens: Tokens | None = None  #: which tokens count; None for all
     alpha: float | None = None  #: weight of ``loss`` in a mixture with RLVR's, which gets the rest
-    balanced: bool = False  #: mix gradients scaled to equal norms, not the raw ones
     projection: Projection | None = None
     optimizer: str = "adamw"  #: or "sgd" or "muon"
     weight_dtype: str = "float32"  #: that weights are rounded to after each step
@@ -160,26 +156,21 @@ def sft(student: Model | str | Path, *, teacher: Model | str | Path | None = Non
     With a teacher, its completions are imitated instead (matched SFT, the control of the book). A model is given by its
     folder; ``variant`` sets other fields of :class:`Arm`.
     """
-    return Arm(
-        _model("student", student),
-        "task" if teacher is None else "teacher",
-        "cross_entropy",
-        _model("teacher", teacher),
-        **variant,
-    )
+    author = "task" if teacher is None else "teacher"
+    return Arm(_model("student", student), author, "cross_entropy", _model("teacher", teacher), **variant)
 
 
 def opd(student: Model | str | Path, teacher: Model | str | Path, *, estimator: str = "sampled", **variant: Any) -> Arm:
     """On-policy distillation: the student writes, and the teacher grades each token (2606.07082, section 5).
 
     Models are given by their folders, and share a vocabulary. The estimator of the reverse KL is "sampled" (the
-    paper's), "full" (over the whole vocabulary) or another of :data:`ESTIMATORS`; any other raises an OpdlabError.
-    ``variant`` sets fields of :class:`Arm`, such as ``tokens`` (:func:`top`) and ``projection`` (:func:`project`).
+    paper's) or "full" (over the whole vocabulary); any other raises an OpdlabError. ``variant`` sets fields of
+    :class:`Arm`, such as ``tokens`` (:func:`top`), ``projection`` (:func:`project`) and ``loss="forward_kl"``.
     """
     if estimator not in ESTIMATORS:
         raise OpdlabError(f"there is no estimator {estimator!r}; choose one of {', '.join(ESTIMATORS)}")
-    options = {"rollouts_by": "student"} | variant
-    return Arm(_model("student", student), loss=ESTIMATORS[estimator], teacher=_model("teacher", teacher), **options)
+    options = {"rollouts_by": "student", "loss": ESTIMATORS[estimator]} | variant
+    return Arm(_model("student", student), teacher=_model("teacher", teacher), **options)
 
 
 def rlvr(student: Model | str | Path, *, teacher: Model | str | Path | None = None, **variant: Any) -> Arm:

@@ -50,10 +50,6 @@ READ_REWARDS = {"grpo"}
 # --- which tokens count ---------------------------------------------------------------------------------------------
 
 
-def _log_ratio(student: Tensor, tokens: Tensor, teacher: Tensor, noise: Any = None) -> Tensor:
-    return token_logps(student, tokens) - token_logps(teacher, tokens)
-
-
 def _place(student: Tensor, tokens: Tensor, teacher: Any = None, noise: Any = None) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape).double()
 
@@ -61,8 +57,7 @@ def _place(student: Tensor, tokens: Tensor, teacher: Any = None, noise: Any = No
 #: What can rank tokens, largest first, (student logits (B, T, V), tokens (B, T), teacher logits (B, T, V) or None,
 #: noise (B, T) or None) -> (B, T). The log-ratio is the paper's; chance is the noise, which its caller draws.
 RANKINGS: dict[str, Callable[..., Tensor]] = {
-    "log-ratio": _log_ratio,
-    "absolute log-ratio": lambda *of: _log_ratio(*of).abs(),
+    "log-ratio": lambda student, tokens, teacher, *_: token_logps(student, tokens) - token_logps(teacher, tokens),
     "entropy": lambda student, *_: objectives.entropy(student),
     "random": lambda student, tokens, teacher, noise: noise,
     "first": lambda *of: -_place(*of),

@@ -252,9 +252,7 @@ class Trainer:
             return {}
         first, second = gradients.values()
         norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
-        reference = norms[self.arm.loss]
-        scales = {name: reference / max(norm, 1e-12) if self.arm.balanced else 1.0 for name, norm in norms.items()}
-        mixed: Any = sum(share * scales[name] * gradients[name] for name, share in self.arm.losses.items())
+        mixed: Any = sum(share * gradients[name] for name, share in self.arm.losses.items())
         weights = list(self.student.parameters())
         for weight, gradient in zip(weights, mixed.split([w.numel() for w in weights]), strict=True):
             weight.grad = gradient.view_as(weight)

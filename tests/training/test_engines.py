@@ -107,7 +107,6 @@ def test_what_it_refuses(lab):
         ("opd_top25", "tokens"),
         ("opd_update4", "projection"),
         ("opd_mix50", "alpha"),
-        ("opd_balanced25", "alpha, balanced"),
         ("opd_sgd", "optimizer"),
         ("opd_bf16", "weight_dtype"),
         ("base", "it starts from random weights"),

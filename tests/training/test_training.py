@@ -263,7 +263,7 @@ def gradient(subject):
 
 def test_a_mixture_is_the_sum_of_its_gradients(lab):
     found = {}
-    for arm in ("opd", "rlvr", "opd_mix25", "opd_balanced25"):
+    for arm in ("opd", "rlvr", "opd_mix25"):
         subject = trainer(lab, arm, clip=1e9)
         rollouts, rewards = subject.batch(0)
         rewards = torch.arange(float(len(rewards))) % 3
@@ -272,8 +272,6 @@ def test_a_mixture_is_the_sum_of_its_gradients(lab):
         found[arm] = gradient(subject)
     opd, rlvr = found["opd"], found["rlvr"]
     torch.testing.assert_close(found["opd_mix25"], 0.25 * opd + 0.75 * rlvr, rtol=1e-4, atol=1e-6)
-    balanced = 0.25 * opd + 0.75 * rlvr * opd.norm() / rlvr.norm()
-    torch.testing.assert_close(found["opd_balanced25"], balanced, rtol=1e-4, atol=1e-6)
     assert line["grad_norm_opd_sampled"] == pytest.approx(float(opd.norm()), rel=1e-4)
     assert line["grad_norm_grpo"] == pytest.approx(float(rlvr.norm()), rel=1e-4)
     assert line["grad_cosine"] == pytest.approx(float(opd @ rlvr / opd.norm() / rlvr.norm()), abs=1e-4)
