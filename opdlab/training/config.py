@@ -101,10 +101,7 @@ class Compute(Checked):
         if device.type == "cuda":
             return getattr(torch, self.dtype)
         if self.cpu_dtype == "bfloat16" and not computes_in_bfloat16():
-            raise OpdlabError(
-                "the passes are to be in bfloat16, and this CPU has no avx512_bf16: take one that has it, or another "
-                "scale, or for an experiment of your own cpu_dtype='float32'"
-            )
+            raise OpdlabError("cpu_dtype is bfloat16, and this CPU has no avx512_bf16: give float32, or another scale")
         return getattr(torch, self.cpu_dtype)
 
     def differs_between_processors(self, device: torch.device) -> bool:

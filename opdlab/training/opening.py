@@ -92,10 +92,8 @@ def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
     """Leave what is no token without probability, by a bias: TRL reads weights and bias of the output layer itself."""
     layer = model.get_output_embeddings()
     if layer.bias is not None:
-        raise OpdlabError(
-            f"{model.name_or_path} has {len(layer.weight)} logits for {count} tokens and a bias on them, which TRL "
-            "cannot be told to leave out: train it with opdlab's own loop"
-        )
+        what = f"{model.name_or_path} has a bias on its {len(layer.weight)} logits for {count} tokens"
+        raise OpdlabError(f"{what}, which TRL cannot leave out: train it with opdlab's own loop")
     bias = torch.zeros(len(layer.weight), dtype=dtype)
     bias[count:] = -1e4
     del layer.bias  # to be no weight, but a buffer that is not saved

@@ -208,11 +208,6 @@ class Trained:
         """
         if self.run.experiment.arm.student.shape:
             raise OpdlabError("a student that starts from random weights has no update to measure: train it on")
-        if self.history["skipped"].all():
-            raise OpdlabError(
-                f"no step of {self.run.experiment.title} changed a weight, since all completions of a prompt always "
-                "earned the same: give a reward that tells them apart, or a student that is right now and then"
-            )
         origin, *steps = self.run.experiment.kept
         path = [self.run.snapshot_path(step) for step in steps]
         return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)

@@ -92,10 +92,8 @@ class Trainer:
         self.dtype = experiment.compute.dtype_on(self.device)
         prompts = self.task.prompts(min(2, self.recipe.prompts), random_numbers(experiment.seed, "prompts", 0))
         self.tokenizer, self.student, self.teacher = open_models(experiment, prompts, self.device, self.dtype)
-        if self.arm.projection:
-            projected_matrices(
-                self.arm.projection, dict(self.student.named_parameters())
-            )  # which refuses a k that does not fit
+        if self.arm.projection:  # whose k may not fit
+            projected_matrices(self.arm.projection, dict(self.student.named_parameters()))
         self.round_weights()
         self.origin = {name: weight.detach().clone() for name, weight in self.student.named_parameters()}
         writers = {"student": self.student, "teacher": self.teacher, "task": None}

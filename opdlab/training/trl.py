@@ -175,8 +175,6 @@ def check_ready(config: dict) -> None:
             f"{config['arm']!r} needs {config['processes']} CUDA GPUs, and this machine has {gpus}: run it where they "
             "are, or only write its configuration with --dry-run"
         )
-    if arguments.get("use_vllm") and not importlib.util.find_spec("vllm"):
-        raise OpdlabError(f"{config['arm']!r} samples with vLLM: pip install 'trl[vllm]'")
 
 
 def launch(
