@@ -15,7 +15,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.files import local_folder
 from opdlab.models.pieces import weights_digest
 from opdlab.training.losses import LOSSES, RANKINGS, READ_REWARDS, READ_TEACHER
-from opdlab.training.rules import OPTIONAL_SHARE, Checked, number, one_of, whole
+from opdlab.training.rules import OPTIONAL_SHARE, Checked, number, of_kind, one_of, whole
 
 if TYPE_CHECKING:
     from opdlab.training.config import Experiment
@@ -98,6 +98,9 @@ class Arm(Checked):
     rules = MappingProxyType({
         "rollouts_by": one_of(*WRITERS), "loss": one_of(*LOSSES), "optimizer": one_of("adamw", "sgd", "muon"),
         "alpha": OPTIONAL_SHARE, "weight_dtype": one_of("float32", "bfloat16", "float16"),
+        "student": of_kind(Model, "a Model"), "teacher": of_kind(Model | None, "a Model"),
+        "tokens": of_kind(Tokens | None, "what top or random_tokens returns"),
+        "projection": of_kind(Projection | None, "what project returns"),
     })  # fmt: skip
 
     def __post_init__(self) -> None:

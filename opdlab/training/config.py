@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import cos, inf, pi
-from types import MappingProxyType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
 from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, changed_fields
-from opdlab.training.rules import LIMIT, POSITIVE, STEPS, Checked, number, one_of, whole
+from opdlab.training.rules import FLAG, LIMIT, POSITIVE, STEPS, Checked, number, of_kind, one_of, whole
 from opdlab.training.tasks import Task
 
 #: What other libraries call a field, and what it is called here.
@@ -94,6 +94,7 @@ class Compute(Checked):
 
     rules = MappingProxyType({
         "dtype": _DTYPE, "cpu_dtype": _DTYPE, "micro_batch": whole(1), "threads": whole(1), "tokens_at_once": whole(0),
+        "gpu": FLAG, "recompute": FLAG,
     })  # fmt: skip
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
@@ -127,8 +128,8 @@ class Experiment(Checked):
     name: str = ""  #: of the run in folders and messages; it decides nothing
 
     rules = MappingProxyType({
-        "seed": whole(0), "max_new_tokens": whole(1), "temperature": POSITIVE, "evaluations": STEPS,
-        "evaluation_prompts": whole(1), "evaluation_samples": whole(1), "snapshots": STEPS,
+        "seed": whole(0), "max_new_tokens": whole(1), "temperature": POSITIVE, "evaluations": STEPS, "snapshots": STEPS,
+        "evaluation_prompts": whole(1), "evaluation_samples": whole(1), "name": of_kind(str, "a text"),
     })  # fmt: skip
 
     @property
@@ -201,32 +202,16 @@ def with_fields(experiment: Experiment, settings: dict[str, Any]) -> Experiment:
     """Return an experiment with fields replaced by name, be they its own or of its recipe, arm or compute.
 
     Raises:
-        OpdlabError: if no part has such a field, naming those that are near, or a value is of another kind.
+        OpdlabError: if no part has such a field, naming those that are near, or a value breaks its rule.
     """
     parts = {part: getattr(experiment, part) for part in ("recipe", "arm", "compute")}
-    owners = {"": experiment} | parts
-    known = {name: (part, kind) for part in owners for name, kind in get_type_hints(type(owners[part])).items()}
-    changes: dict[str, dict[str, Any]] = {part: {} for part in owners}
+    part_of = {item.name: part for part, owner in ({"": experiment} | parts).items() for item in fields(owner)}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in ("", *parts)}
     for name, value in settings.items():
-        if name not in known:
-            names = [name for name in known if name not in parts]
-            near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, names, 3) or sorted(names)
+        if name not in part_of:
+            names = sorted(part_of.keys() - parts.keys())
+            near = [ELSEWHERE[name]] if name in ELSEWHERE else get_close_matches(name, names, 3) or names
             raise OpdlabError(f"an experiment has no field {name!r}: choose another, such as {', '.join(near)}")
-        part, kind = known[name]
-        if not _fits(value, kind):
-            raise OpdlabError(f"{name} is {value!r}, which is no {getattr(kind, '__name__', kind)}: give one")
-        changes[part][name] = value
+        changes[part_of[name]][name] = value
     changed = {part: replace(owner, **changes[part]) for part, owner in parts.items()}
     return replace(experiment, **changed | changes[""])
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a value is of the kind that a field is declared with."""
-    if get_origin(kind) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(kind))
-    if get_origin(kind) is tuple:
-        items, *_ = get_args(kind)
-        return isinstance(value, tuple) and all(_fits(item, items) for item in value)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

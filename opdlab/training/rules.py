@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import Any
 
 from opdlab.errors import OpdlabError
@@ -46,11 +46,17 @@ def one_of(*choices: str) -> Rule:
     return lambda value: value in choices, f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
-#: A finite number above 0; one that may be infinite; a share of a whole, or None; and some steps.
+def of_kind(kind: type | UnionType, wanted: str) -> Rule:
+    """Ask for an object of a class, or of one of several; a message says what is ``wanted``."""
+    return lambda value: isinstance(value, kind), wanted
+
+
+#: A finite number above 0; one that may be infinite; a share of a whole, or None; some steps; and yes or no.
 POSITIVE = number("a number above 0", lambda value: 0 < value < inf)
 LIMIT = number("a number above 0", lambda value: value > 0)
 OPTIONAL_SHARE: Rule = (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number from 0 to 1")
 STEPS: Rule = (lambda value: isinstance(value, tuple) and all(_is_whole(step, 0) for step in value), "a tuple of steps")
+FLAG = of_kind(bool, "True or False")
 
 
 def _is_whole(value: Any, least: int) -> bool:

@@ -738,8 +738,8 @@ NO = [
         ({"max_new_tokens": 28}, r"^the prompt '<\|user\|>.*' has 5 tokens, but only 4 fit the context"),
         ({"sample": 4}, r"^an experiment has no field 'sample': choose another, such as samples"),
         ({"num_generations": 4}, r"^an experiment has no field 'num_generations': choose another, such as samples$"),
-        ({"samples": "four"}, r"^samples is 'four', which is no int: give one$"),
-        ({"tokens": 0.25}, r"^tokens is 0.25, which is no .*Tokens \| None: give one$"),
+        ({"samples": "four"}, r"^samples is 'four': give a whole number above 0$"),
+        ({"tokens": 0.25}, r"^tokens is 0.25: give what top or random_tokens returns$"),
     ],
 )
 def test_settings_that_cannot_be(settings, message, models, tmp_path):
@@ -838,7 +838,7 @@ def test_the_command_line_trains_on_data_of_ones_own(shell, capsys):
     ("options", "message"),
     [
         (["--set", "sampels=2"], "an experiment has no field 'sampels': choose another, such as samples"),
-        (["--set", "samples=two"], "samples is 'two', which is no int: give one"),
+        (["--set", "samples=two"], "samples is 'two': give a whole number above 0"),
         (["--set", "samples"], "--set samples has no value: write --set FIELD=VALUE"),
         (["--set", "tokens=open('x')"], "--set knows no open(...): write top, random_tokens or project"),
         (["--steps", "0"], "steps is 0: give a whole number above 0"),
