@@ -190,8 +190,7 @@ def _model(role: str, given: Model | str | Path | None) -> Any:
     if isinstance(given, Model) or (given is None and role == "teacher"):
         return given
     if not isinstance(given, str | Path):
-        what = "None" if given is None else f"an object ({type(given).__name__})"
-        raise OpdlabError(f"{role} is {what}: give the folder of a model, or OWNER/NAME on the hub")
+        raise OpdlabError(f"{role} is {given!r:.40}: give the folder of a model, or OWNER/NAME on the hub")
     return Model(str(given))
 
 

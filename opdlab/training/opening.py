@@ -68,7 +68,7 @@ def open_for_trl(
     They are as in :func:`open_models`, but only compared; a teacher that has not ``taught`` is not loaded.
 
     Raises:
-        OpdlabError: as :func:`open_alike` does, or if TRL cannot leave out what is no token.
+        OpdlabError: as :func:`open_alike` does.
     """
     arm = experiment.arm
     tokenizer, student, _ = open_alike(experiment, prompts)
@@ -91,9 +91,7 @@ def open_for_trl(
 def _hide_padding(model: Model, count: int, dtype: torch.dtype) -> None:
     """Leave what is no token without probability, by a bias: TRL reads weights and bias of the output layer itself."""
     layer = model.get_output_embeddings()
-    if layer.bias is not None:
-        what = f"{model.name_or_path} has a bias on its {len(layer.weight)} logits for {count} tokens"
-        raise OpdlabError(f"{what}, which TRL cannot leave out: train it with opdlab's own loop")
+    assert layer.bias is None, "no model of the scales has a bias there"
     bias = torch.zeros(len(layer.weight), dtype=dtype)
     bias[count:] = -1e4
     del layer.bias  # to be no weight, but a buffer that is not saved
