@@ -236,9 +236,7 @@ def _table(rows: Iterable[Any], columns: dict[str, str]) -> dict[str, tuple[str,
                 raise OpdlabError(f"{this} {has}: say which column it is by {role}=, or leave the row out")
         prompt, answer, demonstration = (_text(row[column], column, this) for column in columns.values())
         if table.setdefault(prompt, (answer, demonstration)) != (answer, demonstration):
-            raise OpdlabError(
-                f"row {number} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them"
-            )
+            raise OpdlabError(f"{this} asks {prompt[:60]!r} again with another {columns['answer']!r}: keep one of them")
     if len(table) < 2:
         raise OpdlabError("the data set has fewer than two different prompts: give more, as one at least is held out")
     return table
