@@ -280,7 +280,7 @@ def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
     tables = {name: pd.DataFrame(run.lines(name)) for name in ("history", "evaluations")}
     machine = read_json(run.folder / "provenance.json", REMEDY)
     for step in experiment.kept:
-        run.snapshot(step)  # Its checksum is looked at.
+        run.snapshot(step)  # Its digest is looked at.
     base, *path = map(run.snapshot_path, experiment.kept)
     job = Job(
         *open_all(base, path), steps=experiment.kept[1:], seed=experiment.seed, blocks=LAYERS,
@@ -298,7 +298,7 @@ def find_tables(arm: str, seed: int, lab: Laboratory) -> Path:
     description = {
         **who,
         "key": experiment.key,
-        "weights": tensors_digest(run.snapshot_path(run.steps)),
+        "weights": tensors_digest(run.snapshot(run.steps)),
         "seconds": round(float(tables["history"]["seconds"].sum()), 1),
         **decides,
         **machine,

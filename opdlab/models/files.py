@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -189,18 +188,11 @@ def _defined(value: object) -> object:
 def save_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write tensors, and text as metadata, to a safetensors file; raises as :func:`write_whole` does.
 
-    Their checksum is written too, by which :func:`load_tensors` finds a file whose bytes have changed.
+    Their digest is written too, by which :func:`load_tensors` finds a file whose bytes have changed.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata["crc32"] = _checksum(tensors)
+    metadata["digest"] = tensors_digest(tensors)
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    found = 0
-    for _, tensor in sorted(tensors.items()):
-        found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -211,19 +203,24 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as problem:
         raise OpdlabError(f"{path} is missing, truncated or not a safetensors file: {remedy}") from problem
-    if metadata.get("crc32") not in (None, _checksum(tensors)):
-        raise OpdlabError(f"{path} is damaged, as its checksum tells: {remedy}")
+    if metadata.get("digest") not in (None, tensors_digest(tensors)):
+        raise OpdlabError(f"{path} is damaged, as its digest tells: {remedy}")
     return tensors, metadata
 
 
 def content_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of the bytes of a tensor, on whatever device it is."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
-def tensors_digest(path: Path) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the tensors in a snapshot: equal if they agree bit for bit."""
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """Return the first 16 hex digits of the SHA-256 of tensors and their names: equal if they agree bit for bit."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_tensors(path)[0].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -39,9 +39,10 @@ def _without(lines, *words):
 
 
 def _weights(folder):
-    from opdlab.models.files import tensors_digest
+    from opdlab.models.files import load_tensors, tensors_digest
 
-    return {path.name: tensors_digest(path) for path in sorted((folder / "snapshots").glob("*.safetensors"))}
+    paths = sorted((folder / "snapshots").glob("*.safetensors"))
+    return {path.name: tensors_digest(load_tensors(path)[0]) for path in paths}
 
 
 class Train:

@@ -130,7 +130,7 @@ def test_a_killed_run_resumes_bit_for_bit(arm, half, copy_of, tmp_path, monkeypa
     counts = []
     run = killed.train(arm, on_steps=counts.append)
     assert counts[0] > 0
-    assert tensors_digest(run.snapshot_path(STEPS)) == tensors_digest(whole.snapshot_path(STEPS))
+    assert tensors_digest(run.snapshot(STEPS)) == tensors_digest(whole.snapshot(STEPS))
     assert run.lines("evaluations") == whole.lines("evaluations")
 
 

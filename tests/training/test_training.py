@@ -28,7 +28,7 @@ STEPS = SMOKE.budget.recipes["arm"].steps
 
 
 def last_weights(run):
-    return tensors_digest(run.snapshot_path(run.steps))
+    return tensors_digest(run.snapshot(run.steps))
 
 
 def trainer(lab, arm, **recipe):
