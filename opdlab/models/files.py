@@ -5,7 +5,6 @@ So a killed program, or a loss of power, leaves the old file or the new one.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -14,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +68,25 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         OpdlabError: if the disk is full or the folder is not writable; ``path`` is then left unchanged.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as problem:
-        with suppress(OSError):
+        try:
+            write(temporary)
+            sync(temporary)
+            os.replace(temporary, path)
+        finally:
             temporary.unlink(missing_ok=True)
-        if getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem):
-            raise OpdlabError(f"the disk is full: {path} was not written; make room and run it again") from problem
-        raise OpdlabError(f"{path} cannot be written ({problem}); choose a folder that can be") from problem
+        sync(path.parent)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        raise OpdlabError(
+            f"{path} cannot be written ({problem}): make room, or choose a folder that can be, and run it again"
+        ) from problem
 
 
 def sync(path: Path) -> None:
@@ -106,11 +112,9 @@ def only_process(folder: Path, does: str) -> Iterator[None]:
     Raises:
         OpdlabError: if another process is there, called what it ``does``, or the folder is not writable.
     """
-    try:
+    with _writing(folder / "lock"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    except OSError as problem:
-        raise OpdlabError(f"{folder / 'lock'} cannot be written ({problem}); choose a folder that can be") from problem
     try:
         try:
             _lock(lock)
@@ -164,12 +168,9 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_json(path: Path, line: dict) -> None:
-    """Add a line to a file of JSON lines, or raise an OpdlabError that names it."""
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as problem:
-        raise OpdlabError(f"{path} cannot be written ({problem.strerror}); make room and run it again") from problem
+    """Add a line to a file of JSON lines, or raise an OpdlabError if it cannot be written."""
+    with _writing(path), open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
