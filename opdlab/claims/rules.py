@@ -230,7 +230,7 @@ def written_after(claims: Sequence[Claim], records: Records, folder: Path) -> se
     ``folder``, says what was in it; raises an OpdlabError if that file is damaged.
     """
     path = folder / "claims.json"
-    sets = read_json(path, "restore it") if path.is_file() else {}
+    sets = read_json(path) if path.is_file() else {}
 
     def named(contrast: Contrast) -> set[str]:
         rows = contrast.metric.rows(records) if contrast.metric.analysis else records.runs

@@ -84,7 +84,7 @@ def shape_of(name: str, lab: Laboratory) -> Shape:
     """Return the shape of a scale's model, from its folder or its source; raises an OpdlabError if neither tells."""
     models, file = lab.scale.models, lab.models / name / "config.json"
     if file.is_file():
-        return _measured(json.dumps(read_json(file, "restore or remake it")))
+        return _measured(json.dumps(read_json(file)))
     if name in models.shapes:
         return _measured(new_model(models.shapes[name], 0).config.to_json_string())
     if name not in models.pretrained:

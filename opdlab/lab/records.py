@@ -326,7 +326,7 @@ def _keep_claims(named: Sequence[str | None], lab: Laboratory) -> None:
     """Write down what is in the laboratory's set of claims, if new records name it."""
     if (own := config_key(dict(lab.claims))) in named:
         path = lab.records / "claims.json"
-        known = read_json(path, "restore it") if path.is_file() else {}
+        known = read_json(path) if path.is_file() else {}
         write_json(path, known | {own: dict(lab.claims)})
 
 

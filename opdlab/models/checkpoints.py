@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import read_json
 from opdlab.models.lora import with_adapter
 from opdlab.models.names import HEAD, canonical_name, embedding_of, plain_names, split_all
-from opdlab.models.pieces import FLOATS, Checkpoint, Piece, read_json, refuse_quantised, refuse_tensors, stored_pieces
+from opdlab.models.pieces import FLOATS, Checkpoint, Piece, refuse_quantised, refuse_tensors, stored_pieces
 
 # Constants that older models store alongside their weights.
 _BUFFERS = tuple(f".{block}.{buffer}" for block in ("attn", "attention") for buffer in ("bias", "masked_bias"))

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -154,11 +153,11 @@ def link_or_copy(path: Path, source: Path) -> None:
         write_whole(path, link)
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """Read a JSON file, or raise an OpdlabError with a ``remedy`` if it is missing or damaged."""
+def read_json(path: Path, remedy: str = "restore it") -> dict:
+    """Return the object in a JSON file, or raise an OpdlabError with a ``remedy`` if there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as problem:
+        return {**json.loads(path.read_text("utf-8"))}  # A list is not a mapping.
+    except (OSError, ValueError, TypeError) as problem:
         raise OpdlabError(f"{path} is missing or damaged ({problem}): {remedy}") from problem
 
 

@@ -179,7 +179,7 @@ def check_same_vocabulary(student: Path, teacher: Path) -> None:
         )
     for folder in (student, teacher):
         file = folder / "generation_config.json"
-        ends = read_json(file, "restore or remake it").get("eos_token_id") if file.is_file() else None
+        ends = read_json(file).get("eos_token_id") if file.is_file() else None
         if ends is not None and ours.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
             raise OpdlabError(
                 f"the model in {folder} ends a sequence with token {ends} (generation_config.json) and its tokenizer "

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import read_json
 from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
-from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_json, read_stored, refuse_foreign
+from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_stored, refuse_foreign
 
 _LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
 # Two copies of a module, the one trained and the one before, which PEFT stores where the vocabulary was resized.

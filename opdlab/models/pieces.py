@@ -7,7 +7,6 @@ files only the first bytes are read: pickles can run code.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opdlab.errors import OpdlabError
+from opdlab.models.files import read_json
 
 #: What safetensors calls the dtypes that can be measured, and what torch calls them.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -133,17 +133,6 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     for path, *_ in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def read_json(path: Path) -> dict:
-    """Return the object in a JSON file."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise OpdlabError(f"{path} cannot be read ({problem}): restore it") from problem
-    if not isinstance(found, dict):
-        raise OpdlabError(f"{path} holds a {type(found).__name__}, not an object with names: restore it")
-    return found
 
 
 def stored_pieces(path: Path) -> dict[str, Piece]:

@@ -87,7 +87,7 @@ class Run:
         """Raise an OpdlabError if something else is in the folder, or another experiment."""
         path = self.folder / "config.json"
         there = files.read_json(path, f"{REMEDY}, or choose another out") if path.is_file() else {}
-        if not (isinstance(there, dict) and {"arm", "data", "recipe"} <= there.keys()):
+        if not {"arm", "data", "recipe"} <= there.keys():
             # A run writes its config.json first. Without it such files are of somebody else.
             for name in _ITS_OWN:
                 for found in self.folder.glob(name):

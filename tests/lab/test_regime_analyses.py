@@ -354,7 +354,7 @@ def recorded(regime):
 def test_every_analysis_of_the_regime_is_recorded_under_its_claims(recorded):
     lab, records = recorded
     assert tuple(records.analyses) == TINY.policy.analyses == tuple(ANALYSES)
-    sets = read_json(lab.records / "claims.json", "")
+    sets = read_json(lab.records / "claims.json")
     assert list(sets.values()) == [digests(CLAIMS)]
     for name, table in records.analyses.items():
         assert set(table["claims"]) == set(sets), name

@@ -142,7 +142,7 @@ def test_only_passes_in_bfloat16_begin_anew_on_another_processor(dtype, lab, hal
         moved.train("opd", on_steps=kill_after(4))
     run, counts = moved.run("opd"), []
     machine = run.folder / "provenance.json"
-    write_json(machine, read_json(machine, "") | {"processor": "another"})
+    write_json(machine, read_json(machine) | {"processor": "another"})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         moved.train("opd", on_steps=counts.append)
@@ -155,7 +155,7 @@ def test_only_passes_in_bfloat16_begin_anew_on_another_processor(dtype, lab, hal
         f"{run.folder.name} was begun on another, and passes in bfloat16 give other numbers on {processor()}: it "
         "begins anew"
     ]
-    assert read_json(machine, "")["processor"] == processor()
+    assert read_json(machine)["processor"] == processor()
     assert [line["step"] for line in run.lines("history")] == list(range(1, STEPS + 1))
 
 
