@@ -11,17 +11,16 @@ Names are imported when they are first used; what lies behind them is on the pag
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from opdlab.errors import OpdlabError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from opdlab.lab.records import Records
-    from opdlab.measuring.compare import Comparison
-    from opdlab.measuring.update import Update
     from opdlab.training.arms import Arm
     from opdlab.training.tasks import Task
     from opdlab.training.trained import Trained
@@ -34,8 +33,8 @@ __version__ = "0.1.0"
 # Where each name comes from.
 _ROOMS = {
     "GeometryCallback": "measuring.callback",
-    "OpdlabError": "errors",
     "Task": "training.tasks",
+    "compare": "measuring.compare",
     "load": "lab.records",
     "measure": "measuring.update",
     "opd": "training.arms",
@@ -46,7 +45,7 @@ _ROOMS = {
     "top": "training.arms",
 }
 
-__all__ = [*_ROOMS, "compare", "judge", "train"]
+__all__ = [*_ROOMS, "OpdlabError", "judge", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -89,30 +88,11 @@ def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path |
     from opdlab.training.trained import Trained, make_experiment
 
     if not isinstance(out, Path | str):
-        raise import_module("opdlab.errors").OpdlabError(f"out is {out!r}: give the folder of the run")
+        raise OpdlabError(f"out is {out!r}: give the folder of the run")
     folder, progress = Path(out).expanduser().resolve(), settings.pop("progress", True)
     settings = {"name": folder.name} | settings
     experiment = make_experiment(arm, task, steps=steps, learning_rate=learning_rate, **settings)
     return Trained(train_experiment(experiment, folder, folder=folder, progress=progress), measure)
-
-
-def compare(updates: list[Update | Trained | Path | str], **options: Any) -> Comparison:
-    """Compare updates: do they move the same weights, and in the same directions?
-
-    They may be measured ones, runs of :func:`train` (called by the names of their folders), or folders that ``opdlab
-    measure`` wrote; the options are those of :func:`opdlab.measuring.compare.compare`.
-
-    Raises:
-        OpdlabError: if there are fewer than two, or they are not of the same matrices.
-    """
-    from opdlab.errors import OpdlabError
-    from opdlab.measuring.compare import compare as compare_updates
-    from opdlab.training.trained import Trained
-
-    if isinstance(updates, (str, Path)) or not isinstance(updates, Iterable):
-        raise OpdlabError(f"updates is {updates!r}: give a list of two or more")
-    measured = [update.trajectory if isinstance(update, Trained) else update for update in updates]
-    return compare_updates(measured, **options)
 
 
 def judge(records: Records, finding: str = "") -> pd.DataFrame:
@@ -124,7 +104,6 @@ def judge(records: Records, finding: str = "") -> pd.DataFrame:
         OpdlabError: if there is no such finding, or ``records`` are none.
     """
     from opdlab import claims
-    from opdlab.errors import OpdlabError
     from opdlab.lab.records import Records
 
     if not isinstance(records, Records):

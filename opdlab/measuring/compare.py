@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -25,6 +25,9 @@ from opdlab.measuring.sources import check_apart, name_of, place_of
 from opdlab.measuring.tensors import resumable_map
 from opdlab.measuring.update import Shown, Update, load_update, write_table
 from opdlab.models.files import content_digest, write_json
+
+if TYPE_CHECKING:
+    from opdlab.training.trained import Trained
 
 # The means of an update that stand beside those of others.
 _KINDS = ["value", "ruler", "null", "noise", "at equal norm", "null at equal norm"]
@@ -71,33 +74,32 @@ class Comparison(Shown):
 
 
 def compare(
-    updates: Sequence[Update | Path | str],
+    updates: Sequence[Update | Trained | Path | str],
     *,
     out: Path | str | None = None,
     seed: int = 0,
     processes: int = 1,
     progress: bool = True,
 ) -> Comparison:
-    """Compare measured updates. Nothing is written unless ``out`` is given.
+    """Compare updates: do they move the same weights, and in the same directions?
+
+    Nothing is written unless ``out`` is given.
 
     Args:
-        updates: what :func:`opdlab.measuring.update.measure` returned, or its summary.json files, or their folders.
-            Their checkpoints are read again: subspaces and masks are too large to keep.
+        updates: what :func:`opdlab.measuring.update.measure` returned, or its summary.json files, or their folders; or
+            runs of :func:`opdlab.train`, called by the names of their folders. Their checkpoints are read again:
+            subspaces and masks are too large to keep.
         out: folder for the results (:meth:`Comparison.save`); what an earlier call left unfinished there is resumed.
         seed: of the permutations.
         processes: matrices compared at once; weights in memory are always compared in this process.
         progress: show a bar when a second has passed.
 
     Raises:
-        OpdlabError: on bad input, naming the file.
+        OpdlabError: if there are fewer than two, or they are not of the same matrices, naming the file.
     """
-    for one in updates:
-        if not isinstance(one, (Update, Path, str)):
-            raise OpdlabError(
-                f"updates has a {type(one).__name__}: give measured updates, or folders of 'opdlab measure'"
-            )
-    asked = [one if isinstance(one, Update) else Path(one).expanduser() for one in updates]
-    asked = [one / "summary.json" if isinstance(one, Path) and one.is_dir() else one for one in asked]
+    if not isinstance(updates, (list, tuple)):
+        raise OpdlabError(f"updates is {updates!r}: give a list of two or more")
+    asked = [_asked(one) for one in updates]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
     measured = _labelled(asked)
@@ -120,6 +122,17 @@ def compare(
         if folder:
             comparison.save(folder)
     return comparison
+
+
+def _asked(one: Any) -> Update | Path:
+    """Return an update, that of a run, or the file of one that was measured before."""
+    if isinstance(one, (Path, str)):
+        path = Path(one).expanduser()
+        return path / "summary.json" if path.is_dir() else path
+    update = one if isinstance(one, Update) else getattr(one, "trajectory", None)
+    if not isinstance(update, Update):
+        raise OpdlabError(f"updates has a {type(one).__name__}: give measured updates, or folders of 'opdlab measure'")
+    return update
 
 
 def _labelled(asked: Sequence[Update | Path]) -> dict[str, Update]:

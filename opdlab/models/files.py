@@ -154,7 +154,7 @@ def link_or_copy(path: Path, source: Path) -> None:
 
 
 def read_json(path: Path, remedy: str = "restore it") -> dict:
-    """Return the object in a JSON file, or raise an OpdlabError with a ``remedy`` if there is none, or it is damaged."""
+    """Return the object in a JSON file, or raise an OpdlabError with a ``remedy`` if it has none or is damaged."""
     try:
         return {**json.loads(path.read_text("utf-8"))}  # A list is not a mapping.
     except (OSError, ValueError, TypeError) as problem:
