@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from opdlab.errors import OpdlabError, exit_status
@@ -217,10 +217,9 @@ def _value(written: ast.expr) -> Any:
 
 def _imported(place: str) -> Callable[[str, str, str], float]:
     """Return the function that ``module:function`` names; modules in the current folder are found too."""
-    module, _, function = place.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(import_module(module), function)
+        return resolve_name(place)
     except (ImportError, AttributeError, ValueError) as problem:
         raise OpdlabError(f"--reward {place} cannot be imported ({problem}): give MODULE:FUNCTION") from problem
     finally:

@@ -865,5 +865,5 @@ def test_options_of_ones_own_without_data(capsys):
 def test_a_model_with_a_damaged_configuration(name, text, models, tmp_path):
     student = shutil.copytree(models / "student", tmp_path / "student")
     (student / name).write_text(text)
-    with pytest.raises(OpdlabError, match=rf"{tmp_path}/student.*; restore or remake it$|: restore or remake it$"):
+    with pytest.raises(OpdlabError, match=rf"{tmp_path}/student.*(; restore or remake it|: restore it)$"):
         ol.train(ol.opd(student, models / "teacher"), task_of(), out=tmp_path / "run", **QUICK)
