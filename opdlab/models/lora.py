@@ -14,7 +14,7 @@ from opdlab.models.files import read_json
 from opdlab.models.names import HEAD, canonical_name, embedding_of, is_turned, plain_names
 from opdlab.models.pieces import Checkpoint, Piece, pieces_of, read_stored, refuse_foreign
 
-_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?:\.weight)?")
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 # Two copies of a module, the one trained and the one before, which PEFT stores where the vocabulary was resized.
 _COPY = re.compile(r"(?P<module>.+)\.(?P<copy>modules_to_save|original_module)(?:\.default)?\.(?P<end>\w+)")
 # The options of PEFT's LoRA that leave an update a product of two matrices, added to the base. An adapter that sets any
@@ -27,7 +27,7 @@ _PLAIN = re.compile(
 )
 # Initialisations that leave the base as it is; with others, B A is not added to the weights of the base.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Adapters that never change the weights of a model.
+# Adapters that never change the weights of a model; nor does an activated LoRA, for most tokens.
 _WEIGHTLESS = ("PROMPT", "PREFIX", "P_TUNING", "CPT", "CARTRIDGE")
 _MERGE = (
     'merge it with python -c "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; '
@@ -56,17 +56,14 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
         raise OpdlabError(f"{folder} has no adapter_model.safetensors: fetch or save the adapter again")
     _check_plain(folder, base.path, config)
     stored = pieces_of(file)
-    if not stored:
-        raise OpdlabError(f"{file} changes no weight: it is no LoRA adapter")
     pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
     called = {canonical_name(name): name for name in pieces}  # one version of transformers may have saved each
     saved = config.get("modules_to_save") or []
-    saved = saved if isinstance(saved, list) else [saved]
     for key, name in _trained(stored, saved):
         whole = name.replace(".base_layer.", ".")
         whole = called.get(canonical_name(whole), whole)
         if found := _LORA.fullmatch(name):
-            updates.setdefault(found["module"], {})[found["part"]] = stored[key]
+            updates.setdefault(found["module"], {})[found["side"]] = stored[key]
         elif whole in pieces or _among(saved, whole.rpartition(".")[0]):
             headless = HEAD not in map(canonical_name, pieces)
             if headless and whole == embedding_of(pieces) and ".base_layer." not in name:
@@ -77,7 +74,7 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
             raise OpdlabError(f"{file} has {key}, which is not part of a plain LoRA adapter: {how}")
     for module, parts in updates.items():
         name = called.get(canonical_name(f"{module}.weight"), f"{module}.weight")
-        pieces[name] = _updated(module, name, parts, pieces.get(name), base, config)
+        pieces[name] = _updated(file, module, name, parts, pieces.get(name), base, config)
     return pieces
 
 
@@ -93,41 +90,29 @@ def _trained(stored: Collection[str], saved: Collection[str]) -> Iterator[tuple[
 
 def _check_plain(folder: Path, base: Path | str, config: dict) -> None:
     kind = str(config.get("peft_type", "LORA"))
-    if any(word in kind for word in _WEIGHTLESS):
-        raise OpdlabError(
-            f"{folder} is an adapter of the kind {kind}, which changes no weight: nothing can be measured"
-        )
-    if config.get("alora_invocation_tokens"):
-        raise OpdlabError(
-            f"{folder} is an activated LoRA (alora_invocation_tokens), which acts on some tokens only and cannot be "
-            "merged: train a plain LoRA to measure its update"
-        )
     start = config.get("init_lora_weights", True)
     odd = [f"peft_type {kind}"] if kind != "LORA" else []
     odd += [f"init_lora_weights {start}"] if start not in _PLAIN_STARTS else []
     odd += sorted(option for option, value in config.items() if value and not _PLAIN.fullmatch(option))
     if odd:
-        raise OpdlabError(
-            f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): {_MERGE.format(folder, base=base)}"
-        )
+        apart = config.get("alora_invocation_tokens") or any(word in kind for word in _WEIGHTLESS)
+        how = "it cannot be merged with weights" if apart else _MERGE.format(folder, base=base)
+        raise OpdlabError(f"{folder} is not a plain LoRA adapter ({', '.join(odd)}): {how}")
 
 
 def _updated(
-    module: str, name: str, parts: dict[str, Piece], origin: Piece | None, base: Checkpoint, config: dict
+    file: Path, module: str, name: str, parts: dict[str, Piece], origin: Piece | None, base: Checkpoint, config: dict
 ) -> Piece:
-    first = min(parts)
-    kind, file = first[:-1], parts[first].file
-    assert isinstance(file, Path)
     if len(parts) != 2:
-        lacks = f"{kind}{'B' if first.endswith('A') else 'A'}"
-        raise OpdlabError(f"{file} has {module}.{first} without its {lacks}: fetch the adapter again")
+        raise OpdlabError(f"{file} has only {''.join(parts)} of lora_A and lora_B of {module}: fetch the adapter again")
     if origin is None:
         tied = ", whose head is its embedding," if name == HEAD and embedding_of(base.whole) else ""
         raise OpdlabError(
             f"{file.parent} changes {name}, which {base.path}{tied} does not have as one matrix: give its own base, or "
             f"{_MERGE.format(file.parent, base=base.path)}"
         )
-    a, b, turned = parts[f"{kind}A"], parts[f"{kind}B"], "embedding" in kind or is_turned(name, base.config)
+    a, b = parts["A"], parts["B"]
+    turned = ".lora_embedding_" in a.stored or is_turned(name, base.config)
     fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
     if not fits or (b.shape[0], a.shape[1]) != (origin.shape[::-1] if turned else origin.shape):
         raise OpdlabError(f"{a.stored} in {file} does not fit {name} {origin.shape} of {base.path}: give its own base")

@@ -221,7 +221,7 @@ REFUSED = {
     "layers repeated": ({"layer_replication": [[0, 2], [1, 2]]}, f"{PLAIN} .layer_replication"),
     "single tokens": ({"trainable_token_indices": [1, 2]}, f"{PLAIN} .trainable_token_indices"),
     "biases of the adapter": ({"base": "llama", "lora_bias": True}, f"{PLAIN} .lora_bias"),
-    "activated": ({"alora_invocation_tokens": [5]}, "is an activated LoRA .* cannot be merged"),
+    "activated": ({"alora_invocation_tokens": [5]}, f"{PLAIN} .alora_invocation_tokens.: it cannot be merged"),
     "stacked experts": (
         {"base": "moe", "target_parameters": ["mlp.experts.down_proj"]}, f"{PLAIN} .target_parameters",
     ),
@@ -268,7 +268,7 @@ def test_what_the_config_does_not_ask_for_is_not_added(bases, tmp_path):
         ({"target_modules": ["q_proj"]}, "which is none of its config's target_modules"),
         ({"layers_to_transform": [0]}, "which is none of its config's target_modules"),
         ({"a_new_kind_of_adapter": {"x": 1}}, f"{PLAIN} .a_new_kind_of_adapter"),
-        ({"peft_type": "PROMPT_TUNING"}, "changes no weight"),
+        ({"peft_type": "PROMPT_TUNING"}, f"{PLAIN} .peft_type PROMPT_TUNING.*it cannot be merged"),
     ):
         saved = json.loads((adapter / "adapter_config.json").read_text())
         edit_config(adapter, **changes)
