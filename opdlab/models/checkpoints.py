@@ -117,9 +117,8 @@ def _of_weights(path: Path | str, stored: dict[str, Piece], config: dict) -> Che
             refuse_quantised(path, name, piece.dtype, config)
             left_out[plain] = f"a buffer of {piece.dtype}, not a weight"
     if not pieces:
-        coded = [name for name, piece in stored.items() if piece.dtype not in FLOATS.values()]
-        which = f" ({coded[0]} is stored as {stored[coded[0]].dtype})" if coded else ""
-        raise OpdlabError(f"{path} holds no weights{which}: give the checkpoint of a model, with real numbers")
+        why = "".join(f" ({name} is {reason})" for name, reason in list(left_out.items())[:1])
+        raise OpdlabError(f"{path} holds no weights{why}: give the checkpoint of a model, with real numbers")
     return _checkpoint(path, pieces, config, left_out)
 
 

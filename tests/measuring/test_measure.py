@@ -247,7 +247,7 @@ W0S = {"model.layers.0.mlp.up_proj.weight": torch.eye(4)}
         (lambda: ol.compare([None, None]), "^updates has a NoneType: give measured updates"),
         (lambda: ol.judge("tiny"), "^records is a str: give what ol.load returns"),
         (lambda: ol.judge(None), "^records is a NoneType: give what ol.load returns"),
-        (lambda: measure({"w": torch.arange(9)}, W0S), r"holds no weights \(w is stored as int64\)"),
+        (lambda: measure({"w": torch.arange(9)}, W0S), r"holds no weights \(w is a buffer of int64, not a weight\)"),
         (
             lambda: measure({"h.0.attn.c_attn.weight": torch.ones(8, 24)}, W0S),
             "c_attn.weight holds several matrices; .* or give the module in memory",
