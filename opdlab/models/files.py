@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -90,16 +90,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until what a file holds, or which names a folder has, is on the disk, where it outlives a loss of power."""
-    folder = path.is_dir()
-    try:
+    harmless = (OSError,) if path.is_dir() else ()  # Not all systems open folders.
+    with suppress(*harmless):
         opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(opened)
         finally:
             os.close(opened)
-    except OSError:
-        if not folder:  # Not all systems open folders.
-            raise
 
 
 @contextmanager
@@ -114,7 +111,7 @@ def only_process(folder: Path, does: str) -> Iterator[None]:
     with _writing(folder / "lock"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
+    with os.fdopen(lock):  # which closes it
         try:
             _lock(lock)
         except (BlockingIOError, PermissionError) as problem:
@@ -122,8 +119,6 @@ def only_process(folder: Path, does: str) -> Iterator[None]:
         except OSError:
             pass  # This file system has no locks.
         yield
-    finally:
-        os.close(lock)
 
 
 def _lock(opened: int) -> None:

@@ -152,9 +152,7 @@ def stored_pieces(path: Path) -> dict[str, Piece]:
             if weight_map.get(name, file.name) != file.name:
                 continue
             if name in pieces:
-                first = pieces[name].file
-                assert isinstance(first, Path)
-                raise OpdlabError(f"{path} has the tensor {name} twice, in {first.name} and {file.name}: delete one")
+                raise OpdlabError(f"{pieces[name].file} and {file} both have the tensor {name}: delete one of them")
             pieces[name] = piece
     for name in weight_map.keys() - pieces.keys():
         raise OpdlabError(f"{path / weight_map[name]} lacks {name}, which the index says it has: fetch that file again")
