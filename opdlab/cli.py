@@ -270,7 +270,7 @@ def _fetch(options: argparse.Namespace) -> None:
     from opdlab.models.fetch import default_folder, fetch
 
     folder = options.out or default_folder(options.model)
-    origin = fetch(options.model, folder, progress=True)
+    origin = fetch(options.model, folder)
     print(f"{options.model}, from {origin['from']}: {folder}")
 
 

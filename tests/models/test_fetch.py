@@ -163,7 +163,7 @@ def test_bad_input_gets_one_sentence(tmp_path, published, capsys):
     (tmp_path / "file").touch()
     for arguments, said in (
         (["nothing"], "no model 'nothing'"),
-        (["small", "--out", str(tmp_path / "other")], "was not fetched by opdlab"),
+        (["small", "--out", str(tmp_path / "other")], "source.json is missing or damaged"),
         (["nobody/small", "--out", str(tmp_path / "new")], "cannot be taken from the hub"),
         (["small", "--out", str(tmp_path / "file" / "new")], "cannot be written"),
     ):
