@@ -131,7 +131,7 @@ def _asked(one: Any) -> Update | Path:
         return path / "summary.json" if path.is_dir() else path
     update = one if isinstance(one, Update) else getattr(one, "trajectory", None)
     if not isinstance(update, Update):
-        raise OpdlabError(f"updates has a {type(one).__name__}: give measured updates, or folders of 'opdlab measure'")
+        raise OpdlabError(f"updates has a {type(one).__name__}: give measured updates, or their folders")
     return update
 
 
