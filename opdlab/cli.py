@@ -222,8 +222,6 @@ def _imported(place: str) -> Callable[[str, str, str], float]:
         return resolve_name(place)
     except (ImportError, AttributeError, ValueError) as problem:
         raise OpdlabError(f"--reward {place} cannot be imported ({problem}): give MODULE:FUNCTION") from problem
-    finally:
-        sys.path.pop(0)
 
 
 def _train_by_engine(options: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from opdlab.models.pieces import Piece
 # model. One "model." too many in front is the attribute in which a module of one's own holds the model.
 _INSIDE = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _WRAPPERS = r"module|base_model\.model|policy|pretrained_model"
-_IN_FRONT = re.compile(rf"(?:(?:{_WRAPPERS}|model(?=\.(?:model|lm_head|{_WRAPPERS})\.))\.)+")
+_IN_FRONT = re.compile(rf"^(?:(?:{_WRAPPERS}|model(?=\.(?:model|lm_head|{_WRAPPERS})\.))\.)+")
 HEAD = "lm_head.weight"
 
 # What holds the language model, and how the names of its parts begin where nothing does.
@@ -44,8 +44,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("module._orig_mod.model.norm.weight"), plain_name("model.model.norm.weight")
     ('model.norm.weight', 'model.norm.weight')
     """
-    name = _INSIDE.sub("", name)
-    return name[found.end() :] if (found := _IN_FRONT.match(name)) else name
+    return _IN_FRONT.sub("", _INSIDE.sub("", name))
 
 
 def plain_names(names: Collection[str]) -> dict[str, str]:
