@@ -138,18 +138,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--dry-run", action="store_true", help="only write the engine's configuration, and print how")
 
 
-# What belongs to a task of one's own, and what to the book.
-_OWN = (
-    "prompt", "answer", "demonstration", "reward", "reward_version", "student", "teacher", "steps", "learning_rate",
-    "out",
-)  # fmt: skip
-_BOOK = ("scale", "home", "engine", "processes", "dry_run")
+# What belongs to the book, and what also to a task of one's own, as all else does.
+_BOOK, _BOTH = ("scale", "home", "engine", "processes", "dry_run"), ("command", "arm", "seed", "set", "data")
 
 
 def _train(options: argparse.Namespace) -> None:
     elsewhere = "the book's scales: leave it or --data out" if options.data else "a task of yours: add --data"
-    for name in _BOOK if options.data else _OWN:
-        if getattr(options, name) not in (None, False):
+    for name, given in vars(options).items():
+        if given and name not in _BOTH and (name in _BOOK) == bool(options.data):
             raise OpdlabError(f"--{name.replace('_', '-')} is for {elsewhere}")
     if options.data:
         return _train_own(options)
