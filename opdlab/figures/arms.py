@@ -18,7 +18,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opdlab.errors import OpdlabError
 from opdlab.figures.style import NULL, set_log
 from opdlab.stats import mean_interval
 
@@ -40,19 +39,13 @@ class ArmFigures:
 
     looks: Mapping[str, Look]  #: by the arm's name in the column ``arm`` of the tables
 
-    def look_of(self, arm: str) -> Look:
-        """Return the look of an arm, or raise an OpdlabError if it has none."""
-        if arm not in self.looks:
-            raise OpdlabError(f"looks has no entry for the arm {arm!r}: add its label, colour and marker")
-        return self.looks[arm]
-
     def colour_of(self, arm: str) -> str:
         """Return the colour of an arm."""
-        return self.look_of(arm).colour
+        return self.looks[arm].colour
 
     def marker_of(self, arm: str) -> str:
         """Return the marker of an arm."""
-        return self.look_of(arm).marker
+        return self.looks[arm].marker
 
     def draw_curves(
         self,
@@ -75,18 +68,17 @@ class ArmFigures:
             y: the column of the vertical axis; rows where it is missing are left out.
             null: the column that holds the null of each row.
             labels: whether to write each arm's label at the end of its curve.
-            log: whether the vertical axis is logarithmic; it then makes room for the null, too.
+            log: whether the vertical axis is logarithmic.
             bands: the arms whose interval is drawn; by default all, but many bands hide the curves.
         """
-        ends, drawn = [], []
+        ends = []
         # An undefined value has no curve: an arm that gained nothing has no share of its gain, for instance.
         table = table.dropna(subset=[y])
         if table.empty:
             return
         for arm, rows in table.groupby("arm", sort=False):
-            look = self.look_of(arm)
+            look = self.looks[arm]
             wide = rows.pivot_table(index=x, columns="seed", values=y)
-            drawn.append(wide.to_numpy().ravel())
             mean = wide.mean(axis=1)
             axis.plot(wide.index, wide, color=look.colour, linewidth=0.7, alpha=0.5)
             axis.plot(wide.index, mean, color=look.colour, linewidth=2, marker=look.marker, ms=4)
@@ -94,12 +86,9 @@ class ArmFigures:
                 _, low, high = zip(*map(mean_interval, wide.to_numpy()), strict=True)
                 axis.fill_between(wide.index, low, high, color=look.colour, alpha=0.12, linewidth=0)
             if null:
-                nulls = rows.groupby(x)[null].mean()
-                axis.plot(nulls, **NULL | {"color": look.colour}, zorder=0)
-                if log:
-                    drawn.append(nulls.to_numpy())
+                axis.plot(rows.groupby(x)[null].mean(), **NULL | {"color": look.colour}, zorder=0)
             ends.append((float(mean.iloc[-1]), arm))
-        _fit(axis, np.concatenate(drawn), log)
+        _fit(axis, table[y], log)
         if labels:
             self.label_ends(axis, ends)
 
@@ -111,7 +100,7 @@ class ArmFigures:
         """
         ends = sorted(ends)
         style: dict[str, Any] = {"xycoords": "axes fraction", "annotation_clip": False, "fontsize": 9, "va": "center"}
-        looks = [self.look_of(arm) for _, arm in ends]
+        looks = [self.looks[arm] for _, arm in ends]
         names = [axis.annotate(look.label, (1.02, 0.0), color=look.colour, **style) for look in looks]
 
         def place(axis: Axes) -> None:
@@ -142,13 +131,13 @@ class ArmFigures:
         """
         arms = list(dict.fromkeys(table["arm"]))
         for i, arm in enumerate(arms):
-            rows, look = table[table["arm"] == arm], self.look_of(arm)
+            rows, look = table[table["arm"] == arm], self.looks[arm]
             axis.plot([i - 0.28, i + 0.28], [rows[y].mean()] * 2, color=look.colour, linewidth=2)
             spread = np.linspace(-0.14, 0.14, len(rows)) if len(rows) > 1 else np.zeros(1)
             axis.plot(i + spread, rows[y], look.marker, color=look.colour, ms=5, alpha=0.8)
             if null:
                 axis.plot([i - 0.38, i + 0.38], [rows[null].mean()] * 2, **NULL)
-        labels = [fill(self.look_of(arm).label, wrap, break_long_words=False) for arm in arms]
+        labels = [fill(self.looks[arm].label, wrap, break_long_words=False) for arm in arms]
         axis.set_xticks(range(len(arms)), labels, fontsize=8)
         axis.set_xlim(-0.6, len(arms) - 0.4)
         if log:
@@ -157,7 +146,7 @@ class ArmFigures:
     def draw_points(self, axis: Axes, table: pd.DataFrame, x: str, y: str) -> None:
         """Draw one point per row in the plane of ``x`` and ``y``, both logarithmic."""
         for arm, rows in table.groupby("arm", sort=False):
-            look = self.look_of(arm)
+            look = self.looks[arm]
             axis.scatter(rows[x], rows[y], s=14, color=look.colour, marker=look.marker, alpha=0.6, linewidths=0)
         set_log(axis.xaxis)
         set_log(axis.yaxis)
@@ -168,13 +157,13 @@ class ArmFigures:
         ``table`` has a column for each arm and a row for each seed; ``names`` writes their labels at the left.
         """
         for row, (arm, values) in enumerate(table.items()):
-            look, values = self.look_of(arm), values.dropna()
+            look, values = self.looks[arm], values.dropna()
             found = mean_interval(values)
             axis.plot(values, np.full(len(values), row), "o", color=look.colour, ms=3, alpha=0.5)
             axis.plot([found.low, found.high], [row, row], color=look.colour, linewidth=2)
             axis.plot(found.mean, row, look.marker, color=look.colour, ms=6)
         axis.axvline(0, **NULL)
-        axis.set_yticks(range(table.shape[1]), [self.look_of(arm).label for arm in table] if names else [])
+        axis.set_yticks(range(table.shape[1]), [self.looks[arm].label for arm in table] if names else [])
         axis.set_ylim(table.shape[1] - 0.5, -0.5)
         axis.tick_params(axis="y", length=0)
         axis.locator_params(axis="x", nbins=4)
@@ -182,21 +171,17 @@ class ArmFigures:
     def arm_legend(self, place: Axes | Figure, arms: Sequence[str], *, null: str | None = None, **options: Any) -> None:
         """Add a legend of arms, and of the null by the name given, to a panel or to the whole figure.
 
-        A panel without data is given over to it. The options are those of Matplotlib's ``legend``, such as
-        :data:`opdlab.figures.style.ABOVE`.
+        The options are those of Matplotlib's ``legend``, such as :data:`opdlab.figures.style.ABOVE`.
         """
-        looks = [self.look_of(arm) for arm in arms]
+        looks = [self.looks[arm] for arm in arms]
         line = partial(plt.Line2D, [], [])
         handles = [line(label=label, color=colour, marker=marker, linewidth=2, ms=5) for label, colour, marker in looks]
         if null:
             handles.append(line(label=null, **NULL))
-        if isinstance(place, Axes) and not place.has_data():
-            place.set_axis_off()
-            options = {"loc": "center left", "fontsize": 11} | options
         place.legend(handles=handles, **options)
 
 
-def _fit(axis: Axes, values: np.ndarray, log: bool) -> None:
+def _fit(axis: Axes, values: pd.Series, log: bool) -> None:
     """Set the vertical limits so that every value is seen; a band may leave the panel, and so may a null."""
     if log:
         set_log(axis.yaxis)
@@ -204,6 +189,5 @@ def _fit(axis: Axes, values: np.ndarray, log: bool) -> None:
         if len(values):
             axis.set_ylim(values.min() / 1.2, values.max() * 1.2)
         return
-    lowest, highest = np.nanmin(values), np.nanmax(values)
-    margin = 0.06 * (highest - lowest or 1.0)
-    axis.set_ylim(lowest - margin, highest + margin)
+    margin = 0.06 * (values.max() - values.min() or 1.0)
+    axis.set_ylim(values.min() - margin, values.max() + margin)
