@@ -6,7 +6,6 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 
-from opdlab.errors import OpdlabError
 from opdlab.figures.explorable import explorable
 
 
@@ -27,12 +26,3 @@ def test_the_still_is_in_the_page_with_its_words_and_the_name_of_its_script(stil
     (picture,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert base64.b64decode(picture) == still.read_bytes()
     assert not re.search(r"https?:|<script|<link|style sheet", html)
-
-
-@pytest.mark.parametrize("content", [None, b"GIF89a"])
-def test_a_still_that_is_no_picture(tmp_path, content):
-    path = tmp_path / "size.png"
-    if content:
-        path.write_bytes(content)
-    with pytest.raises(OpdlabError, match=r"there is no PNG picture in .*size.png: make it first"):
-        explorable(path, "nothing", "nothing")
