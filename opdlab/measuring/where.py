@@ -30,14 +30,11 @@ _READ = (
     "A range is of several updates or, after ≈, an estimate; brackets hold the 95 % interval over seeds. 2606.13657 "
     "was read at second hand, and calls unchanged what moved by 1e-5 at most.",
 )
-_COHERENCE = (
+_COLUMNS = (
     "coherence is the rms of the update over the root of the summed squares of the learning rates: 1 for Adam's walk "
-    "on noise, the root of the steps for a straight line. "
+    "on noise, the root of the steps for a straight line. growth is the exponent of the norm in steps, step_size the "
+    "learning rate over the rms of the weights, clipped the share of steps with a clipped gradient."
 )
-_MEANS_WHAT = {
-    "growth": "the exponent of the norm in steps", "step_size": "the learning rate over the rms of the weights",
-    "clipped": "the share of steps with a clipped gradient",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -60,9 +57,7 @@ class Where(Shown):
 
     def parts(self) -> list[str | pd.DataFrame]:
         """Return the table, and how to read it."""
-        wide = self.wide
-        columns = ", ".join(f"{name} {what}" for name, what in _MEANS_WHAT.items() if name in wide)
-        return [wide, *self.notes, f"{_COHERENCE}{columns.replace(' ', ' is ', 1)}."]
+        return [self.wide, *self.notes, _COLUMNS]
 
 
 def published() -> pd.DataFrame:
@@ -155,5 +150,4 @@ def _growth(trajectory: pd.DataFrame, recipe: Recipe) -> float:
     late = norms[(norms["step"] >= recipe.steps_at((_FROM,))[0]) & (norms["frobenius"] > 0)]
     if len(late) < 2:
         return nan
-    slope, _ = np.polyfit(np.log(late["step"]), np.log(late["frobenius"]), 1)
-    return float(slope)
+    return float(np.polyfit(np.log(late["step"]), np.log(late["frobenius"]), 1)[0])
