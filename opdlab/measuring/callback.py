@@ -25,9 +25,6 @@ from opdlab.models.names import plain_name
 from opdlab.models.pieces import Checkpoint, Piece
 
 _LATER = "measure the checkpoints that the trainer saves with 'opdlab measure BASE --trajectory DIR'"
-# Who leaves a part of each weight to each process, and what to do instead.
-_ZERO3 = "ZeRO-3 of DeepSpeed", "train with ZeRO-2 or FSDP2"
-_FSDP1 = "FSDP1", "set fsdp_version to 2 for accelerate"
 
 
 class GeometryCallback(TrainerCallback):
@@ -56,9 +53,10 @@ class GeometryCallback(TrainerCallback):
         snapshot_steps: the steps at which they are written.
 
     Raises:
-        OpdlabError: if an argument makes no sense; when training begins, if no trained matrix is chosen, k exceeds a
-            side of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a weight is not finite or a
-            snapshot cannot be written.
+        OpdlabError: if a number makes no sense; when training begins, if no trained matrix is chosen, k exceeds a side
+            of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a weight is not finite or a snapshot
+            cannot be written.
+        re.error: if ``matrices`` is no regular expression.
 
     Example::
 
@@ -77,24 +75,15 @@ class GeometryCallback(TrainerCallback):
     ):
         """Prepare to measure; nothing is kept before training begins."""
         if not isinstance(trainer, Trainer):
-            raise OpdlabError(
-                f"trainer is a {type(trainer).__name__}; expected transformers' Trainer, or one of its kind"
-            )
-        if not all(isinstance(number, int) and number >= 1 for number in (every, k)):
-            raise OpdlabError(f"every is {every} and k is {k}; expected whole numbers of 1 or more")
-        try:
-            self.matrices = re.compile(matrices, re.IGNORECASE)  # T5 writes SelfAttention
-        except re.error as problem:
-            raise OpdlabError(f"matrices is {matrices!r}, which is no regular expression: {problem}") from problem
-        steps: list = list(snapshot_steps) if isinstance(snapshot_steps, Collection) else [None]
-        if not all(isinstance(step, Integral) and int(step) >= 1 for step in steps):
-            raise OpdlabError(f"snapshot_steps is {snapshot_steps!r}; expected a list of steps, whole numbers from 1")
+            raise OpdlabError(f"trainer is a {type(trainer).__name__}; expected transformers' Trainer")
+        steps = frozenset(snapshot_steps)
+        if not all(isinstance(number, Integral) and number >= 1 for number in (every, k, *steps)):
+            raise OpdlabError(f"every is {every}, k {k} and snapshot_steps {snapshot_steps}: give whole numbers from 1")
         if bool(snapshots) != bool(steps):
-            raise OpdlabError(
-                f"snapshots is {snapshots} and snapshot_steps {steps}: give a folder and steps, or neither"
-            )
+            raise OpdlabError("snapshots and snapshot_steps belong together: give a folder and steps, or neither")
         self.trainer, self.every, self.k = trainer, every, k
-        self.snapshots, self.snapshot_steps = Path(snapshots or "").expanduser(), frozenset(steps)
+        self.matrices = re.compile(matrices, re.IGNORECASE)  # T5 writes SelfAttention
+        self.snapshots, self.snapshot_steps = Path(snapshots or "").expanduser(), steps
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the weights that training starts from."""
@@ -240,12 +229,11 @@ def callback_for(trainer: Trainer, folder: Path, steps: tuple[int, ...]) -> Geom
 def _check_whole(model: nn.Module) -> None:
     """Raise if the processes of a training have parts of its weights that cannot be put together here."""
     for name, weight in model.named_parameters():
-        zero3, fsdp1 = hasattr(weight, "ds_shape"), re.search("_fsdp_wrapped_module.|_flat_param", name)
-        if zero3 or fsdp1:
-            kind, instead = _ZERO3 if zero3 else _FSDP1
+        if hasattr(weight, "ds_shape") or re.search("_fsdp_wrapped_module.|_flat_param", name):
             raise OpdlabError(
-                f"{kind} leaves each process a part of {plain_name(name)}, which GeometryCallback cannot gather: "
-                f"{instead}, or leave it out, and {_LATER}"
+                f"ZeRO-3 of DeepSpeed, or FSDP1, leaves each process a part of {plain_name(name)}, which "
+                "GeometryCallback cannot gather: train with ZeRO-2, or with FSDP2 (fsdp_version 2 for accelerate), or "
+                f"leave it out, and {_LATER}"
             )
 
 

@@ -151,9 +151,8 @@ def test_adapters_are_not_weights(trainer):
 
 def test_what_it_refuses(trainer):
     for options, message in (
-        ({"every": 0}, "every is 0 and k is 16"),
-        ({"every": 2.5}, "every is 2.5 and k is 16"),
-        ({"matrices": "*"}, "which is no regular expression"),
+        ({"every": 0}, "every is 0, k 16 and snapshot_steps"),
+        ({"every": 2.5}, "every is 2.5, k 16 and snapshot_steps"),
         ({"matrices": "nothing"}, "no trained matrix has a name with 'nothing'"),
         ({"k": 16}, "k is 16, more than a side of model.layers.0.self_attn.k_proj.weight"),
     ):
@@ -164,10 +163,9 @@ def test_what_it_refuses(trainer):
     with pytest.raises(OpdlabError, match="trainer is a NoneType; expected transformers' Trainer"):
         GeometryCallback(None)
     for options, message in (
-        ({"snapshots": "here", "snapshot_steps": [2, 0]}, r"snapshot_steps is \[2, 0\]; expected a list of steps"),
-        ({"snapshots": "here", "snapshot_steps": [2.5]}, r"snapshot_steps is \[2.5\]"),
-        ({"snapshots": "here", "snapshot_steps": "all"}, "snapshot_steps is 'all'"),
-        ({"snapshots": "here", "snapshot_steps": 5}, "snapshot_steps is 5"),
+        ({"snapshots": "here", "snapshot_steps": [2, 0]}, r"snapshot_steps \[2, 0\]: give whole numbers from 1"),
+        ({"snapshots": "here", "snapshot_steps": [2.5]}, r"snapshot_steps \[2.5\]"),
+        ({"snapshots": "here", "snapshot_steps": "all"}, "snapshot_steps all"),
         ({"snapshots": "here"}, "give a folder and steps, or neither"),
         ({"snapshot_steps": [5]}, "give a folder and steps, or neither"),
     ):
@@ -191,11 +189,11 @@ def test_weights_in_parts_are_refused_by_name(trainer):
     """What DeepSpeed and FSDP1 leave in a process: parameters that are empty, or flat."""
     for weight in trainer.model.parameters():
         weight.ds_shape, weight.data = weight.shape, torch.empty(0)
-    with pytest.raises(OpdlabError, match=r"ZeRO-3 of DeepSpeed leaves .*embed_tokens.weight.*train with ZeRO-2"):
+    with pytest.raises(OpdlabError, match=r"ZeRO-3 of DeepSpeed, .* leaves .*embed_tokens.weight.*train with ZeRO-2"):
         begin(trainer, trainer.model)
     flat = torch.nn.Module()
     flat._fsdp_wrapped_module = torch.nn.Linear(4, 4)
-    with pytest.raises(OpdlabError, match=r"FSDP1 leaves .* of weight.*fsdp_version to 2"):
+    with pytest.raises(OpdlabError, match=r"FSDP1, leaves .* of weight.*fsdp_version 2"):
         begin(trainer, flat)
 
 
