@@ -106,11 +106,15 @@ def find_device(gpu: bool = False) -> torch.device:
     Raises:
         OpdlabError: if the device cannot be used.
     """
-    wanted = os.environ.get("OPDLAB_DEVICE") or ("cuda" if gpu and torch.cuda.is_available() else "cpu")
+    return usable_device(os.environ.get("OPDLAB_DEVICE") or ("cuda" if gpu and torch.cuda.is_available() else "cpu"))
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device of a name, or raise an OpdlabError if it cannot be used."""
     try:
-        return torch.empty(0, device=wanted).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as problem:
-        raise OpdlabError(f"the device {wanted!r} cannot be used ({problem}); set OPDLAB_DEVICE=cpu") from problem
+        raise OpdlabError(f"device {name!r} cannot be used here ({problem}): give cpu (OPDLAB_DEVICE=cpu)") from problem
 
 
 def _cpu_fields() -> dict[str, str]:

@@ -24,7 +24,7 @@ from opdlab.geometry.matrices import identity
 from opdlab.measuring.sources import LeftOut, in_common, open_all
 from opdlab.models.files import append_json, content_digest, load_tensors, save_tensors, write_json, write_text
 from opdlab.models.pieces import Checkpoint
-from opdlab.processes import cpu_threads, workers
+from opdlab.processes import cpu_threads, usable_device, workers
 
 # Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.
 _SMALL = 1e9
@@ -121,11 +121,9 @@ def base_svd(w0: Tensor, k: int, cache: Path | None) -> Svd:
     kind = f"{str(w0.dtype).removeprefix('torch.')}-{'x'.join(map(str, w0.shape))}-k{k}-v{version('opdlab')}"
     file = cache / f"svd-{content_digest(w0)[:32]}-{kind}.safetensors"
     # The cache only saves time: what cannot be read is computed again, and what cannot be kept is not.
-    with suppress(OpdlabError, KeyError):
+    with suppress(OpdlabError):
         tensors, _ = load_tensors(file)
-        u, s, vh = (tensors[part].to(w0.device) for part in Svd._fields)
-        if (u.shape, s.shape, vh.shape) == ((len(w0), k), (min(w0.shape),), (k, w0.shape[1])):
-            return Svd(u, s, vh)
+        return Svd(**{part: tensor.to(w0.device) for part, tensor in tensors.items()})
     found = svd(w0, k=k)
     with suppress(OpdlabError):
         save_tensors(file, found._asdict())
@@ -144,17 +142,12 @@ def measured(
     Raises:
         OpdlabError: on bad input, naming the tensor or file.
     """
-    if processes is not None and processes < 1:
-        raise OpdlabError(f"processes is {processes}; expected 1 or more")
-    if job.steps != tuple(sorted(set(job.steps))):
-        raise OpdlabError(f"path has the steps {list(job.steps)}; expected them ascending, none twice")
-    _check_device(job.device)
     sizes = _sizes(job)
     matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
     small = sum(prod(shape) * min(shape) for shape in matrices) < _SMALL
     on_disk = all(isinstance(end.path, Path) for end in (job.base, *job.path))
     # In memory they would be copied into every process, and a device has room for one.
-    alone = not on_disk or torch.device(job.device).type != "cpu"
+    alone = not on_disk or usable_device(job.device).type != "cpu"
     count = 1 if alone else processes or (1 if small else os.cpu_count() or 1)
     log = out if on_disk else None  # what is in memory cannot be told apart from other weights in memory
     with (
@@ -177,15 +170,6 @@ def _sizes(job: Job) -> dict[str, int]:
         shapes = {name: shape for name, shape in shapes.items() if identity(name, shape)["block"] in job.blocks}
     in_order = sorted(shapes, key=lambda name: -prod(shapes[name]))
     return {name: prod(shapes[name]) if job.decomposes(name) else _SOME_ROWS for name in in_order}
-
-
-def _check_device(device: str) -> None:
-    try:
-        usable = torch.empty(0, dtype=torch.float64, device=device).device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError, TypeError):  # the last where there is no float64, as on "mps"
-        usable = False
-    if not usable:
-        raise OpdlabError(f"device {device!r} cannot be used here: give cpu, or cuda where there is a GPU")
 
 
 @contextmanager
@@ -267,17 +251,12 @@ def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: 
 
 def _resume(out: Path, key: dict) -> dict[str, dict]:
     """Return what an earlier, unfinished call for the same work found, and prepare the folder for the rest."""
-    key, log, lines = json.loads(json.dumps(key)), out / "rows.jsonl", []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "job.json").is_file() and json.loads((out / "job.json").read_text()) != key:
-            raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
-        if log.is_file():
-            # A kill may have cut the last line, so only whole lines are kept.
-            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        done = {line["name"]: line["found"] for line in map(json.loads, lines)}
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise OpdlabError(f"the folder {out} cannot be used ({problem}): choose another with --out") from problem
-    write_json(out / "job.json", key)
+    key, job, log = json.loads(json.dumps(key)), out / "job.json", out / "rows.jsonl"
+    if job.is_file() and json.loads(job.read_text("utf-8")) != key:
+        raise OpdlabError(f"the folder {out} holds another measurement: choose another with --out, or delete it")
+    # A kill may have cut the last line, so only whole lines are kept.
+    lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")]
+    write_json(job, key)
     write_text(log, "".join(lines))
-    return done
+    return {line["name"]: line["found"] for line in map(json.loads, lines)}

@@ -320,16 +320,15 @@ def test_what_cannot_be_compared(pair, tmp_path):
         with pytest.raises(OpdlabError, match=message):
             measure(base, [tuned], out=tmp_path / str(i))
         assert not (tmp_path / str(i) / "matrices.csv").exists()
-    with pytest.raises(OpdlabError, match="device 'nowhere' cannot be used here: give cpu"):
+    with pytest.raises(OpdlabError, match=r"device 'nowhere' cannot be used here \(.*\): give cpu"):
         measure(base, pair[1:], out=tmp_path / "out", device="nowhere")
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
         measure(base, pair[1:], out=pair[1])
-    for path, processes, said in (([], 1, "tuned is empty"), (pair[1:], 0, "processes is 0; expected 1 or more")):
-        with pytest.raises(OpdlabError, match=said):
-            measure(base, path, out=tmp_path / "out", processes=processes)
+    with pytest.raises(OpdlabError, match="tuned is empty"):
+        measure(base, [], out=tmp_path / "out")
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(OpdlabError, match="cannot be used"):
+    with pytest.raises(OpdlabError, match="cannot be written"):
         measure(pair[0], pair[1:], out=blocked)
 
 
