@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,9 +24,10 @@ _INSIDE = ("actor/lora_adapter", "actor/huggingface", "lora_adapter", "huggingfa
 _BELOW = {name for path in _INSIDE for name in path.split("/")}
 # Where they put the folders of the steps, below that of the run: prime-rl, OpenRLHF, this library, others.
 _ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
-# What results are called, and what each kind of JSON file among them says.
-_OWN = {"job.json": {"opdlab", "norms"}, "summary.json": {"provenance"}, "compare.json": {"weighting"}}
-_RESULTS = (*_OWN, "matrices.csv", "trajectory.csv", "models.csv", "pairs.csv", "report.html", "compare.html")
+# What results are called, and a key that each of the JSON files among them has.
+_JSON = ("job.json", "summary.json", "compare.json")
+_OWN = re.compile('"(?:opdlab|norms|provenance|weighting)": ')
+_RESULTS = (*_JSON, "matrices.csv", "trajectory.csv", "models.csv", "pairs.csv", "report.html", "compare.html")
 # A number, and what may multiply it.
 _NUMBER, _UNIT = r"\d+(?:\.\d+)?(?:e\d+)?", r"(?:([kKmMbB])(?![a-zA-Z\d]))?"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -99,15 +99,8 @@ def check_apart(out: Path | None, checkpoints: Iterable[Checkpoint] = ()) -> Non
     if out and str(out.resolve()) in map(place_of, checkpoints):
         raise OpdlabError(f"the results would be written into the checkpoint {out}: choose another folder with --out")
     there = [out / name for name in _RESULTS if (out / name).exists()] if out else []
-    if there and not any(map(_is_own, there)):
+    if there and not any(_OWN.search(file.read_text("utf-8", "ignore")) for file in there if file.name in _JSON):
         raise OpdlabError(f"{there[0]} is no result of opdlab: choose another folder with --out, or move it away")
-
-
-def _is_own(file: Path) -> bool:
-    try:
-        return file.name in _OWN and not _OWN[file.name].isdisjoint(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 class Trajectory(list[Source]):
