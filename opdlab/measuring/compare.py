@@ -103,7 +103,7 @@ def compare(
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
     measured = _labelled(asked)
-    tables = _comparable(asked, list(measured.values()))
+    tables = _comparable(measured)
     named = [[label, place_of(update.base), place_of(update.path[-1])] for label, update in measured.items()]
     norms = [table["frobenius"].astype(float).to_dict() for table in tables]
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
@@ -146,16 +146,15 @@ def _labelled(asked: Sequence[Update | Path]) -> dict[str, Update]:
     return dict(zip(names, updates, strict=True))
 
 
-def _comparable(asked: Sequence[Update | Path], updates: Sequence[Update]) -> list[pd.DataFrame]:
+def _comparable(measured: Mapping[str, Update]) -> list[pd.DataFrame]:
     """Return what is compared of each table, by matrix; what is too small for any subspace is left out."""
-    tables = [of_layers(update.table).query("rows >= 4 and cols >= 4").set_index("matrix") for update in updates]
-    shapes = [table[["rows", "cols"]].sort_index() for table in tables]
-    for one, found in zip(asked, shapes, strict=True):
-        if found.empty or not found.equals(shapes[0]):
-            what, than = (update.title if isinstance(update, Update) else update for update in (one, asked[0]))
-            other = sorted(set(found.itertuples()) ^ set(shapes[0].itertuples()))
-            which = f", such as {other[0][0]}, which is {other[0][1:]} in one of them" if other else ""
-            raise OpdlabError(f"{what} is about other matrices than {than}{which}: compare models of one architecture")
+    tables = [of_layers(one.table).query("rows >= 4 and cols >= 4").set_index("matrix") for one in measured.values()]
+    first, *_ = shapes = [table[["rows", "cols"]].sort_index() for table in tables]
+    for label, found in zip(measured, shapes, strict=True):
+        if found.empty or not found.equals(first):
+            other = sorted(set(found.itertuples()) ^ set(first.itertuples()))
+            which = f"such as {other[0][0]}, {other[0][1:]}" if other else "none of them in a layer"
+            raise OpdlabError(f"{label} has other matrices than the first, {which}: compare models of one architecture")
     return tables
 
 
@@ -187,14 +186,10 @@ class _Seen(NamedTuple):
 
 def _see(name: str, label: str, update: Update, seed: int) -> _Seen:
     base, tuned = update.base, update.path[-1]
-    shapes = [opened.pieces[name].shape if name in opened.pieces else () for opened in (base, tuned)]
-    changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-        raise OpdlabError(changed)
     w0, w1 = base.read(name).double(), tuned.read(name).double()
     delta, norm = w1 - w0, float(update.table.set_index("matrix").at[name, "frobenius"])
     if abs(g.frobenius(delta) - norm) > 1e-6 * norm:
-        raise OpdlabError(changed)
+        raise OpdlabError(f"{tuned.path} or {base.path} has changed since it was measured: measure it again")
     # Each with a permutation of its own: a shared one would make two equal updates equal again.
     shuffled = g.permute(delta, generator_of(seed, f"{label} {name}"))
     # Without an update there is nothing to scale, and both masks stay empty.
