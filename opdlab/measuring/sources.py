@@ -199,10 +199,8 @@ def find_trajectory(folder: Path) -> Trajectory:
     inside = sorted(place for place in folder.iterdir() if place.name[0] != ".")
     found: list[Path] = []
     left: dict[str, list[str]] = {}
-    # Links come last, so that they give way to what they link to.
-    for place in sorted(inside, key=Path.is_symlink):
-        same = [other.name for other in found if other.resolve() == place.resolve()]
-        why = _why_not(place) or (f"a link to {same[0]}" if same else "")
+    for place in inside:
+        why = _why_not(place)
         if not why:
             found.append(place)
         elif why != _NO_CHECKPOINT or (place.is_dir() and step_of(place)):
