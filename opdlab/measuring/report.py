@@ -18,7 +18,6 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from opdlab.errors import OpdlabError
 from opdlab.figures.ruler import draw_ruler
 from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
@@ -46,7 +45,7 @@ def write_report(path: Path, update: Update) -> None:
     if len(layers):
         figures += [_ruler(update), _by_layer(layers, "Sparsity, rotation and size of each matrix, by layer")]
         caption = f"Stable rank of each module's updates: one dot per matrix, and the mean.{dashes}"
-        figures.append(_drawn(caption, {"": partial(_column, layers=layers, column="stable_rank", over_steps=False)}))
+        figures.append(_drawn(caption, {"": partial(_column, layers=layers, column="stable_rank")}))
         caption = (
             "Overlap of the visible update with the principal and the low-magnitude weights (share 0.3): one dot per "
             f"matrix. Shaded: what counting allows at that density. Dotted: the random rate.{dashes}"
@@ -81,25 +80,18 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     _write_page(path, comparison, title=title, over="", figures=figures)
 
 
-def draw_column(table: pd.DataFrame, column: str, *, over_steps: bool) -> Figure:
-    """Draw a column of an update's table, a dot per matrix, or of its trajectory, a curve per block; dashes are nulls.
-
-    Raises:
-        OpdlabError: if the column has no numbers for the matrices of the means.
-    """
-    layers = of_layers(table)
-    if not np.isfinite(layers[column]).any():
-        raise OpdlabError(f"{column!r} has no numbers for {means_over(table)}: choose another column")
+def draw_column(layers: pd.DataFrame, column: str) -> Figure:
+    """Draw a column of a table, a dot per matrix, or of a trajectory, a curve per block; dashes are nulls."""
     use_style()
-    figure, (axis,) = panels(1, width=5.2 if over_steps else 9.2, height=3)
-    _column(axis, layers, column, over_steps)
+    figure, (axis,) = panels(1, width=5.2 if "step" in layers else 9.2, height=3)
+    _column(axis, layers, column)
     plt.close(figure)  # A notebook shows what is returned, and would show an open figure once more.
     return figure
 
 
-def _column(axis: Axes, layers: pd.DataFrame, column: str, over_steps: bool) -> None:
+def _column(axis: Axes, layers: pd.DataFrame, column: str) -> None:
     known, null = layers[column][np.isfinite(layers[column])], f"{column}_null"
-    if over_steps:
+    if "step" in layers:
         for block, rows in layers.groupby("block"):
             colour = _COLOURS.get(str(block), _GREEN)
             for name, style in ((column, {"marker": "o", "ms": 4, "label": block}), (null, NULL)):
@@ -236,7 +228,7 @@ def _trajectory(trajectory: pd.DataFrame) -> _Panels:
             set_log(axis.yaxis)
         axis.legend()
 
-    drawn = {"Frobenius norm": partial(_column, layers=trajectory, column="frobenius", over_steps=True)}
+    drawn = {"Frobenius norm": partial(_column, layers=trajectory, column="frobenius")}
     for column, title in titles.items():
         for block, rows in trajectory.groupby("block"):
             drawn[f"{title}, {block}"] = partial(draw, column=column, rows=rows)

@@ -161,13 +161,8 @@ class Update(Shown):
         """What noise on the base's weights gives (:func:`~opdlab.geometry.noise_curve`), one row per relative norm.
 
         The noise has this norm in each matrix of the layers; its columns are means, as in :attr:`means`.
-
-        Raises:
-            OpdlabError: if there is no such matrix.
         """
         layers = of_layers(self.table)
-        if layers.empty:
-            raise OpdlabError(f"{self.title}: no matrix is in a layer, so there is nothing to lay the ruler on")
         # Minimum and maximum leave out a size that is zero or undefined.
         size = layers["relative_norm"].mean() or nan
         sizes = np.geomspace(min(2e-4, size / 2), max(0.3, size * 2), 24).tolist()
@@ -192,14 +187,14 @@ class Update(Shown):
         A notebook shows the figure where it is the last line of a cell; a script keeps it by ``savefig``.
 
         Raises:
-            OpdlabError: if there is no such column, or nothing in it to draw.
+            OpdlabError: if there is no such column, or it has no numbers for the matrices of the means.
         """
         # Drawing is imported late, as the processes that measure need none of it.
         from opdlab.measuring.report import draw_column
 
         for table in (self.trajectory, self.table):
-            if column in table.select_dtypes("number") and table[column].notna().any():
-                return draw_column(table, column, over_steps=table is self.trajectory)
+            if column in table.select_dtypes("number") and np.isfinite(of_layers(table)[column]).any():
+                return draw_column(of_layers(table), column)
         known = get_close_matches(column, self.table.select_dtypes("number").columns, 4, 0.3)
         raise OpdlabError(f"there are no numbers called {column!r} to draw: choose a column, such as {known}")
 
