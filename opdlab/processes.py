@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from threading import RLock, Thread
 from types import ModuleType
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -44,9 +45,11 @@ class _Context(SpawnContext):
 
 
 CONTEXT = _Context()
+#: In a worker process, what :func:`workers` gave to all of them.
+GIVEN: list[Any] = []
 
 
-def _start(prepare: Callable | None, arguments: tuple) -> None:
+def _start(given: tuple) -> None:
     # Ctrl-C reaches the workers too. They may stop at once, because interrupted work is simply done again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # tqdm's default lock spans processes, and would be reported as leaked when a worker is killed.
@@ -54,8 +57,7 @@ def _start(prepare: Callable | None, arguments: tuple) -> None:
     torch.set_num_threads(1)
     # If the parent is killed, nothing is left to receive a worker's results.
     Thread(target=_end_with_parent, daemon=True).start()
-    if prepare:
-        prepare(*arguments)
+    GIVEN.extend(given)
 
 
 def _end_with_parent() -> None:
@@ -78,10 +80,10 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def workers(count: int, prepare: Callable | None = None, *arguments: object) -> Iterator[ProcessPoolExecutor]:
+def workers(count: int, *given: object) -> Iterator[ProcessPoolExecutor]:
     """Start ``count`` single-threaded worker processes, and end them at once on any exception, Ctrl-C included.
 
-    Each process first calls ``prepare(*arguments)``. It knows what modules define, and nothing of the calling script.
+    Each process finds ``given`` in :data:`GIVEN`. It knows what modules define, and nothing of the calling script.
     """
     # glibc reads these when a worker starts. Without them it returns the memory of large tensors to the system and gets
     # it back page by page, which takes a tenth of a training step and a quarter of a measurement. Above 32 MB it still
@@ -90,7 +92,7 @@ def workers(count: int, prepare: Callable | None = None, *arguments: object) -> 
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**29))
     # SciPy's BLAS does not follow PyTorch's number of threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(count, CONTEXT, _start, (prepare, arguments)) as pool:
+    with ProcessPoolExecutor(count, CONTEXT, _start, (given,)) as pool:
         try:
             yield pool
         except BaseException:

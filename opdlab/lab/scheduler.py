@@ -12,7 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
@@ -34,7 +33,7 @@ from opdlab.lab.records import (
 )
 from opdlab.models.files import only_process, read_json, write_json
 from opdlab.models.folders import link_model, round_model
-from opdlab.processes import CONTEXT, find_device, processor, workers
+from opdlab.processes import CONTEXT, GIVEN, find_device, processor, workers
 from opdlab.stats import prediction_interval
 from opdlab.training.loop import install_model
 
@@ -181,17 +180,10 @@ def _begin_record(lab: Laboratory) -> None:
         write_json(lab.records / "pretrained.json", sources)
 
 
-_counter: Any = None
-
-
-def _take(counter: Any) -> None:
-    global _counter
-    _counter = counter
-
-
 def _count(steps: int) -> None:
-    with _counter.get_lock():
-        _counter.value += steps
+    (counter,) = GIVEN
+    with counter.get_lock():
+        counter.value += steps
 
 
 def _work(job: Job, lab: Laboratory, record: bool) -> Path | None:
@@ -236,7 +228,7 @@ def _work_off(jobs: list[Job], lab: Laboratory, record: bool, processes: int) ->
     running: dict[Future[Path | None], Job] = {}
     with (
         tqdm(total=total, unit="step", desc=f"{len(jobs)} jobs at {lab.scale.name}") as bar,
-        workers(processes, _take, counter) as pool,
+        workers(processes, counter) as pool,
     ):
         while waiting or running:
             for job in [job for job in waiting if set(job.needs) <= made][: processes - len(running)]:

@@ -24,7 +24,7 @@ from opdlab.geometry.matrices import identity
 from opdlab.measuring.sources import LeftOut, in_common, open_all
 from opdlab.models.files import append_json, content_digest, load_tensors, save_tensors, write_json, write_text
 from opdlab.models.pieces import Checkpoint
-from opdlab.processes import cpu_threads, usable_device, workers
+from opdlab.processes import GIVEN, cpu_threads, usable_device, workers
 
 # Entries times smaller side, summed over the matrices, below which starting processes takes longer than measuring.
 _SMALL = 1e9
@@ -212,16 +212,9 @@ def resumable_map(
         (out / "rows.jsonl").unlink(missing_ok=True)
 
 
-# What a worker process does with each tensor. It is sent there once, as it names every tensor of several models.
-_WORK: list[Callable[[str], dict]] = []
-
-
-def _take_up(work: Callable[[str], dict]) -> None:
-    _WORK.append(work)
-
-
 def _do(name: str) -> dict:
-    return _WORK[-1](name)
+    # The work is given to a process once and not sent with each name: it names every tensor of several models.
+    return GIVEN[0](name)
 
 
 def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: int) -> Iterator[tuple[str, dict]]:
@@ -232,7 +225,7 @@ def _in_parallel(work: Callable[[str], dict], sizes: dict[str, int], processes: 
     # together hardly larger than that. Eight million entries more, half a gigabyte, leave room for the small ones.
     room, waiting = max(sizes.values(), default=0) + 8_000_000, dict(sizes)
     running: dict[Future[dict], str] = {}
-    with workers(processes, _take_up, work) as pool:
+    with workers(processes, work) as pool:
         try:
             while waiting or running:
                 for name, size in list(waiting.items()):
