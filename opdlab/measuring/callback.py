@@ -115,13 +115,8 @@ class GeometryCallback(TrainerCallback):
             self._log(state, control, kwargs["model"])
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the last step when training's own last line is logged: the best weights may take its place next."""
-        if "train_loss" in (kwargs.get("logs") or {}):
-            self.on_train_end(args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the last step, unless it was measured already."""
-        if state.global_step > self._measured:
+        """Measure the last step as training's own last line is logged: the best weights may take its place next."""
+        if "train_loss" in (kwargs.get("logs") or {}) and state.global_step > self._measured:
             self._log(state, control, kwargs["model"])
 
     def _follow(self, model: nn.Module) -> None:
