@@ -109,16 +109,14 @@ def compare(
     sizes = tables[0]["parameters"].astype(int).sort_values(ascending=False, kind="stable").to_dict()
     identity = {"updates": named, "norms": norms, "seed": seed}
     check_apart(folder := Path(out).expanduser() if out else None)
-    # What is in memory cannot be told apart from other weights in memory, nor be sent to another process cheaply.
-    on_disk = all(isinstance(end.path, Path) for update in measured.values() for end in (update.base, update.path[-1]))
-    log, processes = (folder, processes) if on_disk else (None, 1)
+    ends = [end for update in measured.values() for end in (update.base, update.path[-1])]
     work = partial(_compare_matrix, updates=measured, seed=seed)
-    with resumable_map(work, sizes, identity, out=log, processes=processes, progress=progress) as found:
-        bases = dict(zip(measured, zip(*(found[name]["bases"] for name in sizes), strict=True), strict=True))
+    with resumable_map(work, sizes, identity, ends, out=folder, processes=processes, progress=progress) as found:
+        one_base = all(len(set(found[name]["bases"])) == 1 for name in sizes)
         by_pair = zip(*(found[name]["pairs"] for name in tables[0].index), strict=True)
         pairs = pd.DataFrame(list(chain.from_iterable(by_pair)))
         models = {label: update.means.filter(_KINDS) for label, update in measured.items()}
-        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named, _notes(measured, bases))
+        comparison = Comparison(pd.concat(models, axis="columns"), pairs, named, _notes(measured, one_base))
         if folder:
             comparison.save(folder)
     return comparison
@@ -158,10 +156,10 @@ def _comparable(measured: Mapping[str, Update]) -> list[pd.DataFrame]:
     return tables
 
 
-def _notes(measured: Mapping[str, Update], bases: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return what is compared, and whether from one base, by the digests of the matrices of each."""
+def _notes(measured: Mapping[str, Update], one_base: bool) -> list[str]:
+    """Return what is compared, and from which bases, if they are several."""
     said = [f"Compared are {means_over(next(iter(measured.values())).table)}; what else was measured is not."]
-    if len({*bases.values()}) > 1:
+    if not one_base:
         places, names = ({of(update.base) for update in measured.values()} for of in (place_of, name_of))
         called = name_of if len(names) == len(places) else place_of
         each = "; ".join(f"{label} from {called(update.base)}" for label, update in measured.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -89,14 +89,10 @@ class Job:
     def _rows(self, end: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
         """Return what reads rows of a tensor; what has to be computed is computed once."""
         piece = end.pieces[name]
-        whole = end.read(name).to(self.device) if piece.takes or not piece.shape else None
-
-        def read(start: int, stop: int) -> Tensor:
-            if whole is None:
-                return end.read(name, (start, stop)).to(self.device)
-            return whole[start:stop] if piece.shape else whole
-
-        return read
+        if piece.shape and not piece.takes:
+            return lambda start, stop: end.read(name, (start, stop)).to(self.device)
+        whole = end.read(name).to(self.device)
+        return lambda start, stop: whole[start:stop] if piece.shape else whole
 
 
 @dataclass
@@ -145,15 +141,13 @@ def measured(
     sizes = _sizes(job)
     matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
     small = sum(prod(shape) * min(shape) for shape in matrices) < _SMALL
-    on_disk = all(isinstance(end.path, Path) for end in (job.base, *job.path))
-    # In memory they would be copied into every process, and a device has room for one.
-    alone = not on_disk or usable_device(job.device).type != "cpu"
+    alone = usable_device(job.device).type != "cpu"  # a device has room for one process
     count = 1 if alone else processes or (1 if small else os.cpu_count() or 1)
-    log = out if on_disk else None  # what is in memory cannot be told apart from other weights in memory
+    ends = (job.base, *job.path)
     with (
         # Small matrices gain nothing from a second thread, and wait for it where the machine is busy.
         cpu_threads(1 if small else torch.get_num_threads()),
-        resumable_map(job.measure, sizes, job.identity(), out=log, processes=count, progress=progress) as found,
+        resumable_map(job.measure, sizes, job.identity(), ends, out=out, processes=count, progress=progress) as found,
     ):
         in_order = [found[name] for name in job.base.pieces if name in found]
         rows = [tensor["row"] for tensor in in_order]
@@ -177,6 +171,7 @@ def resumable_map(
     work: Callable[[str], dict],
     sizes: dict[str, int],
     key: dict,
+    ends: Iterable[Checkpoint],
     *,
     out: Path | None = None,
     processes: int = 1,
@@ -191,6 +186,8 @@ def resumable_map(
         work: what to do with one tensor; it returns JSON values and, for several processes, can be pickled.
         sizes: the names of the tensors and their numbers of entries, largest first.
         key: what stopped work must share with this to be resumed, as JSON values.
+        ends: the checkpoints. With one in memory, which cannot be told apart from other weights in memory and would be
+            copied into every process, nothing is resumed and all is done in this process.
         out: folder of the results; without it nothing can be resumed.
         processes: how many at once, with one thread each; 1 stays in this process.
         progress: show a bar when a second has passed.
@@ -198,6 +195,8 @@ def resumable_map(
     Raises:
         OpdlabError: if the folder cannot be written or holds other work, a process was killed, or as ``work`` does.
     """
+    if not all(isinstance(end.path, Path) for end in ends):
+        out, processes = None, 1
     done = _resume(out, key) if out else {}
     left = {name: size for name, size in sizes.items() if name not in done}
     with tqdm(total=len(sizes), initial=len(sizes) - len(left), unit="tensor", delay=1, disable=not progress) as bar:

@@ -121,7 +121,7 @@ def test_stopped_work_goes_on(pair, measured, tmp_path):
     opened = open_checkpoint(pair[0])
     job = Job(pair[0], pair[1:], (1,))
     stopped = tmp_path / "stopped"
-    with resumable_map(job.measure, {}, job.identity(), out=stopped) as found:
+    with resumable_map(job.measure, {}, job.identity(), [job.base], out=stopped) as found:
         assert found == {} and (stopped / "rows.jsonl").exists()
     rows = {name: job.measure(name)["row"] | {"frobenius": 7.0} for name in list(opened.pieces)[:3]}
     lines = [{"name": name, "found": {"row": row, "trajectory": []}} for name, row in rows.items()]
