@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -37,12 +38,11 @@ def use_style() -> None:
             "font.family": "DejaVu Sans",
         },
     )
-    try:
+    with suppress(ImportError):  # outside of notebooks there need be no IPython
         from matplotlib_inline.backend_inline import set_matplotlib_formats
-    except ImportError:
-        return
-    # Without the Software field, every version of Matplotlib writes the same bytes for the same figure.
-    set_matplotlib_formats("retina", metadata={"Software": None}, bbox_inches="tight")
+
+        # Without the Software field, every version of Matplotlib writes the same bytes for the same figure.
+        set_matplotlib_formats("retina", metadata={"Software": None}, bbox_inches="tight")
 
 
 def panels(count: int, columns: int = 3, width: float = 3.3, height: float = 2.9) -> tuple[Figure, list[Axes]]:

@@ -29,7 +29,6 @@ _FIGURES = ArmFigures(
 colour_of = _FIGURES.colour_of
 marker_of = _FIGURES.marker_of
 arm_legend = _FIGURES.arm_legend
-label_ends = _FIGURES.label_ends
 draw_curves = _FIGURES.draw_curves
 draw_dots = _FIGURES.draw_dots
 draw_points = _FIGURES.draw_points
