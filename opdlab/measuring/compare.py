@@ -147,10 +147,10 @@ def _labelled(asked: Sequence[Update | Path]) -> dict[str, Update]:
 def _comparable(measured: Mapping[str, Update]) -> list[pd.DataFrame]:
     """Return what is compared of each table, by matrix; what is too small for any subspace is left out."""
     tables = [of_layers(one.table).query("rows >= 4 and cols >= 4").set_index("matrix") for one in measured.values()]
-    first, *_ = shapes = [table[["rows", "cols"]].sort_index() for table in tables]
+    shapes = [table[["rows", "cols"]].sort_index() for table in tables]
     for label, found in zip(measured, shapes, strict=True):
-        if found.empty or not found.equals(first):
-            other = sorted(set(found.itertuples()) ^ set(first.itertuples()))
+        if found.empty or not found.equals(shapes[0]):
+            other = sorted(set(found.itertuples()) ^ set(shapes[0].itertuples()))
             which = f"such as {other[0][0]}, {other[0][1:]}" if other else "none of them in a layer"
             raise OpdlabError(f"{label} has other matrices than the first, {which}: compare models of one architecture")
     return tables
