@@ -255,25 +255,15 @@ def _work_off(jobs: list[Job], lab: Laboratory, record: bool, processes: int) ->
 
 # --- repeating what is recorded ---------------------------------------------------------------------------------------
 
-FIGURES = {
-    "sampled accuracy": ("evaluations", "sampled"),
-    "greedy accuracy": ("evaluations", "greedy"),
-    "bf16 sparsity": ("matrices", "sparsity"),
-    "left angle": ("matrices", "angle_left_mean"),
-    "NSS": ("matrices", "nss"),
-    "low-magnitude overlap": ("matrices", "low_overlap_a30"),
-    "principal overlap": ("matrices", "principal_overlap_a30"),
-    "Frobenius norm": ("matrices", "frobenius"),
-    "stable rank": ("matrices", "stable_rank"),
-}
+# What a replication of a run is judged by: its last accuracies, and the means over its matrices.
+ACCURACIES = ["sampled", "greedy"]
+MEANS = ["sparsity", "angle_left_mean", "nss", "low_overlap_a30", "principal_overlap_a30", "frobenius", "stable_rank"]
 
 
 def end_figures(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    """Return the figures of a run's end point that a replication is judged by: means over matrices, last accuracies."""
-    return {
-        name: float(tables[table][column].iloc[-1] if table == "evaluations" else tables[table][column].mean())
-        for name, (table, column) in FIGURES.items()
-    }
+    """Return the figures of a run's end point that a replication is judged by, under the names of their columns."""
+    last = tables["evaluations"][ACCURACIES].iloc[-1]
+    return {**last.to_dict(), **tables["matrices"][MEANS].mean().to_dict()}
 
 
 def _recorded(what: str, seeds: Sequence[int], lab: Laboratory) -> dict[int, tuple[dict, dict, dict]]:
