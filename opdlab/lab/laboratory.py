@@ -123,15 +123,11 @@ class Laboratory:
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""
-        named, recipe = self.arm(name), self._recipe(name)
+        named, recipes = self.arm(name), self.scale.budget.recipes
+        recipe = recipes.get(name) or recipes.get(named.recipe)
         if recipe is None:
-            recipes = ", ".join(self.scale.budget.recipes)
-            raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {recipes}")
+            raise OpdlabError(f"{self.scale.name} has no recipe for arm {name!r}; it has those of {', '.join(recipes)}")
         return replace(recipe, learning_rate=recipe.learning_rate * named.lr_factor)
-
-    def _recipe(self, name: str) -> Recipe | None:
-        recipes = self.scale.budget.recipes
-        return recipes.get(name) or recipes.get(self.arm(name).recipe)
 
     def seeds_of(self, name: str) -> tuple[int, ...]:
         """Return the seeds that an arm is recorded with."""
@@ -241,7 +237,7 @@ class Laboratory:
     def _projected(self) -> Iterator[tuple[NamedArm, int]]:
         """Yield the projected arms that the scale records, each with the step where it begins."""
         for named in map(self.arm, self.scale.policy.arms):
-            if named.arm.projection and self._recipe(named.name):
+            if named.arm.projection:
                 yield named, self.recipe(named.name).steps_at((named.arm.projection.start,))[0]
 
     def kept_steps(self, name: str) -> set[int]:

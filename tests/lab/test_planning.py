@@ -194,12 +194,3 @@ def test_how_many_runs_go_side_by_side(tmp_path, monkeypatch):
         assert budget.processes_for(small) == expected
     monkeypatch.setattr(budget, "find_device", lambda gpu: torch.device("cuda"))
     assert budget.processes_for(small) == 1
-
-
-def test_a_scale_may_have_the_recipe_of_one_arm_alone():
-    """As a page does that plans a single run of a large model."""
-    full = Laboratory.at("full")
-    budget = replace(full.scale.budget, recipes={"opd": full.recipe("opd")})
-    lab = replace(full, scale=replace(full.scale, budget=budget))
-    assert any(lab.arm(name).arm.projection for name in lab.scale.policy.arms)
-    assert lab.branch_steps("opd") == set() and {0, lab.recipe("opd").steps} <= lab.kept_steps("opd")
