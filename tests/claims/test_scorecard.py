@@ -12,13 +12,13 @@ from conftest import needs_tiny
 
 import opdlab
 from opdlab.claims import CLAIMS, FINDINGS, judge, judgeable, scorecard
-from opdlab.claims.across_scales import judge_at, records_at
 from opdlab.claims.rules import KNOWN, Claim, Contrast, Metric, Verdict
 from opdlab.claims.scorecard import PLAIN, badge, claims_table, fold, verdict_table
 from opdlab.errors import OpdlabError
 from opdlab.lab.analyses import ANALYSES
 from opdlab.lab.grid import PAPER, RECORDED
 from opdlab.lab.laboratory import Laboratory
+from opdlab.lab.records import load
 from opdlab.lab.scales import SCALES
 from opdlab.stats import Interval
 
@@ -174,15 +174,10 @@ def smoke(paper, monkeypatch):
     return paper.root
 
 
-def test_what_is_not_recorded_is_left_out(tmp_path):
-    assert records_at(LEARNING, ("opd",), tmp_path) is None
-    assert judge_at(LEARNING, tmp_path) == []
-
-
 def test_the_claims_that_a_scale_can_decide_are_judged(smoke):
-    records = records_at("smoke", ("opd", "rlvr", "sft_matched"), smoke)
+    whole, records = (load("smoke", arms, root=smoke) for arms in (None, ("opd", "rlvr", "sft_matched")))
     assert set(records.runs["arm"]) == {"opd", "rlvr", "sft_matched"}
-    few, found = judgeable(records), judge_at("smoke", smoke)
+    few, found = judgeable(records), judge(judgeable(whole), whole)
     assert 0 < len(few) < len(found)
     assert {verdict.seeds for verdict in found} <= {0, 2}, "an update that is nothing has no directions"
     assert [verdict.claim for verdict in judge(few, records)] == few

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opdlab.claims import across_scales, sentences
+from opdlab.claims import sentences
 from opdlab.lab import records
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
@@ -101,8 +101,7 @@ def run(path: Path, change, monkeypatch, load) -> dict[tuple[int, int], tuple[st
         patch.setenv("OPDLAB_SCALE", "tiny")
         patch.chdir(path.parent)
         patch.setattr(sentences, "states", collect)
-        for module in (records, across_scales):
-            patch.setattr(module, "load", lambda *args, **options: changed(load(*args, **options), change))
+        patch.setattr(records, "load", lambda *args, **options: changed(load(*args, **options), change))
         patch.setattr(plt, "show", partial(plt.close, "all"))
         names: dict = {"__name__": "chapter", "display": lambda *shown: None}
         for cell_number, cell in enumerate(nbformat.read(path, as_version=4).cells):
