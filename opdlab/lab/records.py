@@ -17,9 +17,9 @@ Columns that follow from others are not stored: :func:`read_tables` adds them.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +92,16 @@ class Records:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-class Reading(Laboratory):
+class _Reading(Laboratory):
     """A laboratory whose models stay as they are: each experiment, and so its key, is found out once."""
 
-    @classmethod
-    def of(cls, lab: Laboratory) -> Reading:
-        """Return a laboratory as one that is only read from."""
-        return lab if isinstance(lab, cls) else cls(*(getattr(lab, part.name) for part in fields(lab)))
-
     @cached_property
-    def _found(self) -> dict[tuple[str, int], Experiment]:
-        return {}
+    def _found(self) -> Callable[[str, int], Experiment]:
+        return cache(super().experiment)
 
     def experiment(self, name: str, seed: int = 0) -> Experiment:
         """Return the experiment of an arm and a seed, as it was at first."""
-        if (name, seed) not in self._found:
-            self._found[name, seed] = super().experiment(name, seed)
-        return self._found[name, seed]
+        return self._found(name, seed)
 
 
 def load(
@@ -132,7 +125,7 @@ def load(
     Raises:
         OpdlabError: if a record is missing, with the command that makes it, or a file is damaged.
     """
-    lab = Reading.of(scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root))
+    lab = _Reading(**vars(scale if isinstance(scale, Laboratory) else Laboratory.at(scale, root)))
     asked = analyses is not None
     if analyses is None:
         analyses = recorded_analyses(lab) if arms is None else ()
