@@ -153,12 +153,10 @@ def provide_given(lab: Laboratory) -> None:
                 round_model(default_folder(name), models.dtype, place)
     for folder, name in models.taken.items():
         if not (lab.models / folder).exists():
+            scale, _, model = name.partition("/")
             # Who repeats the training elsewhere takes it from where it was.
-            sources = [root / "data" / "models" / name for root in (lab.root, default_root())]
-            source = next((folder for folder in sources if folder.is_dir()), None)
-            if source is None:
-                scale = name.partition("/")[0]
-                raise OpdlabError(f"there is no model in {sources[0]}: run 'opdlab models --scale {scale}' first")
+            here, there = (Laboratory.at(scale, root) for root in (lab.root, default_root()))
+            source = (here if (here.models / model).is_dir() else there).model_folder(model)
             lab.models.mkdir(parents=True, exist_ok=True)
             round_model(source, models.dtype, lab.models / folder)
 
