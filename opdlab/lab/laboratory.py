@@ -214,13 +214,9 @@ class Laboratory:
             OpdlabError: if a model is missing, and whatever the loop raises.
         """
         named = self.arm(name)
-        missing = [folder for folder in self.models_of(name, seed) if not (self.models / folder).is_dir()]
-        for folder in missing:
-            if not self.model(folder).known:  # Without a digest the run has no key: say what is missing.
-                self.model_folder(folder)
+        for folder in self.models_of(name, seed):
+            self.model_folder(folder)  # which says what is missing
         experiment = change(self.experiment(name, seed))
-        if missing and not Run(experiment, self.runs).finished:
-            self.model_folder(missing[0])
         return train(
             experiment,
             self.runs,
