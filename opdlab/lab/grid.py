@@ -49,17 +49,14 @@ def _arm(name: str, label: str, rollouts_by: str, loss: str, start: str = "ancho
     return NamedArm(name, label, Arm(Model(start), rollouts_by, loss, teacher), **{"recipe": "arm"} | entries)
 
 
-def _imitating(name: str, label: str, start: str, **entries: Any) -> NamedArm:
-    return _arm(name, label, "task", "cross_entropy", start, **{"recipe": name} | entries)
-
-
 def _maker(name: str, label: str, start: str = "", **entries: Any) -> NamedArm:
-    return _imitating(name, label, start, recorded=False, **{"produces": name} | entries)
+    own: dict[str, Any] = {"recipe": name, "produces": name, "recorded": False}
+    return _arm(name, label, "task", "cross_entropy", start, **own | entries)
 
 
 _PAPER = (
     # The paper's protocol: SFT makes the anchor, OPD and RLVR start from it.
-    _imitating("sft", "SFT", "base", produces="anchor"),
+    _arm("sft", "SFT", "task", "cross_entropy", "base", recipe="sft", produces="anchor"),
     _arm("opd", "OPD", "student", "opd_sampled"),
     _arm("opd_full", "OPD, full vocabulary", "student", "reverse_kl"),
     _arm("rlvr", "RLVR", "student", "grpo"),

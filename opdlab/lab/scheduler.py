@@ -138,13 +138,13 @@ def provide_given(lab: Laboratory) -> None:
     from opdlab.models.fetch import default_folder, fetch  # Only who lacks them needs it.
 
     models = lab.scale.models
+    lab.models.mkdir(parents=True, exist_ok=True)
     # The one whose tokenizer the others take comes first.
     for folder in sorted(models.pretrained, key=lambda folder: folder != models.tokenizer):
         place, name = lab.models / folder, models.pretrained[folder]
         if not place.exists():
             fetch(name, default_folder(name))
             place.unlink(missing_ok=True)  # a link into a cache that has been cleared
-            place.parent.mkdir(parents=True, exist_ok=True)
             if models.tokenizer not in ("", folder):
                 link_model(default_folder(name), lab.models / models.tokenizer, place)
             elif models.dtype == "float32":
@@ -157,7 +157,6 @@ def provide_given(lab: Laboratory) -> None:
             # Who repeats the training elsewhere takes it from where it was.
             here, there = (Laboratory.at(scale, root) for root in (lab.root, default_root()))
             source = (here if (here.models / model).is_dir() else there).model_folder(model)
-            lab.models.mkdir(parents=True, exist_ok=True)
             round_model(source, models.dtype, lab.models / folder)
 
 
