@@ -96,7 +96,7 @@ class Laboratory:
         tasks = self.scale.tasks
         return Experiment(
             arm=arm,
-            task=self.task(tasks.get(name) or tasks.get(named.parent) or self.scale.task),
+            task=self.tasks[tasks.get(name) or tasks.get(named.parent) or self.scale.task],
             recipe=recipe,
             seed=seed + named.seed_shift,
             max_new_tokens=budget.max_new_tokens,
@@ -114,12 +114,6 @@ class Laboratory:
         if name not in self.arms:
             raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
         return self.arms[name]
-
-    def task(self, name: str) -> Task:
-        """Return the task called ``name``, or raise an OpdlabError if there is none."""
-        if name not in self.tasks:
-            raise OpdlabError(f"there is no task {name!r}; choose one of {', '.join(self.tasks)}")
-        return self.tasks[name]
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""

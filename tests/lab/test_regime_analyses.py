@@ -242,7 +242,7 @@ def test_an_exam_agrees_with_each_prompt_alone(schooled):
     assert len(exam.prompts) == 32 and not any(prompt.startswith("Q") for prompt in exam.prompts)
     right, divergence, tokens = np.zeros(2), 0.0, 0
     for prompt in exam.prompts:
-        answer = schooled.lab.task("short_tasks").demonstration(prompt)
+        answer = schooled.lab.tasks["short_tasks"].demonstration(prompt)
         asked, told = (tokenizer(text, return_tensors="pt").input_ids for text in (prompt, answer + "$"))
         for i, model in enumerate(models):
             made = model.generate(asked, max_new_tokens=48, do_sample=False)[0, asked.shape[1] :]

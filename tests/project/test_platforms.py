@@ -3,7 +3,6 @@
 import io
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,12 +96,6 @@ def test_six_steps_make_no_models_of_another_scale(tmp_path):
         assert smoke.models.name == "smoke"
         (tiny.models / smoke.arms[arm].produces).mkdir(parents=True)
     assert smoke.models == tiny.models
-
-
-def test_an_unknown_task(lab):
-    scale = replace(lab.scale, tasks={"opd": "unknown"})
-    with pytest.raises(OpdlabError, match=r"^there is no task 'unknown'; choose one of running_sum, "):
-        replace(lab, scale=scale).experiment("opd_update4")
 
 
 def test_a_script_needs_no_main_guard(tmp_path):

@@ -23,7 +23,7 @@ class Exam:
 
     def __init__(self, runs: RunSet):
         """Write the demonstrations."""
-        experiment = replace(runs.lab.experiment("sft", runs.seed), task=runs.lab.task("short_tasks"))
+        experiment = replace(runs.lab.experiment("sft", runs.seed), task=runs.lab.tasks["short_tasks"])
         self.trainer = Trainer(experiment)
         self.prompts = self.trainer.held_out(experiment.evaluation_prompts)
         tokenizer, room = self.trainer.tokenizer, context_length(self.trainer.student.config)
