@@ -242,11 +242,9 @@ def _is_due(analysis: Analysis, seed: int, lab: Laboratory, index: pd.DataFrame)
 
 def missing_parts(analysis: Analysis, seed: int, lab: Laboratory) -> list[Part]:
     """Return the parts of an analysis that are not recorded as they would be made now."""
-    path, parts = lab.records / "analyses" / f"{analysis.name}.csv", analysis.parts(lab, seed)
-    if not path.exists():
-        return parts
-    known = set(read_table(path).query("seed == @seed")["key"])
-    return [part for part in parts if not _is_in(known, part, lab)]
+    path = lab.records / "analyses" / f"{analysis.name}.csv"
+    known = set(read_table(path).query("seed == @seed")["key"]) if path.exists() else set()
+    return [part for part in analysis.parts(lab, seed) if not _is_in(known, part, lab)]
 
 
 def _is_in(known: set[str], part: Part, lab: Laboratory) -> bool:
