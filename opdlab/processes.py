@@ -114,8 +114,8 @@ def find_device(gpu: bool = False) -> torch.device:
 def usable_device(name: str) -> torch.device:
     """Return the device of a name, or raise an OpdlabError if it cannot be used."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as problem:
+        return torch.empty(0, dtype=torch.float64, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as problem:  # the last where there is no float64, as on "mps"
         raise OpdlabError(f"device {name!r} cannot be used here ({problem}): give cpu (OPDLAB_DEVICE=cpu)") from problem
 
 
