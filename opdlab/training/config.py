@@ -21,7 +21,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
 from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, changed_fields
-from opdlab.training.rules import FLAG, LIMIT, POSITIVE, STEPS, Checked, number, of_kind, one_of, whole
+from opdlab.training.rules import FLAG, LIMIT, POSITIVE, STEPS, Checked, Rule, number, of_kind, one_of, whole
 from opdlab.training.tasks import Task
 
 #: What other libraries call a field, and what it is called here.
@@ -33,7 +33,10 @@ ELSEWHERE = {
 #: The largest learning rate that leaves AdamW within float32.
 LARGEST_RATE = 1e30
 _DTYPE = one_of("float32", "bfloat16")
-_BETAS = (lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1")
+_BETAS: Rule = (
+    lambda betas: isinstance(betas, tuple) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+    "two numbers from 0 to below 1, as (0.9, 0.95)",
+)
 
 
 @dataclass(frozen=True)

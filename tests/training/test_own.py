@@ -711,6 +711,7 @@ def test_a_model_that_does_not_exist(models, tmp_path):
 
 NO = [
     *(("steps", True), ("clip", -1.0), ("weight_decay", -0.1), ("warmup", -1), ("betas", (0.9, 1.0)), ("seed", -1)),
+    ("betas", 0.9),
     *(("tokens_at_once", -1), ("micro_batch", 0), ("threads", 0), ("evaluation_samples", 0), ("snapshots", (-3,))),
     *(("prompts", 0), ("evaluation_prompts", 0), ("max_new_tokens", 0), ("alpha", -0.5)),
 ]
