@@ -21,10 +21,10 @@ export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
 # Two processes where make can keep their outputs apart (GNU make 4 and later).
 SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=target)
-# A file of tests stays in one process, as it shares what it has trained.
+# A file of tests stays in one process, as it shares what it has trained; so does a chapter, whose cells follow each other.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 # nbval reads what a cell prints when the cell has ended, and past a thousand messages or so some are lost: hence slow bars.
-NBVAL := TQDM_MININTERVAL=10 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
+NBVAL := TQDM_MININTERVAL=10 $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout 600 -p no:cacheprovider book
 
 .PHONY: help book pdf test site-tests chapters chapters-tiny chapters-smoke reproduce lab execute trl clean
 

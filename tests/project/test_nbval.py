@@ -16,9 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def makefile_options():
     """Return the words that ``make chapters-tiny`` gives to pytest, without the folder of the chapters."""
     makefile = (ROOT / "Makefile").read_text()
-    common = shlex.split(re.search(r"^NBVAL := .* -m pytest (.*)$", makefile, re.MULTILINE)[1])
+    side_by_side, common = (
+        shlex.split(re.search(rf"^{of} (.*)$", makefile, re.MULTILINE)[1])
+        for of in (r"PYTEST := .* -m pytest", r"NBVAL := .* \$\(PYTEST\)")
+    )
     at_tiny = shlex.split(re.search(r"OPDLAB_SCALE=tiny \$\(NBVAL\) (.*)$", makefile, re.MULTILINE)[1])
-    return [*(word for word in common if word != "book"), *at_tiny]
+    return [*side_by_side, *(word for word in common if word != "book"), *at_tiny]
 
 
 def cell(source, stored, *tags):
