@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 
-# Two processes where make can keep their outputs apart (GNU make 4 and later).
+# Two jobs, of two processes each, where make can keep their outputs apart (GNU make 4 and later).
 SIDE_BY_SIDE := $(if $(filter output-sync,$(.FEATURES)),--jobs=2 --output-sync=target)
 # A file of tests stays in one process, as it shares what it has trained; so does a chapter, whose cells follow each other.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -138,7 +138,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--dry-run", action="store_true", help="only write the engine's configuration, and print how")
 
 
-# What belongs to the book, and what also to a task of one's own, as all else does.
+# Options of the book's scales only, and options of both. All others belong to a task of one's own.
 _BOOK, _BOTH = ("scale", "home", "engine", "processes", "dry_run"), ("command", "arm", "seed", "set", "data")
 
 

@@ -38,7 +38,7 @@ from opdlab.geometry.subspaces import rotation, subspace_energy
 MATCHED_NORM = 0.002
 
 _BLOCK = 2**19  # entries that are in memory at a time: 4 MB in float64
-_BITS = 16  # of the sizes, by which they are told apart at a time
+_BITS = 16  # bits of the sizes that one pass over the weights looks at
 
 #: Returns the rows of a weight from one number to another.
 Read = Callable[[int, int], Tensor]
@@ -303,7 +303,7 @@ def measure_rows(
 
 
 class _Limit:
-    """The size up to which a count of weights is small; of those that are as large, the first are counted."""
+    """The size below which a number of weights lie; of those with exactly this size the first fill up the number."""
 
     def __init__(self, blocks: Callable[[], Iterator[Tensor]], count: int):
         """Find the size of that rank, some of its bits at a time."""

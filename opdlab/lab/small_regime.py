@@ -139,7 +139,7 @@ _FROM_ANCHOR = Recipe(150, prompts=4, samples=4, learning_rate=3e-5, clip=1e6)
 
 SMALL_REGIME = Scale(
     name="small-regime",
-    summary="SmolLM2-135M-Instruct, updates of the paper's sizes; half an hour per run on a CPU core with bfloat16",
+    summary="SmolLM2-135M-Instruct, updates of the paper's sizes; a quarter of an hour per run on a core with bfloat16",
     task=THREE_TERMS.name,
     tasks={"sft": RARELY_THREE_TERMS.name},
     models=replace(SMALL.models, folder="small-regime", makers=("sft", "teacher"), dtype="bfloat16"),

@@ -53,9 +53,9 @@ class GeometryCallback(TrainerCallback):
         snapshot_steps: the steps at which they are written.
 
     Raises:
-        OpdlabError: if a number makes no sense; when training begins, if no trained matrix is chosen, k exceeds a side
-            of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a weight is not finite or a snapshot
-            cannot be written.
+        OpdlabError: if ``trainer`` or a number will not do; when training begins, if no trained matrix is chosen, k
+            exceeds a side of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a weight is not finite
+            or a snapshot cannot be written.
         re.error: if ``matrices`` is no regular expression.
 
     Example::
@@ -115,7 +115,7 @@ class GeometryCallback(TrainerCallback):
             self._log(state, control, kwargs["model"])
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the last step as training's own last line is logged: the best weights may take its place next."""
+        """Measure the last step when the trainer logs its closing line, before it may load its best weights."""
         if "train_loss" in (kwargs.get("logs") or {}) and state.global_step > self._measured:
             self._log(state, control, kwargs["model"])
 

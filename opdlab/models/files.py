@@ -84,7 +84,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as problem:
         raise OpdlabError(
-            f"{path} cannot be written ({problem}): make room, or choose a folder that can be, and run it again"
+            f"{path} cannot be written ({problem}): make room on the disk or choose another folder, and run it again"
         ) from problem
 
 
@@ -149,7 +149,7 @@ def link_or_copy(path: Path, source: Path) -> None:
 
 
 def read_json(path: Path, remedy: str = "restore it") -> dict:
-    """Return the object in a JSON file, or raise an OpdlabError with a ``remedy`` if it has none or is damaged."""
+    """Return the object in a JSON file, or raise an OpdlabError with a ``remedy`` if it is missing or damaged."""
     try:
         return {**json.loads(path.read_text("utf-8"))}  # A list is not a mapping.
     except (OSError, ValueError, TypeError) as problem:

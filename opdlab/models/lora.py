@@ -27,7 +27,7 @@ _PLAIN = re.compile(
 )
 # Initialisations that leave the base as it is; with others, B A is not added to the weights of the base.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# Adapters that never change the weights of a model; nor does an activated LoRA, for most tokens.
+# Adapters that leave the weights of a model as they are; an activated LoRA, which acts on some tokens, does so too.
 _WEIGHTLESS = ("PROMPT", "PREFIX", "P_TUNING", "CPT", "CARTRIDGE")
 _MERGE = (
     'merge it with python -c "from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; '
@@ -104,7 +104,8 @@ def _updated(
     file: Path, module: str, name: str, parts: dict[str, Piece], origin: Piece | None, base: Checkpoint, config: dict
 ) -> Piece:
     if len(parts) != 2:
-        raise OpdlabError(f"{file} has only {''.join(parts)} of lora_A and lora_B of {module}: fetch the adapter again")
+        lacks = "lora_B" if "A" in parts else "lora_A"
+        raise OpdlabError(f"{file} lacks {lacks} of {module}: fetch the adapter again")
     if origin is None:
         tied = ", whose head is its embedding," if name == HEAD and embedding_of(base.whole) else ""
         raise OpdlabError(

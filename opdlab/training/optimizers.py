@@ -14,7 +14,7 @@ def make_optimizers(model: transformers.PreTrainedModel, recipe: Recipe, name: s
 
     They are "adamw"; "sgd", without momentum; or "muon", which makes the update of each matrix nearly orthogonal
     (K. Jordan, 2024), with entries about as large as AdamW's, beside AdamW for all that is no layer's matrix. Norms and
-    biases are spared from weight decay, by the rule of transformers' Trainer. Other names an arm refuses.
+    biases are spared from weight decay, by the rule of transformers' Trainer. An arm refuses any other name.
     """
     weights = dict(model.named_parameters())
     matrices = weight_matrices(weights) if name == "muon" else {}

@@ -1,4 +1,4 @@
-"""Rules for the fields of an experiment: each part has a table of them, and one sentence says what breaks one."""
+"""Rules for the fields of an experiment: a table for each part, and one sentence about the value that breaks a rule."""
 
 from __future__ import annotations
 

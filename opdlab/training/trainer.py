@@ -72,7 +72,7 @@ def score(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: list[str], ro
 
 
 def check_finite(experiment: Experiment, numbers: dict[str, float], step: int) -> None:
-    """Raise an OpdlabError that names the first of some numbers of a step, counted from 1, that is not finite."""
+    """Raise an OpdlabError about the first number of a step that is not finite. Steps are counted from 1."""
     for what, number in numbers.items():
         if not math.isfinite(number):
             raise OpdlabError(

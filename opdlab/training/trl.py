@@ -166,7 +166,7 @@ def accelerate_arguments(config: dict) -> dict:
 
 
 def check_ready(config: dict) -> None:
-    """Raise an OpdlabError if this machine lacks what the command needs, programs or GPUs."""
+    """Raise an OpdlabError if TRL is not installed, or this machine has fewer GPUs than the run needs."""
     if not importlib.util.find_spec("trl"):
         raise OpdlabError("the engine trl is not installed: pip install 'opdlab[trl]'")
     arguments, gpus = config["arguments"], torch.cuda.device_count()
