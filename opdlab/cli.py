@@ -215,6 +215,8 @@ def _imported(place: str) -> Callable[[str, str, str], float]:
     """Return the function that ``module:function`` names; modules in the current folder are found too."""
     sys.path.insert(0, str(Path.cwd()))
     try:
+        if not place.partition(":")[2]:
+            raise ValueError("no function is named")
         return resolve_name(place)
     except (ImportError, AttributeError, ValueError) as problem:
         raise OpdlabError(f"--reward {place} cannot be imported ({problem}): give MODULE:FUNCTION") from problem

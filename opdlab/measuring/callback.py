@@ -76,7 +76,7 @@ class GeometryCallback(TrainerCallback):
         """Prepare to measure; nothing is kept before training begins."""
         if not isinstance(trainer, Trainer):
             raise OpdlabError(f"trainer is a {type(trainer).__name__}; expected transformers' Trainer")
-        steps = frozenset(snapshot_steps)
+        steps = frozenset(snapshot_steps if isinstance(snapshot_steps, Collection) else [None])
         if not all(isinstance(number, Integral) and number >= 1 for number in (every, k, *steps)):
             raise OpdlabError(f"every is {every}, k {k} and snapshot_steps {snapshot_steps}: give whole numbers from 1")
         if bool(snapshots) != bool(steps):

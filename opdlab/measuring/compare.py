@@ -6,7 +6,7 @@ densities, and masks of permuted updates, which have in common what rounding alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -74,7 +74,7 @@ class Comparison(Shown):
 
 
 def compare(
-    updates: Sequence[Update | Trained | Path | str],
+    updates: Iterable[Update | Trained | Path | str],
     *,
     out: Path | str | None = None,
     seed: int = 0,
@@ -97,8 +97,8 @@ def compare(
     Raises:
         OpdlabError: if there are fewer than two, or one was not measured, has changed since, or has other matrices.
     """
-    if not isinstance(updates, (list, tuple)):
-        raise OpdlabError(f"updates is {updates!r}: give a list of two or more")
+    if isinstance(updates, (str, Path)) or not isinstance(updates, Iterable):
+        raise OpdlabError(f"updates is a {type(updates).__name__}: give a list of two or more")
     asked = [_asked(one) for one in updates]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
@@ -185,10 +185,14 @@ class _Seen(NamedTuple):
 
 def _see(name: str, label: str, update: Update, seed: int) -> _Seen:
     base, tuned = update.base, update.path[-1]
+    changed = f"{tuned.path} or {base.path} has changed since it was measured: measure it again"
+    shapes = [end.pieces[name].shape if name in end.pieces else None for end in (base, tuned)]
+    if shapes[0] != shapes[1]:
+        raise OpdlabError(changed)
     w0, w1 = base.read(name).double(), tuned.read(name).double()
     delta, norm = w1 - w0, float(update.table.set_index("matrix").at[name, "frobenius"])
     if abs(g.frobenius(delta) - norm) > 1e-6 * norm:
-        raise OpdlabError(f"{tuned.path} or {base.path} has changed since it was measured: measure it again")
+        raise OpdlabError(changed)
     # Each with a permutation of its own: a shared one would make two equal updates equal again.
     shuffled = g.permute(delta, generator_of(seed, f"{label} {name}"))
     # Without an update there is nothing to scale, and both masks stay empty.

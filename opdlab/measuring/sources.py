@@ -26,7 +26,7 @@ _BELOW = {name for path in _INSIDE for name in path.split("/")}
 _ABOVE = ("weights", "_actor", "snapshots", "checkpoints")
 # What results are called, and a key that each of the JSON files among them has.
 _JSON = ("job.json", "summary.json", "compare.json")
-_OWN = re.compile('"(?:opdlab|norms|provenance|weighting)": ')
+_OWN = re.compile('^ "(?:opdlab|norms|provenance|weighting)": ', re.MULTILINE)
 _RESULTS = (*_JSON, "matrices.csv", "trajectory.csv", "models.csv", "pairs.csv", "report.html", "compare.html")
 # A number, and what may multiply it.
 _NUMBER, _UNIT = r"\d+(?:\.\d+)?(?:e\d+)?", r"(?:([kKmMbB])(?![a-zA-Z\d]))?"
@@ -199,8 +199,9 @@ def find_trajectory(folder: Path) -> Trajectory:
     inside = sorted(place for place in folder.iterdir() if place.name[0] != ".")
     found: list[Path] = []
     left: dict[str, list[str]] = {}
+    own = {place.resolve() for place in inside if not place.is_symlink()}
     for place in inside:
-        why = _why_not(place)
+        why = _why_not(place) or ("a link to another" if place.is_symlink() and place.resolve() in own else "")
         if not why:
             found.append(place)
         elif why != _NO_CHECKPOINT or (place.is_dir() and step_of(place)):

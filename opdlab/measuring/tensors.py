@@ -142,7 +142,8 @@ def measured(
     matrices = [job.base.pieces[name].shape for name in sizes if job.decomposes(name)]
     small = sum(prod(shape) * min(shape) for shape in matrices) < _SMALL
     alone = usable_device(job.device).type != "cpu"  # a device has room for one process
-    count = 1 if alone else processes or (1 if small else os.cpu_count() or 1)
+    default = 1 if small else os.cpu_count() or 1
+    count = 1 if alone else default if processes is None else processes
     ends = (job.base, *job.path)
     with (
         # Small matrices gain nothing from a second thread, and wait for it where the machine is busy.
@@ -195,6 +196,8 @@ def resumable_map(
     Raises:
         OpdlabError: if the folder cannot be written or holds other work, a process was killed, or as ``work`` does.
     """
+    if processes < 1:
+        raise OpdlabError(f"processes is {processes}; expected 1 or more")
     if not all(isinstance(end.path, Path) for end in ends):
         out, processes = None, 1
     done = _resume(out, key) if out else {}

@@ -163,6 +163,8 @@ class Update(Shown):
         The noise has this norm in each matrix of the layers; its columns are means, as in :attr:`means`.
         """
         layers = of_layers(self.table)
+        if layers.empty:
+            raise OpdlabError(f"{self.title}: no matrix is in a layer, so there is nothing to lay the ruler on")
         # Minimum and maximum leave out a size that is zero or undefined.
         size = layers["relative_norm"].mean() or nan
         sizes = np.geomspace(min(2e-4, size / 2), max(0.3, size * 2), 24).tolist()
@@ -195,8 +197,9 @@ class Update(Shown):
         for table in (self.trajectory, self.table):
             if column in table.select_dtypes("number") and np.isfinite(of_layers(table)[column]).any():
                 return draw_column(of_layers(table), column)
-        known = get_close_matches(column, self.table.select_dtypes("number").columns, 4, 0.3)
-        raise OpdlabError(f"there are no numbers called {column!r} to draw: choose a column, such as {known}")
+        drawn = of_layers(self.table).select_dtypes("number").dropna(axis="columns", how="all")
+        near = get_close_matches(column, drawn.columns, 4, 0.3)
+        raise OpdlabError(f"there are no numbers called {column!r} to draw: choose a column, such as {near}")
 
     def save(self, folder: Path | str) -> None:
         """Write matrices.csv, summary.json and report.html, and with several checkpoints trajectory.csv.

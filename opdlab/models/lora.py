@@ -56,6 +56,8 @@ def with_adapter(folder: Path, base: Checkpoint | None) -> dict[str, Piece]:
         raise OpdlabError(f"{folder} has no adapter_model.safetensors: fetch or save the adapter again")
     _check_plain(folder, base.path, config)
     stored = pieces_of(file)
+    if not stored:
+        raise OpdlabError(f"{file} holds no tensors: save or fetch the adapter again")
     pieces, updates = dict(base.whole), dict[str, dict[str, Piece]]()
     called = {canonical_name(name): name for name in pieces}  # one version of transformers may have saved each
     saved = config.get("modules_to_save") or []

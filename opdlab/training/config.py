@@ -33,8 +33,9 @@ ELSEWHERE = {
 #: The largest learning rate that leaves AdamW within float32.
 LARGEST_RATE = 1e30
 _DTYPE = one_of("float32", "bfloat16")
+_BETA, _ = number("", lambda beta: 0 <= beta < 1)
 _BETAS: Rule = (
-    lambda betas: isinstance(betas, tuple) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+    lambda betas: isinstance(betas, tuple) and len(betas) == 2 and all(map(_BETA, betas)),
     "two numbers from 0 to below 1, as (0.9, 0.95)",
 )
 
@@ -133,6 +134,8 @@ class Experiment(Checked):
     rules = MappingProxyType({
         "seed": whole(0), "max_new_tokens": whole(1), "temperature": POSITIVE, "evaluations": STEPS, "snapshots": STEPS,
         "evaluation_prompts": whole(1), "evaluation_samples": whole(1), "name": of_kind(str, "a text"),
+        "arm": of_kind(Arm, "an Arm"), "task": of_kind(Task, "a Task"), "recipe": of_kind(Recipe, "a Recipe"),
+        "compute": of_kind(Compute, "a Compute"),
     })  # fmt: skip
 
     @property

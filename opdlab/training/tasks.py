@@ -251,7 +251,10 @@ def _text(value: Any, column: str, row: str) -> str:
             f"{row} has {str(value)[:60]!r} in its column {column!r}: give text, a finite number, or a chat of one "
             "message by the user"
         )
-    return str(value)
+    text = str(value)
+    if text.encode("utf-8", "ignore").decode() != text:
+        raise OpdlabError(f"{row} has half a character in its column {column!r}: write it as Unicode")
+    return text
 
 
 def _demonstration(table: Mapping[str, tuple[str, str]], prompt: str) -> str:

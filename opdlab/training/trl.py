@@ -166,7 +166,7 @@ def accelerate_arguments(config: dict) -> dict:
 
 
 def check_ready(config: dict) -> None:
-    """Raise an OpdlabError if TRL is not installed, or this machine has fewer GPUs than the run needs."""
+    """Raise an OpdlabError if TRL or vLLM is not installed, or this machine has too few GPUs."""
     if not importlib.util.find_spec("trl"):
         raise OpdlabError("the engine trl is not installed: pip install 'opdlab[trl]'")
     arguments, gpus = config["arguments"], torch.cuda.device_count()
@@ -175,6 +175,8 @@ def check_ready(config: dict) -> None:
             f"{config['arm']!r} needs {config['processes']} CUDA GPUs, and this machine has {gpus}: run it where they "
             "are, or only write its configuration with --dry-run"
         )
+    if arguments.get("use_vllm") and not importlib.util.find_spec("vllm"):
+        raise OpdlabError(f"{config['arm']!r} samples with vLLM, which is not installed: pip install 'trl[vllm]'")
 
 
 def launch(

@@ -166,6 +166,7 @@ def test_what_it_refuses(trainer):
         ({"snapshots": "here", "snapshot_steps": [2, 0]}, r"snapshot_steps \[2, 0\]: give whole numbers from 1"),
         ({"snapshots": "here", "snapshot_steps": [2.5]}, r"snapshot_steps \[2.5\]"),
         ({"snapshots": "here", "snapshot_steps": "all"}, "snapshot_steps all"),
+        ({"snapshots": "here", "snapshot_steps": 5}, "snapshot_steps 5"),
         ({"snapshots": "here"}, "give a folder and steps, or neither"),
         ({"snapshot_steps": [5]}, "give a folder and steps, or neither"),
     ):

@@ -324,8 +324,9 @@ def test_what_cannot_be_compared(pair, tmp_path):
         measure(base, pair[1:], out=tmp_path / "out", device="nowhere")
     with pytest.raises(OpdlabError, match="would be written into the checkpoint"):
         measure(base, pair[1:], out=pair[1])
-    with pytest.raises(OpdlabError, match="tuned is empty"):
-        measure(base, [], out=tmp_path / "out")
+    for path, processes, said in (([], 1, "tuned is empty"), (pair[1:], 0, "processes is 0; expected 1 or more")):
+        with pytest.raises(OpdlabError, match=said):
+            measure(base, path, out=tmp_path / "out", processes=processes)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OpdlabError, match="cannot be written"):

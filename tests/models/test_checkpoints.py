@@ -256,6 +256,7 @@ def test_entries_that_are_not_finite(tmp_path):
         ({}, lora("self_attn.z_proj"), "z_proj.weight, which .*base does not have as one matrix"),
         ({}, lora(cols=99), r"does not fit model.layers.0.self_attn.q_proj.weight \(16, 16\)"),
         ({}, {"base_model.model.x.lora_B.weight": torch.zeros(2, 2)}, "lacks lora_A of x"),
+        ({}, {}, "holds no tensors: save or fetch the adapter again"),
         ({"r": 64}, lora(), "has rank 2, and adapter_config.json says 64"),
         ({"lora_alpha": "four"}, lora(), "adapter_config.json beside .* cannot be understood"),
         ({"alpha_pattern": {"*": 3}}, lora(), "adapter_config.json beside .* cannot be understood"),
