@@ -55,8 +55,7 @@ class GeometryCallback(TrainerCallback):
     Raises:
         OpdlabError: if ``trainer`` or a number will not do; when training begins, if no trained matrix is chosen, k
             exceeds a side of one, or processes have parts of weights (ZeRO-3, FSDP1); later, if a weight is not finite
-            or a snapshot cannot be written.
-        re.error: if ``matrices`` is no regular expression.
+            or a snapshot cannot be written. If ``matrices`` is no regular expression, ``re`` says so itself.
 
     Example::
 
