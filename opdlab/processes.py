@@ -116,7 +116,7 @@ def usable_device(name: str) -> torch.device:
     try:
         return torch.empty(0, dtype=torch.float64, device=name).device
     except (RuntimeError, AssertionError, TypeError) as problem:  # the last where there is no float64, as on "mps"
-        raise OpdlabError(f"device {name!r} cannot be used here ({problem}): give cpu (or OPDLAB_DEVICE)") from problem
+        raise OpdlabError(f"device {name!r} cannot be used here ({problem}): give cpu (OPDLAB_DEVICE=cpu)") from problem
 
 
 def _cpu_fields() -> dict[str, str]:

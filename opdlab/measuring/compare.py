@@ -98,7 +98,7 @@ def compare(
         OpdlabError: if there are fewer than two, or one was not measured, has changed since, or has other matrices.
     """
     if isinstance(updates, (str, Path)) or not isinstance(updates, Iterable):
-        raise OpdlabError(f"updates is a {type(updates).__name__}: give a list of two or more")
+        raise OpdlabError(f"updates is {updates!r}: give a list of two or more")
     asked = [_asked(one) for one in updates]
     if len({id(one) if isinstance(one, Update) else one.resolve() for one in asked}) < 2:
         raise OpdlabError("give two or more results of 'opdlab measure' to compare, each another one")
