@@ -21,7 +21,7 @@ from opdlab.errors import OpdlabError
 from opdlab.models.folders import load_tokenizer
 from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, changed_fields
-from opdlab.training.rules import FLAG, LIMIT, POSITIVE, STEPS, Checked, Rule, number, of_kind, one_of, whole
+from opdlab.training.rules import DECAYS, FLAG, LIMIT, POSITIVE, STEPS, Checked, number, of_kind, one_of, whole
 from opdlab.training.tasks import Task
 
 #: What other libraries call a field, and what it is called here.
@@ -33,11 +33,6 @@ ELSEWHERE = {
 #: The largest learning rate that leaves AdamW within float32.
 LARGEST_RATE = 1e30
 _DTYPE = one_of("float32", "bfloat16")
-_BETA, _ = number("", lambda beta: 0 <= beta < 1)
-_BETAS: Rule = (
-    lambda betas: isinstance(betas, tuple) and len(betas) == 2 and all(map(_BETA, betas)),
-    "two numbers from 0 to below 1, as (0.9, 0.95)",
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Recipe(Checked):
     rules = MappingProxyType({
         "steps": whole(1), "prompts": whole(1), "samples": whole(1),
         "learning_rate": number(f"a number above 0 and up to {LARGEST_RATE:g}", lambda rate: 0 < rate <= LARGEST_RATE),
-        "schedule": one_of("constant", "cosine"), "warmup": whole(0), "betas": _BETAS, "clip": LIMIT,
+        "schedule": one_of("constant", "cosine"), "warmup": whole(0), "betas": DECAYS, "clip": LIMIT,
         "weight_decay": number("a number, 0 or above", lambda decay: 0 <= decay < inf),
     })  # fmt: skip
 

@@ -51,16 +51,24 @@ def of_kind(kind: type | UnionType, wanted: str) -> Rule:
     return lambda value: isinstance(value, kind), wanted
 
 
-#: A finite number above 0; one that may be infinite; a share of a whole, or None; some steps; and yes or no.
+#: A finite number above 0; one that may be infinite; a share, or None; some steps; Adam's decays; and yes or no.
 POSITIVE = number("a number above 0", lambda value: 0 < value < inf)
 LIMIT = number("a number above 0", lambda value: value > 0)
 OPTIONAL_SHARE: Rule = (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number from 0 to 1")
 STEPS: Rule = (lambda value: isinstance(value, tuple) and all(_is_whole(step, 0) for step in value), "a tuple of steps")
+DECAYS: Rule = (
+    lambda value: isinstance(value, tuple) and [*map(_is_decay, value)] == [True, True],
+    "two numbers from 0 to below 1, as (0.9, 0.95)",
+)
 FLAG = of_kind(bool, "True or False")
 
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_decay(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
 
 
 def _is_number(value: Any) -> bool:

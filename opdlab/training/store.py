@@ -37,7 +37,10 @@ LINES = ("history", "evaluations")
 # What a run has; where it writes, and what a kill leaves there of a file: its name, the process, and "part".
 _ITS_OWN = ("config.json", "history.jsonl", "evaluations.jsonl", "model", "states", "snapshots/*.safetensors")
 _PLACES = (".", "snapshots", "states", "origins")
-_LEFT = re.compile(r"[\w-]+\.(jsonl?|safetensors|pickle)\.\d+\.part")
+_LEFT = re.compile(
+    r"(config|provenance|history|evaluations|checkpoint|step-\d+|[0-9a-f]{8,}(-\w+)?|trl|accelerate|run|trainer_state)"
+    r"\.(jsonl?|safetensors|pickle)\.\d+\.part"
+)
 
 
 @contextmanager

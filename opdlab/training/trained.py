@@ -209,7 +209,7 @@ class Trained:
         if self.run.experiment.arm.student.shape:
             raise OpdlabError("a student that starts from random weights has no update to measure: train it on")
         if self.history["skipped"].all():
-            raise OpdlabError(f"no step of {self.run.experiment.title} changed a weight: show the run to see why")
+            raise OpdlabError(f"no step of {self.run.experiment.title} changed a weight: print the run, which says why")
         origin, *steps = self.run.experiment.kept
         path = [self.run.snapshot_path(step) for step in steps]
         return self._measure(self.run.snapshot_path(origin), path, seed=self.run.experiment.seed)

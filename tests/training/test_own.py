@@ -242,7 +242,7 @@ def test_a_reward_that_never_differs_leaves_nothing_to_measure(models, tmp_path)
     )
     short = ol.train(ol.rlvr(models / "student"), task_of(), out=tmp_path / "short", **QUICK | {"max_new_tokens": 1})
     assert re.search(r"; 4 of 4 steps changed no weight, as \d\d% of the completions were cut at max_new", repr(short))
-    with pytest.raises(OpdlabError, match=r"^no step of run changed a weight: show the run to see why$"):
+    with pytest.raises(OpdlabError, match=r"^no step of run changed a weight: print the run, which says why$"):
         _ = run.trajectory
 
 
@@ -422,7 +422,16 @@ def test_out_that_holds_what_looks_like_a_run(name, models, tmp_path):
 
 def test_files_of_ones_own_beside_a_run_stay(models, tmp_path):
     """Of what is half written only what a run itself left there is deleted."""
-    mine = [tmp_path / name for name in ("thesis.zip.part", "a/config.json.7.part", "history.jsonl.part", "b.1.part/c")]
+    mine = [
+        tmp_path / name
+        for name in (
+            "thesis.zip.part",
+            "prompts.jsonl.1.part",
+            "a/config.json.7.part",
+            "history.jsonl.part",
+            "b.1.part/c",
+        )
+    ]
     left = [tmp_path / name for name in ("history.jsonl.7.part", "snapshots/step-000002.safetensors.4711.part")]
     for path in (*mine, *left, tmp_path / "origins/1234567890abcdef-float32.safetensors.4711.part"):
         path.parent.mkdir(exist_ok=True)
