@@ -15,6 +15,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import code_of, needed
 
 from opdlab.claims import sentences
 from opdlab.lab import records
@@ -104,13 +105,13 @@ def run(path: Path, change, monkeypatch, load) -> dict[tuple[int, int], tuple[st
         patch.setattr(records, "load", lambda *args, **options: changed(load(*args, **options), change))
         patch.setattr(plt, "show", partial(plt.close, "all"))
         names: dict = {"__name__": "chapter", "display": lambda *shown: None}
-        for cell_number, cell in enumerate(nbformat.read(path, as_version=4).cells):
-            if cell.cell_type == "code" and "remove-cell" not in cell.metadata.get("tags", ()):
-                try:
-                    exec(compile(cell.source, f"{path.name}, cell {cell_number}", "exec"), names)
-                except Exception:
-                    if change is unchanged:
-                        raise
+        code = code_of(path)
+        for cell_number in sorted(needed(code, {i for i, source in enumerate(code) if "states(" in source})):
+            try:
+                exec(compile(code[cell_number], f"{path.name}, cell {cell_number}", "exec"), names)
+            except Exception:
+                if change is unchanged:
+                    raise
     plt.close("all")
     return stated
 
