@@ -61,7 +61,8 @@ def noise_mask(w0: Tensor, count: int, generator: Generator) -> Tensor:
     there = torch.nextafter(here, torch.full_like(here, inf).copysign(noise.to(here.dtype)))
     # How much the noise must grow: the distance to the midpoint of the two numbers over the noise drawn here. It is
     # computed in place to save memory; a weight that no noise could carry over comes last.
-    needed = here.double().add_(there).div_(2).sub_(w0).div_(noise).nan_to_num_(nan=0.0)
+    needed = here.double().add_(there).div_(2).sub_(w0).div_(noise)
+    needed.nan_to_num_(nan=0.0, posinf=1e139, neginf=1e139)  # of millions of numbers drawn, one or the other is 0
     del noise, here, there
     return smallest_entries(needed, _checks.whole(count, "count", 0, w0.numel()))
 

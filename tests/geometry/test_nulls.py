@@ -428,3 +428,9 @@ def test_errors_name_the_matrix(w1, message: str):
 def test_tables_refuse(call, message: str):
     with pytest.raises(OpdlabError, match=message):
         call(model())
+
+
+def test_noise_of_zero_moves_a_weight_last(monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda shape, generator: torch.tensor([1.0, 0.0, -0.0, -1.0]))
+    mask = g.noise_mask(torch.tensor([1.0, 1e-3, 1e-3, 1.0]), 2, torch.Generator())
+    assert mask.tolist() == [True, False, False, True]
