@@ -124,7 +124,7 @@ def running_text(node: nodes.Node) -> Iterator[nodes.Text | nodes.reference]:
 
 def place_of(link: nodes.reference) -> str:
     """Return the place on a page that a link leads to."""
-    return link.get("refuri", "").partition("#")[2]
+    return link.get("refid") or link.get("refuri", "").partition("#")[2]
 
 
 def link_first_uses(app: Sphinx, doctree: nodes.document, page: str, terms: list[Term]) -> None:

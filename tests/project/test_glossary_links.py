@@ -142,6 +142,10 @@ def test_no_term_is_linked_where_things_are_looked_up(page):
         assert links((page[1] / "site" / name).read_text(), "first-use") == []
 
 
+def test_the_glossary_tells_what_its_own_links_mean(page):
+    assert links((page[1] / "site" / "glossary.html").read_text()) == [("Sim_K", "term-Sim_K", "Another.")]
+
+
 def test_a_changed_glossary_changes_every_page(page):
     html, _ = build(page[1], PAGE, GLOSSARY.replace("A way.", "Another way."), other="An arm of OPD.")
     assert ("arm", "term-arm", "Another way.") in links(html, "first-use")
