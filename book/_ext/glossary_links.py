@@ -113,13 +113,24 @@ def join_lines(doctree: nodes.document) -> None:
         element.extend(pieces)
 
 
-def running_text(node: nodes.Node) -> Iterator[nodes.Text | nodes.reference]:
-    """Yield the text of a page and the links in it, in the order of reading."""
+def running_text(node: nodes.Node) -> Iterator[nodes.Text | nodes.reference | nodes.raw]:
+    """Yield the text of a page, the links in it, and what is HTML already, in the order of reading."""
     for child in node.children:
-        if isinstance(child, (nodes.Text, nodes.reference)):
+        if isinstance(child, (nodes.Text, nodes.reference, nodes.raw)):
             yield child
         elif not isinstance(child, PASSED_OVER):
             yield from running_text(child)
+
+
+def in_order(doctree: nodes.document) -> list[nodes.Text | nodes.reference]:
+    """Return the text of a page and the links in it: first what all readers see, then what is folded."""
+    seen, folded, depth = [], [], 0
+    for piece in running_text(doctree):
+        if isinstance(piece, nodes.raw):
+            depth += piece.astext().count("<details") - piece.astext().count("</details")
+        else:
+            (folded if depth else seen).append(piece)
+    return seen + folded
 
 
 def place_of(link: nodes.reference) -> str:
@@ -136,7 +147,7 @@ def link_first_uses(app: Sphinx, doctree: nodes.document, page: str, terms: list
     used = re.compile(rf"(?<![\w-])(?:{either})(?![\w-])")
     linked = set()
     join_lines(doctree)
-    for text in list(running_text(doctree)):
+    for text in in_order(doctree):
         if isinstance(text, nodes.reference):
             linked.add(entries.get(place_of(text)))
             continue

@@ -52,7 +52,14 @@ matched SFT
   A control.
 ```
 """
-PAGE = """An arm has a **rank**, a stable
+PAGE = """<details>
+<summary>Guess.</summary>
+
+An arm, and its similarity to the end.
+
+</details>
+
+An arm has a **rank**, a stable
 rank and stable ranks. `trajectory` and $trajectory$ are no text. The state of a *state* is everyday, as is *no state*.
 
 ## Arms, and a trajectory
@@ -63,8 +70,7 @@ An [arm](index.md) again, and ranks. OPD's warm armrests are no arms, nor is an 
 | --- | --- |
 | Trajectories | Shares of the gradient |
 
-- The matched SFT of [matched SFT](glossary.md#matched-sft). Its [likeness](glossary.md#sim_k), the similarity to the
-  end.
+- The matched SFT of [matched SFT](glossary.md#matched-sft). Its [height](glossary.md#rank).
 
 ```python
 the_similarity = "a share of the gradient"
@@ -121,6 +127,7 @@ def page(tmp_path_factory):
 
 def test_each_term_is_linked_where_it_is_used_first(page):
     assert [(words, place) for words, place, _ in links(page[0], "first-use")] == [
+        ("similarity to the end", "term-similarity-to-the-end"),  # used in what is folded only
         ("arm", "term-arm"),
         ("rank", "term-rank"),
         ("stable rank", "term-stable-rank"),
