@@ -86,6 +86,14 @@ def fewer_colours(png: bytes) -> bytes:
     return stored.getvalue()
 
 
+def pictures_of(output: nbformat.NotebookNode) -> Iterator[tuple[dict[str, str], str]]:
+    """Yield where the pictures of an output are: the one that every reader shows, and the one for narrow screens."""
+    if "image/png" in output.get("data", {}):
+        yield output.data, "image/png"
+        if "stacked" in output.metadata.get("image/png", {}):
+            yield output.metadata["image/png"].stacked, "data"
+
+
 def normalise(notebook: nbformat.NotebookNode) -> None:
     """Drop what depends on the machine, the clock or the editor, and the progress bars; make the figures small."""
     notebook.metadata = nbformat.from_dict(METADATA)
@@ -97,18 +105,10 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
                 cell.metadata |= nbformat.from_dict(FOLDS)
             cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
             for output in cell.outputs:
-                for place, key in _pictures(output):
+                for place, key in pictures_of(output):
                     png = fewer_colours(base64.b64decode(place[key]))
                     place[key] = base64.b64encode(png).decode()
     name_cells(notebook)
-
-
-def _pictures(output: nbformat.NotebookNode) -> Iterator[tuple[dict[str, str], str]]:
-    """Yield where the pictures of an output are: the one that every reader shows, and the one for narrow screens."""
-    if "image/png" in output.get("data", {}):
-        yield output.data, "image/png"
-        if "stacked" in output.metadata.get("image/png", {}):
-            yield output.metadata["image/png"].stacked, "data"
 
 
 def _is_bar(output: nbformat.NotebookNode) -> bool:
