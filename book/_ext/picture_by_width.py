@@ -58,7 +58,8 @@ def add_pictures(
             b64decode(second[picture[2]]["data"]),
             (second[picture[2]][k] for k in ("width", "height")),
         )
-        (Path(app.outdir) / "_images" / name_of(png)).write_bytes(png)
+        (images := Path(app.outdir) / "_images").mkdir(exist_ok=True)
+        (images / name_of(png)).write_bytes(png)
         source = (
             f'<source media="{NARROW}" srcset="{picture[1] or ""}{name_of(png)}" width="{width}" height="{height}">'
         )
