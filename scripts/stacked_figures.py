@@ -8,6 +8,8 @@ would be without; the second goes beside it into the metadata of the output, whe
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import suppress
 from functools import wraps
 from itertools import combinations, pairwise
 from math import inf
@@ -151,7 +153,7 @@ def break_lines(text: Text, room: float) -> None:
     taken = text.get_window_extent().width
     if text.get_text() and taken > room:
         line = " ".join(text.get_text().split())
-        text.set_text(fill(line, int(len(line) * room / taken)))
+        text.set_text(fill(line, max(1, int(len(line) * room / taken)), break_long_words=False))
 
 
 def put_above(figure: Figure, legend: Legend) -> None:
@@ -191,11 +193,17 @@ def stack(figure: Figure, width: float) -> Figure:
 def for_phone(figure: Figure) -> Figure | None:
     """Return a figure that has been drawn as a phone should show it, or None if it stays as it is."""
     panels = panels_of(figure)
-    width, height = figure.get_size_inches()
-    if not panels or (len(panels) == 1 and (letters(figure) >= LETTERS or width > STRIP * height)):
+    wide, high = figure.get_size_inches()
+    if not panels or (len(panels) == 1 and (letters(figure) >= LETTERS or wide > STRIP * high)):
         return None
     before = collisions(figure)
-    return next((made for width in WIDTHS if collisions(made := stack(figure, width)) <= before), None)
+    for width in WIDTHS:
+        # Matplotlib warns where it finds no room for the panels.
+        with warnings.catch_warnings(), suppress(UserWarning):
+            warnings.simplefilter("error", UserWarning)
+            if collisions(made := stack(figure, width)) <= before:
+                return made
+    return None
 
 
 def load_ipython_extension(_shell: InteractiveShell) -> None:

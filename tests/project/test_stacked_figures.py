@@ -140,5 +140,10 @@ def test_what_has_no_safe_place_below_each_other_is_left(script):
     free = plt.figure(figsize=(9, 3), layout="none")
     free.add_axes((0, 0, 0.4, 1))
     free.add_axes((0.5, 0, 0.4, 1))
-    for figure in (two_rows, with_words, spanning, crowded, free):
+    no_room, axes = panels(2, width=10)
+    for axis in axes:
+        axis.set_yticks(
+            [0, 1], ["a name that is longer than the screen of a phone is wide, and much longer than that"] * 2
+        )
+    for figure in (two_rows, with_words, spanning, crowded, free, no_room):
         assert script.for_phone(drawn(figure)) is None
