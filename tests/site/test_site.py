@@ -418,6 +418,33 @@ def test_what_is_hidden_opens_by_keyboard(page):
     assert code.evaluate("details => details.open")
 
 
+# How large a figure is shown, and whether by its second picture; that one's width is meant for a phone.
+SHOWN = """async figure => {
+    figure.scrollIntoView();
+    await figure.decode();
+    const { width, height } = figure.getBoundingClientRect();
+    const second = figure.parentElement.querySelector('source');
+    return { width, height, second: figure.currentSrc === new URL(second.srcset, location).href, meant: second.width };
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "media", "phone"), [(400, "screen", True), (1400, "screen", False), (400, "print", False)]
+)
+def test_a_phone_gets_the_panels_of_a_figure_below_each_other(page, theme, width, media, phone):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(media=media, color_scheme=theme)
+    page.goto("book/06_rank.html")
+    shown = page.locator("picture img").first.evaluate(SHOWN)
+    assert shown["second"] == phone
+    if phone:
+        assert shown["height"] > 1.5 * shown["width"]
+        assert 0.9 * shown["meant"] <= shown["width"] <= shown["meant"]
+    else:
+        assert shown["width"] > 2 * shown["height"]
+
+
 def test_paper_gets_the_text_alone_in_black_on_white(page):
     page.goto("book/06_rank.html")
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
