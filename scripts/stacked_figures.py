@@ -215,7 +215,7 @@ def load_ipython_extension(_shell: InteractiveShell) -> None:
         first = draw(figure, **options)
         if first and (second := for_phone(figure)):
             data, size = draw(second, **options)
-            first[1]["stacked"] = {"data": data, **size}
+            first[1]["stacked"] = {"data": data, **size, "panels": len(panels_of(figure))}
         return first
 
     pylabtools.retina_figure = draw_twice

@@ -17,10 +17,12 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 NARROW = "screen and (max-width: 600px)"
-# A picture of an output: myst-nb names its file by what is in it.
-PICTURE = re.compile(r'<img [^>]*src="([^"]*/)?([0-9a-f]{64}\.png)"[^>]*>')
+# A picture of an output, and the end of its link: myst-nb names its file by what is in it.
+PICTURE = re.compile(r'(<img [^>]*src="([^"]*/)?([0-9a-f]{64}\.png)"[^>]*>)(\s*</a>)?')
 # Its size as a style, beside which the sizes that each of the two pictures has would not count.
 STYLE = re.compile(r' style="width: \d+px; height: \d+px;"')
+# Captions and alternative texts speak of the wide picture.
+TURNED = '<span class="turned">On this screen, what is said to be on the left is at the top.</span>'
 
 
 def name_of(png: bytes) -> str:
@@ -52,18 +54,16 @@ def add_pictures(
     second = second_pictures(source)
 
     def with_second(picture: re.Match[str]) -> str:
-        if picture[2] not in second:
+        image, folder, name, end = (part or "" for part in picture.groups())
+        if name not in second:
             return picture[0]
-        png, (width, height) = (
-            b64decode(second[picture[2]]["data"]),
-            (second[picture[2]][k] for k in ("width", "height")),
-        )
+        found = second[name]
+        png = b64decode(found["data"])
         (images := Path(app.outdir) / "_images").mkdir(exist_ok=True)
         (images / name_of(png)).write_bytes(png)
-        source = (
-            f'<source media="{NARROW}" srcset="{picture[1] or ""}{name_of(png)}" width="{width}" height="{height}">'
-        )
-        return f"<picture>{source}{STYLE.sub('', picture[0])}</picture>"
+        source = f'srcset="{folder}{name_of(png)}" width="{found["width"]}" height="{found["height"]}"'
+        note = TURNED if found["panels"] > 1 else ""
+        return f'<picture><source media="{NARROW}" {source}>{STYLE.sub("", image)}</picture>{end}{note}'
 
     context["body"] = PICTURE.sub(with_second, context["body"])
 

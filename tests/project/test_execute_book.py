@@ -88,6 +88,7 @@ def test_a_figure_of_two_panels_has_a_second_picture_and_twice_gives_the_same_by
     second = sizes[0].pop("stacked")
     assert sizes == [{"width": pytest.approx(870, abs=15), "height": pytest.approx(310, abs=15)},
                      {"width": pytest.approx(410, abs=15), "height": pytest.approx(310, abs=15)}]  # fmt: skip
+    assert second["panels"] == 2
     assert second["width"] == pytest.approx(380, abs=15) and second["height"] == pytest.approx(610, abs=15)
     stored = base64.b64decode(second["data"])
     assert Image.open(BytesIO(stored)).size == pytest.approx((2 * second["width"], 2 * second["height"]), abs=1)

@@ -22,7 +22,8 @@ def name(png):
 @pytest.fixture
 def app(tmp_path):
     """A site with one page that has two figures, one of which has two pictures."""
-    both = {"image/png": {"width": 860, "height": 310, "stacked": {"data": text(NARROW), "width": 380, "height": 620}}}
+    second = {"data": text(NARROW), "width": 380, "height": 620, "panels": 2}
+    both = {"image/png": {"width": 860, "height": 310, "stacked": second}}
     outputs = [
         nbformat.v4.new_output("display_data", {"image/png": text(WIDE)}, metadata=both),
         nbformat.v4.new_output("display_data", {"image/png": text(ALONE)}, metadata={"image/png": {"width": 400}}),
@@ -39,7 +40,7 @@ def image(png):
 
 
 def made(script, app, page="page"):
-    context = {"body": f'<a href="../_images/{name(WIDE)}">{image(WIDE)}</a>{image(ALONE)}'}
+    context = {"body": f'<a href="../_images/{name(WIDE)}">{image(WIDE)}\n</a>{image(ALONE)}'}
     script.add_pictures(app, page, "page.html", context, None)
     return context["body"]
 
@@ -48,7 +49,7 @@ def test_a_browser_can_choose_the_second_picture_and_the_rest_of_the_page_stays(
     source = f'<source media="{script.NARROW}" srcset="../_images/{name(NARROW)}" width="380" height="620">'
     first = image(WIDE).replace(' style="width: 860px; height: 310px;"', "")
     link = f'<a href="../_images/{name(WIDE)}">'
-    assert made(script, app) == f"{link}<picture>{source}{first}</picture></a>{image(ALONE)}"
+    assert made(script, app) == f"{link}<picture>{source}{first}</picture>\n</a>{script.TURNED}{image(ALONE)}"
     assert [path.name for path in (app.outdir / "_images").iterdir()] == [name(NARROW)]
     assert (app.outdir / "_images" / name(NARROW)).read_bytes() == NARROW
 

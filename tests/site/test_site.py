@@ -437,7 +437,7 @@ def test_a_phone_gets_the_panels_of_a_figure_below_each_other(page, theme, width
     page.emulate_media(media=media, color_scheme=theme)
     page.goto("book/06_rank.html")
     shown = page.locator("picture img").first.evaluate(SHOWN)
-    assert shown["second"] == phone
+    assert shown["second"] == phone == page.locator(".turned").first.is_visible()
     if phone:
         assert shown["height"] > 1.5 * shown["width"]
         assert 0.9 * shown["meant"] <= shown["width"] <= shown["meant"]
