@@ -24,14 +24,6 @@ from opdlab.lab.scales import SCALES
 from opdlab.stats import Interval
 
 ROOT = Path(__file__).resolve().parents[2]
-# Claims that chapters 04 and 09 are about to show.
-NOT_SHOWN_YET = {
-    "sparsity-same-teacher",
-    "density-rlvr-long",
-    "sparsity-rlvr-teacher",
-    "rank-opd_same_teacher",
-    "rank-opd_rlvr_teacher",
-}
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
@@ -67,7 +59,7 @@ def test_every_claim_of_the_scorecard_is_taught_in_a_chapter():
     assert len(named) > 50
     chapters = "".join(map(html_of, sorted((ROOT / "book").glob("[01][0-9]_*.ipynb"))))
     shown = {name for name, claim in named.items() if re.search(rf"<th>{re.escape(claim)}( \(|</th>)", chapters)}
-    assert named.keys() - shown - NOT_SHOWN_YET == set()
+    assert named.keys() - shown == set()
 
 
 def test_what_records_can_decide(of_paper):
