@@ -87,9 +87,9 @@ def train(arm: Arm, task: Task, *, steps: int, learning_rate: float, out: Path |
     from opdlab.training.loop import train as train_experiment
     from opdlab.training.trained import Trained, make_experiment
 
-    if not isinstance(out, Path | str):
-        raise OpdlabError(f"out is {out!r}: give the folder of the run")
-    folder, progress = Path(out).expanduser().resolve(), settings.pop("progress", True)
+    if not isinstance(out, Path | str) or (folder := Path(out).expanduser().resolve()).is_file():
+        raise OpdlabError(f"out is {out}: give the folder of the run")
+    progress = settings.pop("progress", True)
     settings = {"name": folder.name} | settings
     experiment = make_experiment(arm, task, steps=steps, learning_rate=learning_rate, **settings)
     return Trained(train_experiment(experiment, folder, folder=folder, progress=progress), measure)

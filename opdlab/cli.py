@@ -179,8 +179,11 @@ def _train_own(options: argparse.Namespace) -> None:
     reward = _imported(options.reward) if options.reward else None
     task = opdlab.Task.from_dataset(options.data, reward=reward, version=options.reward_version or "", **columns)
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "learning_rate", "out", "seed")}
+    given = _settings(options.set)
+    for name in given.keys() & {"arm", "task", "student", "teacher"}:
+        raise OpdlabError(f"--set {name} is no field of an experiment: give --{'data' if name == 'task' else name}")
     arm = getattr(opdlab, options.arm)(options.student, teacher=options.teacher)
-    run = opdlab.train(arm, task, **settings | _settings(options.set))
+    run = opdlab.train(arm, task, **settings | given)
     print(run.evaluations.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"\nthe model: {run.model}\nto measure it: opdlab measure {options.student} {run.model}")
 

@@ -2,7 +2,8 @@
 
 Every code cell runs, top to bottom, in a fresh kernel. What is written depends on the sources and the results only (no
 times, machine paths or random ids), so executing twice gives the same bytes. A notebook that fails stays as it was.
-Figures are stored in 128 colours, which is a third of the bytes.
+Figures are stored in 128 colours, which is a third of the bytes, and those that a phone cannot show in its width a
+second time, for the site only (scripts/stacked_figures.py).
 When, where and how fast each was executed is noted in data/status.json.
 """
 
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from datetime import date
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +31,8 @@ from tqdm import tqdm
 from opdlab.models.files import write_json
 from opdlab.processes import provenance
 
-BOOK = Path(__file__).resolve().parent.parent / "book"
+SCRIPTS = Path(__file__).resolve().parent
+BOOK = SCRIPTS.parent / "book"
 STATUS = BOOK.parent / "data" / "status.json"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -83,6 +86,14 @@ def fewer_colours(png: bytes) -> bytes:
     return stored.getvalue()
 
 
+def pictures_of(output: nbformat.NotebookNode) -> Iterator[tuple[dict[str, str], str]]:
+    """Yield where the pictures of an output are: the one that every reader shows, and the one for narrow screens."""
+    if "image/png" in output.get("data", {}):
+        yield output.data, "image/png"
+        if "stacked" in output.metadata.get("image/png", {}):
+            yield output.metadata["image/png"].stacked, "data"
+
+
 def normalise(notebook: nbformat.NotebookNode) -> None:
     """Drop what depends on the machine, the clock or the editor, and the progress bars; make the figures small."""
     notebook.metadata = nbformat.from_dict(METADATA)
@@ -94,9 +105,9 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
                 cell.metadata |= nbformat.from_dict(FOLDS)
             cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
             for output in cell.outputs:
-                if "image/png" in output.get("data", {}):
-                    png = fewer_colours(base64.b64decode(output.data["image/png"]))
-                    output.data["image/png"] = base64.b64encode(png).decode()
+                for place, key in pictures_of(output):
+                    png = fewer_colours(base64.b64decode(place[key]))
+                    place[key] = base64.b64encode(png).decode()
     name_cells(notebook)
 
 
@@ -129,12 +140,14 @@ def execute(path: Path, bar: tqdm) -> bool:
         timeout=600,
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--IPKernelApp.extensions=stacked_figures"],
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_start=on_start,
         on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(),
     )
+    paths = str(SCRIPTS), os.environ.get("PYTHONPATH")
     try:
-        client.execute()
+        client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))})
     except CellExecutionError as problem:
         raise ChapterError(f"{path.name}, code cell {running}: {problem.ename}: {problem.evalue}") from problem
     except CellTimeoutError as problem:

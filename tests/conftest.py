@@ -1,5 +1,6 @@
 """What the tests share: a lab of its own at the smoke scale, built from nothing in seconds."""
 
+import ast
 import importlib.util
 import os
 import sys
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -46,6 +48,52 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_tiny = pytest.mark.skipif(
     not (ROOT / "data/records/tiny/runs.csv").is_file(), reason="the records of tiny are not there"
 )
+
+
+def code_of(notebook):
+    """Return the code of each cell of a notebook, or "" where there is none to run."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    runs = [cell.cell_type == "code" and "remove-cell" not in cell.metadata.get("tags", ()) for cell in cells]
+    return [cell.source if run else "" for cell, run in zip(cells, runs, strict=True)]
+
+
+def needed(sources, ends):
+    """Return which of some cells must run for those of the numbers ``ends`` to run: a cell that only draws need not."""
+    wanted, found = set(), set()
+    for number in reversed(range(len(sources))):
+        lines = [_names(statement) for statement in ast.parse(sources[number]).body]
+        if number in ends or any((written | changed) & wanted for _, written, changed in lines):
+            found.add(number)
+            for read, written, _ in reversed(lines):
+                wanted = wanted - written | read
+    return found
+
+
+def _names(statement):
+    """Return the names that a statement reads, those it gives a new value, and those whose value it may change."""
+    own = [node.target for node in ast.walk(statement) if isinstance(node, ast.comprehension)]
+    own = {name for target in own for name in _inside(target)}
+    read, written, changed = set(), set(), set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else written).add(node.id)
+        elif isinstance(node, ast.alias):
+            written.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+            changed |= _inside(node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            changed |= _inside(node.value.func)
+        elif isinstance(node, ast.AugAssign):
+            read |= _inside(node.target)
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        written = {statement.name}
+    # A branch may not be taken, nor a loop entered.
+    sure = isinstance(statement, (ast.Assign, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+    return (read, written - own, changed) if sure else (read, set(), changed | written - own)
+
+
+def _inside(node):
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
 
 
 def pair_table(w0s, w1s, *how, **options):

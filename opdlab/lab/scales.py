@@ -177,8 +177,8 @@ SMOKE = replace(
     ),
     policy=replace(
         TINY.policy,
-        seeds=(0, 1, 2),
-        snapshots=(0.1, 0.25, 0.5, 0.75, 1.0),
+        seeds=(0, 1),
+        snapshots=(0.2, 0.5, 1.0),
         evaluations=(0.5, 1.0),
         variant_seeds=(0,),
         other_seeds={},

@@ -21,9 +21,10 @@ from opdlab import geometry as g
 from opdlab.errors import OpdlabError
 from opdlab.geometry.measure import MATCHED_NORM, generator_of
 from opdlab.geometry.summary import largest_k, means_over, of_layers
+from opdlab.measuring.shown import Shown, write_table
 from opdlab.measuring.sources import check_apart, name_of, place_of
 from opdlab.measuring.tensors import resumable_map
-from opdlab.measuring.update import Shown, Update, load_update, write_table
+from opdlab.measuring.update import Update, load_update
 from opdlab.models.files import content_digest, write_json
 
 if TYPE_CHECKING:

@@ -23,12 +23,13 @@ from opdlab.figures.style import NULL, panels, set_log, use_style
 from opdlab.geometry import feasible_range
 from opdlab.geometry.matrices import TOWERS
 from opdlab.geometry.summary import largest_k, means, means_over, of_layers, views
-from opdlab.measuring.update import Update, as_html, beside_noise, on_views
+from opdlab.measuring.shown import as_html, beside_noise, on_views
 from opdlab.measuring.where import published_sizes
 from opdlab.models.files import write_text
 
 if TYPE_CHECKING:
     from opdlab.measuring.compare import Comparison
+    from opdlab.measuring.update import Update
 
 _COLOURS = {"attention": "#0072B2", "mlp": "#D55E00"}
 _BLUE, _ORANGE, _GREEN = *_COLOURS.values(), "#009E73"

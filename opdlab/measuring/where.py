@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from opdlab.geometry.summary import means, of_layers
-from opdlab.measuring.update import Shown
+from opdlab.measuring.shown import Shown
 from opdlab.stats import Interval, mean_interval
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.models.folders import load_tokenizer
+from opdlab.models.folders import load_tokenizer, settings_digest
 from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Arm, changed_fields
 from opdlab.training.rules import DECAYS, FLAG, LIMIT, POSITIVE, STEPS, Checked, number, of_kind, one_of, whole
@@ -156,8 +156,9 @@ class Experiment(Checked):
         config: dict[str, Any] = {
             "arm": changed_fields(arm), "student": arm.student.identity,
             "teacher": arm.teacher.identity if arm.teacher else None,
-            "task": self.task.name, "data": self.task.digest, "recipe": asdict(self.recipe), "seed": self.seed,
-            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,
+            # A data set's digest says what it is: its name is for messages.
+            "task": "" if self.task.data else self.task.name, "data": self.task.digest, "recipe": asdict(self.recipe),
+            "seed": self.seed, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature,
             "micro_batch": self.compute.micro_batch, "threads": self.compute.threads,
             "evaluation_prompts": self.evaluation_prompts, "evaluations": [0, *self.evaluations],
             "snapshots": self.kept,
@@ -166,6 +167,8 @@ class Experiment(Checked):
         if self.task.chat and arm.student.folder:
             template = str(load_tokenizer(arm.student.folder).chat_template or "")
             config["template"] = hashlib.sha256(template.encode()).hexdigest()[:8]
+        if self.task.data and arm.student.folder:
+            config["settings"] = [settings_digest(model.folder) for model in (arm.student, arm.teacher) if model]
         if self.task.version:
             config["version"] = self.task.version
         if self.evaluation_samples != 1:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
+from dis import get_instructions
 from enum import Enum
 from fractions import Fraction
 from functools import cached_property, partial
@@ -97,8 +98,10 @@ def _array(value: Any) -> Any:
 
 
 def _names(code: CodeType) -> set[str]:
+    """Return the global names that code reads, which are some of its ``co_names``: others are names of attributes."""
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names}.union(*inner)
+    read = {line.argval for line in get_instructions(code) if line.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return read.union(*inner)
 
 
 def _code(code: CodeType, doc: str | None = None) -> Any:

@@ -56,7 +56,8 @@ def alone(folder: Path) -> Iterator[None]:
 # What is known by a digest, and what to say where it is another.
 _DIGESTS = {
     "data": "data or reward differ", "student": "student differs", "teacher": "teacher differs",
-    "template": "chat template differs", "run": "the run that gives directions differs",
+    "template": "chat template differs", "settings": "config.json or tokenizer of a model differs",
+    "run": "the run that gives directions differs",
 }  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import replace
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -43,6 +44,22 @@ def test_no_two_claims_are_the_same_and_every_finding_has_one():
 def test_every_finding_has_its_chapter():
     for title, page in FINDINGS.values():
         assert f"# {title}" in (ROOT / "book" / f"{page}.ipynb").read_text()
+
+
+def html_of(page):
+    """Return the HTML that a page shows."""
+    cells = nbformat.read(page, as_version=4).cells
+    outputs = (output for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+    return "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+
+
+def test_every_claim_of_the_scorecard_is_taught_in_a_chapter():
+    judged = html_of(ROOT / "book" / "scorecard.ipynb")
+    named = {claim.name: claim.statement for claim in CLAIMS if f'<th scope="row">{escape(claim.statement)}<' in judged}
+    assert len(named) > 50
+    chapters = "".join(map(html_of, sorted((ROOT / "book").glob("[01][0-9]_*.ipynb"))))
+    shown = {name for name, claim in named.items() if re.search(rf"<th>{re.escape(claim)}( \(|</th>)", chapters)}
+    assert named.keys() - shown == set()
 
 
 def test_what_records_can_decide(of_paper):

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from opdlab.cli import main
 from opdlab.measuring.compare import compare
+from opdlab.measuring.shown import notes
 from opdlab.measuring.sources import LeftOut
-from opdlab.measuring.update import load_update, measure, notes
+from opdlab.measuring.update import load_update, measure
 
 
 def test_an_ordinary_pair(pair, tmp_path, monkeypatch, capsys):

@@ -12,8 +12,9 @@ from scipy import stats
 
 from opdlab import geometry as g
 from opdlab.lab.records import Records, read_index, read_tables
+from opdlab.measuring.shown import beside_noise
 from opdlab.measuring.sources import Trajectory
-from opdlab.measuring.update import beside_noise, measure
+from opdlab.measuring.update import measure
 from opdlab.measuring.where import of_seeds, published, published_sizes, standing
 from opdlab.training.config import Recipe
 

@@ -1,4 +1,4 @@
-"""scripts/execute_book.py without a kernel: what it makes of the figures of a chapter."""
+"""scripts/execute_book.py: what it makes of the figures of a chapter."""
 
 import base64
 from io import BytesIO
@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 SCRIPT = "scripts/execute_book.py"
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "book").glob("*.ipynb"))
@@ -69,9 +70,35 @@ def test_the_executor_stores_small_figures(script, figure):
     assert stored == script.fewer_colours(png(figure))
 
 
+def test_a_figure_of_two_panels_has_a_second_picture_and_twice_gives_the_same_bytes(script, tmp_path):
+    cells = [
+        "from opdlab.figures.style import panels, plt, use_style\nuse_style()",
+        "figure, axes = panels(2, width=4.3, height=3)\nfor axis in axes: axis.plot([1, 2])\nplt.show()",
+        "figure, (axis,) = panels(1, width=4, height=3)\naxis.plot([1, 2])\nplt.show()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    path = tmp_path / "chapter.ipynb"
+    nbformat.write(notebook, path)
+    with tqdm(disable=True) as bar:
+        assert script.execute(path, bar)
+        assert not script.execute(path, bar)
+    none, two, one = nbformat.read(path, as_version=4).cells
+    assert none.outputs == []
+    sizes = [cell.outputs[0].metadata["image/png"] for cell in (two, one)]
+    second = sizes[0].pop("stacked")
+    assert sizes == [{"width": pytest.approx(870, abs=15), "height": pytest.approx(310, abs=15)},
+                     {"width": pytest.approx(410, abs=15), "height": pytest.approx(310, abs=15)}]  # fmt: skip
+    assert second["panels"] == 2
+    assert second["width"] == pytest.approx(380, abs=15) and second["height"] == pytest.approx(610, abs=15)
+    stored = base64.b64decode(second["data"])
+    assert Image.open(BytesIO(stored)).size == pytest.approx((2 * second["width"], 2 * second["height"]), abs=1)
+    assert script.fewer_colours(stored) == stored and Image.open(BytesIO(stored)).mode == "P"
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_figures_of_the_book_are_stored_small(script, path):
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", ()):
-            if data := output.get("data", {}).get("image/png"):
-                assert script.fewer_colours(base64.b64decode(data)) == base64.b64decode(data)
+            for place, key in script.pictures_of(output):
+                data = base64.b64decode(place[key])
+                assert script.fewer_colours(data) == data

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 SCRIPT = "book/_ext/explorables.py"
 ROOT = Path(__file__).resolve().parents[2]
 EXPLORE = ROOT / "book" / "_static" / "explore"
+KILOBYTES = 200  # of a page's scripts in all
 
 CONFIG = f"""
 import sys
@@ -39,6 +41,27 @@ def test_every_picture_has_its_script_its_data_and_its_still(script):
     assert pictures == set(script.DATA)
     wanted = {*script.SHARED, *pictures, *(file for files in script.DATA.values() for file in files)}
     assert {path.stem for path in EXPLORE.glob("*.js")} == wanted
+
+
+def outputs_of(notebook):
+    """Return the HTML that a page shows."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    shown = (output for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+    return "".join(output.get("data", {}).get("text/html", "") for output in shown)
+
+
+PAGES = {path.stem: outputs_of(path) for path in sorted((ROOT / "book").glob("*.ipynb"))}
+
+
+def test_every_picture_is_on_a_page(script):
+    on = {name for body in PAGES.values() for name in script.PLACEHOLDER.findall(body)}
+    assert on == {path.stem for path in EXPLORE.glob("*.png")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_scripts_of_a_page_are_light(script, page):
+    scripts = script.scripts_of(PAGES[page])
+    assert sum((EXPLORE / f"{name}.js").stat().st_size for name in scripts) < 1000 * KILOBYTES
 
 
 def test_pages_are_built_with_their_own_scripts_alone(tmp_path):

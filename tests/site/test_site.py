@@ -324,6 +324,49 @@ def test_search_finds_a_term_of_the_glossary(page):
     page.wait_for_selector("#search-results li a[href*='glossary.html']")
 
 
+def test_search_finds_every_term_of_the_glossary(page, site):
+    """As the page of the search does it, but for showing what is found."""
+    terms = re.findall(r'<dt id="term-[^>]*>(.*?)<a class="headerlink', (site / "book/glossary.html").read_text())
+    assert len(terms) > 100
+    page.goto("search.html?q=rank")
+    page.wait_for_selector("#search-results li")
+    found = page.evaluate(
+        "terms => terms.map(term => Search._performSearch(...Search._parseQuery(term)).map(result => result[0]))", terms
+    )
+    assert [term for term, pages in zip(terms, found, strict=True) if "book/glossary" not in pages] == []
+
+
+TERM = re.compile(r'<a class="([^"]*\bterm\b[^"]*)" href="[^"#]*#([^"]*)" title="[^"]+">')
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_term_of_the_glossary_is_linked_twice_unasked(site, name):
+    first_uses = [
+        place for classes, place in TERM.findall((site / f"{name}.html").read_text()) if "first-use" in classes
+    ]
+    assert len(first_uses) == len(set(first_uses))
+    if re.match(r"book/\d\d_|book/tour", name):
+        assert 5 < len(first_uses) < 50
+    if name in ("book/glossary", "book/api", "book/bibliography"):
+        assert first_uses == []
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_what_a_term_means_is_shown_to_a_keyboard(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto("book/07_locking.html")
+    link = page.locator("article a.first-use").first
+    assert link.evaluate("link => getComputedStyle(link).color === getComputedStyle(link.parentNode).color")
+    page.keyboard.press("Tab")
+    link.focus()
+    shown = link.evaluate(
+        "link => (({content, position, width}) => [content, position, width])(getComputedStyle(link, '::after'))"
+    )
+    assert shown[:2] == [f'"{link.get_attribute("title")}"', "fixed"]
+    assert 200 < float(shown[2].removesuffix("px")) < width
+    assert page.evaluate(TOO_WIDE) == []
+
+
 def test_search_and_text_are_reached_by_keyboard(page):
     page.goto("book/04_size.html")
     page.keyboard.press("Tab")
@@ -373,6 +416,33 @@ def test_what_is_hidden_opens_by_keyboard(page):
     code.locator("summary").focus()
     page.keyboard.press("Enter")
     assert code.evaluate("details => details.open")
+
+
+# How large a figure is shown, and whether by its second picture; that one's width is meant for a phone.
+SHOWN = """async figure => {
+    figure.scrollIntoView();
+    await figure.decode();
+    const { width, height } = figure.getBoundingClientRect();
+    const second = figure.parentElement.querySelector('source');
+    return { width, height, second: figure.currentSrc === new URL(second.srcset, location).href, meant: second.width };
+}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "media", "phone"), [(400, "screen", True), (1400, "screen", False), (400, "print", False)]
+)
+def test_a_phone_gets_the_panels_of_a_figure_below_each_other(page, theme, width, media, phone):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(media=media, color_scheme=theme)
+    page.goto("book/06_rank.html")
+    shown = page.locator("picture img").first.evaluate(SHOWN)
+    assert shown["second"] == phone == page.locator(".turned").first.is_visible()
+    if phone:
+        assert shown["height"] > 1.5 * shown["width"]
+        assert 0.9 * shown["meant"] <= shown["width"] <= shown["meant"]
+    else:
+        assert shown["width"] > 2 * shown["height"]
 
 
 def test_paper_gets_the_text_alone_in_black_on_white(page):

@@ -129,6 +129,13 @@ def test_closures_and_lambdas_are_told_apart_by_what_they_give():
     assert short.digest != long.digest
 
 
+def test_a_variable_that_is_called_like_a_method_is_none_that_the_reward_reads():
+    code = "def reward(prompt, completion, answer):\n    return float(completion.count(LETTER))"
+    read = ("LETTER = 'a'", "LETTER, count = 'a', 3", "LETTER = 'b'")
+    first, same, other = (make(defined(f"{variables}\n{code}")).digest for variables in read)
+    assert first == same != other
+
+
 def test_a_reward_that_fails_has_a_digest_and_says_so_when_it_is_asked():
     def picky(prompt, completion, answer):
         if completion != answer:

@@ -393,7 +393,8 @@ def test_out_that_holds_another_experiment(models, tmp_path):
     }
     for part, change in others.items():
         chosen = {"arm": arm} | change
-        with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({part}\)"):
+        also = "(config.json or tokenizer of a model differs, )?"
+        with pytest.raises(OpdlabError, match=rf"^out is .*run, which holds another experiment \({also}{part}\)"):
             ol.train(chosen.pop("arm"), task_of(), out=out, **QUICK | chosen)
     longer = r"\(steps is 8 and was 4\): choose another, and to train on, begin there with the model of this run"
     with pytest.raises(OpdlabError, match=longer):
@@ -497,6 +498,7 @@ def test_rows_in_an_array_or_behind_a_byte_order_mark(text, tmp_path):
         ({"arm": "opd"}, r"^arm is 'opd': give one that ol.sft, ol.opd or ol.rlvr made$"),
         ({"task": rows()}, r"^task is .*: give one that ol.Task.from_dataset made$"),
         ({"out": None}, r"^out is None: give the folder of the run$"),
+        ({"out": __file__}, r"^out is .*test_own.py: give the folder of the run$"),
         ({"student": None}, r"^student is None: give the folder of a model, or OWNER/NAME on the hub$"),
         ({"student": torch.nn.Linear(1, 1)}, r"^student is Linear\(in_features=1, .*: give the folder of a model"),
         ({"teacher": 3}, r"^teacher is 3: give the folder of a model"),
@@ -815,6 +817,32 @@ def test_fields_of_every_part_can_be_set(models):
     assert changed.arm.tokens == ol.top() and changed.recipe.betas == (0.9, 0.95)
 
 
+def test_the_name_of_the_data_decides_nothing(models, tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    given = [tmp_path / "one.jsonl", tmp_path / "other.jsonl", rows()]
+    tasks = [ol.Task.from_dataset(data, prompt="word", answer="sorted", reward=share) for data in given]
+    made = [make_experiment(ol.rlvr(models / "student"), task, steps=5, learning_rate=1e-3) for task in tasks]
+    assert len({task.name for task in tasks}) == 3 and len({experiment.key for experiment in made}) == 1
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("tokenizer_config.json", {"eos_token": "<|user|>"}), ("config.json", {"rms_norm_eps": 1e-3})],
+)
+def test_a_run_is_not_taken_for_that_of_another_tokenizer_or_configuration(model, file, change, models, tmp_path):
+    for name in ("student", "teacher"):
+        shutil.copytree(models / name, tmp_path / name)
+    arm, quick = ol.opd(tmp_path / "student", tmp_path / "teacher"), QUICK | {"steps": 1, "out": tmp_path / "run"}
+    first = ol.train(arm, task_of(), **quick)
+    assert ol.train(arm, task_of(), **quick).accuracy == first.accuracy
+    changed = json.loads((tmp_path / model / file).read_text()) | change
+    (tmp_path / model / file).write_text(json.dumps(changed))
+    with pytest.raises(OpdlabError, match=r"another experiment \(config.json or tokenizer of a model differs\)"):
+        ol.train(arm, task_of(), **quick)
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -840,7 +868,7 @@ def test_the_command_line_trains_on_data_of_ones_own(shell, capsys):
     printed = capsys.readouterr().out
     assert "sampled" in printed and f"the model: {Path('mine/model').resolve()}" in printed
     config = json.loads(Path("mine/config.json").read_text())
-    assert (config["seed"], config["task"], config["recipe"]["schedule"]) == (5, "prompts", "cosine")
+    assert (config["seed"], config["task"], config["recipe"]["schedule"]) == (5, "", "cosine")
     assert config["arm"]["tokens"] == {"ranking": "log-ratio", "share": 0.25, "per_completion": True}
     assert config["projection"]["k"] == 4
     assert pd.read_json("mine/history.jsonl", lines=True)["step"].tolist() == [1, 2, 3]
@@ -853,6 +881,8 @@ def test_the_command_line_trains_on_data_of_ones_own(shell, capsys):
         (["--set", "samples=two"], "samples is 'two': give a whole number above 0"),
         (["--set", "samples"], "--set samples has no value: write --set FIELD=VALUE"),
         (["--set", "tokens=open('x')"], "--set knows no open(...): write top, random_tokens or project"),
+        (["--set", "task=3"], "--set task is no field of an experiment: give --data"),
+        (["--set", "student=S"], "--set student is no field of an experiment: give --student"),
         (["--steps", "0"], "steps is 0: give a whole number above 0"),
         (["--reward", "nowhere:graded"], "--reward nowhere:graded cannot be imported"),
         (["--scale", "tiny"], "--scale is for the book's scales: leave it or --data out"),
