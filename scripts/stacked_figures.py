@@ -2,7 +2,7 @@
 
 scripts/execute_book.py loads this into the kernel of a chapter as an extension of IPython. The first picture is what it
 would be without; the second goes beside it into the metadata of the output, where only the site looks for it
-(book/_ext/stacked_figures.py). A figure that cannot be drawn again with every word in its place keeps its one picture.
+(book/_ext/picture_by_width.py). A figure that cannot be drawn again with every word in its place keeps its one picture.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from docutils import nodes
 from sphinx.application import Sphinx
 
 FOLDER = "explore"
@@ -32,13 +31,7 @@ def scripts_of(body: str) -> list[str]:
     return [*data, *SHARED, *names] if names else []
 
 
-def add_scripts(
-    app: Sphinx,
-    _page: str,
-    _template: str,
-    context: dict[str, Any],
-    _doctree: nodes.document | None,
-) -> None:
+def add_scripts(app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
     """Add the scripts to one page, just before it is written."""
     scripts = scripts_of(context.get("body", ""))
     if scripts:

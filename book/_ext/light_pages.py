@@ -13,7 +13,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from docutils import nodes
 from sphinx.application import Sphinx
 
 TABLE = re.compile(r"<table\b.*?</table>", re.DOTALL)
@@ -52,13 +51,15 @@ def part_of(app: Sphinx, page: str) -> str:
     return ""
 
 
-def mend_page(
-    app: Sphinx,
-    page: str,
-    _template: str,
-    context: dict[str, Any],
-    _doctree: nodes.document | None,
-) -> None:
+def written(app: Sphinx, png: bytes) -> str:
+    """Write a picture among those of the site, and return the name of its file, which is made of what is in it."""
+    file = Path(app.outdir) / "_images" / f"{sha256(png).hexdigest()}.png"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(png)
+    return file.name
+
+
+def mend_page(app: Sphinx, page: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
     """Change what a page is made from, just before it is written."""
     if app.builder.format != "html":
         return
@@ -75,9 +76,7 @@ def mend_page(
 
     def as_file(picture: re.Match[str]) -> str:
         data = b64decode(picture[2])
-        name = f"{sha256(data).hexdigest()}.png"
-        (Path(app.outdir) / "_images").mkdir(exist_ok=True)
-        (Path(app.outdir) / "_images" / name).write_bytes(data)
+        name = written(app, data)
         width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
         size = "" if "width=" in picture[1] else f'width="{width}" height="{height}" '
         return f'<img {picture[1]}{size}loading="lazy" src="{context["pathto"](f"_images/{name}", 1)}"'

@@ -13,40 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from docutils import nodes
+from light_pages import written
 from sphinx.application import Sphinx
 
 NARROW = "screen and (max-width: 600px)"
 # A picture of an output, and the end of its link: myst-nb names its file by what is in it.
-PICTURE = re.compile(r'(<img [^>]*src="([^"]*/)?([0-9a-f]{64}\.png)"[^>]*>)(\s*</a>)?')
+PICTURE = re.compile(r'(<img [^>]*src="([^"]*/)?([0-9a-f]{64})\.png"[^>]*>)(\s*</a>)?')
 # Its size as a style, beside which the sizes that each of the two pictures has would not count.
 STYLE = re.compile(r' style="width: \d+px; height: \d+px;"')
 # Captions and alternative texts speak of the wide picture.
 TURNED = '<span class="turned">On this screen, what is said to be on the left is at the top.</span>'
 
 
-def name_of(png: bytes) -> str:
-    """Return the name of the file of a picture."""
-    return f"{sha256(png).hexdigest()}.png"
-
-
 def second_pictures(notebook: Path) -> dict[str, dict[str, Any]]:
-    """Return the pictures for narrow screens in a notebook, by the names of the files of the wide ones."""
+    """Return the pictures for narrow screens in a notebook, by the digests of the wide ones."""
     found = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
         for output in cell.get("outputs", ()):
             if second := output.get("metadata", {}).get("image/png", {}).get("stacked"):
-                found[name_of(b64decode(output.data["image/png"]))] = second
+                found[sha256(b64decode(output.data["image/png"])).hexdigest()] = second
     return found
 
 
-def add_pictures(
-    app: Sphinx,
-    page: str,
-    _template: str,
-    context: dict[str, Any],
-    _doctree: nodes.document | None,
-) -> None:
+def add_pictures(app: Sphinx, page: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
     """Give the figures of one page their second pictures, just before it is written."""
     source = Path(app.env.doc2path(page))
     if app.builder.format != "html" or "body" not in context or source.suffix != ".ipynb":
@@ -58,10 +47,8 @@ def add_pictures(
         if name not in second:
             return picture[0]
         found = second[name]
-        png = b64decode(found["data"])
-        (images := Path(app.outdir) / "_images").mkdir(exist_ok=True)
-        (images / name_of(png)).write_bytes(png)
-        source = f'srcset="{folder}{name_of(png)}" width="{found["width"]}" height="{found["height"]}"'
+        file = written(app, b64decode(found["data"]))
+        source = f'srcset="{folder}{file}" width="{found["width"]}" height="{found["height"]}"'
         note = TURNED if found["panels"] > 1 else ""
         return f'<picture><source media="{NARROW}" {source}>{STYLE.sub("", image)}</picture>{end}{note}'
 

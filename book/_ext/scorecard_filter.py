@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from docutils import nodes
 from sphinx.application import Sphinx
 
 # As opdlab.claims.scorecard writes it.
 TABLE = '<table class="scorecard">'
 
 
-def add_filter(
-    app: Sphinx,
-    _page: str,
-    _template: str,
-    context: dict[str, Any],
-    _doctree: nodes.document | None,
-) -> None:
+def add_filter(app: Sphinx, _page: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
     """Add script and style to one page, just before it is written."""
     if TABLE in context.get("body", ""):
         app.add_css_file("scorecard/filter.css")

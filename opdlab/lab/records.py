@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,17 @@ from opdlab.geometry.matrices import LAYERS, describe
 from opdlab.geometry.summary import means
 from opdlab.lab.analyses import ANALYSES, Analysis, Part, RunSet
 from opdlab.lab.laboratory import Laboratory
+from opdlab.measuring import shown
 from opdlab.measuring.sources import open_all
 from opdlab.measuring.tensors import Job, measured
 from opdlab.measuring.where import Where, beside_published, of_seeds
-from opdlab.models.files import read_json, tensors_digest, write_json, write_whole
+from opdlab.models.files import read_json, tensors_digest, write_json
 from opdlab.processes import cpu_threads, find_device, provenance
 from opdlab.training.config import Experiment, config_key
 from opdlab.training.store import REMEDY
+
+# Records have seven digits.
+write_table = partial(shown.write_table, digits="%.7g")
 
 TABLES = ("history", "evaluations", "matrices", "trajectory")
 #: Columns of ``evaluations``.
@@ -363,11 +367,6 @@ def _replace_rows(path: Path, rows: pd.DataFrame, **which: Any) -> None:
         same = (before[list(which)] == pd.Series(which)).all(axis=1)
         rows = pd.concat([before[~same], rows], ignore_index=True)
     write_table(path, rows.sort_values(list(which), kind="stable"))
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table with seven digits, whole or not at all."""
-    write_whole(path, lambda file: table.to_csv(file, index=False, float_format="%.7g", lineterminator="\n"))
 
 
 # --- means ------------------------------------------------------------------------------------------------------------

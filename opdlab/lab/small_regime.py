@@ -131,13 +131,10 @@ _arms = {
 SMALL_REGIME_ARMS = MappingProxyType(_arms)
 
 #: As in the other laboratory, rates and steps are chosen by sizes on pilots, and no gradient is clipped. The confined
-#: arms branch off from OPD after its 30th step. After 40 steps of a pilot at 2e-5, with four times as many completions
-#: in a batch, OPD's norm was 0.066 %, and 83 % of the weights were unchanged. As a walk at this rate, 150 steps would
-#: come to 0.19 %, in the range of the paper's OPD. The teacher of that pilot had seen 3,840 solutions, and was right in
-#: 46 % of its samples, the anchor in 42 %. For that reason alone it sees 8,000. Nothing is frozen yet. A pilot of this
-#: recipe had 0.088 % and 78 % after 40 steps, on its way to these sizes. But its KL to the teacher rose from 0.64 to
-#: 0.79 nats a token, for 16 completions of four prompts are mostly noise (C is 0.94). Before anything is recorded, a
-#: step needs more prompts, or credits of the full vocabulary.
+#: arms branch off from OPD after its 30th step. Nothing is frozen yet. After 40 steps of a pilot, OPD's norm was
+#: 0.088 %, and 78 % of the weights were unchanged, on the way to the paper's sizes. But the KL to the teacher rose from
+#: 0.64 to 0.79 nats a token, for 16 completions of four prompts are mostly noise (C is 0.94). Before anything is
+#: recorded, a step needs more prompts, or credits of the full vocabulary.
 _FROM_ANCHOR = Recipe(150, prompts=4, samples=4, learning_rate=3e-5, clip=1e6)
 
 SMALL_REGIME = Scale(

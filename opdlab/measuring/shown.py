@@ -39,9 +39,9 @@ def as_html(table: pd.DataFrame) -> str:
     return table.to_html(float_format=_FOUR_DIGITS, na_rep="", border=0)
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV with all its digits."""
-    write_whole(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
+def write_table(path: Path, table: pd.DataFrame, digits: str | None = None) -> None:
+    """Write a table as CSV, whole or not at all, with all its digits or those of a format such as "%.7g"."""
+    write_whole(path, lambda file: table.to_csv(file, index=False, float_format=digits, lineterminator="\n"))
 
 
 def beside_noise(table: pd.DataFrame) -> list[str]:

@@ -16,14 +16,7 @@ import pandas as pd
 
 from opdlab.errors import OpdlabError
 from opdlab.geometry import noise_curve
-from opdlab.geometry.summary import (
-    apart,
-    means,
-    of_layers,
-    overall_means,
-    summarise,
-    trajectory_means,
-)
+from opdlab.geometry.summary import apart, means, of_layers, overall_means, summarise, trajectory_means
 from opdlab.measuring.shown import Shown, beside_noise, notes, on_views, write_table
 from opdlab.measuring.sources import LeftOut, check_apart, in_order, name_of, open_all, place_of, same_weights
 from opdlab.measuring.tensors import Job, measured

@@ -8,14 +8,12 @@ such a name when it is first used, which takes seconds.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -33,18 +31,14 @@ PAD = "_"
 ALPHABET = "0123456789+-=;#?:,QASDRMOT" + EOS + PAD
 
 
-# Files of a folder that say what tokens are.
-_TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece).*|.*\.(model|tiktoken)")
+# Files of a folder that say what a model computes with its weights, and what tokens are.
+_SETTINGS = re.compile(r"(config|tokenizer|special_tokens|added_tokens|vocab|merges|spiece).*|.*\.(model|tiktoken)")
 
 
 def settings_digest(folder: str) -> str:
     """Return 8 hex digits of the SHA-256 of what weights are used with: a folder's config.json and its tokenizer."""
-    config = read_json(Path(folder) / "config.json")
-    said: list[Any] = [{name: config[name] for name in config.keys() - {"transformers_version", "_name_or_path"}}]
-    for file in sorted(Path(folder).iterdir()):
-        if _TOKENIZER.fullmatch(file.name):
-            said += [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:8]
+    said = [file for file in sorted(Path(folder).iterdir()) if file.is_file() and _SETTINGS.fullmatch(file.name)]
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in said)).hexdigest()[:8]
 
 
 def character_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -201,8 +201,9 @@ class Run:
 
     def origin_evaluation(self, device: torch.device, dtype: torch.dtype) -> Path:
         """Return the file for the evaluation before the first step, the same for all runs that start from the same."""
-        names = ("student", "teacher", "task", "data", "evaluation_prompts", "max_new_tokens", "micro_batch", "threads")
-        decisive = {name: self.config[name] for name in names} | provenance(device)
+        names = {"student", "teacher", "settings", "template", "task", "data", "evaluation_prompts", "max_new_tokens"}
+        names |= {"micro_batch", "threads"}
+        decisive = {name: self.config[name] for name in names & self.config.keys()} | provenance(device)
         decisive["evaluation_samples"] = self.experiment.evaluation_samples
         decisive |= {"weight_dtype": self.experiment.arm.weight_dtype, "compute": str(dtype)}
         if self.experiment.arm.student.shape:

@@ -1,13 +1,16 @@
 """book/_ext/picture_by_width.py without a build: a figure with a second picture shows it on a narrow screen."""
 
 import base64
+import sys
 from hashlib import sha256
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+from conftest import ROOT
 
 SCRIPT = "book/_ext/picture_by_width.py"
+sys.path.insert(0, str(ROOT / "book/_ext"))  # as Sphinx does
 WIDE, NARROW, ALONE = (f"{name} picture".encode() for name in ("wide", "narrow", "lonely"))
 
 
