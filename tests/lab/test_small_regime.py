@@ -105,17 +105,18 @@ def test_the_confined_arms_branch_off_from_a_longer_run(tmp_path, pretrained):
     assert len(confined) == 3 and {lab.arm(name).parent for name in confined} == {"opd"}
     for name in confined:
         experiment = lab.experiment(name)
-        assert (experiment.begin, experiment.recipe.steps) == (60, 120)
+        assert (experiment.begin, experiment.recipe.steps) == (40, 80)
         # What it takes over is there, and so is what it is compared with.
-        assert {step for step in experiment.kept if step <= 60} <= set(lab.experiment("opd").kept)
+        assert {step for step in experiment.kept if step <= 40} <= set(lab.experiment("opd").kept)
         assert experiment.recipe.steps in lab.experiment("opd").evaluations
-    assert lab.branch_steps("opd") == {60} and lab.branch_steps("rlvr") == set()
-    assert 60 in lab.kept_steps("opd") & lab.kept_steps("rlvr")
-    assert lab.experiment("opd_of_rlvr4").config["projection"]["step"] == 60
+    assert lab.branch_steps("opd") == {40} and lab.branch_steps("rlvr") == set()
+    assert 40 in lab.kept_steps("opd") & lab.kept_steps("rlvr")
+    assert lab.experiment("opd_of_rlvr4").config["projection"]["step"] == 40
     rescaled = {name: lab.arm(name).arm.projection.rescale for name in confined}
     assert rescaled == {"opd_update4": False, "opd_random_rescaled4": True, "opd_of_rlvr4": False}
     free = lab.recipe("opd")
-    assert all(free.learning_rate_at(i) == lab.recipe("opd_update4").learning_rate_at(i) for i in range(120))
+    assert all(free.learning_rate_at(i) == lab.recipe("opd_update4").learning_rate_at(i) for i in range(80))
+    assert {lab.recipe(arm).completions for arm in ("opd", "rlvr", "sft_matched", "random_signs")} == {16}
 
 
 def small(lab, steps=6):
