@@ -138,7 +138,7 @@ _FROM_ANCHOR = Recipe(200, prompts=16, samples=1, learning_rate=2e-5, clip=1e6)
 
 SMALL_REGIME = Scale(
     name="small-regime",
-    summary="SmolLM2-135M-Instruct, updates of the paper's sizes; one to two hours per run on a CPU core",
+    summary="SmolLM2-135M-Instruct, updates near the paper's sizes; one to two hours per run on a CPU core",
     task=THREE_TERMS.name,
     tasks={"sft": RARELY_THREE_TERMS.name},
     models=replace(SMALL.models, folder="small-regime", makers=("sft", "teacher"), dtype="bfloat16"),
