@@ -202,7 +202,7 @@ _CONFINED = ("opd_update4", "opd_random_rescaled4", "opd_of_rlvr4")
 
 SMALL = Scale(
     name="small",
-    summary="SmolLM2-135M-Instruct, updates near the paper's sizes; an hour or two per run on a CPU core",
+    summary="SmolLM2-135M-Instruct, updates near the paper's sizes; 20 minutes to two hours per run on a CPU core",
     task="three_terms",
     tasks={"sft": "rarely_three_terms"},
     models=Models("small", ("sft", "expert"), pretrained={"base": "smollm2"}, dtype="bfloat16"),
