@@ -6,7 +6,7 @@
 First the tests that skip without a GPU. Then a step of OPD with SmolLM2, beside TRL's where TRL is installed; runs of
 SmolLM2 at their full recipe, several side by side on the one device, under OUT/home; and a step of each arm with models
 of the shapes of Qwen3-0.6B and 1.7B. Every part writes OUT/NAME.log, and OUT/gpu.json says how it ended and how long it
-took. SmolLM2 is looked for in data/models/small-regime; anchor and teacher are trained first if they are not there.
+took. SmolLM2 is looked for in data/models/small; anchor and teacher are trained first if they are not there.
 """
 
 from __future__ import annotations
@@ -31,25 +31,22 @@ def parts(scale: str, out: Path, processes: int, seeds: int) -> dict[str, list[s
     """Return the commands by name, as they follow ``python``."""
     arms = [word for arm in ("opd", "rlvr", "sft_matched") for word in ("--arm", arm)]
     several = [*arms, *(word for seed in range(seeds) for word in ("--seed", str(seed))), "--processes", str(processes)]
-    found = {"tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/lab/test_real_models.py", "-k", "a_gpu"]}
     step = ["benchmarks/opd_step.py", "--out", str(out / "step.json"), "--clock", "wall", "--cases"]
-    if scale == "smoke":
-        return found | {
-            "step": [*step, "tiny-own", "--steps", "2"],
-            "runs": ["-m", "opdlab.cli", "record", "--scale", "smoke", "--home", str(out / "home"), *several],
-        }
-    return found | {
-        "step": [*step, "small-regime-16x4", "--steps", "5"],
-        "runs": ["scripts/record_regime.py", "--scale", "small-regime", *several],
-        "shapes": ["benchmarks/full_step.py", "--scale", "full-0.6b", "--out", str(out / "shapes.json")],
+    case = ["tiny-own", "--steps", "2"] if scale == "smoke" else ["small-16x4", "--steps", "5"]
+    found = {
+        "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/lab/test_real_models.py", "-k", "a_gpu"],
+        "step": [*step, *case],
+        "runs": ["-m", "opdlab.cli", "record", "--scale", scale, "--home", str(out / "home"), *several],
     }
+    shapes = ["benchmarks/full_step.py", "--scale", "full-0.6b", "--out", str(out / "shapes.json")]
+    return found if scale == "smoke" else found | {"shapes": shapes}
 
 
 def main() -> None:
     """Run the parts, and write down how each ended."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for logs, numbers and runs")
-    parser.add_argument("--scale", choices=("small-regime", "smoke"), default="small-regime")
+    parser.add_argument("--scale", choices=("small", "smoke"), default="small")
     parser.add_argument("--processes", type=int, default=3, help="runs side by side (default: 3)")
     parser.add_argument("--seeds", type=int, default=1, help="of each arm (default: 1)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="some of tests, step, runs and shapes")
@@ -65,9 +62,9 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         began = time.perf_counter()
-        homed = environment | ({"OPDLAB_HOME": str(out / "home")} if name == "runs" else {})
         with open(out / f"{name}.log", "w") as log:
-            status = subprocess.run([sys.executable, *command], cwd=ROOT, env=homed, stdout=log, stderr=log).returncode
+            ran = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        status = ran.returncode
         ended[name] = {"status": status, "seconds": round(time.perf_counter() - began, 1), "command": command}
         print(f"{name}: {'done' if status == 0 else f'ended with {status}'} in {ended[name]['seconds']} s", flush=True)
         write_json(out / "gpu.json", {"provenance": provenance(find_device(has_gpu)), "parts": ended})

@@ -2,8 +2,7 @@
 
     python benchmarks/opd_step.py                        # three cases, a few minutes on one core
     python benchmarks/opd_step.py --cases tiny-own --steps 20 --out result.json
-    python benchmarks/opd_step.py --cases small-16x4     # SmolLM2, after 'opdlab models --scale small'; on a GPU if any
-    python benchmarks/opd_step.py --cases small-regime-16x4 --steps 3    # in bfloat16 and float32 on a CPU
+    python benchmarks/opd_step.py --cases small-16x4 --steps 3     # SmolLM2, after 'opdlab models --scale small'
 
 What is the same on both sides, what is timed and how tokens are counted: see the README beside this file.
 """
@@ -40,8 +39,6 @@ from transformers.utils import logging
 from opdlab.errors import OpdlabError
 from opdlab.lab.laboratory import Laboratory, default_root
 from opdlab.lab.scales import SMALL, TINY, Scale
-from opdlab.lab.small_regime import SMALL_REGIME, SMALL_REGIME_TASKS
-from opdlab.lab.tasks import TASKS
 from opdlab.models.files import write_json
 from opdlab.models.folders import load_model, load_tokenizer, new_model, save_model
 from opdlab.processes import find_device
@@ -84,17 +81,6 @@ WIDE = replace(
     ),
 )
 
-# In the making: it has no arm whose loss is over the whole vocabulary, as TRL's is.
-_IN_BF16 = replace(
-    SMALL_REGIME,
-    budget=replace(SMALL_REGIME.budget, recipes={"opd_full": SMALL_REGIME.budget.recipes["arm"]}),
-)
-
-
-def laboratory(scale: Scale, root: Path) -> Laboratory:
-    """Return the laboratory of a scale, or of one in the making."""
-    return Laboratory(scale, root, tasks=TASKS | SMALL_REGIME_TASKS)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -106,7 +92,7 @@ class Case:
 
     def experiment(self, root: Path) -> Experiment:
         """Return what both sides do, with the models in ``root``."""
-        of = laboratory(self.scale, root).experiment("opd_full")
+        of = Laboratory(self.scale, root).experiment("opd_full")
         batch = {"prompts": self.prompts, "samples": self.samples}
         return replace(of, recipe=replace(of.recipe, learning_rate=LEARNING_RATE, **batch))
 
@@ -120,7 +106,7 @@ def own(scale: Scale) -> tuple[int, int]:
 # Called after the models and the batch.
 CASES = {
     f"{scale.name}-{name}": Case(scale, *batch)
-    for scale in (TINY, WIDE, SMALL, _IN_BF16)
+    for scale in (TINY, WIDE, SMALL)
     for name, batch in (("16x4", (16, 4)), ("own", own(scale)))
 }
 DEFAULT_CASES = ("tiny-16x4", "tiny-own", "wide-16x4")
@@ -472,7 +458,7 @@ def main() -> None:
         for name in options.cases:
             case = CASES[name]
             root = Path(scratch) if case.scale is WIDE else default_root()
-            lab = laboratory(case.scale, root)
+            lab = Laboratory(case.scale, root)
             if case.scale is WIDE and not (lab.models / "teacher").exists():
                 bar.set_description("training the wide student")
                 make_wide_models(root, bar)

@@ -60,7 +60,7 @@ def _laboratory(options: argparse.Namespace, own_loop: bool = False) -> Laborato
             f"scale {lab.scale.name!r} is too large for opdlab's own loop: run 'opdlab train "
             f"--engine {lab.scale.engine} --scale {lab.scale.name} --arm ...' on GPUs, or choose another scale"
         )
-    return lab
+    return lab.on_this_machine() if own_loop else lab
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------

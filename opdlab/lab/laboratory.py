@@ -13,6 +13,7 @@ from opdlab.lab.grid import ARMS, NamedArm
 from opdlab.lab.scales import Scale, get_scale
 from opdlab.lab.tasks import TASKS
 from opdlab.models.files import cache_folder
+from opdlab.processes import computes_in_bfloat16
 from opdlab.training.arms import Model
 from opdlab.training.config import Experiment, Recipe
 from opdlab.training.loop import train
@@ -47,6 +48,13 @@ class Laboratory:
     def at(cls, scale: str | None = None, root: Path | None = None) -> Laboratory:
         """Return the laboratory of a scale (:func:`opdlab.lab.scales.get_scale`) in ``root`` or the repository."""
         return cls(get_scale(scale), root.expanduser() if root else default_root())
+
+    def on_this_machine(self) -> Laboratory:
+        """Return the laboratory as it trains here, which on a CPU without bfloat16 is in float32."""
+        scale = self.scale
+        if computes_in_bfloat16():
+            return self
+        return replace(self, scale=replace(scale, compute=replace(scale.compute, cpu_dtype="float32")))
 
     @property
     def models(self) -> Path:
@@ -110,10 +118,13 @@ class Laboratory:
         )
 
     def arm(self, name: str) -> NamedArm:
-        """Return the arm called ``name``, or raise an OpdlabError if there is none."""
+        """Return the arm called ``name`` as the scale has it, or raise an OpdlabError if there is none."""
         if name not in self.arms:
             raise OpdlabError(f"there is no arm {name!r}; 'opdlab scales' lists them")
-        return self.arms[name]
+        named, start = self.arms[name], self.scale.budget.confined_from
+        if named.arm.projection and start:
+            return replace(named, arm=replace(named.arm, projection=replace(named.arm.projection, start=start)))
+        return named
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of an arm, or raise an OpdlabError if the scale has none."""

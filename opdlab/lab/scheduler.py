@@ -164,7 +164,8 @@ def _begin_record(lab: Laboratory) -> None:
     """Refuse another processor for a scale whose passes differ between them, and note where its models are from."""
     compute, index = lab.scale.compute, read_index(lab.records)
     others = {*index.get("processor", ())} - {processor()}
-    if others and compute.differs_between_processors(find_device(compute.gpu)):
+    in_bfloat16 = "cpu_compute" in index and index["cpu_compute"].notna().any()
+    if others and (in_bfloat16 or compute.differs_between_processors(find_device(compute.gpu))):
         raise OpdlabError(
             f"{lab.records} was made on {', '.join(sorted(others))}, and passes in bfloat16 give other numbers on "
             f"{processor()}: go on there, or move that folder away and record all of it here"

@@ -6,6 +6,7 @@ all that a reward looks at, as in RLVR.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from itertools import accumulate
 from threading import current_thread, main_thread
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -167,30 +168,34 @@ CORPUS = replace(TEACHER_MIXTURE, name="corpus", author=_corpus_author)
 CARELESS_SUM: Task = replace(RUNNING_SUM, name="careless_sum", author=careless_author)
 
 
-# --- for pretrained models: arithmetic of reasoning-gym, answered by restating the question --------------------
+# --- questions of reasoning-gym -------------------------------------------------------------------------------
+
+
+#: The version of reasoning-gym that questions are drawn by, which is part of a task's identity.
+REASONING_GYM = "0.1.25"
 
 
 @cache
-def _questions(name: str, pinned: str = "", **settings: int) -> Sequence[dict]:
+def _questions(name: str, **settings: int) -> Sequence[dict]:
     import reasoning_gym  # Only who draws prompts needs it.
 
     found = version("reasoning-gym")
-    if pinned not in ("", found):
+    if found != REASONING_GYM:
         raise OpdlabError(
-            f"the questions are those of reasoning-gym {pinned}, and {found} is installed, which may ask others: "
-            f"pip install reasoning-gym=={pinned}"
+            f"the questions are those of reasoning-gym {REASONING_GYM}, and {found} is installed, which may ask "
+            f"others: pip install reasoning-gym=={REASONING_GYM}"
         )
     # Every item is made when it is asked for, from its number.
     return reasoning_gym.create_dataset(name, seed=0, size=2**31, **settings)
 
 
-def draw_question(rng: np.random.Generator, name: str, pinned: str = "", **settings: int) -> dict:
-    """Draw a question of a dataset of reasoning-gym with its metadata, by the version of it that is ``pinned``, if any.
+def draw_question(rng: np.random.Generator, name: str, **settings: int) -> dict:
+    """Draw a question of a dataset of reasoning-gym with its metadata.
 
     Raises:
         OpdlabError: if another version of the package is installed.
     """
-    return _questions(name, pinned, **settings)[int(rng.integers(2**31))]
+    return _questions(name, **settings)[int(rng.integers(2**31))]
 
 
 def expression_prompt(rng: np.random.Generator, name: str, **settings: Any) -> str:
@@ -223,8 +228,77 @@ def after_equals(prompt: str, completion: str) -> str | None:
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
 
 
-_two_terms = partial(expression_prompt, name="chain_sum", min_terms=2, max_terms=2, min_digits=2, max_digits=2)
-CHAIN_SUM = _task("chain_sum", _two_terms, restated_demonstration, after_equals)
+# --- for SmolLM2: the target is a sum or a difference of three numbers, rare among other families of reasoning-gym ---
+
+
+def running_totals(prompt: str) -> str:
+    """Write the solution of the target with its running sums, and without blanks, which cost a quarter of the tokens.
+
+    >>> running_totals("What is 17 - 25 + 38?")
+    '17-25=-8;-8+38=30'
+    """
+    return restated_demonstration(prompt).replace(" ", "")
+
+
+_three_terms = partial(expression_prompt, name="chain_sum", min_terms=3, max_terms=3, min_digits=2, max_digits=2)
+THREE_TERMS = replace(_task("three_terms", _three_terms, running_totals, after_equals), content=REASONING_GYM)
+#: One question in so many of the mixture is the target's.
+RARE = 8
+
+
+def _numbers(prompt: str) -> list[int]:
+    return [int(number) for number in re.findall(r"-?\d+", prompt.replace("- ", "-"))]
+
+
+def _letters(prompt: str) -> int:
+    letter, text = re.findall('"(.*?)"', prompt)
+    return text.lower().count(letter)
+
+
+class Family(NamedTuple):
+    """A family of questions, answered without a word beside the answer."""
+
+    begins: str  #: how its questions, and no others, begin
+    answer: Callable[[str], Any]  #: to a question
+    settings: dict[str, int]  #: of the dataset of reasoning-gym
+
+
+#: The families of the mixture beside the target, by their names in reasoning-gym.
+#:
+#: :meta hide-value:
+FAMILIES = MappingProxyType(
+    {
+        "chain_sum": Family("State", lambda prompt: sum(_numbers(prompt)), {"max_terms": 2, "max_digits": 2}),
+        "products": Family("Solve", lambda prompt: math.prod(_numbers(prompt)), {"max_digits": 2}),
+        "gcd": Family("Find the Greatest", lambda prompt: math.gcd(*_numbers(prompt)), {"max_value": 100}),
+        "lcm": Family("Find the Least", lambda prompt: math.lcm(*_numbers(prompt)), {"max_value": 20}),
+        "count_bits": Family("How many 1", lambda prompt: _numbers(prompt)[-1].bit_count(), {"max_n": 1000}),
+        "letter_counting": Family("How many times", _letters, {"min_words": 2, "max_words": 6}),
+        "spell_backward": Family("Spell", lambda prompt: prompt.split()[-1][::-1], {"max_word_len": 8}),
+    }
+)
+
+
+def _family_question(rng: np.random.Generator) -> str:
+    if rng.integers(RARE) == 0:
+        return _three_terms(rng)
+    name = list(FAMILIES)[rng.integers(len(FAMILIES))]
+    return draw_question(rng, name, **FAMILIES[name].settings)["question"] + "\n"
+
+
+def _family_demonstration(prompt: str) -> str:
+    answers = (str(family.answer(prompt)) for family in FAMILIES.values() if prompt.startswith(family.begins))
+    return next(answers, None) or running_totals(prompt)
+
+
+def _family_answer(prompt: str, completion: str) -> str | None:
+    return (after_equals if prompt.startswith("What is") else whole)(prompt, completion)
+
+
+# SFT asks for the families, and rarely for the target.
+RARELY_THREE_TERMS: Task = replace(
+    _task("rarely_three_terms", _family_question, _family_demonstration, _family_answer), content=REASONING_GYM
+)
 
 
 # --- for large models: competition mathematics, from the Hugging Face hub --------------------------------------
@@ -299,4 +373,4 @@ MATH = replace(_task("math", _math_prompt, _math_demonstration, _boxed), chat=Tr
 
 _TOY = (RUNNING_SUM, SHORT_TASKS, TEACHER_MIXTURE, CORPUS, CARELESS_SUM)
 #: The book's tasks, by name.
-TASKS = MappingProxyType({task.name: task for task in (*_TOY, CHAIN_SUM, MATH)})
+TASKS = MappingProxyType({task.name: task for task in (*_TOY, THREE_TERMS, RARELY_THREE_TERMS, MATH)})

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkey
         check_room(Laboratory.at("full", tmp_path), "opd")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2e9))
     with pytest.raises(OpdlabError, match=r"arm 'opd' at small needs about \d\.\d GB, and 2.0 GB are free"):
-        check_room(Laboratory.at("small", tmp_path), "opd")
+        check_room(Laboratory.at("small", tmp_path).on_this_machine(), "opd")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e3))
     assert main(["train", "--arm", "opd", "--seed", "99", "--scale", "tiny"]) == 2
     assert "choose a smaller scale" in capsys.readouterr().err

@@ -9,13 +9,13 @@ from opdlab.errors import OpdlabError
 from opdlab.lab.scales import TINY
 from opdlab.lab.tasks import (
     CARELESS_SUM,
-    CHAIN_SUM,
     CORPUS,
     MATH,
     RUNNING_SUM,
     SHORT_TASKS,
     TASKS,
     TEACHER_MIXTURE,
+    THREE_TERMS,
     RightAnswer,
     _competition,
     running_demonstration,
@@ -52,15 +52,15 @@ def test_arithmetic_is_that_of_reasoning_gym(seed, wrong):
     """Its own scorer gives 1.0 to our solution's answer, and to another number exactly if our reward does."""
     import reasoning_gym
 
-    task, dataset = CHAIN_SUM, reasoning_gym.create_dataset("chain_sum", size=1)
+    task, dataset = THREE_TERMS, reasoning_gym.create_dataset("chain_sum", size=1)
     prompt = task.prompts(1, np.random.default_rng(seed))[0]
     expression = prompt.removeprefix("What is ").removesuffix("?\n")
     solution = task.demonstration(prompt)
-    assert solution.startswith(f"{expression} = ") and task.reward(prompt, solution) == 1.0
+    assert task.reward(prompt, solution) == 1.0
     entry = {"answer": str(eval(expression)), "metadata": {}}
     assert dataset.score_answer(task.score.answer(prompt, solution), entry) == 1.0
     theirs = dataset.score_answer(str(wrong), entry) == 1.0
-    assert task.reward(prompt, f"{expression} = {wrong}") == float(theirs)
+    assert task.reward(prompt, f"{expression}={wrong}") == float(theirs)
     assert task.reward(prompt, "twelve") == 0.0
 
 

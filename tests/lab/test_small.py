@@ -1,4 +1,4 @@
-"""The real model in the regime: its tasks, and every arm for a few steps of a model that stands in for SmolLM2."""
+"""The real model: its tasks, and every arm of its scale for a few steps of a model that stands in for SmolLM2."""
 
 import importlib.metadata
 import math
@@ -14,22 +14,13 @@ from opdlab.errors import OpdlabError
 from opdlab.lab import tasks
 from opdlab.lab.laboratory import Laboratory
 from opdlab.lab.records import load
-from opdlab.lab.scheduler import all_models, build, plan, provide_given
-from opdlab.lab.small_regime import (
-    FAMILIES,
-    RARE,
-    RARELY_THREE_TERMS,
-    SMALL_REGIME,
-    SMALL_REGIME_ARMS,
-    SMALL_REGIME_TASKS,
-    THREE_TERMS,
-)
+from opdlab.lab.scales import SMALL
+from opdlab.lab.scheduler import build, plan, provide_given
+from opdlab.lab.tasks import FAMILIES, RARE, RARELY_THREE_TERMS, THREE_TERMS
 from opdlab.models import fetch as fetching
 from opdlab.models.fetch import default_folder
 from opdlab.models.folders import load_model, load_tokenizer
-from opdlab.processes import computes_in_bfloat16, processor
-
-SCRIPT = "scripts/record_regime.py"
+from opdlab.processes import processor
 
 # --- the tasks --------------------------------------------------------------------------------------------------------
 
@@ -76,8 +67,8 @@ def test_the_target_is_rare_and_no_sequence_is_long():
     assert max(len(ids) + 1 for ids in tokenizer(texts).input_ids) <= 64
     solutions = [THREE_TERMS.demonstration(question) for question in THREE_TERMS.prompts(1000, random)]
     lengths = [len(ids) + 1 for ids in tokenizer(solutions).input_ids]
-    assert max(lengths) < SMALL_REGIME.budget.max_new_tokens
-    assert np.mean(lengths) == pytest.approx(SMALL_REGIME.budget.typical_tokens[1], abs=1)
+    assert max(lengths) < SMALL.budget.max_new_tokens
+    assert np.mean(lengths) == pytest.approx(SMALL.budget.typical_tokens[1], abs=1)
 
 
 def test_another_version_of_the_package_is_refused(monkeypatch):
@@ -93,12 +84,8 @@ def test_another_version_of_the_package_is_refused(monkeypatch):
 # --- the scale --------------------------------------------------------------------------------------------------------
 
 
-def at_full_size(folder):
-    return Laboratory(SMALL_REGIME, folder, dict(SMALL_REGIME_ARMS), dict(SMALL_REGIME_TASKS))
-
-
 def test_the_confined_arms_branch_off_from_a_longer_run(tmp_path, pretrained):
-    lab = at_full_size(tmp_path)
+    lab = Laboratory(SMALL, tmp_path)
     for name in ("base", "anchor", "teacher"):
         pretrained(lab.models / name)
     confined = [name for name in lab.scale.policy.arms if lab.arm(name).arm.projection]
@@ -119,15 +106,14 @@ def test_the_confined_arms_branch_off_from_a_longer_run(tmp_path, pretrained):
     assert {lab.recipe(arm).completions for arm in ("opd", "rlvr", "sft_matched", "random_signs")} == {16}
 
 
-def small(lab, steps=6):
+def shorter(lab, steps=6):
     """The laboratory with runs of six steps or so, on passes that any CPU makes."""
     budget, policy = lab.scale.budget, lab.scale.policy
     recipes = {name: replace(recipe, steps=steps, prompts=4, warmup=1) for name, recipe in budget.recipes.items()}
-    recipes |= {"confined": replace(recipes["arm"], steps=4)}
+    recipes |= {name: replace(recipe, steps=4) for name, recipe in recipes.items() if name.startswith("opd_")}
     budget = replace(budget, recipes=recipes, evaluation_prompts=8, evaluation_samples=2)
-    compute = lab.scale.compute if computes_in_bfloat16() else replace(lab.scale.compute, cpu_dtype="float32")
     policy = replace(policy, snapshots=(1 / 6, 2 / 6, 4 / 6, 1.0), other_evaluations={"opd": (4 / 6, 1.0)})
-    return replace(lab, scale=replace(lab.scale, budget=budget, policy=policy, compute=compute))
+    return replace(lab, scale=replace(lab.scale, budget=budget, policy=policy)).on_this_machine()
 
 
 @pytest.fixture
@@ -140,7 +126,7 @@ def fetched(tmp_path, pretrained, monkeypatch):
 
 
 def test_the_base_lies_on_the_grid(tmp_path, fetched):
-    lab = small(at_full_size(tmp_path))
+    lab = shorter(Laboratory(SMALL, tmp_path))
     provide_given(lab)
     assert not (lab.models / "base").is_symlink() and (lab.models / "base/source.json").is_file()
     rounded, whole = load_model(lab.models / "base"), load_model(default_folder("smollm2"))
@@ -152,7 +138,7 @@ def test_the_base_lies_on_the_grid(tmp_path, fetched):
 
 
 def test_every_arm_is_recorded(tmp_path, fetched):
-    lab = small(at_full_size(tmp_path))
+    lab = shorter(Laboratory(SMALL, tmp_path))
     jobs = {job.name: job for job in plan(lab, lab.scale.policy.arms, (0,))}
     assert jobs["opd-seed0"].needs == ("anchor", "teacher") and jobs["sft-seed0"].produces == "anchor"
     assert set(plan(lab, ("opd",), (2,))[0].needs) == {"base"}, "one anchor serves all seeds"
@@ -176,21 +162,3 @@ def test_every_arm_is_recorded(tmp_path, fetched):
     # The first steps were taken over from the free run, seconds and all.
     first = [lab.run(arm).lines("history")[:2] for arm in ("opd", "opd_update4")]
     assert first[0] == first[1]
-
-
-def test_a_pilot_says_how_far_an_arm_came(tmp_path, fetched, script):
-    lab = small(at_full_size(tmp_path))
-    build(plan(lab, (), models=all_models(lab)), lab, record=False, processes=1)
-    of_script = script.laboratory("small-regime", tmp_path).scale
-    dtype = "bfloat16" if computes_in_bfloat16() else "float32"
-    assert of_script == replace(SMALL_REGIME, compute=replace(SMALL_REGIME.compute, cpu_dtype=dtype))
-    pilots = script.pilots_of(lab)
-    assert pilots.models.resolve() == lab.models.resolve() and pilots.runs != lab.runs
-    assert script.pilots_of(lab).models.is_symlink(), "again"
-    table = script.tried(pilots, "opd", 100, 4).set_index("step")
-    assert list(table.index) == [0, 1, 2, 4] and {"norm %", "unchanged %", "C", "kl_teacher", "sampled"} <= set(table)
-    assert table.loc[4, "kl_teacher"] > 0 and np.isnan(table.loc[2, "kl_teacher"]) and np.isnan(table.loc[0, "C"])
-    # Adam's first step is as long as the rate in every entry that has a gradient at all.
-    assert table.loc[1, "C"] == pytest.approx(1, abs=0.1)
-    run = next(pilots.runs.glob("opd-seed100-*"))
-    assert not pilots.records.exists() and len(list((run / "snapshots").iterdir())) == 4
