@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import constants
@@ -83,7 +84,12 @@ def hub(tmp_path, monkeypatch):
 
 
 def tables(out):
-    return (out / "matrices.csv").read_text()
+    return pd.read_csv(out / "matrices.csv")
+
+
+def same(one, other):
+    """On some processors the last digit of a number depends on where its tensor lies in memory."""
+    pd.testing.assert_frame_equal(tables(one), tables(other), rtol=1e-12)
 
 
 def test_models_of_the_hub_are_fetched_and_measured(hub, pair, tmp_path, capsys):
@@ -100,13 +106,13 @@ def test_models_of_the_hub_are_fetched_and_measured(hub, pair, tmp_path, capsys)
         (hub.root / "tuned" / name).write_bytes(b"never asked for")
     assert main(["measure", str(base), str(tuned), "--out", "here", "--no-nulls"]) == 0
     assert main(["measure", "lab/base", "lab/tuned", "--out", "there", "--no-nulls"]) == 0
-    assert tables(tmp_path / "here") == tables(tmp_path / "there")
+    same(tmp_path / "here", tmp_path / "there")
     needed = {path.name for folder in pair for path in folder.iterdir()}
     assert set(hub.asked) <= needed and "model.safetensors.index.json" in hub.asked
     fetched = len(hub.asked)
     # A branch, and what is in the cache already.
     assert main(["measure", "lab/tuned@step-20", "lab/tuned@main", "--out", "branch", "--no-nulls"]) == 0
-    assert tables(tmp_path / "branch") == tables(tmp_path / "here")
+    same(tmp_path / "branch", tmp_path / "here")
     assert len(hub.asked) <= fetched + len(list(base.iterdir()))
     capsys.readouterr()
     assert main(["measure", "lab/base", "lab/nothing@v2"]) == 2
@@ -123,7 +129,7 @@ def test_adapters_of_the_hub(hub, pair, tmp_path):
     lora = {f"{module}.lora_A.weight": torch.randn(2, cols), f"{module}.lora_B.weight": torch.randn(rows, 2)}
     save_file(lora, adapter / "adapter_model.safetensors")
     assert main(["measure", "lab/base", "lab/adapter", "--out", "out", "--no-nulls"]) == 0
-    assert "q_proj" in tables(tmp_path / "out")
+    assert tables(tmp_path / "out")["matrix"].str.contains("q_proj").any()
 
 
 def test_without_a_network_it_says_how(pair, capsys):
