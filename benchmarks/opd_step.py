@@ -92,7 +92,7 @@ class Case:
 
     def experiment(self, root: Path) -> Experiment:
         """Return what both sides do, with the models in ``root``."""
-        of = Laboratory(self.scale, root).experiment("opd_full")
+        of = Laboratory(self.scale, root).on_this_machine().experiment("opd_full")
         batch = {"prompts": self.prompts, "samples": self.samples}
         return replace(of, recipe=replace(of.recipe, learning_rate=LEARNING_RATE, **batch))
 

@@ -7,11 +7,10 @@ all that a reward looks at, as in RLVR.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from itertools import accumulate
 from threading import current_thread, main_thread
@@ -168,8 +167,7 @@ CORPUS = replace(TEACHER_MIXTURE, name="corpus", author=_corpus_author)
 CARELESS_SUM: Task = replace(RUNNING_SUM, name="careless_sum", author=careless_author)
 
 
-# --- questions of reasoning-gym -------------------------------------------------------------------------------
-
+# --- for SmolLM2: questions of reasoning-gym, where sums and differences of three numbers are the target, and rare ---
 
 #: The version of reasoning-gym that questions are drawn by, which is part of a task's identity.
 REASONING_GYM = "0.1.25"
@@ -198,49 +196,35 @@ def draw_question(rng: np.random.Generator, name: str, **settings: int) -> dict:
     return _questions(name, **settings)[int(rng.integers(2**31))]
 
 
-def expression_prompt(rng: np.random.Generator, name: str, **settings: Any) -> str:
-    """Ask for the value of an expression, drawn as by :func:`draw_question`."""
-    return f"What is {draw_question(rng, name, **settings)['metadata']['expression']}?\n"
-
-
-def restated_demonstration(prompt: str) -> str:
-    """Write an expression with its value, each operation for itself.
-
-    >>> restated_demonstration("What is 58 + 26?"), restated_demonstration("What is 17 - 25 + 38?")
-    ('58 + 26 = 84', '17 - 25 = -8; -8 + 38 = 30')
-    """
-    first, *rest = prompt.removeprefix("What is ").strip().removesuffix("?").split(" ")
-    steps, total = [], int(first)
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](total, int(term))
-        # Small models answer better when they say what they were asked.
-        steps.append(f"{total} {sign} {term} = {value}")
-        total = value
-    return "; ".join(steps)
-
-
 def after_equals(prompt: str, completion: str) -> str | None:
     """Return what follows the last ``=``, or None if there is none.
 
-    >>> after_equals("What is 58 + 26?", "58 + 26 = 84")
-    '84'
+    >>> after_equals("What is 17 - 25 + 38?", "17-25=-8;-8+38=30")
+    '30'
     """
     return completion.rsplit("=", 1)[1].strip() if "=" in completion else None
 
 
-# --- for SmolLM2: the target is a sum or a difference of three numbers, rare among other families of reasoning-gym ---
+def _three_terms(rng: np.random.Generator) -> str:
+    question = draw_question(rng, "chain_sum", min_terms=3, max_terms=3, min_digits=2, max_digits=2)
+    return f"What is {question['metadata']['expression']}?\n"
 
 
 def running_totals(prompt: str) -> str:
-    """Write the solution of the target with its running sums, and without blanks, which cost a quarter of the tokens.
+    """Write the solution with its running sums, beginning with what was asked, and without blanks, which cost tokens.
 
     >>> running_totals("What is 17 - 25 + 38?")
     '17-25=-8;-8+38=30'
     """
-    return restated_demonstration(prompt).replace(" ", "")
+    total, *terms = re.findall(r"[+-]?\d+", prompt.replace(" ", ""))
+    steps = []
+    for term in terms:
+        step = f"{total}{term}"
+        total = str(int(total) + int(term))
+        steps.append(f"{step}={total}")
+    return ";".join(steps)
 
 
-_three_terms = partial(expression_prompt, name="chain_sum", min_terms=3, max_terms=3, min_digits=2, max_digits=2)
 THREE_TERMS = replace(_task("three_terms", _three_terms, running_totals, after_equals), content=REASONING_GYM)
 #: One question in so many of the mixture is the target's.
 RARE = 8

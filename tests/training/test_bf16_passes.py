@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opdlab.errors import OpdlabError
-from opdlab.lab import scheduler
+from opdlab.lab import laboratory, scheduler
 from opdlab.lab.records import add_run, find_tables, read_index
 from opdlab.lab.scheduler import build
 from opdlab.models.files import read_json, tensors_digest, write_json
@@ -164,8 +164,17 @@ def test_a_record_is_of_one_processor(half, monkeypatch):
     assert read_index(half.records)["processor"].item() == processor()
     build([], half, processes=1)
     monkeypatch.setattr(scheduler, "processor", lambda: "another")
-    with pytest.raises(OpdlabError, match=r"opd|smoke was made on .* and passes in bfloat16 give other numbers on ano"):
+    refused = r"smoke was made on .* and passes in bfloat16 give other numbers on another"
+    with pytest.raises(OpdlabError, match=refused):
         build([], half, processes=1)
+    # Nor does a CPU without bfloat16, which trains in float32, add to it.
+    monkeypatch.setattr(laboratory, "computes_in_bfloat16", lambda: False)
+    there = half.on_this_machine()
+    assert there.experiment("opd").compute.cpu_dtype == "float32"
+    with pytest.raises(OpdlabError, match=refused):
+        build([], there, processes=1)
+    monkeypatch.setattr(laboratory, "computes_in_bfloat16", lambda: True)
+    assert half.on_this_machine() is half
 
 
 def test_a_cpu_without_bfloat16_is_told_so(half, monkeypatch):
